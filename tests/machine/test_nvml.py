@@ -139,8 +139,8 @@ SITES = """
     gpus.share_cpus = lambda cpus, sites, requested: [[0]] * sites  # however many this machine has
     machine = provenance.probe_machine()
     try:
-        shares = gpus.local_shares(("0", "1"), machine, mixed=MIXED)
-        facts = [LocalExecutor(host=share.host).facts() for share in shares]
+        hosts = gpus.local_sites(("0", "1"), machine, mixed=MIXED)
+        facts = [LocalExecutor(host=host).facts() for host in hosts.values()]
         report([[one.machine.device_name, one.settings["gpu"]["power_limit_w"]] for one in facts])
     except UsageError as refused:
         report(str(refused))

@@ -18,7 +18,7 @@ from lorameter.report.comparison import describe_bisection
 from lorameter.report.estimate import describe_calibration
 from lorameter.run.bisect import bisect, find_measured, list_steps
 from lorameter.run.plan import SIDES
-from lorameter.run.resume import INJECTED, is_calibration, study_of
+from lorameter.run.resume import is_calibration, study_of
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import name_side, present_sides
@@ -123,7 +123,7 @@ def _show_calibration(run: Run, options: argparse.Namespace) -> int:
     """Print the rates of the gate from this run; the exit code says whether identical code was measured as equal."""
     _require_whole(run, f"resume: lorameter calibrate --resume {run.manifest.run}")
     result = calibrate(run, study_of(run).variant(run.manifest.selection[0]))
-    rows = run.manifest.sides["candidate"][INJECTED]
+    rows = run.manifest.sides["candidate"]["slowdown_rows"]
     show_result(options, describe_calibration(result, rows), lambda: {"calibration": result, "inject_rows": rows})
     return EXIT_INVALID if is_difference(result.identical) else EXIT_PASS  # identical code
 

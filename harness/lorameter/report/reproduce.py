@@ -12,7 +12,7 @@ from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
-from lorameter.run.resume import INJECTED, of_commands
+from lorameter.run.resume import of_commands
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.verdicts.same_training import BETWEEN, facts_of
 
@@ -87,7 +87,7 @@ def _of_sides(run: Run) -> Iterator[str]:
         if named.endswith(FILE):
             yield NOT_BUILT_IN
         own = all(side.get("kind") == PRESENT for side in sides.values())
-        rows = max(int(side.get(INJECTED) or 0) for side in sides.values())
+        rows = max(int(side.get("slowdown_rows") or 0) for side in sides.values())
         words = ["calibrate", named] if own else ["ab", named, *sided]
         words += [*given, *(["--inject-rows", str(rows)] if rows else []), *_selected(run, phases=not own)]
     yield shlex.join(["lorameter", *words])

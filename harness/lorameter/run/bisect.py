@@ -113,7 +113,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
                 return side
 
     fast, slow = 0, len(candidates) - 1
-    side = classify(slow, _judge_end)
+    side = classify(slow, lambda comparison: _END_SIDES.get(comparison.verdict, "fast"))
     if side != "slow":
         return Bisection(looks=tuple(looks), conclusion=_NO_STEP[side].format(looks[-1].comparison.verdict))
     known = {slow: looks[-1].comparison}
@@ -149,15 +149,13 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
     )
 
 
+_END_SIDES: dict[str, Side] = {"regressed": "slow", "inconclusive": "open"}
+"""Sides of the bad end by its verdict; any other verdict is `fast`."""
 _NO_STEP: dict[Side, str] = {
     "open": "the bad end is inconclusive: it is open whether it is slower than the good end",
     "not measured": "the bad end could not be measured",
     "fast": "the bad end is not slower than the good end ({}): there is no step to find",
 }
-
-
-def _judge_end(comparison: Comparison) -> Side:
-    return {"regressed": "slow", "inconclusive": "open"}.get(comparison.verdict, "fast")  # type: ignore[return-value]
 
 
 def _judge_middle(comparison: Comparison, middle: float) -> Side:
@@ -173,13 +171,8 @@ def _log_ratio(comparison: Comparison | None) -> tuple[float, float]:
     """The logarithm of a ratio, and its distance to the farther end of the interval; zeros for the good end (None)."""
     if comparison is None or comparison.ratio is None:
         return 0.0, 0.0
-    ratio, low, high = comparison.ratio, comparison.low, comparison.high
-    if low is None or high is None:
-        return math.log(ratio), 0.0
+    ratio, low, high = comparison.ratio, comparison.low or comparison.ratio, comparison.high or comparison.ratio
     return math.log(ratio), max(math.log(high / ratio), math.log(ratio / low))
-
-
-PIP_TIMEOUT_S = 120.0
 
 
 def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
@@ -234,10 +227,9 @@ def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> 
     if run_git(repository, "merge-base", "--is-ancestor", first, last).returncode:
         raise UsageError(f"bisect: {good} is no ancestor of {bad}. Name a good end that the bad one was made from.")
     listed = run_git(repository, "log", "--reverse", "--first-parent", "--format=%H %h %s", f"{first}..{last}")
-    lines = listed.stdout.splitlines()
-    if listed.returncode or not lines:
+    if listed.returncode or not listed.stdout:
         raise UsageError(f"bisect: git lists nothing between {good} and {bad}: {listed.stderr.strip()}.")
-    steps = [line.split(" ", 1) for line in lines]
+    steps = [line.split(" ", 1) for line in listed.stdout.splitlines()]
     candidates = (Candidate(spec=commit, label=redact(label)) for commit, label in steps)
     return (Candidate(spec=first, label=f"{good} ({first[:9]})"), *candidates)
 
@@ -263,18 +255,14 @@ def _releases(good: tuple[str, ...], bad: tuple[str, ...]) -> tuple[Candidate, .
 
 def _exact(word: str) -> tuple[str, Version]:
     """The package and the version of `NAME==VERSION`."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
+    from packaging.utils import InvalidName, canonicalize_name
     from packaging.version import InvalidVersion, Version
 
-    given = Requirement(word)
-    pinned = [part.version for part in given.specifier if part.operator == "==" and not part.version.endswith("*")]
-    if len(pinned) != 1 or len(given.specifier) != 1 or given.extras or given.marker or given.url:
-        raise UsageError(f"bisect: {word}: an exact version is needed. Write {given.name}==VERSION.")
+    name, _, version = word.partition("==")
     try:
-        return canonicalize_name(given.name), Version(pinned[0])
-    except InvalidVersion:
-        raise UsageError(f"bisect: {word}: no version that can be put in order. Name a release.") from None
+        return canonicalize_name(name, validate=True), Version(version)
+    except (InvalidName, InvalidVersion):
+        raise UsageError(f"bisect: {word}: an exact version is needed. Write NAME==VERSION.") from None
 
 
 def _versions(name: str, first: Version, last: Version) -> list[Version]:
@@ -285,7 +273,7 @@ def _versions(name: str, first: Version, last: Version) -> list[Version]:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pip", "index", "versions", name, *pre, "--disable-pip-version-check", "--no-input"],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=120.0,
             check=False, start_new_session=True,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,22 +1,31 @@
-"""Builds the plan of a study on a machine: its arms, and the finest interleaving that they and the memory allow."""
+"""Builds the plan of a study on a machine: its arms, and the finest interleaving that they and the memory allow.
+
+The memory of a variant that lorameter builds is estimated before it runs. A script's model is unknown, so each script
+is started once in isolation when the run begins, runs two steps and is stopped. This rehearsal also shows whether the
+script trains and can be stopped. A script that fails is not started again: its trials get the same failure.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Machine
 from lorameter.models.catalogue import RANDOM_PREFIX
-from lorameter.records import fileio
+from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
+from lorameter.records import codec, fileio
 from lorameter.records.metrics import PHASES
-from lorameter.records.record import Notice
+from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialRecord
+from lorameter.records.units import format_bytes
+from lorameter.run.display import Display
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.forecast import largest_known, sum_known, together_bytes
-from lorameter.run.interleaving import choose_interleaving
-from lorameter.run.memory_probe import REHEARSED
-from lorameter.run.plan import Arm, Plan, Sides, arms_of, arms_on_sides, make_plan, variants_of, workloads_of
+from lorameter.run.forecast import combine, together_bytes
+from lorameter.run.interleaving import choose_interleaving, fits
+from lorameter.run.plan import Arm, Plan, Sides, Slot, arms_of, make_plan, variants_of, workloads_of
+from lorameter.run.prepare import RunContext, begin_record, script_request_of
+from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.run.workers.script_sandbox import check_side
 from lorameter.studies.study import Study
 from lorameter.studies.workload import make_absolute
@@ -52,9 +61,7 @@ def build_plan(
     """
     if sides:
         study = _check_sides(study, sides)
-        arms = arms_on_sides(study, select, sides)
-    else:
-        arms = arms_of(study, select)
+    arms = arms_of(study, select, sides)
     workloads = workloads_of(study, arms)
     notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
     together = _together_bytes(study, arms, machine, runs)
@@ -71,7 +78,7 @@ def build_plan(
     )
     provisional = study.of_scripts and interleaving is None and None is together is not free_bytes
     if provisional:
-        level, why = "lockstep", REHEARSED
+        level, why = "lockstep", "a rehearsal of the scripts settles it"
     plan = make_plan(study, arms=arms, phases=phases, interleaving=level, why=why, provisional=provisional, sides=sides)
     return plan, notices
 
@@ -81,13 +88,11 @@ def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: P
     variant."""
     if arms[0].side:
         variants = {arm.variant.id: arm.variant for arm in arms}.values()
-        return largest_known(
-            together_bytes([variant] * 3, study.workload, machine, runs, forked=False) for variant in variants
+        return combine(
+            max, (together_bytes([one] * 3, study.workload, machine, runs, forked=False) for one in variants)
         )
-    return sum_known(
-        together_bytes([arm.variant for arm in arms if arm.workload == workload], workload, machine, runs, forked=True)
-        for workload in workloads_of(study, arms)
-    )
+    members = {one: [arm.variant for arm in arms if arm.workload == one] for one in workloads_of(study, arms)}
+    return combine(sum, (together_bytes(some, one, machine, runs, forked=True) for one, some in members.items()))
 
 
 def _check_sides(study: Study, sides: Sides) -> Study:
@@ -107,10 +112,88 @@ def _check_sides(study: Study, sides: Sides) -> Study:
             for variant in study.scripts:
                 check_side(variant)
         return study
-    workload = study.workload
-    prefix = RANDOM_PREFIX if workload.model.startswith(RANDOM_PREFIX) else ""
-    model = Path(workload.model.removeprefix(prefix))
-    if fileio.is_there(model):
-        workload = dataclasses.replace(workload, model=f"{prefix}{model.absolute()}")
-    workload = dataclasses.replace(workload, data=make_absolute(workload.data))
+    prefix = RANDOM_PREFIX if study.workload.model.startswith(RANDOM_PREFIX) else ""
+    path = Path(study.workload.model.removeprefix(prefix))
+    model = f"{prefix}{path.absolute()}" if fileio.is_there(path) else study.workload.model
+    workload = dataclasses.replace(study.workload, model=model, data=make_absolute(study.workload.data))
     return dataclasses.replace(study, workload=workload)
+
+
+# --- the memory of scripts --------------------------------------------------------------------------------------------
+
+
+def probe_memory(
+    plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: Display
+) -> tuple[Plan, tuple[Notice, ...]]:
+    """Determine the level of interleaving that the scripts of a plan allow; returns the plan, and notices to show
+    first."""
+    free = next(iter(executors.values())).free_bytes()
+    records: dict[str, TrialRecord] = {}
+    for slot in plan.slots:
+        if _key(slot.arm) not in records:
+            listener.trial_phase(slot, "rehearsing")
+            records[_key(slot.arm)] = _rehearse(plan, slot, executors[slot.executor], context)
+    level, why = _choose_level([records[_key(arm)] for arm in plan.arms], free)
+    settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why, sides=plan.sides)
+    failed = {arm.name: record for arm in plan.arms if (record := records[_key(arm)]).status != "ok"}
+    return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(map(_failure_notice, failed.values())))
+
+
+def _key(arm: Arm) -> str:
+    """A key that is equal for an arm and its control, which run the same script."""
+    return f"{arm.side} {arm.variant.id}"
+
+
+def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -> TrialRecord:
+    """The record of a short training of a script."""
+    trial = f"rehearsal-{slot.arm.name}"
+    record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
+    request = script_request_of(plan, slot, context, executor.make_place(trial, trial))
+    commands: list[tuple[str, dict[str, object]]] = [
+        ("prepare", {"request": codec.to_json(dataclasses.replace(request, trial=trial))}),
+        ("build", {}),
+        ("verify", {}),
+        ("finish_training", {"steps": 0}),
+    ]
+    try:
+        worker = executor.launch()
+        try:
+            for word, arguments in commands:
+                if record.status == "ok":
+                    answer = worker.ask(word, trial, plan.study.protocol.step_timeout_s, **arguments)
+                    record = record.merged(answer)
+        finally:
+            worker.close()
+    except WorkerLostError as lost:
+        record = record.merged(PartialRecord().failed(lost.status, lost.failure))
+    executor.clear_place(trial)
+    return record
+
+
+def _needed_bytes(record: TrialRecord) -> int | None:
+    """Peak memory of a script on its device, or on the host; None if it ran no step."""
+    reserved = record.memory.get("device_peak_reserved_train_bytes")
+    if reserved is not None:
+        return reserved + CUDA_CONTEXT_BYTES
+    return max((size for kind, size in record.memory.items() if kind.startswith("host_peak_")), default=None)
+
+
+def _choose_level(records: Sequence[TrialRecord], free: int | None) -> tuple[Interleaving, str]:
+    """Lockstep if the memory of all scripts together fits; a script that failed counts as 0."""
+    sizes = [size for record in records if (size := _needed_bytes(record)) is not None]
+    if free is None:
+        return "replicates", "how much memory is free cannot be known"
+    if not sizes:
+        return "replicates", "none of the scripts took a step, so the memory of all together is not known"
+    why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
+    return ("lockstep" if fits(sum(sizes), free) else "replicates"), why
+
+
+def _failure_notice(record: TrialRecord) -> Notice:
+    assert record.failure is not None  # set in every failed record
+    name, failure = record.trial.removeprefix("rehearsal-"), record.failure
+    return Notice(
+        code="rehearsal-failed",
+        message=f"{name}: {record.status} in {failure.phase}: {failure.message.rstrip('.')}.",
+        remedy=f"It is not started again. Correct the script or the command; its log is {record.log} in the run.",
+    )

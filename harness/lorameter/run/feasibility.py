@@ -8,13 +8,12 @@ than the model's context. It refuses nothing on a guess: if a model's layers are
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.gpus import say_entries, shared_boards, visible_gpus
-from lorameter.machine.nvml import VARIABLE, visible_devices
+from lorameter.machine.nvml import VARIABLE
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import lora_of, uncounted, unknown_targets
@@ -62,7 +61,11 @@ def check_feasible(
     Raises:
         UsageError: the message names study, variant, key, value and remedy.
     """
-    elsewhere = _check_engine(study, machine, shown_only)
+    obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
+    if obstacle and not shown_only:
+        raise UsageError(f"study {study.name}: {obstacle}.")
+    remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
+    elsewhere = (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
     if study.of_scripts:
         _check_requirements(study)
         commands = {
@@ -87,11 +90,10 @@ def check_feasible(
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
         _check_kernels(where, variant, machine)
-        check_ranks(where, variant, workload, machine, here=study.protocol.is_plain)
-        notices += rank_notices(variant, workload)
-        check_adapters(where, variant, workload)
+        _check_ranks(where, variant, workload, machine, here=study.protocol.is_plain)
+        _check_adapters(where, variant, workload)
+        notices += _variant_notices(variant, workload, machine)
         notices += type_notices(variant, machine)
-        notices += _paged_notices(variant, machine)
         if workload.model in unknown:
             continue
         check_widths(where, variant, shape, machine)
@@ -110,7 +112,12 @@ def check_feasible(
             repacks=machine.avx512_bf16,
             process_bytes=birth_bytes(machine.cuda),
         )
-        _check_memory(where, expected, machine)
+        has, (low, _) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
+        if has is not None and low > has:
+            raise UsageError(
+                f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
+                f"{_less_memory(expected)} `lorameter estimate` shows what takes it."
+            )
         notices += memory_notices(variant, expected, machine, free_bytes)
     notices += [layers_notice(model, reason) for model, reason in unknown.items()]
     notices += [
@@ -124,15 +131,6 @@ def check_feasible(
         if source.random
     ]
     return tuple(notices)
-
-
-def _check_engine(study: Study, machine: Machine, shown_only: bool) -> tuple[Notice, ...]:
-    """Refuse a study of an engine that needs another device; if the plan is only displayed, give a notice."""
-    obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
-    if obstacle and not shown_only:
-        raise UsageError(f"study {study.name}: {obstacle}.")
-    remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
-    return (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
 
 
 def layers_notice(model: str, unknown: str) -> Notice:
@@ -210,15 +208,6 @@ def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine,
         )
 
 
-def _check_memory(where: str, expected: MemoryEstimate, machine: Machine) -> None:
-    has, (low, _) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
-    if has is not None and low > has:
-        raise UsageError(
-            f"{where}: needs about {format_bytes(expected.needed_bytes)} and this machine has {format_bytes(has)}. "
-            f"{_less_memory(expected)} `lorameter estimate` shows what takes it."
-        )
-
-
 def _memory(machine: Machine) -> int | None:
     """Total memory of the measuring device."""
     return machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
@@ -231,12 +220,8 @@ def _less_memory(expected: MemoryEstimate) -> str:
     return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
 
 
-Refusal = tuple[bool, str, str, str]
-"""Whether the refusal applies, what is refused, why, and the remedy."""
-
-
-def _refuse(where: str, refusals: Iterable[Refusal]) -> None:
-    """Raise `UsageError` for the first refusal that applies."""
+def _refuse(where: str, refusals: Iterable[tuple[bool, str, str, str]]) -> None:
+    """Raise `UsageError` for the first refusal that applies; each has what is refused, why, and the remedy."""
     for applies, what, why, remedy in refusals:
         if applies:
             raise UsageError(f"{where}: {what}: {why}. {remedy}")
@@ -301,13 +286,30 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
         )
 
 
-def _paged_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
+def _variant_notices(variant: Variant, workload: Workload, machine: Machine) -> Iterator[Notice]:
+    """Notices about paged optimizers on a CPU, and about 4-bit weights with FSDP2."""
     if variant.optimizer in PAGED and machine.device == "cpu":
         yield Notice(
             code="paged-on-cpu",
             message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
             "study allows the fallback.",
             remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
+        )
+    if workload.ranks == 1 or workload.strategy != "fsdp2" or not variant.is_4bit:
+        return
+    if workload.repair:
+        yield Notice(
+            code="bitsandbytes-fsdp2-patched",
+            message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state is "
+            "set on the weight of the layer. Without this repair the released package may compute another model.",
+            remedy="Train with the same repair; otherwise these numbers do not describe your training.",
+        )
+    else:
+        yield Notice(
+            code="ranks-fsdp2-4bit",
+            message=f"{variant.name}: 4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the second "
+            "step on; every trial checks it over three, and one that is wrong is invalid.",
+            remedy='Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".',
         )
 
 
@@ -331,15 +333,13 @@ def processes_on_device(workload: Workload, device: str) -> int:
     return (1 if device == "cuda" else workload.ranks) + workload.scaling
 
 
-def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool = True) -> None:
-    """Refuse features that several ranks do not support. Raises `UsageError` with key, value and remedy.
-
-    `here`: whether the ranks use the first GPUs that this process sees; otherwise the given sites define them.
-    """
+def _check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool) -> None:
+    """Refuse features that several ranks do not support. `here`: whether the ranks use the first GPUs that this process
+    sees; otherwise the given sites define them."""
     if workload.ranks == 1:
         return
     if machine.device == "cuda" and here:
-        _check_gpus(where, workload)
+        _check_gpus(where, workload.ranks)
     sharded, torch = workload.strategy == "fsdp2", library_version("torch")
     ranks, ddp = f"with ranks = {workload.ranks}", 'Use strategy = "ddp"'
     _refuse(where, (
@@ -361,46 +361,24 @@ def check_ranks(where: str, variant: Variant, workload: Workload, machine: Machi
     ))  # fmt: skip
 
 
-def rank_notices(variant: Variant, workload: Workload) -> Iterator[Notice]:
-    """Notices about 4-bit weights with FSDP2."""
-    if workload.ranks == 1 or workload.strategy != "fsdp2" or not variant.is_4bit:
-        return
-    if workload.repair:
-        yield Notice(
-            code="bitsandbytes-fsdp2-patched",
-            message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state is "
-            "set on the weight of the layer. Without this repair the released package may compute another model.",
-            remedy="Train with the same repair; otherwise these numbers do not describe your training.",
-        )
-    else:
-        yield Notice(
-            code="ranks-fsdp2-4bit",
-            message=f"{variant.name}: 4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the second "
-            "step on; every trial checks it over three, and one that is wrong is invalid.",
-            remedy='Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".',
-        )
-
-
-def _check_gpus(where: str, workload: Workload) -> None:
+def _check_gpus(where: str, ranks: int) -> None:
     """Check the visible GPUs: the ranks use the first of them, one each (`lorameter.trial.ranks.trial`)."""
-    known, listed = visible_gpus().value, visible_devices(os.environ)
-    ranks = workload.ranks
-    if known is None and listed is None:
+    gpus = visible_gpus().value
+    if gpus is None:
         return
-    gpus = len(listed or ()) if known is None else len(known)
-    if gpus < ranks:
+    if len(gpus) < ranks:
         raise UsageError(
-            f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} available here, and ranks that "
-            "share one measure each other. Use fewer ranks, or make more GPUs visible."
+            f"{where}: ranks = {ranks}: {len(gpus)} GPU{'s are' if len(gpus) != 1 else ' is'} available here, and "
+            "ranks that share one measure each other. Use fewer ranks, or make more GPUs visible."
         )
-    for shared in shared_boards((known or ())[:ranks]):
+    for shared in shared_boards(gpus[:ranks]):
         raise UsageError(
             f"{where}: ranks = {ranks}: {say_entries(shared)} are parts of one GPU, and ranks that share one measure "
             f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different GPUs."
         )
 
 
-def check_adapters(where: str, variant: Variant, workload: Workload) -> None:
+def _check_adapters(where: str, variant: Variant, workload: Workload) -> None:
     """Refuse adapters that PEFT does not support several times on one base, or in one batch (PEFT 0.21: any
     bitsandbytes quantisation is supported). Raises `UsageError` with key, value and remedy."""
     if workload.adapters == 1:

@@ -5,7 +5,7 @@ The memory comes from an earlier run, or is estimated (`lorameter.models.costs.m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,6 @@ from lorameter.studies.script import OWN
 from lorameter.studies.variant import AnyVariant, Variant
 from lorameter.studies.workload import Workload
 
-OF_SCRIPTS = "it is the scripts' own"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
@@ -52,28 +50,27 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
     The `executor`, if given, times its steps."""
     time = forecast_time(plan, machine, runs, executor)
     if plan.study.of_scripts:
-        return Forecast(time=time, memory_bytes=None, disk_bytes=None, unknown=OF_SCRIPTS)
+        return Forecast(time=time, memory_bytes=None, disk_bytes=None, unknown="it is the scripts' own")
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     unknown = next(filter(None, (uncounted(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
     needs: dict[str, int | None] = {}
     for workload in plan.workloads:
         variants = [arm.built for arm in plan.arms if arm.workload == workload]
         needs |= needed_bytes(variants, workload, machine, runs)
-    memory = largest_known(_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups)
-    disk = None
-    if unknown is None:
-        tokens = sum(
-            4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
-            for workload in plan.workloads
-        )
-        adapters = [adapter_parameters(arm.built, shape_of[arm.workload]) for arm in plan.arms]
-        disk = tokens + len(plan.slots) * 64 * 1024 + max(adapters) * 4
-    return Forecast(time=time, memory_bytes=memory, disk_bytes=disk, unknown=unknown)
+    memory = combine(max, (_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups))
+    if unknown is not None:
+        return Forecast(time=time, memory_bytes=memory, disk_bytes=None, unknown=unknown)
+    tokens = sum(
+        4 * 8 * workload.sequence_length * (workload.train_sequences + workload.held_out_sequences)
+        for workload in plan.workloads
+    )
+    adapter = max(adapter_parameters(arm.built, shape_of[arm.workload]) for arm in plan.arms)
+    return Forecast(time=time, memory_bytes=memory, disk_bytes=tokens + len(plan.slots) * 64 * 1024 + adapter * 4)
 
 
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine, *, forked: bool) -> int | None:
     """Memory of the processes of a group: each counts with its largest trial, and shared memory counts once."""
-    total = sum_known(largest_known(needs[slot.variant.name] for slot in launch) for launch in group.launches)
+    total = combine(sum, (combine(max, (needs[slot.variant.name] for slot in launch)) for launch in group.launches))
     first = [launch[0] for launch in group.launches]
     return total and total - _shared_bytes([(slot.arm.built, slot.workload) for slot in first], machine, forked=forked)
 
@@ -83,46 +80,26 @@ def _shared_bytes(processes: Sequence[tuple[Variant, Workload]], machine: Machin
     that has imported the libraries is the parent of all."""
     if machine.device != "cpu":
         return 0
-    imported = (len(processes) - 1) * int((1 - COPIED_SHARE) * birth_bytes(machine.cuda)) if forked else 0
-    return imported + _shared_base_bytes(processes, machine) + _idle_logit_bytes(processes, machine)
-
-
-def _idle_logit_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Logits in the estimated peaks of waiting processes. A process holds logits only while it computes, and at most as
-    many processes compute at once as there are CPUs: those with the largest logits."""
-    sizes = []
-    for variant, workload in processes:
-        shape = shapes.shape(catalogue.resolve(workload.model))
-        counted = lora_like(variant) if uncounted(variant, shape) else variant  # logits do not depend on the method
-        sizes.append(passing_bytes(counted, workload, shape))
-    return sum(sorted(sizes)[: -machine.cpus])
-
-
-def _shared_base_bytes(processes: Iterable[tuple[Variant, Workload]], machine: Machine) -> int:
-    """Bytes of bases that several of these processes map from one file, not counting the first process. A base that the
-    adapter's initialisation changes, or whose biases train, is not shared."""
+    shared = (len(processes) - 1) * int((1 - COPIED_SHARE) * birth_bytes(machine.cuda)) if forked else 0
     mapped: set[BaseKey] = set()
-    repeated = 0
+    logits: list[int] = []
     for variant, workload in processes:
         shape = shapes.shape(catalogue.resolve(workload.model))
-        if variant.rewrites_base or variant.trains_base or uncounted(variant, shape):
-            continue
-        key = base_key(variant, workload)
-        repeated += mapped_bytes(variant, shape) if key in mapped else 0
-        mapped.add(key)
-    return repeated
+        unknown = uncounted(variant, shape)
+        logits.append(passing_bytes(lora_like(variant) if unknown else variant, workload, shape))
+        # A base that the adapter's initialisation changes, or whose biases train, is not mapped.
+        if not (variant.rewrites_base or variant.trains_base or unknown):
+            key = base_key(variant, workload)
+            shared += mapped_bytes(variant, shape) if key in mapped else 0
+            mapped.add(key)
+    # A process holds logits only while it computes, and at most as many compute at once as there are CPUs.
+    return shared + sum(sorted(logits)[: -machine.cpus])
 
 
-def largest_known(sizes: Iterable[int | None]) -> int | None:
-    """The largest size; None if one is unknown."""
+def combine(operation: Callable[[Iterable[int]], int], sizes: Iterable[int | None]) -> int | None:
+    """The `max` or the `sum` of sizes; None if one is unknown."""
     known = list(sizes)
-    return None if None in known else max(filter(None, known), default=0)
-
-
-def sum_known(sizes: Iterable[int | None]) -> int | None:
-    """The sum; None if one is unknown."""
-    known = list(sizes)
-    return None if None in known else sum(filter(None, known))
+    return None if None in known else operation(size for size in known if size is not None)
 
 
 def together_bytes(
@@ -131,7 +108,7 @@ def together_bytes(
     """Expected memory of one live process for each member, with shared memory counted once; None if one is unknown.
     `forked` as for a plan without sides: one process is the parent of all."""
     needs = needed_bytes(members, workload, machine, runs)
-    total = sum_known(needs[variant.name] for variant in members)
+    total = combine(sum, (needs[variant.name] for variant in members))
     if total is None or workload.model == OWN:
         return total
     processes = [(variant, workload) for variant in members if isinstance(variant, Variant)]

@@ -59,15 +59,17 @@ def choose_interleaving(
     Raises:
         UsageError: the requested level is unknown, or not possible for these variants.
     """
-    obstacle = shared_base_obstacle(variants)
-    if workloads > 1:  # trials on one base share values, such as its held-out loss, that depend on the workload
-        obstacle = f"the variants are measured on {workloads} workloads"
-    if ranks > 1:
-        obstacle = f"a trial has {ranks} ranks, which are processes of its own"
-    if adapters > 1:
-        obstacle = f"requests have {adapters} adapters on a base, and those of other trials would take part in a switch"
-    if sided:
-        obstacle = "base and candidate are processes of their own"
+    obstacles = (
+        (sided, "base and candidate are processes of their own"),
+        (
+            adapters > 1,
+            f"requests have {adapters} adapters on a base, and those of other trials would take part in a switch",
+        ),
+        (ranks > 1, f"a trial has {ranks} ranks, which are processes of its own"),
+        # Trials on one base share values, such as its held-out loss, that depend on the workload.
+        (workloads > 1, f"the variants are measured on {workloads} workloads"),
+    )
+    obstacle = next((why for applies, why in obstacles if applies), None) or shared_base_obstacle(variants)
     if requested is not None:
         if requested not in LEVELS:
             raise UsageError(f"interleave = {requested!r}: not known. Use one of {', '.join(LEVELS)}.")
@@ -87,6 +89,14 @@ def choose_interleaving(
     if not fits(together_bytes, free_bytes):
         return other, f"{why}, and {sizes}"
     return "lockstep", f"{obstacle or ONE_HEAP}; {sizes}"
+
+
+_OF_A_PROCESS = {
+    "compile": "compile = True would recompile for every adapter, and fall back at its limit",
+    "merge_adapter": "merge_adapter = True changes the base for its requests",
+    "liger_kernel": "liger_kernel = True swaps functions of the architecture for the whole process",
+}
+"""Why a variant with one of these keys shares no process."""
 
 
 def fits(needed_bytes: int, free_bytes: int) -> bool:
@@ -112,12 +122,8 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
             facts = facts_of([variant])[variant.name]
             if variant.trains_base or not (facts.keeps_base and facts.several):
                 return f"{label}: {variant.method_name} changes the base, or has one adapter on it"
-        if variant.compile:
-            return f"{label}: compile = True would recompile for every adapter, and fall back at its limit"
-        if variant.merge_adapter:
-            return f"{label}: merge_adapter = True changes the base for its requests"
-        if variant.liger_kernel:
-            return f"{label}: liger_kernel = True swaps functions of the architecture for the whole process"
+        if why := next((why for key, why in _OF_A_PROCESS.items() if getattr(variant, key)), None):
+            return f"{label}: {why}"
         differing = sorted(
             key for key in variant.differences(first) if key not in ADAPTER_FIELDS and not key.startswith("peft.")
         )

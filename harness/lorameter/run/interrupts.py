@@ -32,7 +32,7 @@ class InterruptHandler:
 
     def __init__(self) -> None:
         self._before: dict[signal.Signals, Any] = {}
-        self._received: str | None = None
+        self._received = ""
         self._raised = self._waiting = False
 
     def __enter__(self) -> InterruptHandler:
@@ -49,14 +49,13 @@ class InterruptHandler:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if error is None and self._received is not None and not self._raised:
-            self._raise()
+        if error is None:
+            self._raise_received()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block in which a signal raises `StopRequested` at once; an earlier signal raises it at the start."""
-        if self._received is not None and not self._raised:
-            self._raise()
+        self._raise_received()
         self._waiting = True
         try:
             yield
@@ -65,9 +64,11 @@ class InterruptHandler:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name
-        if self._waiting and not self._raised:
-            self._raise()
+        if self._waiting:
+            self._raise_received()
 
-    def _raise(self) -> None:
-        self._raised = True
-        raise StopRequested(self._received)
+    def _raise_received(self) -> None:
+        """Raise `StopRequested` for a signal, but only once."""
+        if self._received and not self._raised:
+            self._raised = True
+            raise StopRequested(self._received)

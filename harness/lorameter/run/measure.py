@@ -25,9 +25,9 @@ from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Notice, Side, TokenSummary
 from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
+from lorameter.run.build_plan import probe_memory
 from lorameter.run.display import Display, shield
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.memory_probe import probe_memory
 from lorameter.run.plan import Group, Plan, executor_of, variants_of
 from lorameter.run.prepare import Ready, prepare_run
 from lorameter.run.resume import check_same, continue_manifest, is_finished, mark_complete
@@ -85,7 +85,7 @@ def measure(
         stack.enter_context(remove_on_failure(folder, unless=store.MANIFEST))
         stack.enter_context(store.writing(folder))
         earlier = store.read_run(str(folder), runs) if resume else None  # read only now: no other process writes it
-        groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.is_spread)
+        groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.launcher is not None)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else mark_complete(earlier)
         if placement.launcher is None:
@@ -127,10 +127,14 @@ def _measure_here(
             plan, failures = probe_memory(plan, executors, context, shown)
         shown.rehearsed(plan, failures)
         notices = (*notices, *failures)
-    if earlier is None:
-        manifest = _new_manifest(plan, folder.name, ready, facts, notices, policy)
-    else:
-        manifest = _resumed_manifest(plan, earlier.manifest, ready, facts)
+    manifest = _new_manifest(plan, folder.name, ready, facts, notices, policy)
+    if earlier is not None:
+        again = continue_manifest(earlier.manifest, manifest, minutes)
+        manifest = msgspec.structs.replace(
+            again,
+            bases=(*again.bases, *ready.bases.summaries),
+            notices=tuple(dict.fromkeys((*again.notices, *ready.bases.notices))),
+        )
     writer = RunWriter(folder.parent, manifest)
     stack.enter_context(writer.refusals())
     stack.enter_context(_finishing_after_errors(writer))
@@ -167,7 +171,8 @@ def _new_manifest(
     plan: Plan, run_id: str, ready: Ready, facts: Mapping[str, MachineFacts], notices: tuple[Notice, ...],
     policy: Mapping[str, Any],
 ) -> Manifest:  # fmt: skip
-    collected = _provenance(plan, ready, facts)
+    first = next(iter(facts.values()))
+    collected = provenance.collect(plan.study, first, plan.study.workload.threads, ready.hello, plan.own_workloads)
     declared = sorted({name for side in plan.sides.values() for name in DECLARED[side.kind]})
     return Manifest(
         run=run_id,
@@ -192,22 +197,6 @@ def _new_manifest(
         },
         policy=dict(policy),
     )
-
-
-def _resumed_manifest(plan: Plan, before: Manifest, ready: Ready, facts: Mapping[str, MachineFacts]) -> Manifest:
-    tokens = describe_tokens(plan, ready.tokens)
-    minutes = plan.study.protocol.max_minutes
-    manifest = continue_manifest(before, _provenance(plan, ready, facts), tokens, minutes)
-    return msgspec.structs.replace(
-        manifest,
-        bases=(*manifest.bases, *ready.bases.summaries),
-        notices=tuple(dict.fromkeys((*manifest.notices, *ready.bases.notices))),
-    )
-
-
-def _provenance(plan: Plan, ready: Ready, facts: Mapping[str, MachineFacts]) -> dict[str, Any]:
-    first = next(iter(facts.values()))
-    return provenance.collect(plan.study, first, plan.study.workload.threads, ready.hello, plan.own_workloads)
 
 
 @contextlib.contextmanager

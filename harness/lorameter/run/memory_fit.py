@@ -8,10 +8,12 @@ longer keeps the memory that a step frees, so the sizes below and above are sear
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,8 +35,6 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
 
 FitStatus = Literal["fits", "may-not-fit", "does-not-fit"]
-Bound = Literal["memory", "context", "study"]
-"""The limit of a size: the device's memory, the model's context, or the limits of a study."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +69,6 @@ class Needs:
         low, high = peak_range(expected_bytes, device)
         return cls(expected_bytes=expected_bytes, low_bytes=low, high_bytes=high)
 
-    def status_in(self, usable_bytes: int) -> FitStatus:
-        """Whether the whole range, a part of it, or none of it fits into these bytes."""
-        if self.high_bytes <= usable_bytes:
-            return "fits"
-        return "may-not-fit" if self.low_bytes <= usable_bytes else "does-not-fit"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Largest:
@@ -85,7 +79,8 @@ class Largest:
     value: int | None
     """The largest value; None if not even `least` fits."""
     least: int
-    bound: Bound
+    bound: Literal["memory", "context", "study"]
+    """The limit of the size: the device's memory, the model's context, or the limits of a study."""
 
 
 _GPU_ASSUMPTIONS = (
@@ -141,58 +136,47 @@ class Fitter:
         return Needs.of(expected.needed_bytes, self.device.machine.device)
 
     def status(self, needs: Needs) -> FitStatus:
-        """Whether the memory fits on the device."""
-        return needs.status_in(self.device.usable_bytes)
-
-    def _fits(self, variant: Variant, workload: Workload) -> bool:
-        return self.status(self.needs(variant, workload)) == "fits"
+        """Whether the whole range, a part of it, or none of it fits on the device."""
+        if needs.high_bytes <= self.device.usable_bytes:
+            return "fits"
+        return "may-not-fit" if needs.low_bytes <= self.device.usable_bytes else "does-not-fit"
 
     def largest_batch(self, variant: Variant, workload: Workload) -> Largest:
         """The largest `batch_size` at the workload's length for which it and all smaller ones fit."""
-        value = self._largest(
-            lambda rows: self._fits(variant, dataclasses.replace(workload, batch_size=rows)),
-            range(1, MOST_BATCH + 1),
-            falls_at=-(-mapped_from_tokens(variant, self.shape) // workload.sequence_length),
-        )
-        bound: Bound = "study" if value == MOST_BATCH else "memory"
-        return Largest(key="batch_size", value=value, least=1, bound=bound)
+        value = self._largest(variant, workload, "batch_size", range(1, MOST_BATCH + 1))
+        return Largest(key="batch_size", value=value, least=1, bound="study" if value == MOST_BATCH else "memory")
 
     def largest_length(self, variant: Variant, workload: Workload) -> Largest:
         """The largest `sequence_length` at the workload's batch size, limited by the model's context and by the number
         of tokens that a study may prepare."""
         sequences = max(workload.train_sequences, workload.held_out_sequences)
         most = min(self.shape.context, protocol.MOST_TOKENS // sequences)
-        value = self._largest(
-            lambda length: self._fits(variant, dataclasses.replace(workload, sequence_length=length)),
-            range(LEAST_LENGTH, most + 1),
-            falls_at=-(-mapped_from_tokens(variant, self.shape) // workload.batch_size),
+        value = self._largest(variant, workload, "sequence_length", range(LEAST_LENGTH, most + 1))
+        limit: Literal["context", "study"] = "context" if most == self.shape.context else "study"
+        return Largest(
+            key="sequence_length", value=value, least=LEAST_LENGTH, bound=limit if value == most else "memory"
         )
-        bound: Bound = "memory" if value != most else "context" if most == self.shape.context else "study"
-        return Largest(key="sequence_length", value=value, least=LEAST_LENGTH, bound=bound)
 
-    def _largest(self, fits: Callable[[int], bool], sizes: range, *, falls_at: int) -> int | None:
-        """The last size up to which all sizes fit. An estimate grows with the size, but on a CPU decreases once."""
+    def _largest(self, variant: Variant, workload: Workload, key: str, sizes: range) -> int | None:
+        """The last value of a key of the workload up to which all fit. An estimate grows with it, but decreases once on
+        a CPU."""
+
+        def exceeds(size: int) -> bool:
+            changed: dict[str, Any] = {key: size}
+            return self.status(self.needs(variant, dataclasses.replace(workload, **changed))) != "fits"
+
+        other = workload.sequence_length if key == "batch_size" else workload.batch_size
+        falls_at = math.ceil(mapped_from_tokens(variant, self.shape) / other)
         pieces = [sizes]
         if self.device.machine.device == "cpu" and falls_at in sizes:
             pieces = [range(sizes.start, falls_at), range(falls_at, sizes.stop)]
         best: int | None = None
         for piece in filter(None, pieces):
-            last = _last(fits, piece)
-            best = best if last is None else last
-            if last != piece[-1]:
+            fitting = bisect.bisect_left(piece, True, key=exceeds)
+            best = piece[fitting - 1] if fitting else best
+            if fitting < len(piece):
                 break
         return best
-
-
-def _last(fits: Callable[[int], bool], sizes: range) -> int | None:
-    """The last size that fits, by bisection; None if the first does not fit."""
-    if not fits(sizes[0]):
-        return None
-    low, high = 0, len(sizes)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-    return sizes[low]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +239,7 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
     before, cpu = fitter.needs(variant, workload), fitter.device.machine.device == "cpu"
     options: dict[_Change, MemoryOption] = {}
     skipped: list[SkippedOption] = []
-    for change in (*_changes(variant), *_smaller_batch(fitter, variant, workload)):
+    for change in _changes(fitter, variant, workload):
         try:
             changed, smaller = change.apply(variant, workload)
             if cpu and changed.optimizer.startswith("paged"):
@@ -272,8 +256,7 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
             freed_bytes=before.expected_bytes - after.expected_bytes, status=fitter.status(after),
         )  # fmt: skip
     order = sorted(options, key=lambda change: -options[change].freed_bytes)
-    status = fitter.status(before)
-    largest = (fitter.largest_batch(variant, workload), fitter.largest_length(variant, workload))
+    status, largest = fitter.status(before), (fitter.largest_batch, fitter.largest_length)
     return Advice(
         device=fitter.device,
         needs=before,
@@ -281,7 +264,7 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
         options=tuple(options[change] for change in order),
         skipped=tuple(skipped),
         turn=() if status == "fits" else _find_fewest(fitter, variant, workload, order),
-        largest=largest if with_largest else (),
+        largest=tuple(find(variant, workload) for find in largest) if with_largest else (),
     )
 
 
@@ -310,8 +293,9 @@ class _Change:
         return dataclasses.replace(variant, **field), workload
 
 
-def _changes(variant: Variant) -> Iterator[_Change]:
-    """Possible changes of the variant."""
+def _changes(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_Change]:
+    """Possible changes of the variant, and a smaller batch: the largest that fits, one if none fits, or half of it if
+    the workload fits unchanged."""
     if not variant.gradient_checkpointing:
         yield _Change("gradient_checkpointing", True)
     if not variant.is_4bit:
@@ -323,9 +307,6 @@ def _changes(variant: Variant) -> Iterator[_Change]:
     if variant.optimizer != "paged_adamw_8bit":
         yield _Change("optimizer", "paged_adamw_8bit")
 
-
-def _smaller_batch(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_Change]:
-    """The largest smaller batch that fits; half the batch if the workload fits unchanged; one if no batch fits."""
     if workload.batch_size > 1:
         most = fitter.largest_batch(variant, workload).value or 1
         yield _Change("batch_size", most if most < workload.batch_size else workload.batch_size // 2)

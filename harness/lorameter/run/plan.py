@@ -93,16 +93,19 @@ class Arm:
         return math.ceil(steps / protocol.steps_per_turn)
 
 
-def arms_of(study: Study, select: Sequence[str] = ()) -> tuple[Arm, ...]:
-    """The variants to measure and the control; the reference is always included.
+def arms_of(study: Study, select: Sequence[str] = (), sides: Sides | None = None) -> tuple[Arm, ...]:
+    """The variants to measure and the control; the reference is always included, except in an A/B.
 
     Args:
         study: the study with its variants and their workloads.
         select: variant names; empty for all variants.
+        sides: sides of an A/B (`arms_on_sides`).
 
     Raises:
         UsageError: a variant is unknown, or two variants are the same.
     """
+    if sides:
+        return arms_on_sides(study, select, sides)
     own = study.own_workloads
     study.check_distinct()
     chosen = {study.variant(name).name for name in select} or {variant.name for variant in study.variants}
@@ -144,17 +147,9 @@ def workloads_of(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
     return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
 
 
-def check_phases(phases: Sequence[str]) -> tuple[str, ...]:
-    """The phases in order. Raises `UsageError` for an unknown one."""
-    for phase in phases:
-        if phase not in PHASES:
-            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
-    return tuple(phase for phase in PHASES if phase in phases)
-
-
 _PHASE_OF: dict[Measure, str] = {
-    "steps": "train", "requests": "generate", "open_ended": "generate", "merged": "generate", "peaks": "train",
-    "cold": "cold",
+    "steps": "train", "requests": "generate", "open_ended": "generate", "merged": "generate", "cold": "cold",
+    "peaks": "train",
 }  # fmt: skip
 
 
@@ -226,7 +221,7 @@ class Plan:
     """The reason for this interleaving."""
     groups: tuple[Group, ...]
     provisional: bool = False
-    """Whether a rehearsal of its scripts still has to determine the interleaving (`lorameter.run.memory_probe`)."""
+    """Whether a rehearsal of its scripts still has to determine the interleaving (`lorameter.run.build_plan`)."""
     failed: Mapping[str, TrialRecord] = field(default_factory=dict)
     """Records of failed rehearsals, by arm: the trials of these arms are not started."""
     sides: Sides = field(default_factory=dict)
@@ -272,10 +267,13 @@ def make_plan(
         sides: sides of the A/B to which the arms belong.
 
     Raises:
-        UsageError: a phase is unknown.
+        UsageError: a phase is unknown or cannot be measured, or the plan has too many rounds.
     """
     arms = tuple(arms) or arms_of(study)
-    checked = check_phases(phases)
+    for phase in phases:
+        if phase not in PHASES:
+            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
+    checked = tuple(phase for phase in PHASES if phase in phases)
     if study.of_scripts and checked != ("train",):
         raise UsageError(
             f"study {study.name}: phases {', '.join(checked)}: its variants are commands, of which training is "
@@ -286,11 +284,17 @@ def make_plan(
             f"study {study.name}: phases {', '.join(checked)}: of several ranks, and of methods other than LoRA in its "
             'short form, training is measured and nothing else. Write phases = ["train"] and leave --phase out.'
         )
-    cold = study.protocol.cold_replicates or study.protocol.replicates
+    protocol = study.protocol
+    rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
+    if (total := len(arms) * protocol.replicates * rounds) > MOST_ROUNDS:  # it would take minutes to make and to read
+        raise UsageError(
+            f"study {study.name}: {protocol.replicates} replicates of {len(arms)} trials with {rounds} turns and "
+            f"requests each are {total} in all, and a plan holds {MOST_ROUNDS}. Use fewer of any of them."
+        )
+    cold = protocol.cold_replicates or protocol.replicates
     together, alone = measures_of(study, interleaving, checked)
-    _check_size(study, len(arms))
     executors = {arm: executor_of(arm, arms) for arm in arms}
-    shuffler = random.Random(study.protocol.seed)
+    shuffler = random.Random(protocol.seed)
     positions = itertools.count()
     groups: list[Group] = []
 
@@ -300,24 +304,26 @@ def make_plan(
             arm=arm,
             replicate=replicate,
             position=next(positions),
-            seed=study.protocol.seed + replicate,
+            seed=protocol.seed + replicate,
             interleaving=level,
             measures=measures,
             executor=executors[arm],
         )
 
+    # Arms that are compared with each other: all of a study, or the sides of a variant in an A/B.
+    panels = [list(panel) for _, panel in itertools.groupby(arms, lambda arm: arm.side and arm.variant.name)]
     isolates_peaks_only = set(alone) == {"peaks"}
     isolated = [one for one in arms if one.role == "variant" or study.claims_peaks or not isolates_peaks_only]
-    for replicate in range(study.protocol.replicates):
+    for replicate in range(protocol.replicates):
         live_measures = tuple(one for one in together if one != "cold" or replicate < cold)
-        for panel in _panels(arms, shuffler):
+        for panel in _shuffle(panels, shuffler) if arms[0].side else panels:
             live = [slot(one, replicate, interleaving, live_measures) for one in _shuffle(panel, shuffler)]
             groups += _group_slots(live, study, shuffler)
-            if not alone or (isolates_peaks_only and replicate >= study.protocol.peak_replicates):
+            if not alone or (isolates_peaks_only and replicate >= protocol.peak_replicates):
                 continue
             for one in _shuffle([one for one in panel if one in isolated], shuffler):
                 single = slot(one, replicate, "replicates", alone)
-                requests = ((single.trial,),) * study.protocol.generate_requests if "merged" in alone else ()
+                requests = ((single.trial,),) * protocol.generate_requests if "merged" in alone else ()
                 groups.append(Group(replicate=replicate, launches=((single,),), requests=requests))
     return Plan(
         study=study,
@@ -331,18 +337,6 @@ def make_plan(
     )
 
 
-def _check_size(study: Study, arms: int) -> None:
-    """Raise `UsageError` for a plan that would take minutes to make and to read."""
-    protocol = study.protocol
-    rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
-    total = arms * protocol.replicates * rounds
-    if total > MOST_ROUNDS:
-        raise UsageError(
-            f"study {study.name}: {protocol.replicates} replicates of {arms} trials with {rounds} turns and "
-            f"requests each are {total} in all, and a plan holds {MOST_ROUNDS}. Use fewer of any of them."
-        )
-
-
 def measures_of(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
@@ -351,30 +345,16 @@ def measures_of(
         return ("steps", "peaks"), ()
     unwanted = {"merged"} if not study.protocol.merged else set()
     unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
-    wanted = tuple(
+    wanted = [
         measure
         for measure, phase in _PHASE_OF.items()
-        if (phase in phases or measure == "steps") and measure not in unwanted
-    )
-    wanted = (*(measure for measure in wanted if measure != "peaks"), "peaks")
-    isolated: set[Measure] = {
-        "shared-base": {"merged", "peaks"},
-        "lockstep": {"peaks"},
-    }.get(interleaving, set())  # type: ignore[assignment]
+        if (phase in phases or measure in ("steps", "peaks")) and measure not in unwanted
+    ]
+    isolated = {"shared-base": ("merged", "peaks"), "lockstep": ("peaks",), "replicates": ()}[interleaving]
     return (
         tuple(measure for measure in wanted if measure not in isolated),
         tuple(measure for measure in wanted if measure in isolated),
     )
-
-
-def _panels(arms: Sequence[Arm], shuffler: random.Random) -> list[list[Arm]]:
-    """Arms that are compared with each other: all of a study, or the sides of a variant in an A/B."""
-    if not arms[0].side:
-        return [list(arms)]
-    by_variant: dict[str, list[Arm]] = {}
-    for arm in arms:
-        by_variant.setdefault(arm.variant.name, []).append(arm)
-    return _shuffle(list(by_variant.values()), shuffler)
 
 
 def _shuffle(items: Sequence[T], shuffler: random.Random) -> list[T]:
@@ -384,14 +364,10 @@ def _shuffle(items: Sequence[T], shuffler: random.Random) -> list[T]:
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
     """The groups of trials that are compared with each other, by their level of interleaving. The order of turns is
     shuffled for each round."""
-    protocol, measures = study.protocol, slots[0].measures
-    live: list[list[tuple[Slot, ...]]] = [[(slot,)] for slot in slots]
-    if slots[0].interleaving == "shared-base":
-        live = [[tuple(slots)]]
-    elif slots[0].interleaving == "lockstep":
-        live = [[(slot,) for slot in slots]]
+    protocol, measures, level = study.protocol, slots[0].measures, slots[0].interleaving
+    processes = [tuple(slots)] if level == "shared-base" else [(slot,) for slot in slots]
     groups = []
-    for launches in live:
+    for launches in [[one] for one in processes] if level == "replicates" else [processes]:
         trials = [slot.trial for launch in launches for slot in launch]
         turns, requests, open_ended = (
             tuple(tuple(_shuffle(trials, shuffler)) for _ in range(count))

@@ -146,21 +146,17 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
         try:
             made[name, key] = executors[name].prepare_base(request)
         except WorkerLostError as lost:
-            notices[key] = _notice(slot, lost)
+            notices[key] = Notice(
+                code="base-not-prepared",
+                message=f"the base {base_words(slot.arm.built, slot.workload)} could not be prepared ({lost.status}: "
+                f"{lost.failure.message.rstrip('.')}), so each process reads, converts and quantises it itself.",
+                remedy="See logs/base.log of the run, and the records of its trials.",
+            )
     prune()
     return Bases(
         folders={place: summary.path for place, summary in made.items() if place[1] not in notices},
         summaries=tuple(made.values()),
         notices=tuple(notices.values()),
-    )
-
-
-def _notice(slot: Slot, lost: WorkerLostError) -> Notice:
-    return Notice(
-        code="base-not-prepared",
-        message=f"the base {base_words(slot.arm.built, slot.workload)} could not be prepared ({lost.status}: "
-        f"{lost.failure.message.rstrip('.')}), so each process reads, converts and quantises it itself.",
-        remedy="See logs/base.log of the run, and the records of its trials.",
     )
 
 

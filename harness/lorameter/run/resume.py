@@ -20,27 +20,15 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import OF_A_KIND, MachineFacts, git_state
-from lorameter.records import codec, fileio, store, trials
-from lorameter.records.packed import is_packed
+from lorameter.records import codec, store
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.plan import (
-    PRESENT,
-    SIDES,
-    Group,
-    Plan,
-    SideSpec,
-    arms_of,
-    arms_on_sides,
-    make_plan,
-    variants_of,
-)
+from lorameter.run.plan import PRESENT, SIDES, Group, Plan, SideSpec, arms_of, make_plan
 from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.verdicts.comparison_input import differences
-from lorameter.verdicts.validity import is_single_script_run
 
 if TYPE_CHECKING:
     from lorameter.run.sites.placement import Placement
@@ -62,27 +50,10 @@ class PlanSpec:
     sides: dict[Side, SideSpec] = field(default_factory=dict)
 
 
-def write_plan(plan: Plan, whole: Plan) -> PlanSpec:
-    """Describe a plan, or the rest of the `whole` plan."""
-    return PlanSpec(
-        study=codec.to_json(whole.study),
-        phases=whole.phases,
-        selection=tuple(variant.name for variant in variants_of(whole.arms)),
-        interleaving=whole.interleaving,
-        why=whole.why,
-        order=tuple(slot.trial for slot in whole.slots),
-        trials=tuple(slot.trial for slot in plan.slots),
-        sides=dict(whole.sides),
-    )
-
-
 def read_plan(written: PlanSpec) -> Plan:
     """The plan, with the groups that remain to be measured. Raises `UsageError` if this version plans other trials."""
     study = restore_numbers(codec.from_json(Study, written.study, "study of the plan"), written.study)
-    if written.sides:
-        arms = arms_on_sides(study, written.selection, written.sides)
-    else:
-        arms = arms_of(study, written.selection)
+    arms = arms_of(study, written.selection, written.sides)
     plan = make_plan(
         study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
         sides=written.sides,
@@ -116,55 +87,6 @@ def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
 
 SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
 """Provenance of a side that must be equal for all its parts, measured at different times or places."""
-INJECTED = "slowdown_rows"
-"""Key of a side in the manifest: its injected extra work (`Arm.slowdown_rows`)."""
-
-
-def refuse_settled(resume: str, options: Mapping[str, Any]) -> None:
-    """Raise `UsageError`, with the name of the option that resumes, for options that the run has already fixed.
-
-    `options` contains the entry point's options by name, with their values; None, False, 0 and [] mean not given.
-    """
-    given = [name for name, value in options.items() if value not in (None, False, [])]
-    if given:
-        raise UsageError(
-            f"{resume}: {', '.join(given)} would change the study or the plan, which the run holds. Leave the option "
-            "out, or measure a new run."
-        )
-
-
-def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """The run to resume, by id or directory; it may also be complete (`is_finished`).
-
-    Args:
-        name: a run id, or a run directory.
-        runs: the folder of runs.
-        study: expected name of the study; None for any.
-
-    Raises:
-        UsageError, InvalidRunError: the run does not exist, is of another study, or cannot be resumed.
-    """
-    run = store.read_run(name, runs)
-    manifest = run.manifest
-    if study is not None and manifest.study.get("name") != study:
-        raise UsageError(
-            f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
-            "run holds its own."
-        )
-    if is_single_script_run(run, read_study(run)):
-        raise UsageError(
-            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be resumed. "
-            "Run it again."
-        )
-    if run.live:
-        raise UsageError(store.refusal_while_live(run.path))
-    if is_packed(run.path):
-        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Resume it where it was measured.")
-    if run.path.resolve().name != manifest.run:
-        raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
-    for name in (store.TRIALS, trials.CHECKS):
-        fileio.check_appendable(run.path / name)
-    return run
 
 
 def is_calibration(manifest: Manifest) -> bool:
@@ -230,14 +152,20 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
     """The original plan of a run; `max_minutes` replaces the study's limit, and the limit counts from now.
 
     Raises:
-        UsageError: the run is of another machine, as far as known before the sides of an A/B are prepared, or this
-            version makes another plan.
+        UsageError: the run is of another machine, as far as known before the sides of an A/B are prepared, a side
+            cannot be named without a credential, or this version makes another plan.
     """
     manifest = run.manifest
     if not manifest.sides:
         check_place(run, placement.facts)
     elif is_calibration(manifest) and placement.is_remote:
         raise UsageError(f"run {manifest.run} is a calibration, of the machine that it is started on. Use --on here.")
+    sides: dict[Side, SideSpec] = {}
+    for name in SIDES if manifest.sides else ():
+        side, spec = manifest.sides[name], manifest.sides[name]["spec"]
+        if side["kind"] == "requirements":
+            spec = restore_requirements(f"run {manifest.run}, {name}", spec)
+        sides[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side["slowdown_rows"])
     plan = read_plan(
         PlanSpec(
             study=manifest.study,
@@ -247,25 +175,13 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
             why=manifest.why,
             order=manifest.order,
             trials=manifest.order,
-            sides=_recorded_sides(run),
+            sides=sides,
         )
     )
     if max_minutes is None:
         return plan
     protocol = dataclasses.replace(plan.study.protocol, max_minutes=max_minutes)
     return dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
-
-
-def _recorded_sides(run: Run) -> dict[Side, SideSpec]:
-    """The sides of a run. Raises `UsageError` for a side that cannot be named without a credential."""
-    sides: dict[Side, SideSpec] = {}
-    for name in SIDES if run.manifest.sides else ():
-        side = run.manifest.sides[name]
-        spec = str(side["spec"])
-        if side["kind"] == "requirements":
-            spec = restore_requirements(f"run {run.manifest.run}, {name}", spec)
-        sides[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side[INJECTED])
-    return sides
 
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:
@@ -285,21 +201,18 @@ def mark_complete(run: Run) -> Run:
     return store.read_run(str(run.path), run.path.parent)
 
 
-def continue_manifest(
-    manifest: Manifest, facts: Mapping[str, Any], tokens: Mapping[str, Any], max_minutes: float | None
-) -> Manifest:
+def continue_manifest(manifest: Manifest, begun: Manifest, max_minutes: float | None) -> Manifest:
     """The manifest of a resumed run: running again, with the current time and harness version.
 
     Args:
         manifest: the manifest of the interrupted run.
-        facts: current provenance.
-        tokens: the description of the newly prepared tokens.
+        begun: a manifest as if the run began now, with the current provenance and the newly prepared tokens.
         max_minutes: the time limit from now on.
 
     Raises:
         UsageError: the tokens differ from those at the start of the run.
     """
-    now = _hashes(tokens)
+    now, facts = _hashes(begun.tokens), begun.provenance
     for which, before in _hashes(manifest.tokens).items():
         if now.get(which) != before:
             raise UsageError(

@@ -12,6 +12,7 @@ may stop as soon as the interval is narrow enough.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -218,32 +219,25 @@ def find_unfinished(plan: Plan, earlier: Collection[TrialRecord], *, whole: bool
         attempts = {settled.get(slot.trial) for slot in group.slots}
         return None not in attempts and len(attempts) == 1
 
-    left = {group for group in plan.groups if not is_settled(group)} - set(_skipped_groups(plan, earlier))
+    left = {group for group in plan.groups if not is_settled(group)} - _skipped_groups(plan, earlier)
     begun = {record.replicate for record in earlier if whole or record.site}
     again = {group.replicate for group in left} & begun
-    again |= _replicates_of_two_sites(earlier)
+    # The first site of such a replicate was lost, and the run ended before the second finished.
+    sites = Counter(replicate for replicate, _ in {(record.replicate, record.site) for record in earlier})
+    again |= {replicate for replicate, count in sites.items() if count > 1}
     return tuple(group for group in plan.groups if group in left or group.replicate in again)
 
 
-def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> list[Group]:
+def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> set[Group]:
     """Isolated trials that the time limit has dropped: they have no record, although later groups have. If some were
     dropped, those of the interrupted replicate are dropped as well."""
     recorded, begun = {record.trial for record in earlier}, {record.replicate for record in earlier}
-    groups = [] if plan.study.protocol.max_minutes is None else plan.groups
+    groups = () if plan.study.protocol.max_minutes is None else plan.groups
     known = [any(slot.trial in recorded for slot in group.slots) for group in groups]
     last = max((number for number, has in enumerate(known) if has), default=-1)
     alone = [number for number, group in enumerate(groups) if not known[number] and not group.turns]
     some = any(number < last for number in alone)
-    return [groups[number] for number in alone if some and groups[number].replicate in begun]
-
-
-def _replicates_of_two_sites(records: Collection[TrialRecord]) -> set[int]:
-    """Replicates with trials on more than one site: the first site was lost, and the run ended before the second
-    finished."""
-    sites: dict[int, set[str]] = {}
-    for record in records:
-        sites.setdefault(record.replicate, set()).add(record.site)
-    return {replicate for replicate, names in sites.items() if len(names) > 1}
+    return {groups[number] for number in alone if some and groups[number].replicate in begun}
 
 
 def records_outside(groups: Iterable[Group], earlier: Iterable[TrialRecord]) -> list[TrialRecord]:

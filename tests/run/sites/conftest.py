@@ -14,7 +14,7 @@ import pytest
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.run.sites import driver, gpus
-from lorameter.run.workers import ENV_EXECUTOR, EXECUTORS
+from lorameter.run.workers import EXECUTORS
 
 STUDY = """
 title = "two ranks of an adapter"
@@ -61,7 +61,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
     monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
-    monkeypatch.setenv(ENV_EXECUTOR, "pretending")
+    monkeypatch.setenv("LORAMETER_EXECUTOR", "pretending")
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
     monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])

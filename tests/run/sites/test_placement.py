@@ -23,7 +23,7 @@ from lorameter.machine.gpus import VisibleGpu
 from lorameter.machine.reading import Reading, missing
 from lorameter.records import store
 from lorameter.run.sites import gpus
-from lorameter.run.sites.gpus import local_shares
+from lorameter.run.sites.gpus import local_sites
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.ab import attribution_of, report_of
 from lorameter.verdicts.validity import run_validity
@@ -229,11 +229,10 @@ def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entri
     """Sites use CUDA's numbers; each site sees its own GPU, by its name in CUDA_VISIBLE_DEVICES."""
     show_gpus(monkeypatch, "H100", "H100", entries=entries)
     there = dataclasses.replace(machine, device="cuda")
-    sites = local_shares(("0", "1"), there)
-    assert [site.name for site in sites] == ["gpu-0", "gpu-1"]
-    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == [str(entry) for entry in entries]
-    (site,) = local_shares(("1",), there)
-    assert site.name == "gpu-1"
+    sites = local_sites(("0", "1"), there)
+    assert list(sites) == ["gpu-0", "gpu-1"]
+    assert [site.environment["CUDA_VISIBLE_DEVICES"] for site in sites.values()] == [str(entry) for entry in entries]
+    assert list(local_sites(("1",), there)) == ["gpu-1"]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +249,7 @@ def test_missing_and_different_gpus_are_refused(machine, monkeypatch, names, lim
     """Missing GPUs, different GPUs and GPUs with different or unknown power limits are refused."""
     show_gpus(monkeypatch, *names, limits=limits)
     with pytest.raises(UsageError, match=words):
-        local_shares(("0", "2"), dataclasses.replace(machine, device="cuda"))
+        local_sites(("0", "2"), dataclasses.replace(machine, device="cuda"))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -260,30 +259,30 @@ def test_sites_on_two_mig_instances_of_one_gpu_are_refused(machine, monkeypatch,
     show_gpus(monkeypatch, *["1g.10gb"] * 3, entries=("MIG-a", "MIG-b", "MIG-c"), boards=("one", "one", "two"))
     there = dataclasses.replace(machine, device="cuda")
     with pytest.raises(UsageError, match="MIG-a and MIG-b are parts of one GPU"):
-        local_shares(("0", "1", "2"), there, mixed=mixed)
-    sites = local_shares(("0", "2"), there)
-    assert [site.host.environment["CUDA_VISIBLE_DEVICES"] for site in sites] == ["MIG-a", "MIG-c"]
+        local_sites(("0", "1", "2"), there, mixed=mixed)
+    sites = local_sites(("0", "2"), there)
+    assert [site.environment["CUDA_VISIBLE_DEVICES"] for site in sites.values()] == ["MIG-a", "MIG-c"]
 
 
 def test_each_rank_of_a_site_has_a_gpu_or_a_share_of_the_cpus(machine, monkeypatch):
     """The site lists its GPUs by CUDA's names and locks each of them."""
-    (site,) = local_shares(("0+1",), machine)
-    assert (site.name, site.host.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
+    ((name, site),) = local_sites(("0+1",), machine).items()
+    assert (name, site.environment) == ("cpus-0-1", {"LORAMETER_CPUS": "4,5,6,7"})
     show_gpus(monkeypatch, "H100", "H100", "H100", "H100", "A100", limits=(700.0,) * 5, entries=(1, 2, 3, 0, 4))
     there = dataclasses.replace(machine, device="cuda")
-    sites = local_shares(("0+1", "2+3"), there)
-    assert [site.name for site in sites] == ["gpu-0-1", "gpu-2-3"]
-    assert [site.host.environment for site in sites] == [
+    sites = local_sites(("0+1", "2+3"), there)
+    assert list(sites) == ["gpu-0-1", "gpu-2-3"]
+    assert [site.environment for site in sites.values()] == [
         {"CUDA_VISIBLE_DEVICES": "1,2", "LORAMETER_CPUS": "4,5"},
         {"CUDA_VISIBLE_DEVICES": "3,0", "LORAMETER_CPUS": "6,7"},
     ]
     monkeypatch.setattr(gpus, "open_executor", lambda name=None, *, host: host.environment["CUDA_VISIBLE_DEVICES"])
-    taken = [gpus.executors_of_ranks(site.host, 2) for site in sites]
+    taken = [gpus.executors_of_ranks(site, 2) for site in sites.values()]
     assert taken == [["1", "2"], ["3", "0"]]
     with pytest.raises(
         UsageError, match=r"ranks of one trial would be on GPUs of different kinds \(A100 at 700 W, H100"
     ):
-        local_shares(("3+4",), there, mixed=True)
+        local_sites(("3+4",), there, mixed=True)
 
 
 SITES = ("--sites", "0,1", "--mixed")

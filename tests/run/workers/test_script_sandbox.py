@@ -13,7 +13,6 @@ from lorameter.records.fileio import scratch_folder
 from lorameter.run.workers import script_sandbox
 from lorameter.run.workers.script_sandbox import (
     check_side,
-    copy_snapshot,
     shared_notices,
     take_snapshot,
     variables_of,
@@ -44,7 +43,7 @@ def project(tmp_path):
 
 def test_each_process_has_a_copy_of_its_own(project, tmp_path):
     """Writes in a copy change neither another copy nor the original; a link keeps its target."""
-    first, second = (copy_snapshot(take_snapshot(project, tmp_path / f"s{n}"), tmp_path / f"c{n}") for n in (1, 2))
+    first, second = (take_snapshot(project, tmp_path / name) for name in ("first", "second"))
     (first / "out" / "old" / "model.bin").write_text("trained")
     (first / "train.py").write_text("edited")
     assert (

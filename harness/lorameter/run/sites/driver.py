@@ -22,20 +22,23 @@ import msgspec
 
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.provenance import OF_A_KIND, Machine, fingerprint_fields
-from lorameter.records import codec, store
+from lorameter.records import codec, fileio, store, trials
+from lorameter.records.packed import is_packed
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts
 from lorameter.run.budget import SKIPPED, Budget, skipped_notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.plan import Group, Plan
+from lorameter.run.plan import Group, Plan, variants_of
 from lorameter.run.prepare import begin_record
-from lorameter.run.resume import SIDE_FIELDS, continue_manifest, read_broken_off, write_plan
+from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest
 from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.slurm import cancel_job
+from lorameter.studies.study_file import read_study
 from lorameter.verdicts.comparison_input import Difference, differences
+from lorameter.verdicts.validity import is_single_script_run
 
 POLL_S = 1.0
 """Seconds between two reads of the jobs' state files, which have a few lines."""
@@ -48,9 +51,8 @@ MOST_LOSSES = 3
 class Launcher(Protocol):
     """Starts jobs: on this machine, on a Ray cluster or with SLURM."""
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """One site name for each job that can run at a time; empty if the job finds its site itself."""
+    slots: tuple[str, ...]
+    """One site name for each job that can run at a time; empty if the job finds its site itself."""
 
     def start(self, folder: Path, slot: str) -> None:
         """Start the job of a folder. Raises `UsageError` if it cannot be started."""
@@ -137,6 +139,10 @@ class MergedRun:
         if self.writer is None:
             self._first, self.writer = manifest, RunWriter(self._path.parent, self._begin_manifest(manifest))
 
+    def in_order(self, plan: Plan) -> tuple[TrialRecord, ...]:
+        """The records so far, in the order of the plan."""
+        return tuple(self.records[slot.trial] for slot in plan.slots if slot.trial in self.records)
+
     def collect(self, folder: Path) -> None:
         """Copy the logs and notices of a job that has ended."""
         for path in store.list_runs(folder):
@@ -219,7 +225,7 @@ def measure_in_jobs(
 
     def begin(manifest: Manifest) -> Manifest:
         if earlier is not None:
-            return continue_manifest(earlier.manifest, manifest.provenance, manifest.tokens, minutes)
+            return continue_manifest(earlier.manifest, manifest, minutes)
         return msgspec.structs.replace(
             manifest,
             run=path.name,
@@ -260,7 +266,7 @@ def _finish(plan: Plan, merged: MergedRun, status: store.RunStatus, stopped: str
     """End a run, with a record for each unmeasured trial."""
     assert merged.writer is not None  # a job that measured nothing ended with an error
     writer, protocol = merged.writer, plan.study.protocol
-    records = [merged.records[slot.trial] for slot in plan.slots if slot.trial in merged.records]
+    records = merged.in_order(plan)
     notices = merged.notices
     if status != "complete":
         for slot in plan.slots:
@@ -317,7 +323,7 @@ class _Jobs:
             for job in self._ended(running):
                 state = read_state(job.folder)
                 self._judge(job, state, self._merged.take(job.folder, state))
-                if reason := find_stop(self._plan, unlimited, self._records()):
+                if reason := find_stop(self._plan, unlimited, self._merged.in_order(self._plan)):
                     return reason
         return None
 
@@ -345,10 +351,6 @@ class _Jobs:
             with contextlib.suppress(InvalidRunError, OSError):
                 self._merged.take(folder, read_state(folder), everything=True)
 
-    def _records(self) -> tuple[TrialRecord, ...]:
-        records = self._merged.records
-        return tuple(records[slot.trial] for slot in self._plan.slots if slot.trial in records)
-
     def _start(self, replicates: tuple[int, ...], slot: str) -> None:
         folder = self._folder / f"{len(list(self._folder.iterdir())):04}"
         folder.mkdir()
@@ -356,10 +358,17 @@ class _Jobs:
         if (minutes := study.protocol.max_minutes) is not None:  # less for the rest of a lost job
             limit = minutes * min(1, len(replicates) / self._each)
             study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, max_minutes=limit))
-        whole = dataclasses.replace(self._plan, study=study)
-        part = dataclasses.replace(whole, groups=tuple(one for one in self._groups if one.replicate in replicates))
-        order = JobOrder(plan=write_plan(part, whole), site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
-        write_order(folder, order)
+        plan = PlanSpec(
+            study=codec.to_json(study),
+            phases=self._plan.phases,
+            selection=tuple(variant.name for variant in variants_of(self._plan.arms)),
+            interleaving=self._plan.interleaving,
+            why=self._plan.why,
+            order=tuple(slot.trial for slot in self._plan.slots),
+            trials=tuple(one.trial for group in self._groups if group.replicate in replicates for one in group.slots),
+            sides=dict(self._plan.sides),
+        )
+        write_order(folder, JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy))
         self._launcher.start(folder, slot)
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
 
@@ -391,15 +400,45 @@ class _Jobs:
         )
 
 
-# --- after a process that was killed ----------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------------
 
 
-def read_broken_off_with_jobs(name: str, runs: Path, *, study: str | None = None) -> Run:
-    """Like `lorameter.run.resume.read_broken_off`, after merging the records left by jobs of a killed process."""
+def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
+    """The run to resume, by id or directory, after merging the records left by jobs of a killed process; it may also be
+    complete (`is_finished`).
+
+    Args:
+        name: a run id, or a run directory.
+        runs: the folder of runs.
+        study: expected name of the study; None for any.
+
+    Raises:
+        UsageError, InvalidRunError: the run does not exist, is of another study, or cannot be resumed.
+    """
     for path in (Path(name), runs / name):
         if (path / JOBS).is_dir():
             merge_left(path)
-    return read_broken_off(name, runs, study=study)
+    run = store.read_run(name, runs)
+    manifest = run.manifest
+    if study is not None and manifest.study.get("name") != study:
+        raise UsageError(
+            f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
+            "run holds its own."
+        )
+    if is_single_script_run(run, read_study(run)):
+        raise UsageError(
+            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be resumed. "
+            "Run it again."
+        )
+    if run.live:
+        raise UsageError(store.refusal_while_live(run.path))
+    if is_packed(run.path):
+        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Resume it where it was measured.")
+    if run.path.resolve().name != manifest.run:
+        raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
+    for name in (store.TRIALS, trials.CHECKS):
+        fileio.check_appendable(run.path / name)
+    return run
 
 
 def merge_left(path: Path) -> None:

@@ -10,6 +10,7 @@ A job executes the commands in its order, so only its user may access the folder
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,6 @@ from lorameter.records.fileio import write_whole
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.resume import PlanSpec
 
-MODULE = "lorameter.run.sites.job"
-"""`python -m MODULE FOLDER` runs a job."""
 JOBS = "jobs"
 """The folder of all jobs, in the folder of their run; removed when the run has ended."""
 LOG = "job.log"
@@ -58,9 +57,9 @@ class JobState:
     """Whether the user can fix the error (`UsageError`)."""
 
 
-def command(python: str, folder: Path) -> list[str]:
+def command(folder: Path) -> list[str]:
     """The command line of a job."""
-    return [python, "-m", MODULE, str(folder)]
+    return [sys.executable, "-m", "lorameter.run.sites.job", str(folder)]
 
 
 def write_order(folder: Path, order: JobOrder) -> None:

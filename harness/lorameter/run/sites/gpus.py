@@ -10,9 +10,7 @@ import dataclasses
 import itertools
 import os
 import subprocess
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError
@@ -28,17 +26,10 @@ from lorameter.studies.protocol import HERE, numbers_of, say_sites
 from lorameter.studies.study import Study
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """One site of this machine: its name in records, and the environment of its processes."""
-
-    name: str
-    host: Host
-
-
-def local_shares(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> tuple[Share, ...]:
-    """The sites that a user lists, such as 0, 1, 2, 3: on a GPU machine, GPUs in CUDA's order of the visible ones; on a
-    CPU machine, equal shares of its cores. A site for several ranks (0+1) has one GPU or share for each rank.
+def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False) -> dict[str, Host]:
+    """The hosts of the sites that a user lists, such as 0, 1, 2, 3, by the names of the sites: on a GPU machine
+    GPUs in CUDA's order of the visible ones, on a CPU machine equal shares of its cores. A site for several ranks (0+1)
+    has one GPU or share for each rank.
 
     Raises:
         UsageError: a GPU does not exist, GPUs are of different kinds and not `mixed`, or there are fewer cores than
@@ -47,21 +38,20 @@ def local_shares(listed: Sequence[str], machine: Machine, *, mixed: bool = False
     groups = [numbers_of(name) for name in listed]
     numbers = [number for group in groups for number in group]
     parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed)))
-    cpus = [[cpu for _ in group for cpu in next(parts)] for group in groups]
-    if machine.device == "cpu":
-        return tuple(_share("cpus", group, taken, ()) for group, taken in zip(groups, cpus, strict=True))
-    gpus = dict(zip(numbers, _find_gpus(numbers, listed, mixed=mixed), strict=True))
+    on_cpu, sites = machine.device == "cpu", dict[str, Host]()
+    gpus = {} if on_cpu else dict(zip(numbers, _find_gpus(numbers, listed, mixed=mixed), strict=True))
     for group in groups:
-        kinds = {gpus[number].kind for number in group}
-        if len(kinds) > 1:
-            raise UsageError(
-                f"{say_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
-                f"({', '.join(sorted(kinds))}), and the quicker ones would wait. Join GPUs of one kind."
-            )
-    return tuple(
-        _share("gpu", group, taken, [str(gpus[number].entry) for number in group])
-        for group, taken in zip(groups, cpus, strict=True)
-    )
+        environment = {CPUS: ",".join(str(cpu) for _ in group for cpu in next(parts))}
+        if not on_cpu:
+            environment[VARIABLE] = ",".join(str(gpus[number].entry) for number in group)
+            kinds = sorted({gpus[number].kind for number in group})
+            if len(kinds) > 1:
+                raise UsageError(
+                    f"{say_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
+                    f"({', '.join(kinds)}), and the quicker ones would wait. Join GPUs of one kind."
+                )
+        sites["-".join(["cpus" if on_cpu else "gpu", *map(str, group)])] = Host(environment=environment)
+    return sites
 
 
 def check_spreadable(study: Study) -> None:
@@ -78,12 +68,6 @@ def check_spreadable(study: Study) -> None:
             f"{place.said}: a site has a GPU, or a share of the CPUs, for each rank of a trial, and study "
             f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
         )
-
-
-def _share(what: str, numbers: Sequence[int], cpus: Sequence[int], gpus: Sequence[str]) -> Share:
-    visible = {VARIABLE: ",".join(gpus)} if gpus else {}
-    host = Host(environment={**visible, CPUS: ",".join(map(str, cpus))})
-    return Share(name="-".join([what, *map(str, numbers)]), host=host)
 
 
 def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[int]]:
@@ -140,21 +124,16 @@ def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
 class LocalJobs:
     """Implements `Launcher`: a job is a subprocess on a GPU, or on a share of the CPUs."""
 
-    def __init__(self, shares: Sequence[Share]) -> None:
-        self._shares = {share.name: share for share in shares}
+    def __init__(self, hosts: Mapping[str, Host]) -> None:
+        self.slots, self._hosts = tuple(hosts), hosts
         self._processes: dict[Path, subprocess.Popen[bytes]] = {}
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the sites."""
-        return tuple(self._shares)
 
     def start(self, folder: Path, slot: str) -> None:
         """Start a job; it is killed when this process ends."""
-        variables = self._shares[slot].host.variables(os.environ) | {PARENT: str(os.getpid())}
+        variables = self._hosts[slot].variables(os.environ) | {PARENT: str(os.getpid())}
         with (folder / LOG).open("wb") as log:
             self._processes[folder] = subprocess.Popen(
-                command(sys.executable, folder),
+                command(folder),
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.processes import PARENT, end_with_parent
-from lorameter.run.device_lock import IfBusy, hold_devices
+from lorameter.run.device_lock import hold_devices
 from lorameter.run.display import Display
 from lorameter.run.measure import measure
-from lorameter.run.plan import Plan
 from lorameter.run.resume import read_plan
 from lorameter.run.sites.folder import JobState, read_order, write_state
 from lorameter.run.sites.gpus import executors_of_ranks
@@ -40,7 +39,12 @@ def run_job(folder: Path) -> None:
         if order.plan is None:
             state = dataclasses.replace(state, facts=executor.facts(), free_bytes=executor.free_bytes())
         else:
-            _measure(folder, read_plan(order.plan), order.if_busy)
+            plan = read_plan(order.plan)
+            devices = executors_of_ranks(Host(), plan.study.workload.ranks) if order.if_busy else []
+            with hold_devices(devices, order.if_busy or "share"):
+                run = measure(plan, runs=folder, display=Display())
+            if run.manifest.status != "complete":
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         state = dataclasses.replace(state, error="its job was cancelled")
     except (UsageError, InvalidRunError) as error:
@@ -49,17 +53,6 @@ def run_job(folder: Path) -> None:
         print(redact(traceback.format_exc()), file=sys.stderr)
         state = dataclasses.replace(state, error=redact(f"{type(error).__name__}: {error}"))
     write_state(folder, dataclasses.replace(state, ended=True))
-
-
-def _measure(folder: Path, plan: Plan, if_busy: IfBusy | None) -> None:
-    """Measure the plan of the order. Raises `KeyboardInterrupt` if the run was cancelled."""
-    with contextlib.ExitStack() as stack:
-        if if_busy is not None:
-            devices = executors_of_ranks(Host(), plan.study.workload.ranks)
-            stack.enter_context(hold_devices(devices, if_busy))
-        run = measure(plan, runs=folder, display=Display())
-    if run.manifest.status != "complete":
-        raise KeyboardInterrupt
 
 
 def _name_site() -> str:

@@ -10,8 +10,8 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError
@@ -20,10 +20,10 @@ from lorameter.records import store
 from lorameter.run.device_lock import IfBusy, hold_devices
 from lorameter.run.sites.driver import POLL_S, Launcher
 from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_order
-from lorameter.run.sites.gpus import LocalJobs, Share, check_spreadable, executors_of_ranks, local_shares
-from lorameter.run.workers import Executor, open_executor
+from lorameter.run.sites.gpus import LocalJobs, check_spreadable, executors_of_ranks, local_sites
+from lorameter.run.workers import open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.protocol import HERE, Protocol, is_slurm
+from lorameter.studies.protocol import HERE, is_slurm
 from lorameter.studies.study import Study
 
 
@@ -32,7 +32,7 @@ class Placement:
     """One device of this machine, or the sites of a job launcher."""
 
     launcher: Launcher | None = None
-    shares: tuple[Share, ...] = ()
+    hosts: Mapping[str, Host] = field(default_factory=dict)
     """The sites of this machine, if the jobs run on it."""
     described: JobState | None = None
     """The state of a job that described a node of the cluster, if the jobs run on one."""
@@ -45,11 +45,6 @@ class Placement:
     def is_remote(self) -> bool:
         """Whether trials run on other machines."""
         return self.described is not None
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether replicates are measured in jobs."""
-        return self.launcher is not None
 
     @property
     def machine(self) -> Machine:
@@ -68,19 +63,15 @@ class Placement:
         if self.described is not None:
             return self.described.free_bytes
         free = open_executor().free_bytes()
-        shared = len(self.shares) if self.shares and self.machine.device == "cpu" else 1  # each GPU has its own memory
+        shared = len(self.hosts) if self.hosts and self.machine.device == "cpu" else 1  # each GPU has its own memory
         return None if free is None else free // shared
-
-    def timing_executor(self) -> Executor | None:
-        """An executor of this machine that can time steps for a forecast; None if trials run on other machines."""
-        return None if self.is_remote else open_executor()
 
     @contextlib.contextmanager
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
         """Lock the devices of this machine inside the block; yields whether it waited for another run. Each job on a
         cluster locks its own device."""
         self.if_busy = if_busy
-        hosts = [] if self.is_remote else [share.host for share in self.shares] or [Host()]
+        hosts = [] if self.is_remote else [*self.hosts.values()] or [Host()]
         with hold_devices([one for host in hosts for one in executors_of_ranks(host, self.ranks)], if_busy) as waited:
             yield waited
 
@@ -103,24 +94,16 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
         return
     check_spreadable(study)  # before a job waits in a queue
     if place.on == HERE:
-        shares = local_shares(place.sites, open_executor().machine(), mixed=place.mixed)
-        yield Placement(launcher=LocalJobs(shares), shares=shares, ranks=ranks)
+        hosts = local_sites(place.sites, open_executor().machine(), mixed=place.mixed)
+        yield Placement(launcher=LocalJobs(hosts), hosts=hosts, ranks=ranks)
         return
-    launcher = _open_cluster(place, ranks)
+    from lorameter.run.sites.slurm import RayJobs, SlurmJobs
+
+    launcher: Launcher = SlurmJobs(place.on) if is_slurm(place.on) else RayJobs(place.on, place.sites, ranks=ranks)
     with contextlib.ExitStack() as stack:
         stack.callback(launcher.close)
         described = describe_node(launcher, store.runs_dir(runs_dir, make=True), place.said)
         yield Placement(launcher=launcher, described=described, ranks=ranks)
-
-
-def _open_cluster(place: Protocol, ranks: int) -> Launcher:
-    if is_slurm(place.on):
-        from lorameter.run.sites.slurm import SlurmJobs
-
-        return SlurmJobs(place.on)
-    from lorameter.run.sites.slurm import RayJobs
-
-    return RayJobs(place.on, place.sites, ranks=ranks)
 
 
 def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:

@@ -1,12 +1,11 @@
-"""Runs SLURM jobs: sbatch submits each job, and squeue lists the jobs that have not ended.
+"""Runs jobs on a cluster, with SLURM or with Ray.
 
-A job reserves its whole node unless it requests GPUs. All nodes must mount the file system of the runs.
+SLURM: sbatch submits each job, and squeue lists the jobs that have not ended. A job reserves its whole node unless it
+requests GPUs. All nodes must mount the file system of the runs.
 
-Runs jobs on a Ray cluster: each is a task that runs the job's command on a node and returns its files.
-
-A task reserves its site: all CPUs of a node, or a GPU with its share of the CPUs, so that Ray runs no other task during
-a measurement. It is bound to its node. Nodes share no folder: the task carries the order, and returns the records when
-it ends.
+Ray: each job is a task that runs the job's command on a node and returns its files. A task reserves its site (all CPUs
+of a node, or a GPU with its share of the CPUs), so that Ray runs no other task during a measurement. It is bound to its
+node. Nodes share no folder: the task carries the order, and returns the records when it ends.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,8 +32,6 @@ from lorameter.run.sites.folder import LOG, command, read_order, write_order
 from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.protocol import read_slurm, say_on, say_sites
 
-TIME_MINUTES = 60
-"""Default time limit of a job."""
 QUEUE_POLL_S = 10.0
 """Seconds between two calls of squeue."""
 SETTLE_S = 60.0
@@ -68,7 +64,7 @@ class SlurmJobs:
             *sbatch_options(self._parameters),
             f"--output={str(folder / LOG).replace('%', '%%')}",
         ]
-        script = f"#!/bin/sh\nexec {shlex.join(command(sys.executable, folder))}\n"
+        script = f"#!/bin/sh\nexec {shlex.join(command(folder))}\n"
         done = _run(words, script)
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not _ID.fullmatch(job):
@@ -101,9 +97,7 @@ class SlurmJobs:
         if self._ids:
             _run(["scancel", *self._ids.values()])
 
-    def close(self) -> None:
-        """Cancel all jobs that have not ended."""
-        self.cancel()
+    close = cancel
 
 
 def cancel_job(folder: Path) -> bool:
@@ -118,7 +112,7 @@ def cancel_job(folder: Path) -> bool:
 
 def sbatch_options(passed: Mapping[str, Any]) -> list[str]:
     """The options of sbatch for one task on one node, and those of the user."""
-    given = {"time": TIME_MINUTES, **passed}
+    given = {"time": 60, **passed}  # minutes
     exclusive = given.pop("exclusive", "no" if {"gres", "gpus_per_node"} & given.keys() else "yes")
     alone = {"no": [], "yes": ["--exclusive"]}.get(exclusive, [f"--exclusive={exclusive}"])
     options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
@@ -133,11 +127,6 @@ def _run(words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, 1, "", str(error))
-
-
-CLIENT = "ray://"
-RETURNED = (".json", ".jsonl", ".log")
-"""Files of a job that are returned, by suffix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,15 +213,21 @@ class RayJobs:
                 f"{say_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
             ) from None
         self._ray: Any = ray
-        _connect(ray, address)
+        try:
+            ray.init(
+                address=address if address.startswith("ray://") else "auto",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
+            raise UsageError(
+                f"{say_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
+                "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
+            ) from None
         self._shares = {share.site: share for share in shares_of(ray.nodes(), wanted, ranks=ranks)}
+        self.slots = tuple(self._shares)
         self._tasks: dict[Path, Any] = {}
         self._why: dict[Path, str] = {}
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the sites."""
-        return tuple(self._shares)
 
     def start(self, folder: Path, slot: str) -> None:
         """Submit a task."""
@@ -284,27 +279,11 @@ def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
             cpus = share_cpus(os.sched_getaffinity(0), shares, f"site {order.site}")[share]
             variables[CPUS] = ",".join(map(str, cpus))
         with (folder / LOG).open("wb") as log:
-            process = subprocess.Popen(
-                command(sys.executable, folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            process = subprocess.Popen(command(folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 process.wait()
             finally:
                 process.terminate()
                 process.wait()
-        return {
-            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix in RETURNED
-        }
-
-
-def _connect(ray: Any, address: str) -> None:
-    """Connect to the cluster. Raises `UsageError` if none answers."""
-    try:
-        ray.init(
-            address=address if address.startswith(CLIENT) else "auto", log_to_driver=False, logging_level=logging.ERROR
-        )
-    except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
-        raise UsageError(
-            f"{say_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
-            "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
-        ) from None
+        returned = (path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".log"))
+        return {str(path.relative_to(folder)): path.read_bytes() for path in returned}

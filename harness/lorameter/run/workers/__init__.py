@@ -37,7 +37,11 @@ EXECUTORS = {"local": "lorameter.run.workers.local", "script": "lorameter.run.wo
 """The module of each executor, by name."""
 SCRIPTS = "script"
 """The executor of variants that are commands."""
-ENV_EXECUTOR = "LORAMETER_EXECUTOR"
+MAX_OUTPUT = 8000
+"""Maximum characters of a process's output before its death that a record keeps; the log has all."""
+
+
+KILLED = ": killed from outside, or by the kernel for want of memory (see dmesg)"
 
 
 class WorkerLostError(Exception):
@@ -111,7 +115,7 @@ class Worker(abc.ABC):
         code = self.end()
         message = f"the trial's process ended with {exit_words(code)} during {phase}"
         if code == -signal.SIGKILL:
-            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
+            message += KILLED
         return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
 
     def close(self) -> None:
@@ -277,7 +281,7 @@ def open_executor(name: str | None = None, *, host: Host | None = None, label: s
     Raises:
         UsageError: there is no executor of that name.
     """
-    name = name or os.environ.get(ENV_EXECUTOR) or "local"
+    name = name or os.environ.get("LORAMETER_EXECUTOR") or "local"
     if name not in EXECUTORS:
         raise UsageError(f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
     made: Executor = importlib.import_module(EXECUTORS[name]).open_executor(host=host, label=label)

@@ -133,7 +133,6 @@ def describe(host: Host) -> dict[str, Any]:
 _REMEDY = "Name the executable of a Python 3.11 or later, for example ENVIRONMENT/bin/python."
 
 
-_LAYER_FILE = "_lorameter_layer.pth"
 _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
 """Variables that would make pip install or search elsewhere than in the layer."""
 
@@ -194,7 +193,10 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
         UsageError: the environment cannot be made, or pip fails; the message has pip's last lines.
         InvalidRunError: a system limit is reached, for example the disk is full.
     """
-    target = (cache / "environments" / _key(requirements)).absolute()
+    present = sorted(f"{each.metadata['Name']}=={each.version}" for each in importlib.metadata.distributions())
+    parts = [sorted(requirements), sys.version, sys.executable, present, _present_folders()]  # determine the layer
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    target = (cache / "environments" / key).absolute()
     with locked(target, "waiting for another process that is making the same environment", report):
         if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
@@ -213,13 +215,6 @@ def site_packages(python: Path) -> Path:
     return python.parent.parent / "lib" / version / "site-packages"
 
 
-def _key(requirements: Sequence[str]) -> str:
-    """Hash everything that determines the layer: the requirements, the interpreter, and the packages beneath."""
-    present = sorted(f"{each.metadata['Name']}=={each.version}" for each in importlib.metadata.distributions())
-    parts = [sorted(requirements), sys.version, sys.executable, present, _present_folders()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def _present_folders() -> list[str]:
     """The folders of installed packages in the current environment, in path order."""
     known = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
@@ -236,7 +231,7 @@ def _build(requirements: Sequence[str], out: Path, report: Callable[[str], objec
     python = out / "bin" / "python"
     # Unlike a line with a path, addsitedir processes the .pth files there, so editable installs keep working.
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in _present_folders()]
-    (site_packages(python) / _LAYER_FILE).write_text("".join(lines), encoding="utf-8")
+    (site_packages(python) / "_lorameter_layer.pth").write_text("".join(lines), encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     # In a private file and not on the command line: addresses may contain credentials.
     listed = out / "requirements.txt"

@@ -22,7 +22,7 @@ from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words, kill_g
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, TokenSummary, WorkerInfo
-from lorameter.run.workers import Executor, Worker, WorkerLostError, silence
+from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError, silence
 from lorameter.run.workers.environment import Host
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.workload import Workload
@@ -35,9 +35,6 @@ END_TIMEOUT_S = 10.0
 children."""
 TOKENS_TIMEOUT_S = 3600.0
 """Maximum time to download a data set or a model."""
-MAX_OUTPUT = 8000
-"""Maximum characters of a cold interpreter's output before its death that its record keeps; the log has all."""
-
 ARROW = "JE_ARROW_MALLOC_CONF"
 """The variable that pyarrow's jemalloc reads when it is loaded."""
 
@@ -158,7 +155,8 @@ class LocalExecutor(Executor):
             # No trial caused this, and none has begun.
             raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=str(error))) from None
         worker = ForkedWorker(pid, ours, self)
-        worker.greet(begin)
+        with worker.losses("start", START_TIMEOUT_S):
+            worker.start_latency_s = wire.receive(ours, wire.Hello, START_TIMEOUT_S).started_monotonic_s - begin
         return worker
 
     def kill(self, pid: int) -> int | None:
@@ -264,10 +262,9 @@ class LocalExecutor(Executor):
                 )
             raise WorkerLostError(fragment.status, fragment.failure)
         try:
-            summary = codec.from_json(BaseSummary, fragment.tokens.get("base"), "summary of a base")
+            return codec.from_json(BaseSummary, fragment.tokens.get("base"), "summary of a base")
         except UsageError as error:
             raise WorkerLostError("crashed", Failure(phase="base", kind="Garbled", message=str(error))) from None
-        return summary
 
     def close(self) -> None:
         """End the zygote; its children die with it. A zygote that is still importing, or does not answer, is killed."""
@@ -301,12 +298,6 @@ class ForkedWorker(Worker):
         self._executor = executor
         self._ended = False
         self._code: int | None = None
-
-    def greet(self, asked_monotonic_s: float) -> None:
-        """Wait for its first message, which says when it began. Raises `WorkerLostError`."""
-        with self.losses("start", START_TIMEOUT_S):
-            hello = wire.receive(self.connection, wire.Hello, START_TIMEOUT_S)
-        self.start_latency_s = hello.started_monotonic_s - asked_monotonic_s
 
     def end(self) -> int | None:
         """Close the connection, and kill the process and all processes that it started."""

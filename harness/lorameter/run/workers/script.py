@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
 import shutil
+import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -47,9 +48,9 @@ from lorameter.records import codec
 from lorameter.records.os_errors import says_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.interrupts import SIGNALS
-from lorameter.run.workers import Executor, Worker, WorkerLostError
+from lorameter.run.workers import KILLED, MAX_OUTPUT, Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect
-from lorameter.run.workers.script_sandbox import copy_snapshot, folder_of, take_snapshot, variables_of, words_of
+from lorameter.run.workers.script_sandbox import folder_of, take_snapshot, variables_of, words_of
 from lorameter.studies.request import ScriptRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
@@ -68,39 +69,15 @@ TOKENS = TokenSummary(
 """Placeholder tokens: the tokens of a script are not known before it runs."""
 
 
-PROCESS_COUNTERS = {"involuntary_switches"}
-NEIGHBOUR_COUNTERS = {"others", "others_bytes", "hidden_bytes"}
-
-SAFE_PATH = "PYTHONSAFEPATH"
-"""Keeps the current folder off the path while an interpreter is inspected. A script has its own folder first on its
-path, as when a user starts it."""
-
-
 def is_named(host: Host) -> bool:
     """Whether a side names an interpreter or requirements, rather than a revision, which has a folder."""
     return host != Host() and host.cwd is None
-
-
-def python_of(host: Host) -> str:
-    """The interpreter that the word `python` stands for: the side's, else the one on PATH, as in a shell; the current
-    interpreter if that one has no torch."""
-    if is_named(host):
-        return host.python
-    program = shutil.which("python") or shutil.which("python3")
-    if program is None or Path(program).absolute() == Path(sys.executable).absolute():  # may be links to one file
-        return sys.executable
-    try:
-        return program if inspect(Host(python=program), ["torch"]).origins["torch"] else sys.executable
-    except UsageError:  # the interpreter cannot be run
-        return sys.executable
 
 
 POLL_S = 0.05
 """Seconds between two looks at a process that has not connected yet."""
 END_TIMEOUT_S = 10.0
 """A process that does not end within this time after its connection has closed is killed."""
-MAX_OUTPUT = 8000
-"""Maximum characters of a script's output before its death that its record keeps; the log has all."""
 
 
 def _user_of(connection: socket.socket) -> int:
@@ -134,7 +111,7 @@ class ScriptProcess:
                 stack.callback(OrphanReaper(self._marker).close)
                 self._listener.bind(address(turns))
                 self._listener.listen(8)
-                self._begun_s = time.monotonic()
+                self.begun_s = time.monotonic()
                 with log.open("ab") as file:
                     self._process = subprocess.Popen(
                         list(words),
@@ -148,10 +125,6 @@ class ScriptProcess:
                     )
                 stack.callback(self.kill)
             self._started = stack.pop_all()
-
-    def age_s(self) -> float:
-        """Seconds since the script was started."""
-        return time.monotonic() - self._begun_s
 
     def connect(self, timeout_s: float) -> Connection:
         """Wait until its training begins. Raises `WorkerLostError` if the script ends or times out before that."""
@@ -196,17 +169,11 @@ class ScriptProcess:
             kind, message = "Crashed", f"the script ended with {exit_words(code)} before it trained{last}"
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
-    def death(self, phase: str) -> WorkerLostError:
-        """The error for a script that ended after its training had begun."""
-        code = None
+    def wait(self) -> int | None:
+        """Wait for the end of its first process; returns its exit code, None if it goes on."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(END_TIMEOUT_S)
-        output = self.output()
-        status, last = _judge_output(output)
-        message = f"the script's process is gone ({exit_words(code)}) during {phase}{last}"
-        if code == -9:
-            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
-        return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
+            return self._process.wait(END_TIMEOUT_S)
+        return None
 
     def output(self) -> str:
         """The end of its output."""
@@ -219,8 +186,7 @@ class ScriptProcess:
         """Kill the script and all processes that it has started."""
         kill_group(self._process.pid)
         kill_marked(self._marker)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_TIMEOUT_S)
+        self.wait()
 
     def close(self) -> None:
         """Kill the script and close its listening socket."""
@@ -251,7 +217,15 @@ class ScriptWorker(Worker):
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Carry out a command. Raises `WorkerLostError`."""
         if command == "prepare":
-            return self._prepare(**arguments)
+            self._request = arguments["request"]
+            try:
+                self._process = self._start(codec.from_json(ScriptRequest, self._request, "trial request"))
+            except (OSError, UsageError) as error:
+                failure = Failure(
+                    phase=command, kind="CannotStart", message=f"the command could not be started: {error}"
+                )
+                raise WorkerLostError("crashed", failure) from None
+            return PartialRecord()
         process = self._process
         assert process is not None  # a trial whose `prepare` fails gets no further commands
         try:
@@ -268,21 +242,12 @@ class ScriptWorker(Worker):
             process.kill()
         return record
 
-    def _prepare(self, request: dict[str, Any]) -> PartialRecord:
-        self._request = request
-        try:
-            self._process = self._start(codec.from_json(ScriptRequest, request, "trial request"))
-        except (OSError, UsageError) as error:
-            message = f"the command could not be started: {error}"
-            raise WorkerLostError("crashed", Failure(phase="prepare", kind="CannotStart", message=message)) from None
-        return PartialRecord()
-
     def _build(self, process: ScriptProcess, trial: str, timeout_s: float) -> PartialRecord:
         self.connection = process.connect(timeout_s)
         with self.losses("build", timeout_s):
             hello = wire.receive(self.connection, wire.Hello, timeout_s)
             wire.check_schema(hello, "the script's lorameter")
-        ready = {"ready_time_s": process.age_s()}
+        ready = {"ready_time_s": time.monotonic() - process.begun_s}
         self.pid = hello.pid
         super().ask("prepare", trial, timeout_s, request=self._request)
         record = super().ask("build", trial, timeout_s)
@@ -301,14 +266,21 @@ class ScriptWorker(Worker):
         record = super().ask("turn", trial, timeout_s, steps=steps)
         host = self._host.end()
         gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
-        values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - PROCESS_COUNTERS}
-        values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - NEIGHBOUR_COUNTERS}
+        neighbours = {"others", "others_bytes", "hidden_bytes"}
+        values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - {"involuntary_switches"}}
+        values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - neighbours}
         return msgspec.structs.replace(record, values=record.values | values)
 
     def death(self, phase: str) -> WorkerLostError:
         """The error for a script that ended after its training had begun."""
         assert self._process is not None
-        return self._process.death(phase)
+        code = self._process.wait()
+        output = self._process.output()
+        status, last = _judge_output(output)
+        message = f"the script's process is gone ({exit_words(code)}) during {phase}{last}"
+        if code == -signal.SIGKILL:
+            message += KILLED
+        return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
 
     def end(self) -> None:
         """End all processes that were started."""
@@ -328,7 +300,6 @@ class ScriptExecutor(Executor):
 
     def __init__(self, *, host: Host | None = None) -> None:
         self._side = host or Host()
-        self._python: str | None = None
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
         """The private folder of each trial's process."""
@@ -364,19 +335,18 @@ class ScriptExecutor(Executor):
         """Create a worker; it starts its process when its trial is prepared."""
         return ScriptWorker(self._start_trial)
 
-    @property
+    @functools.cached_property
     def host(self) -> Host:  # type: ignore[override]
-        """The host of the side, with the interpreter that the word `python` stands for."""
-        if self._python is None:
-            self._python = python_of(self._side)
-        return dataclasses.replace(self._side, python=self._python)
-
-    def _snapshot(self, folder: Path) -> Path:
-        """The copy of a command's folder, made at the first request. Raises `UsageError`."""
-        if folder not in self._snapshots:
-            destination = self.scratch / f"snapshot-{len(self._snapshots)}"
-            self._snapshots[folder] = take_snapshot(folder, destination)
-        return self._snapshots[folder]
+        """The host of the side, with the interpreter that the word `python` stands for: the side's, else the one on
+        PATH, as in a shell; the current interpreter if that one has no torch."""
+        program = shutil.which("python") or shutil.which("python3") or sys.executable
+        here = Path(program).absolute() == Path(sys.executable).absolute()  # may be links to one file
+        if here or is_named(self._side):
+            return self._side
+        with contextlib.suppress(UsageError):  # the interpreter cannot be run
+            if inspect(Host(python=program), ["torch"]).origins["torch"]:
+                return dataclasses.replace(self._side, python=program)
+        return self._side
 
     def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
         variant, host = request.variant, self.host
@@ -384,28 +354,27 @@ class ScriptExecutor(Executor):
         # would do so for one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
-        folder = copy_snapshot(self._snapshot(origin), home / "work")
+        if origin not in self._snapshots:
+            self._snapshots[origin] = take_snapshot(origin, self.scratch / f"snapshot-{len(self._snapshots)}")
+        folder = Path(shutil.copytree(self._snapshots[origin], home / "work", symlinks=True))
         turns = f"@lorameter-{secrets.token_hex(8)}"
         side = host.python if is_named(self._side) else ""
-        environment = {name: value for name, value in host.environment.items() if name != SAFE_PATH}
+        # That variable keeps the current folder off the path while an interpreter is inspected. A script has its own
+        # folder first on its path, as when a user starts it.
+        environment = {name: value for name, value in host.environment.items() if name != "PYTHONSAFEPATH"}
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
         variables = variables_of(
             variant,
             dataclasses.replace(host, environment=environment).variables(os.environ),
             scratch=home,
             threads=self.threads,
-            port=_free_port(),
+            port=port,
             socket=turns,
             side=side,
         )
         words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
-
-
-def _free_port() -> int:
-    """A free TCP port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def open_executor(*, host: Host | None = None, label: str = "") -> ScriptExecutor:

@@ -56,7 +56,6 @@ _QUIET: Mapping[str, str] = {
 UNVERSIONED = ("python", "python3")
 """Words for the interpreter of the current environment, or of a side; `python3.12` always means that version."""
 _LONGEST_LINE = 4096
-_PORTS = ("MASTER_PORT", "PET_MASTER_PORT")
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
 
 
@@ -127,11 +126,6 @@ def _leads_out(link: Path, folder: Path) -> bool:
     return not target.is_relative_to(root) or bool(set(LEFT_OUT) & set(target.relative_to(root).parts))
 
 
-def copy_snapshot(snapshot: Path, into: Path) -> Path:
-    """Make the copy for one process; returns its folder."""
-    return Path(shutil.copytree(snapshot, into, symlinks=True, dirs_exist_ok=True))
-
-
 def folder_of(variant: ScriptVariant, current: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` if it does not exist."""
     folder = current / variant.cwd
@@ -167,7 +161,7 @@ def variables_of(
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "MLFLOW_TRACKING_URI": f"file://{scratch}/mlflow",
         "TENSORBOARD_LOGGING_DIR": str(scratch / "tensorboard"),
-    } | dict.fromkeys(_PORTS, str(port))
+    } | dict.fromkeys(("MASTER_PORT", "PET_MASTER_PORT"), str(port))
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in inherited}
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
     if in_front := variant.python or side:
@@ -205,8 +199,8 @@ def words_of(
         )
     if words[0] in UNVERSIONED or (variant.python and PYTHON.fullmatch(words[0])):
         words[0] = variant.python or python
-    elif (program := _which(words[0], variables, folder)) is not None:
-        words[:1] = [side, program] if side and _is_of_another(program, side) else [program]
+    elif program := shutil.which(folder / words[0] if os.sep in words[0] else words[0], path=variables.get("PATH")):
+        words[:1] = [side, str(program)] if side and _is_of_another(str(program), side) else [str(program)]
     else:
         raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
     if PYTHON.fullmatch(PurePath(words[0]).name):
@@ -254,13 +248,6 @@ def check_side(variant: ScriptVariant) -> None:
         )
 
 
-def _which(word: str, variables: Mapping[str, str], folder: Path) -> str | None:
-    if os.sep in word and not PurePath(word).is_absolute():
-        path = folder / word
-        return str(path) if fileio.is_file(path) and os.access(path, os.X_OK) else None
-    return shutil.which(word, path=variables.get("PATH"))
-
-
 def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
     """Notices about files that the processes of this script share, as far as its folder and its command show.
 
@@ -280,7 +267,8 @@ def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
             "writes into the original.",
             remedy="Nothing to do where it only reads them; else move them out of its folder.",
         )
-    outside = [word for option, word in _options(words) if _WRITING.fullmatch(option) and _leaves(word)]
+    written = [word for option, word in _options(words) if _WRITING.fullmatch(option)]
+    outside = [word for word in written if PurePath(word).is_absolute() or word.startswith(("..", "~"))]
     if outside:
         yield Notice(
             code="writes-outside",
@@ -296,7 +284,3 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         option, equals, value = word.partition("=")
         if option.startswith("-") or equals:  # Hydra options have no dashes
             yield option, value if equals else following
-
-
-def _leaves(word: str) -> bool:
-    return PurePath(word).is_absolute() or word.startswith(("..", "~"))

@@ -41,7 +41,6 @@ OLDEST_PYTHON = (3, 11)
 """The oldest supported Python, as in requires-python of pyproject.toml: the harness runs in each side's interpreter."""
 NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes"}
 """Modules that the worker imports, each with its distribution."""
-NEEDED_ON_A_GPU = {"pynvml": "nvidia-ml-py"}
 OWN_PACKAGES = ("lorameter", "kernels_check")
 
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
@@ -107,7 +106,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
     """
     if not word.strip() or "\0" in word:
         raise impossible("ab", "side", word, "it names nothing", _REMEDY)
-    if _is_executable_path(word):
+    if os.sep in word and fileio.is_file(word) and os.access(word, os.X_OK):
         return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
     # No revision contains an address, and git must not receive one, which may contain a credential.
     commit, refusal = (None, "no revision holds '://'") if "://" in word else find_commit(word, repository)
@@ -163,13 +162,11 @@ def open_side(
         elif side.kind == "requirements":
             yield _requirements(side.spec, cache, stack, report_redacted)
         elif side.kind == "interpreter":
-            yield _interpreter(side, stack)
+            host = _inspect_interpreter(side, stack)
+            _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
+            yield host
         else:
             yield Host()
-
-
-def _is_executable_path(spec: str) -> bool:
-    return os.sep in spec and fileio.is_file(spec) and os.access(spec, os.X_OK)
 
 
 def _unknown(spec: str, repository: Path, refusal: str) -> str:
@@ -260,15 +257,9 @@ def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], to
 # --- an interpreter ---------------------------------------------------------------------------------------------------
 
 
-def _interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
-    """Another Python with the current harness; all other packages are its own."""
-    host = _inspect_interpreter(side, stack)
-    _compile(host, [str(Path(host.path[0]) / package) for package in OWN_PACKAGES])
-    return host
-
-
 def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
-    """A host of this interpreter. Raises `UsageError` if it is too old or lacks a module that a trial needs.
+    """A host of this interpreter with the current harness; all other packages are its own. Raises `UsageError` if it is
+    too old or lacks a module that a trial needs.
 
     PYTHONSAFEPATH keeps the current folder off its path, so that its own packages are compared.
     """
@@ -281,7 +272,7 @@ def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
         raise impossible("ab", "side", side.label, why, "Name a newer interpreter.")
     # The interpreter's own path: a launcher in front of it (pyenv's) would be part of every cold start.
     host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
-    needed_modules = NEEDED | (NEEDED_ON_A_GPU if Path("/dev/nvidiactl").exists() else {})
+    needed_modules = NEEDED | ({"pynvml": "nvidia-ml-py"} if Path("/dev/nvidiactl").exists() else {})
     origins = inspect(host, [*needed_modules]).origins
     if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
         why = f"Python {facts.python} without {', '.join(missing)}"
