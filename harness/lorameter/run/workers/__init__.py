@@ -102,7 +102,7 @@ class Worker(abc.ABC):
             yield
         except TimeoutError:
             self.end()
-            raise WorkerLostError("timeout", silence(phase, timeout_s)) from None
+            raise silence(phase, timeout_s) from None
         except wire.ClosedError:
             raise self.death(phase) from None
         except (wire.GarbledError, LorameterError) as error:
@@ -132,10 +132,10 @@ class Worker(abc.ABC):
         pin_to_cpus(self.pid, cpus)
 
 
-def silence(phase: str, timeout_s: float) -> Failure:
-    """The failure of a process that gave no answer in time."""
+def silence(phase: str, timeout_s: float) -> WorkerLostError:
+    """The error for a process that gave no answer in time."""
     message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it was at work"
-    return Failure(phase=phase, kind="Silent", message=message)
+    return WorkerLostError("timeout", Failure(phase=phase, kind="Silent", message=message))
 
 
 class Executor(abc.ABC):

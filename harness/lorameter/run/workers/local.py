@@ -204,7 +204,7 @@ class LocalExecutor(Executor):
         try:
             answer, code = self._ask_process(what, arguments, PartialRecord, log, timeout_s)
         except TimeoutError:
-            raise WorkerLostError("timeout", silence("cold", timeout_s)) from None
+            raise silence("cold", timeout_s) from None
         except (wire.GarbledError, LorameterError) as error:
             message = f"the cold interpreter gave no answer that can be read: {error}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None

@@ -9,7 +9,8 @@ path): if it silently measured the code of the other side, the verdict would be 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
+import importlib.resources
 import os
 import re
 import shutil
@@ -43,6 +44,9 @@ NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bit
 """Modules that the worker imports, each with its distribution."""
 OWN_PACKAGES = ("lorameter", "kernels_check")
 
+_BUILD_EACH = "Build an environment for each revision and name its Python."
+_refusal = functools.partial(impossible, "ab", "side")
+"""The error for a side: its word, why it cannot be measured, and the remedy."""
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
 _REMEDY = (
     "Name a git revision (HEAD~1, v1.0, a commit), a Python executable (ENVIRONMENT/bin/python, python3.12) or "
@@ -105,7 +109,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
         UsageError: the word names nothing.
     """
     if not word.strip() or "\0" in word:
-        raise impossible("ab", "side", word, "it names nothing", _REMEDY)
+        raise _refusal(word, "it names nothing", _REMEDY)
     if os.sep in word and fileio.is_file(word) and os.access(word, os.X_OK):
         return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
     # No revision contains an address, and git must not receive one, which may contain a credential.
@@ -117,7 +121,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
         return SideSpec(kind="interpreter", spec=str(Path(program).absolute()), label=word)
     if requirements := parse_requirements(word):
         return SideSpec(kind="requirements", spec=word, label=redact(" ".join(requirements)))
-    raise impossible("ab", "side", word, _unknown(word, repository, refusal), _REMEDY)
+    raise _refusal(word, _unknown(word, repository, refusal), _REMEDY)
 
 
 def command_sides(base: str, candidate: str) -> Sides:
@@ -203,8 +207,9 @@ def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, rep
     host = Host(path=tuple(path), cwd=str(tree))
     modules = {name: folder for folder in reversed(roots) for name in _modules(folder)}
     if not modules:
-        why = "it has no Python package at its top or in src, so nothing of it would be measured"
-        raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
+        raise _refusal(
+            spec, "it has no Python package at its top or in src, so nothing of it would be measured", _BUILD_EACH
+        )
     report(f"compiling the modules of {spec}")
     _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
     origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES]).origins
@@ -223,8 +228,11 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
         try:
             done = run_git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             if done.returncode:
-                why = f"git could not check it out: {done.stderr.strip()}"
-                raise impossible("ab", "side", commit, why, "Check free disk space and `git worktree list`.")
+                raise _refusal(
+                    commit,
+                    f"git could not check it out: {done.stderr.strip()}",
+                    "Check free disk space and `git worktree list`.",
+                )
             yield tree
         finally:
             # Twice: git thinks that a worktree whose creation was killed is still in use.
@@ -250,8 +258,11 @@ def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], to
         if origin is None or file.is_relative_to(tree) or not file.is_relative_to(top):
             continue
         if not any(file.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
-            why = f"the revision has no {name} where the present installation points, and an import loads {origin}"
-            raise impossible("ab", "side", spec, why, "Build an environment for each revision and name its Python.")
+            raise _refusal(
+                spec,
+                f"the revision has no {name} where the present installation points, and an import loads {origin}",
+                _BUILD_EACH,
+            )
 
 
 # --- an interpreter ---------------------------------------------------------------------------------------------------
@@ -268,15 +279,21 @@ def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
     version = tuple(int(part) for part in facts.python.split(".")[:2])
     if version < OLDEST_PYTHON:
         needed = ".".join(map(str, OLDEST_PYTHON))
-        why = f"it is Python {facts.python}, and the harness needs {needed}"
-        raise impossible("ab", "side", side.label, why, "Name a newer interpreter.")
+        raise _refusal(
+            side.label,
+            f"it is Python {facts.python}, and the harness needs {needed}",
+            "Name a newer interpreter.",
+        )
     # The interpreter's own path: a launcher in front of it (pyenv's) would be part of every cold start.
     host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
     needed_modules = NEEDED | ({"pynvml": "nvidia-ml-py"} if Path("/dev/nvidiactl").exists() else {})
     origins = inspect(host, [*needed_modules]).origins
     if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
-        why = f"Python {facts.python} without {', '.join(missing)}"
-        raise impossible("ab", "side", side.label, why, f"Run `{host.python} -m pip install {' '.join(missing)}`.")
+        raise _refusal(
+            side.label,
+            f"Python {facts.python} without {', '.join(missing)}",
+            f"Run `{host.python} -m pip install {' '.join(missing)}`.",
+        )
     return host
 
 
@@ -285,10 +302,7 @@ def _own_packages(stack: contextlib.ExitStack) -> str:
     folder = stack.enter_context(scratch_folder()) / "packages"
     folder.mkdir()
     for package in OWN_PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise UsageError(f"ab: the package {package} is not importable. Reinstall lorameter.")
-        (folder / package).symlink_to(Path(spec.origin).resolve().parent)
+        (folder / package).symlink_to(Path(str(importlib.resources.files(package))).resolve())
     return str(folder)
 
 
@@ -317,8 +331,11 @@ def _check_versions(spec: str, requirements: tuple[str, ...], packages: dict[str
     for each in map(Requirement, requirements):
         version = packages.get(canonicalize_name(each.name), "").split(" ")[0]
         if not version or not each.specifier.contains(version, prereleases=True):
-            why = f"{each} was installed, and the interpreter sees {each.name} {version or 'nowhere'}"
-            raise impossible("ab", "side", spec, why, "Take what is in front of it off PYTHONPATH.")
+            raise _refusal(
+                spec,
+                f"{each} was installed, and the interpreter sees {each.name} {version or 'nowhere'}",
+                "Take what is in front of it off PYTHONPATH.",
+            )
 
 
 # --- for all kinds ---------------------------------------------------------------------------------------------
@@ -342,9 +359,9 @@ def _check_origins(spec: str, origins: Mapping[str, str | None], root: Path) -> 
     """Raise `UsageError` if a module of a side would not be imported from `root`."""
     for name, origin in origins.items():
         if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
-            why = f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead"
-            remedy = (
-                f"An import hook or .pth file of the present environment goes first: uninstall the editable install "
-                f"that provides {name}, or give each side an interpreter of its own."
+            raise _refusal(
+                spec,
+                f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead",
+                "An import hook or .pth file of the present environment goes first: uninstall the editable install "
+                f"that provides {name}, or give each side an interpreter of its own.",
             )
-            raise impossible("ab", "side", spec, why, remedy)
