@@ -14,8 +14,6 @@ from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
-from lorameter.report.comparison import describe_bisection
-from lorameter.report.terminal import text_of
 from lorameter.run import bisect as bisect_candidates
 from lorameter.run.bisect import MOST_TIMES, Candidate, bisect, find_measured, list_steps
 from lorameter.run.build_plan import build_plan
@@ -91,17 +89,6 @@ def test_a_bad_end_that_is_not_slower_ends_the_search_at_once():
     assert "not slower" in found.conclusion
     faster = bisect(candidates(16), Constructed([1.0] * 16 + [0.8]), replicates=8)
     assert "improved" in faster.conclusion
-
-
-def test_the_report_begins_with_the_culprit():
-    """Each comparison follows with its ratio, its replicates and its side."""
-    truth = [1.0 if place < 6 else 1.1 for place in range(9)]
-    found = bisect(candidates(8), Constructed(truth, broken=[4]), replicates=8)
-    text = text_of(describe_bisection(found, "step time of plain"), width=80, coloured=False)
-    assert text.startswith("commit 6 made it slower")
-    assert "not measured" in text
-    assert "of the whole effect" in text
-    assert text.count("commit 4") == 2
 
 
 @pytest.fixture

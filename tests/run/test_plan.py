@@ -342,10 +342,6 @@ optimizer = "Adafactor"
 peft = { peft_type = "PROMPT_TUNING", num_virtual_tokens = 4 }
 
 [[variant]]
-name = "adalora"
-peft = { peft_type = "ADALORA", tinit = 2, tfinal = 2 }
-
-[[variant]]
 name = "vera"
 peft = "VERA"
 
@@ -376,7 +372,7 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
     assert run(tmp_path, STUDY.replace('"VERA"', f'"{tmp_path}"'), "--interleave", "replicates") == 0
     (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     records = {one.name: one for one in store.read_run(str(folder), tmp_path / "runs").records if one.checks}
-    assert set(records) == {"lora", "ia3", "prompt", "adalora", "vera", "full"}
+    assert set(records) == {"lora", "ia3", "prompt", "vera", "full"}
     for name, record in records.items():
         found = {check["path"]: check["status"] for check in record.checks}
         wanted = ["base.learning"] if name == "full" else ["peft.attached", "peft.learning", "base.frozen"]

@@ -12,7 +12,7 @@ from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
-from lorameter.run.resume import of_commands
+from lorameter.studies.script import SIDE
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.verdicts.same_training import BETWEEN, facts_of
 
@@ -77,7 +77,7 @@ def _of_sides(run: Run) -> Iterator[str]:
         yield "# the run does not say by which words its sides were named"
         return
     named, given = _study(run)
-    suffix = "-command" if of_commands(manifest) else ""
+    suffix = "-command" if {side["kind"] for side in manifest.sides.values()} == {SIDE} else ""
     sided = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
     command = str(manifest.study["variants"][0].get("command") or "")
     if suffix or (command and named.endswith(FILE)):  # a command is itself the study

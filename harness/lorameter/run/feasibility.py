@@ -32,8 +32,7 @@ from lorameter.trial.data.records import describe_data
 
 NOT_HERE = "needs-gpu"
 """Code of the notice about a displayed plan whose engine needs another device."""
-NF4_BLOCK = 64
-"""Elements per quantisation block, bitsandbytes' default."""
+NF4_BLOCK = 64  # elements per quantisation block, bitsandbytes' default
 
 
 def check_feasible(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from lorameter.machine.provenance import OF_A_KIND, MachineFacts, git_state
 from lorameter.records import codec, store
 from lorameter.records.record import Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.plan import PRESENT, SIDES, Group, Plan, SideSpec, arms_of, make_plan
+from lorameter.run.plan import PRESENT, SIDES, Plan, SideSpec, arms_of, make_plan
 from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
@@ -58,19 +58,18 @@ def read_plan(written: PlanSpec) -> Plan:
         study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
         sides=written.sides,
     )  # fmt: skip
-    order, wanted = set(written.order), set(written.trials)
-    # In a resumed run, replicates that were not needed are no longer part of the plan:
-    plan = dataclasses.replace(plan, groups=tuple(group for group in plan.groups if order >= _trials(group)))
+
+    def keep(trials: Sequence[str]) -> Plan:
+        groups = (one for one in plan.groups if {slot.trial for slot in one.slots} <= set(trials))
+        return dataclasses.replace(plan, groups=tuple(groups))
+
+    plan = keep(written.order)  # a resumed run no longer has the replicates that were not needed
     if tuple(slot.trial for slot in plan.slots) != written.order:
         raise UsageError(
             f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
             "that version, or measure a new run."
         )
-    return dataclasses.replace(plan, groups=tuple(group for group in plan.groups if wanted >= _trials(group)))
-
-
-def _trials(group: Group) -> set[str]:
-    return {slot.trial for slot in group.slots}
+    return keep(written.trials)
 
 
 def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
@@ -92,11 +91,6 @@ SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
 def is_calibration(manifest: Manifest) -> bool:
     """Whether a run is an A/B of the measuring interpreter with itself."""
     return {side["kind"] for side in manifest.sides.values()} == {PRESENT}
-
-
-def of_commands(manifest: Manifest) -> bool:
-    """Whether a run is an A/B of two commands."""
-    return {side["kind"] for side in manifest.sides.values()} == {SIDE}
 
 
 def is_finished(run: Run) -> bool:
