@@ -26,11 +26,11 @@ from scipy import stats
 
 from lorameter.report.blocks import (
     Axis,
+    Cell,
     Document,
     Figure,
     Intervals,
     Line,
-    Mark,
     Row,
     Section,
     Table,
@@ -356,7 +356,7 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
         *describe_changes(runs, gone),
     )
     marks = tuple(
-        Mark(name=row.experiment.replace(MODEL, ""), value=row.quality, low=row.quality - half, high=row.quality + half)
+        Cell(name=row.experiment.replace(MODEL, ""), value=row.quality, low=row.quality - half, high=row.quality + half)
         for row, half in zip(ranking.itertuples(), np.nan_to_num(np.diagonal(widest_limit(found))) / 2, strict=True)
     )
     figure = Figure(

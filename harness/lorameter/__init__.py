@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorameter.attach.meter import Meter
-    from lorameter.results.frames import load, load_all
+    from lorameter.results.export import load, load_all
 
 __all__ = ["Meter", "load", "load_all"]
-_MODULES = {"Meter": "lorameter.attach", "load": "lorameter.results.frames", "load_all": "lorameter.results.frames"}
+_MODULES = {"Meter": "lorameter.attach", "load": "lorameter.results.export", "load_all": "lorameter.results.export"}
 
 
 def __getattr__(name: str) -> Any:

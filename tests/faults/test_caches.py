@@ -30,7 +30,7 @@ from lorameter.records import store
 from lorameter.records.os_errors import SystemLimitError
 from lorameter.records.store import TRIALS
 from lorameter.report.html.page import save_html
-from lorameter.results.files import write_tables, write_text
+from lorameter.results.export import write_tables, write_text
 from lorameter.results.prune import pack
 from lorameter.run.workers.local import LocalExecutor
 from lorameter.studies.request import BaseRequest

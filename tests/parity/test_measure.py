@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorameter.cli import main
-from lorameter.parity.facts import DOCUMENT, Parity
+from lorameter.parity.judgement import DOCUMENT, Parity
 from lorameter.parity.measure import CONFIG, WEIGHTS, _read
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord

@@ -26,11 +26,11 @@ from lorameter.records import store
 from lorameter.report.blocks import (
     Axis,
     Bars,
+    Cell,
     Chart,
     Curve,
     Figure,
     Intervals,
-    Mark,
     Point,
     Table,
     name_columns,
@@ -97,7 +97,7 @@ def test_the_policy_allows_the_page_and_nothing_else(committed):
 
 def test_foreign_text_is_neither_markup_nor_executed():
     """Foreign text in titles, cells, variant names, figures and the final command is neither markup nor executed."""
-    mark = Mark(name=HOSTILE, value=1.0, low=0.9, high=1.1, verdict="equivalent")
+    mark = Cell(name=HOSTILE, value=1.0, low=0.9, high=1.1, verdict="equivalent")
     axis = Axis(title=HOSTILE, line_at=1.0)
     curve = Curve(name=HOSTILE, points=(Point(x=1.0, y=2.0, y_interval=(1.5, 2.5)),))
     other = Curve(name=f"{HOSTILE} 2", points=(Point(x=2.0, y=3.0, x_interval=(1.5, 2.5)),), hollow=True)

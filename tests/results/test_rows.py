@@ -17,7 +17,7 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import store
 from lorameter.records.record import DISTURBED, Failure
 from lorameter.report.run_view import view_of
-from lorameter.results.files import encode_action, encode_bencher
+from lorameter.results.export import encode_action, encode_bencher
 from lorameter.results.rows import TABLES, names_of, table_of
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant

@@ -15,8 +15,7 @@ from lorameter.commands.measure import measure_study
 from lorameter.commands.output import print_json, save_page, say_progress, show_result
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.parity.facts import Parity
-from lorameter.parity.judgement import Judgement, Likeness, judge_parity
+from lorameter.parity.judgement import Judgement, Likeness, Parity, judge_parity
 from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
 from lorameter.profile import accounting
 from lorameter.profile.evidence import evidence_of, evidence_of_requests

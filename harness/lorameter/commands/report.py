@@ -14,7 +14,7 @@ from lorameter.commands.output import print_result, show_result
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
 from lorameter.records import codec, store
 from lorameter.records.store import Run
-from lorameter.report.annotations import claims_annotations, comparison_annotations, gate_annotations, run_annotations
+from lorameter.report.annotations import claims_annotations, comparison_annotations, run_annotations
 from lorameter.report.blocks import Document, Section, say
 from lorameter.report.claims import describe_claims, describe_verdicts
 from lorameter.report.comparison import (
@@ -130,7 +130,7 @@ def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[Comparison
         options,
         describe_gate(result, ab=True) + describe_attribution(attribution, run),
         lambda: {**gate_document(result), **about, "attribution": codec.to_json(attribution)},
-        annotations=lambda: gate_annotations(result),
+        annotations=lambda: comparison_annotations(result.report, result),
         page=lambda: {
             "title": f"{manifest.study['title']}: A/B",
             "figures": figures_of_comparison(shown),
@@ -176,7 +176,7 @@ def run_gate(options: argparse.Namespace) -> int:
         options,
         describe_gate(result),
         lambda: gate_document(result),
-        annotations=lambda: gate_annotations(result),
+        annotations=lambda: comparison_annotations(result.report, result),
         page=lambda: _page_of_comparison(report),
     )
     return result.exit_code

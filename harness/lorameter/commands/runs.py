@@ -20,7 +20,7 @@ from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.estimate import describe_sizes
 from lorameter.report.history import describe_history, describe_runs, figures_of_history, names_of
-from lorameter.results.files import OF_TRENDS, TABULAR, text_of, write_tables, write_text
+from lorameter.results.export import OF_TRENDS, TABULAR, text_of, write_tables, write_text
 from lorameter.results.history import DEFAULT_METRIC, history_of, list_runs
 from lorameter.results.prune import pack, parse_age, prune
 from lorameter.studies.study import Study

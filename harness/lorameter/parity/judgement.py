@@ -1,4 +1,6 @@
-"""Judges whether each way of serving gives the reference's answers, as far as the number of prompts allows.
+"""Parity: the observations of one adapter served in several ways, as stored on disk, and their judgement.
+
+A way of serving is judged by whether it gives the reference's answers, as far as the number of prompts allows.
 
 The reference served twice is the noise floor; a difference within it does not count. The base without the adapter is
 the opposite control: if the adapter changes nothing, an unchanged answer proves nothing about a merge.
@@ -16,16 +18,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.parity.facts import Parity
 from lorameter.profile.measure import format_failure
-from lorameter.records.record import Served
+from lorameter.records.record import Notice, Served, TrialRecord
 from lorameter.stats import Proportion, clustered_proportion, mean_interval, proportion
-from lorameter.studies.request import AGAIN, WITHOUT
+from lorameter.studies.request import AGAIN, WITHOUT, ServingMode
+from lorameter.studies.variant import BuiltVariant
+from lorameter.studies.workload import Workload
+
+SCHEMA = 1
+DOCUMENT = "parity.json"
+"""The file with the facts in a folder of logs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """All facts, without estimates.
+
+    Attributes:
+        schema: version of the file.
+        study: name of the study.
+        variant: variant of the adapter.
+        workload: workload of the prompts.
+        device: "cpu" or "cuda".
+        device_name: the vendor's name of the device.
+        adapter: folder of a given adapter; empty if it was trained here.
+        record: the training of the adapter, with its checks; None for a given adapter.
+        ways: ways in the order of serving; the first is the reference.
+        served: the observations for each way.
+        prompts: number of tokens of each prompt.
+        notices: notices about the machine and the study, if there is no record.
+    """
+
+    schema: int = SCHEMA
+    study: str
+    variant: BuiltVariant
+    workload: Workload
+    device: str
+    device_name: str
+    adapter: str
+    record: TrialRecord | None
+    ways: tuple[ServingMode, ...]
+    served: tuple[Served, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    notices: tuple[Notice, ...] = ()
+
+    @property
+    def reference(self) -> Served:
+        """The observations of the reference: the adapter unmerged, on the base on which it was trained."""
+        return self.served[0]
+
 
 Verdict = Literal["same", "noise", "differ"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Mean:
     """A mean over answers or sequences with its 95 % interval; a single one has no interval."""
 
@@ -137,14 +183,14 @@ def compare_served(reference: Served, other: Served) -> Likeness:
         answers=proportion(len(places), len(pairs)),
         first_difference=statistics.median(places) if places else None,
         tokens=clustered_proportion([one.argmax_differs for one in distances], positions),
-        kl_mean_nats=_mean([one.kl_mean_nats for one in distances]),
+        kl_mean_nats=Mean(*mean_interval([one.kl_mean_nats for one in distances])),
         kl_max_nats=max(one.kl_max_nats for one in distances),
-        difference_mean=_mean([one.difference_mean for one in distances]),
+        difference_mean=Mean(*mean_interval([one.difference_mean for one in distances])),
         difference_max=max(one.difference_max for one in distances),
-        cosine_mean=_mean([one.cosine_mean for one in distances]),
+        cosine_mean=Mean(*mean_interval([one.cosine_mean for one in distances])),
         cosine_min=min(one.cosine_min for one in distances),
-        held_out_loss=_mean(other.losses),
-        loss_difference=_mean(losses),
+        held_out_loss=Mean(*mean_interval(other.losses)),
+        loss_difference=Mean(*mean_interval(losses)),
     )
 
 
@@ -155,11 +201,6 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
         if one != other:
             return place
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs)) + 1
-
-
-def _mean(values: Sequence[float]) -> Mean:
-    value, low, high = mean_interval(values)
-    return Mean(value=value, low=low, high=high)
 
 
 def _is_within(floor: Likeness, one: Likeness) -> bool:

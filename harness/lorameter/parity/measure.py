@@ -7,13 +7,14 @@ memory ends only one of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, format_error, impossible
-from lorameter.parity.facts import DOCUMENT, Parity
+from lorameter.parity.judgement import DOCUMENT, Parity
 from lorameter.profile.measure import TrialSession, answer_of, describe_failure, format_failure, open_trial
 from lorameter.records import codec, fileio
 from lorameter.records.record import PROMPTS, SERVED, Failure, PartialRecord, Served
@@ -126,13 +127,9 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
 
 
 def _serve_base(executor: Executor, request: ServingRequest) -> PartialRecord:
-    worker = executor.launch()
-    try:
-        trial = request.trial
-        timeout = max(TIMEOUT_S, trial.protocol.step_timeout_s)
-        return worker.ask("parity", trial.trial, timeout, request=codec.to_json(request))
-    finally:
-        worker.close()
+    with contextlib.closing(executor.launch()) as worker:
+        timeout_s = max(TIMEOUT_S, request.trial.protocol.step_timeout_s)
+        return worker.ask("parity", request.trial.trial, timeout_s, request=codec.to_json(request))
 
 
 def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:

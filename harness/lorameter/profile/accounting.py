@@ -14,7 +14,7 @@ and are omitted if its files do not contain them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from lorameter.models.costs.flops import (
 from lorameter.models.costs.modules import from_values
 from lorameter.models.costs.peaks import Ceiling, TimeSpan, Utilisation, ceiling_of, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
-from lorameter.records.activity import LEAST_STEP_PAIRS, REQUEST_PHASES, STEP_PHASES, WHOLE, PhaseActivity
+from lorameter.records.activity import LEAST_STEP_PAIRS, WHOLE, PhaseActivity
 from lorameter.stats import bootstrap_interval, median_interval
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import OCCUPANCY_FLOOR
@@ -43,16 +43,36 @@ REMAINDER_LIMIT = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """Names of the samples of a step or request (`lorameter.trial.profiling.phases.pair_times`)."""
+    """Names of the samples of a step or request (`lorameter.trial.profiling.phases.pair_times`), and their titles."""
 
     what: str
-    phases: tuple[str, ...]
+    phases: Mapping[str, str]
+    between: str
+    """Work between two steps or requests."""
     prefix: str = ""
 
 
-STEPS = Names(what="step", phases=STEP_PHASES)
-SERVED = Names(what="request", phases=REQUEST_PHASES)
-MERGED = Names(what="request", phases=REQUEST_PHASES, prefix="merged_")
+STEPS = Names(
+    what="step",
+    phases={
+        "data": "data: taking the batch",
+        "forward": "forward",
+        "backward": "backward",
+        "update": "clipping and optimizer",
+    },
+    between="the loss read and the times kept",
+)
+SERVED = Names(
+    what="request",
+    phases={
+        "prepare": "before the first forward pass",
+        "prefill": "prefill: the pass over the prompt",
+        "decode": "decode: passes over one token",
+        "choose": "between passes and after the last",
+    },
+    between="its times kept",
+)
+MERGED = dataclasses.replace(SERVED, prefix="merged_")
 
 
 def span_of(samples: Sequence[float]) -> TimeSpan:
@@ -137,23 +157,20 @@ def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
     return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
 
 
-def undisturbed_pairs(profile: TrialProfile, names: Names = STEPS) -> Sequence[int]:
-    """Pairs of a plain and a bordered step that count: on a CPU, those without contention.
+def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> list[float]:
+    """Samples with one value per pair of a plain and a bordered step, by name without prefix; only those of the pairs
+    that count: on a CPU, those without contention.
 
     The criterion is the occupancy, which is independent of the times. All pairs count if too few would remain, on a GPU
     (the host waits for it), and with several threads (they wait for each other).
     """
-    everything = range(_pairs(profile, names))
-    if profile.device != "cpu" or profile.threads > 1:
-        return everything
-    quiet = [index for index in everything if _occupancy(profile, (index,), names) >= OCCUPANCY_FLOOR]
-    return quiet if len(quiet) >= LEAST_STEP_PAIRS else everything
-
-
-def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> list[float]:
-    """Samples with one value per pair, by name without prefix; only those of the pairs that count."""
     samples = profile.record.samples[f"{names.prefix}{name}"]
-    return [samples[pair] for pair in undisturbed_pairs(profile, names)]
+    if profile.device == "cpu" and profile.threads <= 1:
+        pairs = range(_pairs(profile, names))
+        quiet = [pair for pair in pairs if _occupancy(profile, (pair,), names) >= OCCUPANCY_FLOOR]
+        if len(quiet) >= LEAST_STEP_PAIRS:
+            return [samples[pair] for pair in quiet]
+    return list(samples)
 
 
 def _pairs(profile: TrialProfile, names: Names) -> int:

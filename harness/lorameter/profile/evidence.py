@@ -48,8 +48,6 @@ DROPOUT_KERNELS = ("dropout", "bernoulli")
 """Parts of the names of kernels that draw a mask; the fused kernel also applies it."""
 UNPACKING = ("MatMul4Bit", "MatMul4BitBackward", "bitsandbytes::gemm_4bit")
 """bitsandbytes' functions that unpack a weight, by operators of that category, and then multiply by it."""
-DROPPED = (DROPOUT, "dropout_backward_s")
-"""The names under which the dropout records in a phase are counted."""
 _WITHOUT: Mapping[str, dict[str, Any]] = {
     "quantization": {"quantization": "none", "prepare_for_kbit": False},
     "gradient_checkpointing": {"gradient_checkpointing": False},
@@ -153,6 +151,8 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
     shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
     allocated = memory.get("device_peak_allocated_train_bytes")
     pairs = computed_tokens(profile.variant, profile.workload).pairs
+    resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
+    unpaged = max(0, 8 * round(profile.record.values["trainable_parameters"]) - resident)  # unpaged state of 32 bits
     return ProfileEvidence(
         variant=profile.variant,
         workload=profile.workload,
@@ -167,7 +167,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         logits_bytes=profile.memory.kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
         unpacking=time_of(profile, step, unpacking_s) / step_s,
-        dropout=time_of(profile, step, dropout_s, recorded(*DROPPED)) / step_s,
+        dropout=time_of(profile, step, dropout_s, recorded(DROPOUT, "dropout_backward_s")) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -178,7 +178,7 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         peak_bytes=allocated or memory["host_peak_train_bytes"],
         memory_bytes=profile.memory_bytes,
-        extra_bytes={"optimizer": _unpaged_bytes(profile), **extra_bytes(profile, find_shape(profile.workload.model))},
+        extra_bytes={"optimizer": unpaged, **extra_bytes(profile, find_shape(profile.workload.model))},
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
@@ -221,13 +221,6 @@ def observed_word(profile: TrialProfile, path: str) -> str | None:
     """The observed value of a path of kernels_check, if it is a text."""
     seen = find_observed(profile, path)
     return seen if isinstance(seen, str) else None
-
-
-def _unpaged_bytes(profile: Profile) -> int:
-    """The bytes that an optimizer without paging and 8-bit state would add."""
-    memory = profile.record.memory
-    resident = memory["optimizer_state_bytes"] - memory["paged_optimizer_state_bytes"]
-    return max(0, 8 * round(profile.record.values["trainable_parameters"]) - resident)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

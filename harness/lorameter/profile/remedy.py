@@ -24,11 +24,6 @@ from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.series import control_of, group_trials, is_difference, ratios_of
 from lorameter.verdicts.validity import phases_of, run_validity
 
-LEAST_TURNS = 2
-"""Minimum turns of training if the finding is about requests: trials that take turns need some."""
-LEAST_REQUESTS = 12
-"""Minimum requests of each trial if the finding is about requests."""
-
 
 def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
     """The finding to try: the one with this code, or the most expensive one that can be tried.
@@ -65,8 +60,8 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
     notes: tuple[str, ...] = ()
     if phase_of(finding) != "train":  # about requests of one length: nothing else needs to be measured
         protocol = dataclasses.replace(
-            protocol, epochs=0.0, merged=False, turns=min(protocol.turns, LEAST_TURNS),
-            generate_requests=max(protocol.generate_requests, LEAST_REQUESTS),
+            protocol, epochs=0.0, merged=False, generate_requests=max(protocol.generate_requests, 12),
+            turns=min(protocol.turns, 2),  # trials that take turns need some
         )  # fmt: skip
         workload = dataclasses.replace(workload, open_ended_tokens=0)
     own = {} if finding.changes else {name: dict(finding.workload_changes)}

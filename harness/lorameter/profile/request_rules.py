@@ -15,9 +15,6 @@ from lorameter.profile.rules import BETWEEN, LEAST_IDLE, WORTH, Finding, advise_
 from lorameter.records.units import format_bytes, format_value
 
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
-TITLES: Mapping[str, str] = {FIRST: "the time to first token", LATER: "a later token", WHOLE: "a request"}
-LAID_OUT_ANEW = "hidden.clone(memory_format=torch.contiguous_format)"
-"""The torch expression that copies hidden states into a contiguous layout."""
 MOVED = 0.5
 """Share of the tokens at which the cache was reallocated; a cache that grows by concatenation moves at every token."""
 LATE = 0.05
@@ -55,8 +52,9 @@ def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
         if is_head and evidence.bytes_per_s:  # the product disappears too; its replacement reads the weight once
             cost += max(0.0, one.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
         foldable = (
-            f"a copy laid out anew, {LAID_OUT_ANEW}, which torch's linear folds; a clone that keeps the strides does "
-            "not help, nor does contiguous() of a single row, and leaving requires_grad on for the weight does."
+            "a copy laid out anew, hidden.clone(memory_format=torch.contiguous_format), which torch's linear folds; a "
+            "clone that keeps the strides does not help, nor does contiguous() of a single row, and leaving "
+            "requires_grad on for the weight does."
         )
         yield _make_finding(
             "weight-copied", evidence, metric, cost,

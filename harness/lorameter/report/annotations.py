@@ -6,54 +6,37 @@ pass has its reason.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import list_differences, outcome_of, title_of_report, write_compared
+from lorameter.report.comparison import outcome_of, title_of_report, write_compared
 from lorameter.report.phrases import title_of
-from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE
-
-if TYPE_CHECKING:
-    from lorameter.report.run_view import RunView
-    from lorameter.verdicts.claims import ClaimsReport
-    from lorameter.verdicts.compare import ComparisonReport
-    from lorameter.verdicts.gate import GateResult
+from lorameter.report.run_view import RunView
+from lorameter.verdicts.claims import ClaimsReport
+from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport
+from lorameter.verdicts.gate import GateResult
 
 
-def gate_annotations(result: GateResult) -> str:
-    """Annotations of a gate: an error for each verdict that fails, a warning if the policy accepts the verdict."""
-    level = "notice" if result.passed else "error"
-    message = f"{_invalid(result.report.why_invalid)}{outcome_of(result)}: {title_of_report(result.report)}"
-    whole = annotation(level, "lorameter gate", message)
-    found = _verdicts(result.report, lenient=result.policy.inconclusive == "pass")
-    unmet = [annotation("error", "lorameter: policy", line) for line in result.unmet]
-    return "\n".join([whole, *found, *unmet, *_differing(result.report)]) + "\n"
-
-
-def comparison_annotations(report: ComparisonReport) -> str:
-    """Annotations of a comparison without a policy: an error for each verdict that does not pass."""
-    whole = annotation("notice", "lorameter compare", f"{_invalid(report.why_invalid)}{title_of_report(report)}")
-    return "\n".join([whole, *_verdicts(report, lenient=False), *_differing(report)]) + "\n"
-
-
-def _invalid(reasons: str | None) -> str:
-    return "" if reasons is None else f"INVALID: {reasons}. "
-
-
-def _verdicts(report: ComparisonReport, *, lenient: bool) -> list[str]:
-    """The worst verdict first; with `lenient`, an inconclusive verdict is a warning."""
-    lines = []
+def comparison_annotations(report: ComparisonReport, gate: GateResult | None = None) -> str:
+    """Annotations of a comparison, or of the gate that judged it: an error for each verdict that does not pass, or a
+    warning if the gate's policy accepts it."""
+    level, name, about = "notice", "lorameter compare", title_of_report(report)
+    lenient, unmet = False, ()
+    if gate is not None:
+        level, name, about = "notice" if gate.passed else "error", "lorameter gate", f"{outcome_of(gate)}: {about}"
+        lenient, unmet = gate.policy.inconclusive == "pass", gate.unmet
+    lines = [annotation(level, name, f"{_invalid(report.why_invalid)}{about}")]
     for one in sorted(report.comparisons, key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict])):
         if EXIT_OF[one.verdict]:
             ratio = f"{write_compared(one).line}, " if one.ratio is not None else ""
             level = "warning" if one.verdict == "inconclusive" and lenient else "error"
             title = f"lorameter: {one.name}, {title_of(one.metric)} {one.verdict}"
             lines.append(annotation(level, title, f"{ratio}{one.reason}"))
-    return lines
+    lines += [annotation("error", "lorameter: policy", line) for line in unmet]
+    lines += [annotation("warning", "lorameter: differing", str(one)) for one in report.differing]
+    return "\n".join(lines) + "\n"
 
 
-def _differing(report: ComparisonReport) -> list[str]:
-    return [annotation("warning", "lorameter: differing", line) for line in list_differences(report)]
+def _invalid(reasons: str | None) -> str:
+    return "" if reasons is None else f"INVALID: {reasons}. "
 
 
 def annotation(level: str, title: str, message: str) -> str:

@@ -10,13 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from lorameter.records.units import Unit, format_bytes, format_value, split_interval
-
-if TYPE_CHECKING:
-    from lorameter.stats import Comparison
-
+from lorameter.stats import Comparison
 
 Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
 """The role of a piece of text; `odd` is neither good nor bad, a `command` is for the user to type."""
@@ -34,7 +31,6 @@ _TONES: Mapping[str, Tone] = {
     "bad": "warning",
     "unfit": "alarm",
 }
-_INVALID = "INVALID: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,22 +235,11 @@ class ChartGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """One value of a variant, with its interval if it has one."""
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    verdict: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Intervals:
-    """A line for each mark, its value and its interval."""
+    """A line for each mark: its name, its value, and its interval if it has one."""
 
     axis: Axis
-    marks: tuple[Mark, ...]
+    marks: tuple[Cell, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,12 +292,7 @@ def say_invalid(reasons: str | None) -> tuple[Line, ...]:
     """The first line of an invalid run's report; empty for a valid run."""
     if reasons is None:
         return ()
-    return (Line(spans=(Span(text=f"{_INVALID}{reasons}", tone="alarm"),), indented=False, last=True),)
-
-
-def says_invalid(block: Block) -> bool:
-    """Whether a block is the line of `say_invalid`."""
-    return isinstance(block, Line) and block.text.startswith(_INVALID)
+    return (Line(spans=(Span(text=f"INVALID: {reasons}", tone="alarm"),), indented=False, last=True),)
 
 
 def say_each(texts: Iterable[str]) -> tuple[Line, ...]:
@@ -362,11 +342,6 @@ def write_bytes(size: float) -> Cell:
 def write_number(value: float | None, form: str = "g") -> Cell:
     """A plain number in a Python format; a dash for None."""
     return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value, unit="1")
-
-
-def write_share(share: float | None) -> Cell:
-    """A share, in percent."""
-    return write_number(share, ".1%")
 
 
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:

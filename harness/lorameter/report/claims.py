@@ -33,7 +33,6 @@ _HEADS = (
     ColumnHeader(text="verdict"),
     ColumnHeader(text="the original said", drop_priority=6),
 )
-_LEGEND = "95 % intervals of each ratio alone; differences by Holm, equalities by TOST"
 
 
 def describe_claims(report: ClaimsReport) -> Document:
@@ -58,9 +57,14 @@ def describe_claims(report: ClaimsReport) -> Document:
 def describe_verdicts(report: ClaimsReport) -> Document:
     """The claims with their reasons, without the facts that the run's report already contains."""
     rows = tuple(row for claim in report.claims for row in _rows(claim))
-    table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(say(Span(text=_LEGEND, tone="faint")),))
+    legend = Span(text="95 % intervals of each ratio alone; differences by Holm, equalities by TOST", tone="faint")
+    table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(say(legend),))
     controls = [f"{METRICS[name].title}: {''.join(say_ratio(one, name))}" for name, one in report.control.items()]
     engine = report.engine
+    pages: dict[str, list[str]] = {}
+    for claim in report.claims:
+        if claim.source:
+            pages.setdefault(claim.source, []).append(claim.id)
     return (
         collapse_constant_columns(table),
         Section(title="Reasons", lines=tuple(_reasons(report))),
@@ -72,7 +76,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
                     f"{one.path}: {one.found} ({one.reason})" for one in (engine.proof if engine else ())
                 ],
                 "Differences other than the engine": engine.differs if engine else (),
-                "Sources": tuple(_sources(report)),
+                "Sources": [f"{', '.join(ids)}: {page}" for page, ids in pages.items()],
             }
         ),
     )
@@ -110,15 +114,6 @@ def _answers(report: ClaimsReport) -> Iterator[str]:
                 f"of request time between {of} ({format_count(share.replicates, 'replicate')}, "
                 f"{format_count(share.points, 'point')})"
             )
-
-
-def _sources(report: ClaimsReport) -> Iterator[str]:
-    """Each source page once, with its claims."""
-    pages: dict[str, list[str]] = {}
-    for claim in report.claims:
-        if claim.source:
-            pages.setdefault(claim.source, []).append(claim.id)
-    yield from (f"{', '.join(ids)}: {page}" for page, ids in pages.items())
 
 
 def _place(report: ClaimsReport) -> Iterator[str]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lorameter.records.metrics import METRICS, PHASE_TITLES
+from lorameter.records.store import Run
 from lorameter.records.units import first_few
 from lorameter.report.blocks import (
-    Axis,
     Block,
     Cell,
     Collapsible,
@@ -21,8 +20,6 @@ from lorameter.report.blocks import (
     Document,
     Figure,
     Line,
-    Mark,
-    Row,
     Section,
     Span,
     Table,
@@ -37,7 +34,7 @@ from lorameter.report.blocks import (
     write_ratio,
     write_row,
 )
-from lorameter.report.figures import draw_intervals
+from lorameter.report.figures import draw_ratios
 from lorameter.report.phrases import (
     describe_notices,
     format_effect,
@@ -47,14 +44,11 @@ from lorameter.report.phrases import (
     title_of_ratio,
     verdict_cell,
 )
-from lorameter.run.bisect import Bisection, Look
+from lorameter.run.bisect import Bisection
+from lorameter.verdicts.ab import Attribution
 from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport, ComparisonRow
+from lorameter.verdicts.gate import GateResult
 from lorameter.verdicts.series import is_memory
-
-if TYPE_CHECKING:
-    from lorameter.records.store import Run
-    from lorameter.verdicts.ab import Attribution
-    from lorameter.verdicts.gate import GateResult
 
 NAMED = 3
 """Maximum comparisons that are named if several have the same reason."""
@@ -76,7 +70,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
         *([collapsed] if more else []),
         _tabulate(report),
         *_statistics(report),
-        *list_sections({"Differing": list_differences(report)}),
+        *list_sections({"Differing": [str(one) for one in report.differing]}),
         *describe_notices(report.notices),
     )
 
@@ -84,11 +78,6 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
 def title_of_report(report: ComparisonReport) -> str:
     """The candidate and its base."""
     return f"{report.candidate} against {report.base}"
-
-
-def list_differences(report: ComparisonReport) -> tuple[str, ...]:
-    """Differences of machine, software and workload between the two sides."""
-    return tuple(map(str, report.differing))
 
 
 def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
@@ -123,7 +112,8 @@ def _tabulate(report: ComparisonReport) -> Table:
     for one in report.comparisons:
         within = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
         count, words = write_number(one.replicates or None), (one.name, title_of_ratio(one.metric))
-        rows.append(write_row(*words, write_compared(one), _verdict(one), within, count))
+        verdict = verdict_cell(one, one.metric, one.tolerance if is_memory(one.metric) else one.margin, "sides")
+        rows.append(write_row(*words, write_compared(one), verdict, within, count))
     notes = [say(f"control of {phase}: {''.join(say_ratio(control))}") for phase, control in report.control.items()]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(say(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint")))
@@ -142,11 +132,6 @@ def write_compared(row: ComparisonRow) -> Cell:
     if is_memory(row.metric) and row.ratio is not None:
         return write_number(row.ratio, ".4g")
     return write_ratio(row)
-
-
-def _verdict(row: ComparisonRow) -> Cell:
-    margin = row.tolerance if is_memory(row.metric) else row.margin
-    return verdict_cell(row, row.metric, margin, "sides")
 
 
 def _statistics(report: ComparisonReport) -> Iterator[Block]:
@@ -206,28 +191,28 @@ def outcome_of(result: GateResult) -> str:
 
 def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
     """A figure for each phase; ratios that could not be computed are left out."""
-    by_phase: dict[str, list[Mark]] = {}
+    by_phase: dict[str, dict[str, ComparisonRow]] = {}
     for one in report.comparisons:
-        if one.ratio is not None:
-            known, name = METRICS.get(one.metric), f"{one.name}, {title_of_ratio(one.metric)}"
-            mark = Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
-            by_phase.setdefault("Others" if known is None else PHASE_TITLES[known.phase], []).append(mark)
+        title = PHASE_TITLES[METRICS[one.metric].phase] if one.metric in METRICS else "Others"
+        by_phase.setdefault(title, {})[f"{one.name}, {title_of_ratio(one.metric)}"] = one
     caption = (
         "A dot is the candidate's value as a multiple of the base's, the line through it its interval; right of 1 is "
         "worse."
     )
-    axis = Axis(title="candidate / base; right of 1 is worse", line_at=1.0)
-    return tuple(
-        draw_intervals(f"{title}: candidate / base", caption, axis, marks) for title, marks in by_phase.items()
-    )
+    about = "candidate / base; right of 1 is worse"
+    figures = (draw_ratios(f"{title}: candidate / base", caption, about, found) for title, found in by_phase.items())
+    return tuple(figure for figure in figures if figure is not None)
 
 
 def describe_bisection(bisection: Bisection, of: str) -> Document:
     """The conclusion, and a row for each comparison with the good end; `of` names the measured quantity."""
-    return (*_conclusion(bisection, of), Table(
-        heads=name_columns("compared with the good end", "ratio", "replicates", "is"),
-        rows=tuple(map(_look, bisection.looks)),
-    ))  # fmt: skip
+    rows = []
+    for look in bisection.looks:
+        reason = look.comparison.reason if look.side == "not measured" else ""
+        side, replicates = Cell(text=look.side, detail=reason), write_number(look.comparison.replicates or None)
+        rows.append(write_row(look.label, write_ratio(look.comparison), replicates, side))
+    heads = name_columns("compared with the good end", "ratio", "replicates", "is")
+    return *_conclusion(bisection, of), Table(heads=heads, rows=tuple(rows))
 
 
 def _conclusion(bisection: Bisection, of: str) -> Iterator[Line]:
@@ -239,9 +224,3 @@ def _conclusion(bisection: Bisection, of: str) -> Iterator[Line]:
         share = "" if bisection.share is None else f", {100 * bisection.share:.0f} % of the whole effect"
         yield say(f"{bisection.culprit.label} over {bisection.before.label}: {bisection.ratio:.3f}{ends}{share}")
         yield say(f"{of}; the interval is of both comparisons with the good end together")
-
-
-def _look(look: Look) -> Row:
-    reason = look.comparison.reason if look.side == "not measured" else ""
-    replicates = write_number(look.comparison.replicates or None)
-    return write_row(look.label, write_ratio(look.comparison), replicates, Cell(text=look.side, detail=reason))

@@ -237,14 +237,10 @@ def describe_plan(
     )
 
 
-_SHOWN_TRIALS = 20
-"""Maximum trials of a replicate whose order fits into a few lines."""
-
-
 def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     names = [[slot.trial.partition("-")[2] for slot in group.slots] for group in plan.groups if group.replicate == 0]
     trials = sum(map(len, names))
-    if trials > _SHOWN_TRIALS:
+    if trials > 20:  # their names would fill more than a few lines
         first = f"{trials} trials in each replicate, shuffled by the study's seed"
     else:
         first = "; ".join(map(", ".join, names))

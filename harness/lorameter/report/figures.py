@@ -29,7 +29,6 @@ from lorameter.report.blocks import (
     Figure,
     Finding,
     Intervals,
-    Mark,
     Matrix,
     Point,
     Table,
@@ -39,11 +38,13 @@ from lorameter.report.blocks import (
     value_cell,
     write_bytes,
     write_number,
+    write_ratio,
     write_row,
     write_seconds,
 )
 from lorameter.report.phrases import title_of, title_of_ratio
 from lorameter.report.run_view import PhaseTable, RunView
+from lorameter.stats import Comparison
 from lorameter.studies.claim import is_number
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.studies.study_file import read_own_workloads, read_study
@@ -114,20 +115,20 @@ def _of_other_tokens(run: Run) -> set[str]:
 
 
 def _ratios(table: PhaseTable, reference: str) -> Figure | None:
-    marks = [Mark(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
-             for name, one in table.ratios.items() if one.ratio is not None]  # fmt: skip
     about = f"{title_of_ratio(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
     caption = "A dot is the ratio of a variant to the reference, the line through it its interval."
-    axis = Axis(title="right of 1 is worse", line_at=1.0)
-    return draw_intervals(about[:1].upper() + about[1:], caption, axis, marks) if marks else None
+    return draw_ratios(about[:1].upper() + about[1:], caption, "right of 1 is worse", table.ratios)
 
 
-def draw_intervals(title: str, caption: str, axis: Axis, marks: Sequence[Mark]) -> Figure:
-    """Values with their intervals and verdicts, as a picture and as a table."""
-    rows = [write_row(mark.name, value_cell(mark.value, mark.low, mark.high, axis.unit), Cell(verdict=mark.verdict))
-            for mark in marks]  # fmt: skip
-    table = Table(heads=name_columns("variant", axis.title, "verdict"), rows=tuple(rows))
-    return Figure(title=title, caption=caption, drawing=Intervals(axis=axis, marks=tuple(marks)), table=table)
+def draw_ratios(title: str, caption: str, about: str, comparisons: Mapping[str, Comparison]) -> Figure | None:
+    """Ratios with their intervals and verdicts, as a picture and as a table; None without any."""
+    found = {name: one for name, one in comparisons.items() if one.ratio is not None}
+    rows = (write_row(name, write_ratio(one), Cell(verdict=one.verdict)) for name, one in found.items())
+    marks = (Cell(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
+             for name, one in found.items())  # fmt: skip
+    drawing = Intervals(axis=Axis(title=about, line_at=1.0), marks=tuple(marks))
+    table = Table(heads=name_columns("variant", about, "verdict"), rows=tuple(rows))
+    return Figure(title=title, caption=caption, drawing=drawing, table=table) if found else None
 
 
 def _losses(shown: Shown) -> Figure | None:
@@ -264,21 +265,15 @@ def _finding(series: Series, path: str) -> Finding | None:
     found = [check for record in series.records for check in record.checks if check["path"] == path]
     if not found:
         return None
-    worst = min((str(check["status"]) for check in found), key=_severity)
+    worst = min((cast(Status, check["status"]) for check in found), key=list(_TONES).index)
     observed = Counter(str(check["observed"]) for check in found if check["status"] == worst).most_common(1)[0][0]
     required = any(check["required"] is not None for check in found)
     counted = Counter(f"{check['status']}: {check['reason']}" for check in found)
     return Finding(
         text=f"{worst}: {observed}" if observed not in ("", "None") else worst,
-        tone=_TONES.get(cast(Status, worst), "warning") if required else "plain",
+        tone=_TONES[worst] if required else "plain",
         reasons=tuple(f"{reason} ({count} of {len(found)} trials)" for reason, count in counted.most_common()),
     )
-
-
-def _severity(status: str) -> int:
-    """The rank of a status, the worst first; an unknown status counts as `unknown`."""
-    order = list(_TONES)
-    return order.index(status if status in order else "unknown")
 
 
 def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:

@@ -38,7 +38,7 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.phrases import title_of
-from lorameter.results.history import Break, History, HistorySeries, Moment, Plateau, Suspicion, Track
+from lorameter.results.history import Break, History, HistorySeries, Moment, Suspicion, Track
 from lorameter.stats.changes import LEAST_POINTS
 from lorameter.verdicts.comparison_input import Difference
 
@@ -54,6 +54,7 @@ _RUNS = (
     ColumnHeader(text="fingerprint", drop_priority=3),
 )
 COMMIT = "git.commit"
+_MINUTE = "%Y-%m-%d %H:%M"
 SHOWN, REASONS = 4, 2
 """Maximum differences that are listed, and reasons for runs that are left out."""
 
@@ -100,7 +101,7 @@ def _drawn(track: Track) -> Iterator[Line]:
         return
     low, high = min(values), max(values)
     for number, line in enumerate(track.lines):
-        ends = f"{_day(line.moments[0])} to {_day(line.moments[-1])}"
+        ends = f"{_when(line.moments[0])} to {_when(line.moments[-1])}"
         yield say(f"{'┃ ' if number else '  '}{draw(line.moments, low, high)}  ", Span(text=ends, tone="faint"))
     least, most = (format_value(math.exp(end), unit_of(track)) for end in (low, high))
     yield say(Span(text=f"from {least} ({STEPS[0]}) to {most} ({STEPS[-1]}); ┃ is a known break", tone="faint"))
@@ -119,24 +120,20 @@ def draw(moments: Sequence[Moment], low: float, high: float) -> str:
 
 def _levels(track: Track) -> Iterator[Row]:
     for line in track.lines:
-        rows = [_level(plateau, line, track) for plateau in line.plateaus]
+        rows = []
+        for plateau in line.plateaus:
+            commits = dict.fromkeys((_commit(plateau.first), _commit(plateau.last)))
+            level = value_cell(plateau.value, plateau.low, plateau.high, unit_of(track))
+            software = f"{_versions(plateau.last)}; {'..'.join(commits)}; {line.fingerprint}"
+            rows.append(write_row(_when(plateau.first), _when(plateau.last), str(plateau.runs), level, software))
         *others, last = rows or [write_row("", "", "0", "–", "no run counts")]
         yield from others
         yield dataclasses.replace(last, ends_group=line is not track.lines[-1])
 
 
-def _level(plateau: Plateau, line: HistorySeries, track: Track) -> Row:
-    commits = dict.fromkeys((_commit(plateau.first), _commit(plateau.last)))
-    return write_row(
-        _day(plateau.first), _day(plateau.last), str(plateau.runs),
-        value_cell(plateau.value, plateau.low, plateau.high, unit_of(track)),
-        f"{_versions(plateau.last)}; {'..'.join(commits)}; {line.fingerprint}",
-    )  # fmt: skip
-
-
 def _break(change: Break) -> Iterator[Line]:
-    where = f"{_day(change.after)}, run {change.after.run}: "
-    yield say(Span(text="known break ", tone="odd"), where, _differences(change.differing))
+    where = f"{_when(change.after)}, run {change.after.run}: "
+    yield say(Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), SHOWN))
     if change.confirm:
         yield say("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
 
@@ -148,12 +145,12 @@ def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
     )
     yield say(
         Span(
-            text=f"{suspicion.direction} from {_day(suspicion.after)} on, ",
+            text=f"{suspicion.direction} from {_when(suspicion.after)} on, ",
             tone="bad" if suspicion.ratio > 1 else "good",
         ),
         f"run {suspicion.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
-        f"last before: {_day(suspicion.before)}, run {suspicion.before.run}. Changed between: ",
-        _differences(suspicion.differing) or "nothing that is known",
+        f"last before: {_when(suspicion.before)}, run {suspicion.before.run}. Changed between: ",
+        first_few(_list_differences(suspicion.differing), SHOWN) or "nothing that is known",
     )
     if suspicion.confirm:
         yield say("  a suspicion; it is confirmed by: ", Span(text=suspicion.confirm, tone="command"))
@@ -185,19 +182,15 @@ def _run(moment: Moment, line: HistorySeries, track: Track) -> Row:
     if moment.why_not is not None:
         value = dataclasses.replace(value, interval="", detail="not counted")
     return write_row(
-        Cell(text=write_time(moment), value=moment.created_unix_s), moment.run, value,
+        Cell(text=_when(moment, _MINUTE), value=moment.created_unix_s), moment.run, value,
         write_number(moment.replicates), _commit(moment), _versions(moment),
         line.fingerprint,
     )  # fmt: skip
 
 
-def write_time(moment: Moment) -> str:
-    """The start of a run in local time, to the minute."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.created_unix_s))
-
-
-def _differences(differing: Sequence[Difference]) -> str:
-    return first_few(_list_differences(differing), SHOWN)
+def _when(moment: Moment, form: str = "%Y-%m-%d") -> str:
+    """The start of a run in local time."""
+    return time.strftime(form, time.localtime(moment.created_unix_s))
 
 
 def _list_differences(differing: Sequence[Difference]) -> list[str]:
@@ -214,10 +207,6 @@ def _versions(moment: Moment) -> str:
 
 def _commit(moment: Moment) -> str:
     return f"{moment.commit[:10]}{'+' if moment.dirty else ''}" if moment.commit else "no commit"
-
-
-def _day(moment: Moment) -> str:
-    return time.strftime("%Y-%m-%d", time.localtime(moment.created_unix_s))
 
 
 def unit_of(track: Track) -> Unit:
@@ -266,7 +255,7 @@ def _figure(track: Track) -> Figure:
     up = Axis(title=title, unit=unit)
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
-        caption=f"A curve for each fingerprint, from {write_time(first)} on, with the interval of each run; where "
+        caption=f"A curve for each fingerprint, from {_when(first, _MINUTE)} on, with the interval of each run; where "
         "another begins, machine or software changed, and the two are not compared. What does not "
         "count is in the table only.",
         drawing=Chart(

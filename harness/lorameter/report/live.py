@@ -46,7 +46,7 @@ class LiveDisplay(Display):
     def __init__(self, console: Console, *, device: str = "") -> None:
         self._console, self._device = console, device
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._plan: Plan | None = None
+        self._plan: Plan  # known from `starting` or `rehearsed` on, which come first
         self._rows: dict[Key, list[Slot]] = {}
         """The slots of each row, the control last."""
         self._phases: dict[str, str] = {}
@@ -100,9 +100,8 @@ class LiveDisplay(Display):
         """Show the trial's new phase."""
         words = COMMANDS[phase].label if phase in COMMANDS else phase  # must not raise
         self._phases[slot.trial] = words
-        replicates = self._plan.study.protocol.replicates if self._plan else 0
         name = f"{slot.side} {slot.variant.name}".strip() + (" (control)" if slot.role == "control" else "")
-        self._now = f"replicate {slot.replicate + 1}/{replicates}  {name}: {words}"
+        self._now = f"replicate {slot.replicate + 1}/{self._plan.study.protocol.replicates}  {name}: {words}"
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
         if time.monotonic() - self._printed_at >= SILENT_S:
@@ -120,16 +119,11 @@ class LiveDisplay(Display):
                 self._ratios[key] = found
         why = f": {record.failure.message}" if record.failure else ""
         self._draw(at_once=True)
-        done = f"[{len(self._records)}/{self._total}]"
+        done = f"[{len(self._records)}/{len(self._plan.slots)}]"
         self._line(f"{done} {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
 
-    @property
-    def _total(self) -> int:
-        return len(self._plan.slots) if self._plan else 0
-
     def _draw(self, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if self._console.is_terminal and self._plan is not None and (at_once or now - self._drawn >= LEAST_BETWEEN_S):
+        if self._console.is_terminal and (at_once or time.monotonic() - self._drawn >= LEAST_BETWEEN_S):
             self._live.update(self.picture(), refresh=True)
             self._drawn = time.monotonic()
 
@@ -151,7 +145,7 @@ class LiveDisplay(Display):
             )
             table.add_row(*map(draw_text, cells))
         met = ", ".join(f"{code} in {count}" for code, count in self._disturbed.items())
-        done = f"{len(self._records)} of {self._total} trials"
+        done = f"{len(self._records)} of {len(self._plan.slots)} trials"
         status = _join(done, self._left(), self._device, f"surroundings: {met}" if met else "")
         below = [draw_text(text, "faint") for text in (self._now, status)]
         for line in below:
@@ -161,7 +155,7 @@ class LiveDisplay(Display):
     def _base(self, key: Key) -> Key | None:
         """The row that a row is compared with: the reference, or the base of an A/B; a control has one too."""
         side, name, _ = key
-        if self._plan is None or self._plan.study.protocol.mixed:
+        if self._plan.study.protocol.mixed:
             return None
         against: Key = ("base", name, "variant") if side else ("", self._plan.study.reference, "variant")
         return None if against == key else against
@@ -180,10 +174,8 @@ class LiveDisplay(Display):
 
     def _left(self) -> str:
         """The time left, estimated from the trials so far and capped by the run's time limit."""
-        if self._plan is None:
-            return ""
         spent, ended = time.monotonic() - self._begin, len(self._records)
-        left = spent / ended * (self._total - ended) if ended else None
+        left = spent / ended * (len(self._plan.slots) - ended) if ended else None
         minutes = self._plan.study.protocol.max_minutes
         if minutes is not None and (left is None or not 0 <= left <= 60 * minutes - spent):
             return f"{format_duration(max(0.0, 60 * minutes - spent))} left of {minutes:g} minutes"

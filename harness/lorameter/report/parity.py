@@ -15,8 +15,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.parity.facts import Parity
-from lorameter.parity.judgement import Judgement, Likeness, Mean, Verdict, first_difference
+from lorameter.parity.judgement import Judgement, Likeness, Mean, Parity, Verdict, first_difference
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_percent, three_digits
@@ -48,11 +47,13 @@ def describe_parity(parity: Parity, judgement: Judgement) -> Document:
     """The report of a parity: verdicts, answers, logits, losses and notices."""
     notices = (*parity.notices, *(() if parity.record is None else parity.record.notices))
     rows = [one for one in (*judgement.likenesses, judgement.without, judgement.floor) if one is not None]
+    adapter = f"adapter {parity.adapter}"
+    if parity.record is not None:
+        adapter = f"adapter trained for {format_count(round(parity.record.values['training_steps']), 'step')}"
     return (
         say(
             Span(text=parity.variant.name or parity.adapter, tone="strong"),
-            f" of {parity.study} on {parity.device_name} ({parity.device}); {parity.workload.model}, ",
-            _adapter(parity),
+            f" of {parity.study} on {parity.device_name} ({parity.device}); {parity.workload.model}, {adapter}",
             indented=False,
         ),
         Section(title=f"Against {parity.reference.way}", lines=tuple(_verdicts(judgement))),
@@ -61,12 +62,6 @@ def describe_parity(parity: Parity, judgement: Judgement) -> Document:
         _losses(rows, parity),
         *describe_notices(notices),
     )
-
-
-def _adapter(parity: Parity) -> str:
-    if parity.record is None:
-        return f"adapter {parity.adapter}"
-    return f"adapter trained for {format_count(round(parity.record.values['training_steps']), 'step')}"
 
 
 def _verdicts(judgement: Judgement) -> Iterator[Line]:
@@ -223,19 +218,18 @@ def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Do
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:
     """Prompt, reference, and the model's answers before and after training."""
-    panels = (Panel(title=f"prompt {number}", passages=_passages(one)) for number, one in enumerate(samples))
+    panels = []
+    for number, sample in enumerate(samples):
+        end = "ended by the model" if sample.ended else "cut at the limit"
+        texts = {
+            "prompt": sample.prompt,
+            "reference": sample.reference,
+            "before training": "not measured" if sample.base_answer is None else sample.base_answer,
+            f"after training, {sample.tokens} tokens, {end}": sample.trained,
+        }
+        passages = tuple((author, text.strip() or "(nothing)") for author, text in texts.items())
+        panels.append(Panel(title=f"prompt {number}", passages=passages))
     return say(Span(text=title, tone="strong"), indented=False), *panels
-
-
-def _passages(sample: Sample) -> tuple[tuple[str, str], ...]:
-    end = "ended by the model" if sample.ended else "cut at the limit"
-    texts = {
-        "prompt": sample.prompt,
-        "reference": sample.reference,
-        "before training": "not measured" if sample.base_answer is None else sample.base_answer,
-        f"after training, {sample.tokens} tokens, {end}": sample.trained,
-    }
-    return tuple((author, text.strip() or "(nothing)") for author, text in texts.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

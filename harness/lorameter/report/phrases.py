@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
 from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, say, write_ratio
 from lorameter.stats import MOST_ADVISED, Comparison
+from lorameter.studies.workload import Workload
 from lorameter.verdicts.series import MARGIN
-
-if TYPE_CHECKING:
-    from lorameter.studies.workload import Workload
-
 
 Between = Literal["variants", "sides"]
 """Whether variants of a study are compared, or a candidate and its base."""
@@ -62,11 +59,6 @@ def say_request(workload: Workload) -> str:
     """Tokens of a request: of its prompt and new ones, times the number of prompts."""
     tokens = f"{workload.prompt_tokens} + {workload.new_tokens}"
     return tokens if workload.request_batch == 1 else f"{workload.request_batch} × ({tokens})"
-
-
-def say_adapters(workload: Workload) -> str:
-    """The number of adapters on a base during requests; empty if there is only the trained one."""
-    return "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
 
 
 def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Between) -> Cell:
@@ -124,7 +116,8 @@ def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
     interval is omitted if both ends look the same, as for computed bytes."""
     if comparison.ratio is None:
         return "", ""
-    ends = [_signed(end) for end in (comparison.low, comparison.high) if end is not None]
+    found = [end for end in (comparison.low, comparison.high) if end is not None]
+    ends = [f"{'+' if end >= 1 else '−'}{format_percent(abs(end - 1))}" for end in found]
     interval = f" [{', '.join(ends)}]" if len(set(ends)) == 2 else ""
     return _effect(comparison.ratio, metric), interval
 
@@ -132,10 +125,6 @@ def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
 def _effect(ratio: float, metric: str) -> str:
     worse, better = _direction_words(metric)
     return f"{format_percent(abs(ratio - 1))} {worse if ratio >= 1 else better}"
-
-
-def _signed(ratio: float) -> str:
-    return f"{'+' if ratio >= 1 else '−'}{format_percent(abs(ratio - 1))}"
 
 
 def describe_notices(notices: Sequence[Notice]) -> Document:

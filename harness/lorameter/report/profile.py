@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from lorameter.models.costs.peaks import TimeSpan
 from lorameter.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
+    SERVED,
+    STEPS,
     Ceilings,
+    Names,
     PassAccount,
     RequestAccount,
     StepAccount,
@@ -44,7 +46,6 @@ from lorameter.report.blocks import (
     write_number,
     write_row,
     write_seconds,
-    write_share,
 )
 from lorameter.report.phrases import describe_notices, say_ratio
 from lorameter.verdicts.series import is_difference
@@ -64,12 +65,14 @@ def describe_profile(
     findings: Sequence[Finding],
 ) -> Document:
     """The report of a profile of steps."""
+    positions = {"real": tokens.real, "padded": tokens.padded, "recomputed": tokens.recomputed}
+    shares = (f"{count:.0f} {name} ({count / tokens.total:.1%})" for name, count in positions.items())
     return (
         _heading(profile),
         _tabulate_phases(profile, step),
         _tabulate_categories(profile, step),
         _memory(profile),
-        Section(title="Tokens of a step", lines=say_each([_tokens(tokens)])),
+        Section(title="Tokens of a step", lines=(say(", ".join(shares)),)),
         Section(title="Ceilings", lines=say_each(_ceilings(ceilings, profile))),
         _tabulate_findings(findings, RULES, OF_WHAT_RAN if profile.activity.missing else ()),
         *_notices(profile),
@@ -134,11 +137,6 @@ def _tabulate_memory(
     )
 
 
-def _tokens(tokens: TokenShares) -> str:
-    parts = (("real", tokens.real), ("padded", tokens.padded), ("recomputed", tokens.recomputed))
-    return ", ".join(f"{count:.0f} {name} ({count / tokens.total:.1%})" for name, count in parts)
-
-
 def _ceilings(ceilings: Ceilings | str, profile: Profile) -> Iterator[str]:
     if isinstance(ceilings, str):
         yield f"none: {ceilings}"
@@ -151,39 +149,7 @@ def _ceilings(ceilings: Ceilings | str, profile: Profile) -> Iterator[str]:
             yield f"measured on this device: {peak}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Words:
-    """The words for a step or a request, and for its phases."""
-
-    what: str
-    titles: Mapping[str, str]
-    between: str
-    """Work between two steps or requests."""
-
-
-OF_STEPS = Words(
-    what="step",
-    titles={
-        "data": "data: taking the batch",
-        "forward": "forward",
-        "backward": "backward",
-        "update": "clipping and optimizer",
-    },
-    between="the loss read and the times kept",
-)
-OF_REQUESTS = Words(
-    what="request",
-    titles={
-        "prepare": "before the first forward pass",
-        "prefill": "prefill: the pass over the prompt",
-        "decode": "decode: passes over one token",
-        "choose": "between passes and after the last",
-    },
-    between="its times kept",
-)
-
-
-def _tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = "") -> Table:
+def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: Names = STEPS, *, suffix: str = "") -> Table:
     """A row for each phase, the unexplained remainder, and the step; notes about the pairs are below it. `suffix` is
     added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
@@ -193,17 +159,20 @@ def _tabulate_phases(profile: TrialProfile, step: StepAccount, words: Words = OF
     rows = []
     for phase in profile.activity.phases:
         span = step.phases[phase.phase]
-        share, idle = write_share(span.value / step.step.value), idling[phase.phase] / span.value if known else None
+        share, idle = (
+            write_number(span.value / step.step.value, ".1%"),
+            idling[phase.phase] / span.value if known else None,
+        )
         counted = write_number(phase.calls if known else None, ".0f")
-        rows.append(write_row(words.titles[phase.phase], _time(span), share, write_number(idle, ".0%"), counted))
+        rows.append(write_row(names.phases[phase.phase], _time(span), share, write_number(idle, ".0%"), counted))
     rows.append(write_row("remainder", _time(step.remainder), _shares(step.remainder, step.step.value), "", ""))
     total = write_number(profile.activity.calls if known else None, ".0f")
-    rows.append(write_row(words.what, _time(step.step), "100 %", "", total, strong=True))
+    rows.append(write_row(names.what, _time(step.step), "100 %", "", total, strong=True))
     return Table(
-        title=f"Where a {words.what}'s time goes{suffix}",
-        heads=name_columns("phase", "time", f"of the {words.what}", waits, calls),
+        title=f"Where a {names.what}'s time goes{suffix}",
+        heads=name_columns("phase", "time", f"of the {names.what}", waits, calls),
         rows=tuple(rows),
-        notes=say_each(_step_lines(step, words)),
+        notes=say_each(_step_lines(step, names)),
     )
 
 
@@ -213,24 +182,24 @@ def _time(span: TimeSpan) -> Cell:
 
 def _shares(span: TimeSpan, whole: float) -> Cell:
     """A part of a whole in percent, with its interval if it has one."""
-    share = write_share(span.value / whole)
+    share = write_number(span.value / whole, ".1%")
     if span.low is None or span.high is None:
         return share
     low, high = span.low / whole, span.high / whole
     return dataclasses.replace(share, interval=f"[{low:.1%}, {high:.1%}]", low=low, high=high)
 
 
-def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
+def _step_lines(step: StepAccount, names: Names) -> Iterator[str]:
     borders, between = step.borders, step.between
     quiet = "undisturbed" if step.counted < step.pairs else "all"
-    what = words.what
+    what = names.what
     yield f"{step.pairs} plain {what}s, in turns with as many whose phases were timed; {step.counted} count ({quiet})"
     yield "intervals are those of this process; between processes times differ more"
     yield (
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a {what}; in "
         f"such a {what} the phases cover {_shares(step.covered, 1.0).line} of it"
     )
-    yield f"between {what}s, {words.between}: {format_interval(between.value, between.low, between.high, 's')}"
+    yield f"between {what}s, {names.between}: {format_interval(between.value, between.low, between.high, 's')}"
     if step.occupancy is not None:
         yield f"occupancy {step.occupancy:.0%}: CPU time over wall time of all these {what}s"
     limit = f"{REMAINDER_LIMIT:.0%} of the {what}"
@@ -240,29 +209,27 @@ def _step_lines(step: StepAccount, words: Words) -> Iterator[str]:
         yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 
 
-def _tabulate_categories(
-    profile: TrialProfile, step: StepAccount, words: Words = OF_STEPS, *, suffix: str = ""
-) -> Table:
+def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names = STEPS, *, suffix: str = "") -> Table:
     """A row for each kind of work, by phase; the most expensive operators are below it."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     rows = []
     for category, by_phase in categories_s(profile, step).items():
         seconds = sum(by_phase.values())
         times = (write_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in step.phases)
-        rows.append(write_row(category, write_share(seconds / step.step.value), write_seconds(seconds), *times))
+        rows.append(write_row(category, write_number(seconds / step.step.value, ".1%"), write_seconds(seconds), *times))
     return Table(
         title=f"What ran{suffix}: {what}",
-        heads=name_columns("category", f"of the {words.what}", "time", *step.phases),
+        heads=name_columns("category", f"of the {names.what}", "time", *step.phases),
         rows=tuple(rows),
-        notes=say_each(_operators(profile, step, words)),
+        notes=say_each(_operators(profile, step, names)),
     )
 
 
-def _operators(profile: TrialProfile, step: StepAccount, words: Words) -> Iterator[str]:
+def _operators(profile: TrialProfile, step: StepAccount, names: Names) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
     slower = step.profiler_slowdown
     seen = (
-        f"seen in {format_count(steps, words.what)} under the profiler, each {format_value(slow, 's')} "
+        f"seen in {format_count(steps, names.what)} under the profiler, each {format_value(slow, 's')} "
         f"(× {format_ratio(slower.value, slower.low, slower.high)})"
     )
     if profile.activity.missing:
@@ -336,7 +303,9 @@ def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
         of, part = ("a step" if name == "step_time_s" else f"the {METRICS[name].title}"
                     for name in (tried.metric, finding.metric))  # fmt: skip
         seen = f"the profile attributed {finding.cost_share:.1%} of {part} to it"
-        yield say(f"gained {_gain(comparison.ratio, comparison.low, comparison.high)} of {of}; {seen}")
+        low, high = (None if end is None else 100 * (1 - end) for end in (comparison.high, comparison.low))
+        gained = format_interval(100 * (1 - comparison.ratio), low, high, "1")
+        yield say(f"gained {gained} % of {of}; {seen}")
     if tried.control is not None:
         yield say(f"control (the present variant measured twice): {''.join(say_ratio(tried.control, tried.metric))}")
     yield from (say(Span(text=failure, tone="bad")) for failure in tried.failures)
@@ -352,12 +321,6 @@ def _invalid(tried: RemedyResult) -> str | None:
     if tried.control is not None and is_difference(tried.control):
         return "the control differs from itself"
     return f"see `lorameter report {tried.run}`"
-
-
-def _gain(ratio: float, low: float | None, high: float | None) -> str:
-    """The time that a ratio of times saves, in percent; the ends of the interval are swapped."""
-    ends = [None if end is None else 100 * (1 - end) for end in (high, low)]
-    return f"{format_interval(100 * (1 - ratio), ends[0], ends[1], '1')} %"
 
 
 def describe_requests(
@@ -376,9 +339,9 @@ def describe_requests(
         sides.append((profile.merged, merged, _MERGED))
     return (
         _heading(profile, requests),
-        *(_tabulate_phases(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
+        *(_tabulate_phases(side, account.whole, SERVED, suffix=suffix) for side, account, suffix in sides),
         _passes(profile, [(account, suffix) for _, account, suffix in sides]),
-        *(_tabulate_categories(side, account.whole, OF_REQUESTS, suffix=suffix) for side, account, suffix in sides),
+        *(_tabulate_categories(side, account.whole, SERVED, suffix=suffix) for side, account, suffix in sides),
         _request_memory(profile),
         *([_cold(profile)] if profile.cold_parts_s else []),
         _tabulate_findings(findings, REQUEST_RULES, REQUESTS_OF_WHAT_RAN if profile.activity.missing else ()),
@@ -402,7 +365,7 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
 
 def _pass(title: str, one: PassAccount) -> Row:
     time = value_cell(one.time.value, one.time.low, one.time.high, "s")
-    mfu, mbu = (write_share(None if share is None else share.value) for share in (one.mfu, one.mbu))
+    mfu, mbu = (write_number(None if share is None else share.value, ".1%") for share in (one.mfu, one.mbu))
     return write_row(
         title,
         time,
@@ -447,7 +410,7 @@ def _cold(profile: RequestProfile) -> Table:
     until = 0.0
     for name, seconds in parts.items():
         until += seconds
-        share = write_share(seconds / total)
+        share = write_number(seconds / total, ".1%")
         rows.append(write_row(COLD_PARTS[name], write_seconds(seconds), share, write_seconds(until)))
     rows.append(write_row("cold start", write_seconds(total), "100 %", "", strong=True))
     return Table(

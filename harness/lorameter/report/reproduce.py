@@ -42,7 +42,9 @@ def _lines(run: Run) -> Iterator[str]:
     libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
     known = {name: libraries[name] for name in MAIN_LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
-    yield _comment(f"Python {python}; {_revision(git)}; seed {manifest.seed}")
+    changes = " with local changes" if git.get("dirty") else ""
+    revision = f"commit {git['commit']}{changes}" if git.get("commit") else "no repository"
+    yield _comment(f"Python {python}; {revision}; seed {manifest.seed}")
     if known:
         yield "pip install " + " ".join(shlex.quote(f"{name}=={version}") for name, version in known.items())
     yield from _of_sides(run) if manifest.sides else _of_one(run)
@@ -136,9 +138,3 @@ def _study(run: Run) -> tuple[str, list[str]]:
 
 def _given(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _revision(git: dict[str, object]) -> str:
-    commit = git.get("commit")
-    changes = " with local changes" if git.get("dirty") else ""
-    return f"commit {commit}{changes}" if commit else "no repository"

@@ -37,7 +37,6 @@ from lorameter.report.phrases import (
     PHASE_WORDS,
     describe_notices,
     format_effect,
-    say_adapters,
     say_inconclusive,
     say_ratio,
     say_request,
@@ -88,7 +87,8 @@ def describe_run(view: RunView) -> Document:
 def _blocks(view: RunView) -> Iterator[Block]:
     run, study = view.run, view.study
     yield from say_invalid(view.validity.invalid)
-    yield Section(title=study.title, lines=(*_summary(view), *facts_of(run, study)))
+    facts = (say(text, label=label) for label, text in _facts(run, study))
+    yield Section(title=study.title, lines=(*_summary(view), *facts))
     for table in view.tables:
         notes = tuple(_notes(table, alone=view.alone))
         yield collapse_constant_columns(dataclasses.replace(table.table, notes=notes))
@@ -239,12 +239,8 @@ def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     yield Section(title="Time", lines=say_each(lines))
 
 
-def facts_of(run: Run, study: Study) -> tuple[Line, ...]:
-    """The facts of a run, each with its label."""
-    return tuple(say(text, label=label) for label, text in _facts(run, study))
-
-
 def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
+    """The facts of a run, each with its label."""
     manifest, protocol, provenance = run.manifest, study.protocol, run.manifest.provenance
     device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
     name = say_machines(run.records) if is_mixed(run) else name
@@ -289,9 +285,10 @@ def _workload(workload: Workload, data: str) -> str:
         repair_note = f", bitsandbytes mended: {workload.repair}" if workload.repair else ""
         ranks = f", by {workload.ranks} ranks ({workload.strategy}{repair_note})"
     loss = "" if workload.loss == "all" else f", {LOSSES[workload.loss]}"
+    adapters = "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
     return (
         f"{workload.model}; {data}; {workload.batch_size} × {workload.sequence_length} tokens a batch, "
-        f"{workload.layout}{ranks}{loss}; {say_request(workload)} tokens a request{say_adapters(workload)}"
+        f"{workload.layout}{ranks}{loss}; {say_request(workload)} tokens a request{adapters}"
     )
 
 
@@ -347,7 +344,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "faults": codec.to_json(view.validity.faults),
         "path": str(view.run.path),
         "title": view.study.title,
-        "facts": [f"{fact.label:<10}{fact.text}" for fact in facts_of(view.run, view.study)],
+        "facts": [f"{label:<10}{text}" for label, text in _facts(view.run, view.study)],
         "deviations": list(view.study.deviations),
         "notes": list(view.study.notes),
         "tables": [_encode_table(table) | ({"alone": True} if view.alone else {}) for table in view.tables],

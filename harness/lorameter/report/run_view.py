@@ -147,10 +147,16 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
         UsageError: a variant, metric or phase is selected that the run does not have.
     """
     study = read_study(run)
-    validity, names = run_validity(run, study), _names(study, selection)
+    validity, known = run_validity(run, study), [variant.name for variant in study.variants]
+    chosen = {study.reference, *match_variants(known, selection.variants)}
+    names = tuple(name for name in known if name in chosen)
     if is_mixed(run):
         views = {site: view_of(part, selection) for site, part in runs_of_sites(run).items()}
-        tables = [_name_site(table, site) for site, view in views.items() for table in view.tables]
+        tables = [
+            replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
+            for site, view in views.items()
+            for table in view.tables
+        ]
         outcomes: list[PhaseTable] = []
         phases = [phase for phase in PHASES if any(phase in view.phases for view in views.values())]
         notices = join_notices(run, {site: view.notices for site, view in views.items()})
@@ -172,13 +178,6 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     )
 
 
-def _names(study: Study, selection: ReportFilter) -> tuple[str, ...]:
-    """The names of the shown variants; the reference is always included."""
-    names = [variant.name for variant in study.variants]
-    chosen = match_variants(names, selection.variants)
-    return tuple(name for name in names if name in chosen or name == study.reference)
-
-
 def match_variants(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The names that match a pattern; all names if there are no patterns. Raises `UsageError` for a pattern without a
     match."""
@@ -188,15 +187,12 @@ def match_variants(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return matching(names, patterns or ["*"])
 
 
-def _name_site(table: PhaseTable, site: str) -> PhaseTable:
-    return replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
-
-
 def _tables(source: _Source) -> Iterator[PhaseTable]:
     run, controls, selection = source.run.manifest.run, source.validity.controls, source.selection
     if absent := [phase for phase in selection.phases if phase not in controls]:
         raise UsageError(f"phase {absent[0]!r}: run {run} has {', '.join(controls) or 'none'}.")
-    known = _measured(source)
+    metrics = [name for name in METRICS if any(series.measuring(name) for series in source.groups.values())]
+    known = [*metrics, *sorted({kind for one in source.run.records for kind in one.memory if is_memory(kind)})]
     for pattern in selection.metrics:
         if not fnmatch.filter(known, pattern):
             near = difflib.get_close_matches(pattern, known, n=1)
@@ -208,13 +204,6 @@ def _tables(source: _Source) -> Iterator[PhaseTable]:
     for phase in source.phases if not selection.metrics else ():
         metric = source.validity.primary[phase]
         yield _tabulate(source, phase, metric, controls[phase], whole=True)
-
-
-def _measured(source: _Source) -> list[str]:
-    """Every metric and kind of memory of the run, in the order of the metrics."""
-    metrics = [name for name in METRICS if any(series.measuring(name) for series in source.groups.values())]
-    kinds = dict.fromkeys(kind for record in source.run.records for kind in record.memory if is_memory(kind))
-    return [*metrics, *sorted(kinds)]
 
 
 def phase_of(metric: str) -> Phase:
@@ -251,7 +240,8 @@ def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
 def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
     """A table of a phase: its primary metric and (with `whole`) all other metrics that are columns of it."""
     reference, shown = source.study.reference, source.shown
-    ratios = _ratios(source, metric, control)
+    compared = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
+    ratios = {name: discounted(one, source.validity.invalid) for name, one in compared.items()}
     columns = list(_columns(source, phase, metric, ratios, whole=whole))
     heads = tuple(head for head, _ in columns)
     lines = zip(*(cells for _, cells in columns), strict=True)
@@ -385,12 +375,6 @@ def _margin(source: _Source, name: str, metric: str) -> float:
     """The margin within which a variant counts as equal to the reference."""
     limits = source.selection.limits_of(name, metric)
     return limits.tolerance if is_memory(metric) else limits.margin
-
-
-def _ratios(source: _Source, metric: str, control: Comparison | None) -> dict[str, Comparison]:
-    """Each variant compared with the reference; without verdicts if the run is invalid."""
-    comparisons = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
-    return {name: discounted(one, source.validity.invalid) for name, one in comparisons.items()}
 
 
 def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]:

@@ -35,7 +35,6 @@ from lorameter.report.blocks import (
     ColumnHeader,
     Document,
     Line,
-    Panel,
     Row,
     Section,
     Span,
@@ -60,7 +59,6 @@ STYLES: dict[Tone, str] = {
 }
 PIPED_WIDTH = 200
 """Characters in a line if neither a terminal nor $COLUMNS limits it."""
-VERBOSE_HINT = "--verbose shows full notices and statistics."
 _INDENT = "  "
 _CHART_WIDTH = 38
 _GAP = 2
@@ -108,7 +106,8 @@ def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[Renderab
     elif isinstance(block, ChartGroup):
         yield from _chart_group(block, console)
     else:
-        yield _panel(block)
+        passages = (draw_text(f"{author}\n", "faint") + draw_text(text) for author, text in block.passages)
+        yield RichPanel(Text("\n\n").join(passages), title=draw_text(block.title), title_align="left")
 
 
 def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -> Iterator[RenderableType]:
@@ -270,11 +269,6 @@ def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType
     yield from _paragraphs(group.notes, console)
 
 
-def _panel(panel: Panel) -> RichPanel:
-    body = Text("\n\n").join(draw_text(f"{author}\n", "faint") + draw_text(text) for author, text in panel.passages)
-    return RichPanel(body, title=draw_text(panel.title), title_align="left")
-
-
 def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
     """A console that detects a terminal. Otherwise its text is plain, as wide as $COLUMNS or else `PIPED_WIDTH`."""
     console = Console(file=file, stderr=stderr, highlight=False)  # type: ignore[arg-type]
@@ -289,7 +283,7 @@ def show(document: Document, console: Console, *, verbose: bool = False) -> None
     with console.capture() as captured:
         _print(document, console, verbose=verbose)
         if not verbose and any(isinstance(block, Collapsible) for block in document):
-            console.print(draw_text(VERBOSE_HINT, "faint"))
+            console.print(draw_text("--verbose shows full notices and statistics.", "faint"))
         if last := tuple(_last(document)):
             console.print()
             _print(last, console, verbose=verbose)

@@ -239,23 +239,22 @@ def _line(measured: Sequence[Measured]) -> HistorySeries:
         fingerprint=fingerprint,
         variant_id=variant_id,
         moments=tuple(one.moment for one in measured),
-        plateaus=tuple(_plateau(level, counting) for level in course.levels),
+        plateaus=tuple(
+            Plateau(
+                first=counting[level.first].moment,
+                last=counting[level.end - 1].moment,
+                runs=level.end - level.first,
+                value=math.exp(level.mean),
+                low=None if level.low is None else math.exp(level.low),
+                high=None if level.high is None else math.exp(level.high),
+            )
+            for level in course.levels
+        ),
         suspicions=tuple(
             _suspicion(change, *pair, counting) for change, pair in zip(course.changes, levels, strict=True)
         ),
         scatter=None if course.scatter is None else math.expm1(course.scatter),
         detectable=None if course.detectable is None else math.expm1(course.detectable),
-    )
-
-
-def _plateau(level: Level, counting: Sequence[Measured]) -> Plateau:
-    return Plateau(
-        first=counting[level.first].moment,
-        last=counting[level.end - 1].moment,
-        runs=level.end - level.first,
-        value=math.exp(level.mean),
-        low=None if level.low is None else math.exp(level.low),
-        high=None if level.high is None else math.exp(level.high),
     )
 
 
@@ -363,21 +362,18 @@ def _row_of(run: Run) -> dict[str, Any]:
     manifest, study = run.manifest, read_study(run)
     trials = dict(sorted(Counter(record.status for record in run.records).items()))
     left = len(manifest.order) - len(run.records)
+    if manifest.sides:  # the worst verdict
+        verdicts = [compared.verdict for compared in report_of(run).comparisons]
+        decided = worst_exit_code(EXIT_OF[verdict] for verdict in verdicts)
+        verdict = next((verdict for verdict in verdicts if EXIT_OF[verdict] == decided), "invalid")
+    else:
+        verdict = "valid" if run_validity(run, study).valid else "invalid"
     return {
         "run": manifest.run,
         "status": run.state,
         "study": study.name,
-        "verdict": _verdict_of(run),
+        "verdict": verdict,
         "created_unix_s": manifest.created_unix_s,
         "trials": trials | ({"no record": left} if left > 0 else {}),
         "title": study.title,
     }
-
-
-def _verdict_of(run: Run) -> str:
-    """ "valid" or "invalid"; for an A/B run, its worst verdict."""
-    if not run.manifest.sides:
-        return "valid" if run_validity(run, read_study(run)).valid else "invalid"
-    verdicts = [compared.verdict for compared in report_of(run).comparisons]
-    decided = worst_exit_code(EXIT_OF[verdict] for verdict in verdicts)
-    return next((verdict for verdict in verdicts if EXIT_OF[verdict] == decided), "invalid")

@@ -27,10 +27,10 @@ from lorameter.report.blocks import (
     Document,
     Figure,
     Intervals,
+    Line,
     Section,
     Table,
     name_columns,
-    says_invalid,
     tone_of,
     value_cell,
     write_number,
@@ -54,13 +54,12 @@ def write_html(
     """
     numbers = svg.number_variants(names)
     named = [(escape_control_chars(name), _colour(numbers, name)) for name in numbers]
-    invalid, document = (document[0], document[1:]) if document and says_invalid(document[0]) else (None, document)
-    first = document[0] if document else None
-    head = first if isinstance(first, Section) and first.title == title else None
-    rest = document[1:] if head else document
+    blocks = list(document)
+    invalid = blocks.pop(0) if blocks and isinstance(blocks[0], Line) and blocks[0].last else None
+    head = blocks.pop(0) if blocks and isinstance(blocks[0], Section) and blocks[0].title == title else None
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page").render(
-        title=title, invalid=invalid, head=head, document=rest, figures=figures, again=again,
+        title=title, invalid=invalid, head=head, document=blocks, figures=figures, again=again,
         top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
         classes=dict(named), names=named, colour=functools.partial(_colour, numbers),
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
@@ -105,20 +104,12 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(files), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
-    drawing = (svg.lay_out, svg.path_of, svg.band_of, svg.specks_of, svg.describe_point, format_interval, format_value)
-    environment.globals |= {function.__name__: function for function in (tone_of, numbers_of, *drawing)}
-    environment.globals |= {"kind": _kind, "scales": _scales, "sizes": svg}
-    environment.filters |= {"px": _px, "shorten": _shorten}
+    functions = (tone_of, numbers_of, format_interval, format_value)
+    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {"kind": _kind, "scales": _scales, "svg": svg}
+    environment.filters["px"] = "{:.1f}".format
+    environment.policies["truncate.leeway"] = 0
     return environment
-
-
-def _px(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _shorten(text: str, most: int = 22) -> str:
-    """A shortened text for a picture; the table below it has the full text."""
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _kind(block: Block) -> str:

@@ -79,11 +79,6 @@ class Layout:
     key: tuple[str, ...] = ()
     """Names above the picture, each in its colour."""
 
-    @property
-    def key_columns(self) -> int:
-        """Number of columns that have room for the longest name."""
-        return _key_columns(self.key)
-
 
 def lay_out(drawing: Intervals | Bars | Chart) -> Layout:
     """The scales, the borders and the key of a picture."""
@@ -124,13 +119,14 @@ def _scale(axis: Axis, values: Iterable[float | None], begin: float, end: float)
     return Scale(low=low - room, high=high + room, begin=begin, end=end, axis=axis)
 
 
-def _key_columns(names: Sequence[str]) -> int:
+def key_columns(names: Sequence[str]) -> int:
+    """Number of columns of a key that have room for the longest name."""
     longest = max(map(len, names), default=0)
     return 3 if longest <= 18 else 2 if longest <= 30 else 1
 
 
 def _key_height(names: Sequence[str]) -> float:
-    return KEY_ROW * -(-len(names[:MOST_KEYS]) // _key_columns(names))
+    return KEY_ROW * -(-len(names[:MOST_KEYS]) // key_columns(names))
 
 
 def ratio_scale(bound: float) -> Scale:

@@ -1,4 +1,7 @@
-"""Writes a run for other programs: as tables (`csv`, `parquet`), as a JSON document, or for a trend dashboard.
+"""Runs for other programs: as pandas DataFrames, as tables (`csv`, `parquet`), as a JSON document, or for a dashboard.
+
+`lorameter.load(run)` gives the DataFrames of one run, `lorameter.load_all(folder)` of all in a folder. Nothing is
+computed here: the rows are those of the reports, and an absent value is missing. The formats of dashboards are:
 
 - github-action-benchmark, `tool: customSmallerIsBetter`: a list of `{name, unit, value, range, extra}`. One file has
   one direction, so metrics for which higher is better are omitted.
@@ -15,26 +18,119 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.records import codec
+from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import replacing
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
-from lorameter.results.frames import frame_of
-from lorameter.results.rows import RANGE, TABLES, Row, TableName, estimate_rows, names_of, table_of
+from lorameter.results.history import read_each
+from lorameter.results.rows import DTYPES, RANGE, TABLES, Row, TableName, estimate_rows, names_of, table_of
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import default_metrics, matching
 from lorameter.verdicts.validity import run_validity
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Tables: TypeAlias = dict[TableName, list[Row]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frames:
+    """The tables of one run, or of several runs concatenated. docs/results.md describes every column."""
+
+    trials: pd.DataFrame
+    """A row for each trial, including trials that do not count."""
+    samples: pd.DataFrame
+    """A row for each raw value, in long form."""
+    estimates: pd.DataFrame
+    """A row for each metric of a variant, with its interval over replicates."""
+    comparisons: pd.DataFrame
+    """A row for each verdict, as in the report."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Why a run is not in the tables, by folder name."""
+
+    def __repr__(self) -> str:
+        """The number of rows of each table."""
+        sizes = [f"{name}: {len(getattr(self, name))}" for name in TABLES]
+        skipped = [f"unreadable: {len(self.unreadable)}"] if self.unreadable else []
+        return f"Frames({', '.join([*sizes, *skipped])})"
+
+
+def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
+    """The tables of a run.
+
+    Args:
+        run: a run id, a run directory, or a file that `lorameter pack` made.
+        runs_dir: the folder in which ids are looked up; default: $LORAMETER_RUNS or ./.lorameter/runs.
+
+    Raises:
+        lorameter.errors.UsageError: no such run, or one that cannot be read.
+        lorameter.errors.InvalidRunError: samples that are not numbers.
+    """
+    return _frames([_tables_of(store.read_run(str(run), _folder(runs_dir)))], {})
+
+
+def load_all(folder: str | Path | None = None) -> Frames:
+    """The tables of all runs in a folder, concatenated in the order of the folder names; packed runs come last.
+
+    An unreadable run is left out with a warning, so that it does not hide the others, and is listed with the reason in
+    `unreadable`.
+
+    Args:
+        folder: default: $LORAMETER_RUNS or ./.lorameter/runs.
+
+    Raises:
+        lorameter.errors.UsageError: no such folder.
+    """
+    runs = _folder(folder)
+    if not fileio.is_folder(runs):
+        raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
+    loaded: list[Tables] = []
+    unreadable: dict[str, str] = {}
+    for path, tables, error in read_each(runs, _tables_of):
+        if tables is not None:
+            loaded.append(tables)
+        else:
+            unreadable[path.name] = error
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return _frames(loaded, unreadable)
+
+
+def _tables_of(run: Run) -> Tables:
+    return {table: list(table_of(run, table)) for table in TABLES}
+
+
+def frame_of(table: TableName, rows: list[Row]) -> pd.DataFrame:
+    """One table as a DataFrame, typed by its columns."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            column.name: pd.Series([row.get(column.name) for row in rows], dtype=DTYPES[column.kind])
+            for column in TABLES[table]
+        }
+    )
+
+
+def _frames(runs: list[Tables], unreadable: Mapping[str, str]) -> Frames:
+    tables = {table: frame_of(table, [row for run in runs for row in run[table]]) for table in TABLES}
+    return Frames(**tables, unreadable=unreadable)
+
+
+def _folder(given: str | Path | None) -> Path:
+    return store.runs_dir(None if given is None else str(given))
+
+
 SCHEMA = 1
 """Version of the JSON document. 1: first form."""
-GROUP_ROWS = 100_000
-"""Rows of a parquet file that are in memory at the same time."""
 TABULAR = ("csv", "parquet")
 OF_TRENDS = ("github-action-benchmark", "bencher")
 
@@ -115,7 +211,7 @@ def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
     left = iter(rows)
     schema = pa.Schema.from_pandas(frame_of(table, []), preserve_index=False)
     with parquet.ParquetWriter(target, schema) as writer:
-        while part := list(itertools.islice(left, GROUP_ROWS)):
+        while part := list(itertools.islice(left, 100_000)):  # all samples may not fit into memory
             writer.write_table(pa.Table.from_pandas(frame_of(table, part), schema, preserve_index=False))
 
 
