@@ -62,7 +62,7 @@ def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
 
 def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     """Each fingerprint has its own line without a ratio across; the break has the differences and the A/B of the
-    versions that measures it."""
+    versions that measures it. The report draws each line, and has a row for each run."""
     runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
     (track,) = history_of(runs).tracks
     assert [len(line.moments) for line in track.lines] == [12, 12]
@@ -72,6 +72,13 @@ def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
     assert {one.field for one in change.differing} == {"git.commit", "libraries.torch"}
     assert change.confirm.endswith("--base torch==1.0 --candidate torch==2.0 --variant plain")
     assert not hasattr(change, "ratio")
+    text = said(history_of(runs), every_run=True)
+    drawn = [line for line in text.splitlines() if set(line) & set("▁█") and "to 2026" in line]
+    assert len(drawn) == 2
+    assert "┃" in drawn[1]
+    assert "known break" in text
+    assert "torch 1.0 → 2.0+cpu" in text
+    assert text.count("night0") >= 24
 
 
 def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
@@ -118,15 +125,3 @@ def test_the_command_that_would_confirm(before, after, words):
 
 def said(history, width=200, **options):
     return text_of(describe_history(history, **options), width=width, coloured=False)
-
-
-def test_the_report_draws_every_line_and_every_break(nightly):
-    """--runs adds a row for each run, with its interval and its commit."""
-    runs = nightly([1.0] * 12 + [1.3] * 13, lambda night: torch("1.0" if night < 12 else "2.0"))
-    text = said(history_of(runs), every_run=True)
-    drawn = [line for line in text.splitlines() if set(line) & set("▁█") and "to 2026" in line]
-    assert len(drawn) == 2
-    assert "┃" in drawn[1]
-    assert "known break" in text
-    assert "torch 1.0 → 2.0" in text
-    assert text.count("night0") >= 25
