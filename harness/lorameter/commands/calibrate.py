@@ -13,6 +13,7 @@ from lorameter.commands.output import print_result, show_result
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, InvalidRunError, LorameterError, UsageError
 from lorameter.records import codec, store
 from lorameter.records.metrics import METRICS, PRIMARY
+from lorameter.records.record import SIDES
 from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection
 from lorameter.report.estimate import describe_calibration

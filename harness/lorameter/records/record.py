@@ -51,6 +51,7 @@ Role = Literal["variant", "control"]
 Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
 """The side of an A/B to which a trial belongs; empty without sides."""
+SIDES: tuple[Side, ...] = ("base", "candidate")
 Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
 """Measurements of a trial: timed training steps with their losses · warm requests of a fixed number of tokens ·
 requests until EOS, with their answers · warm requests with the adapter merged · memory peaks, load and first calls,

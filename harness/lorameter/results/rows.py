@@ -19,7 +19,7 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import MAIN_LIBRARIES, normal_name
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PEAKS, PRIMARY, Phase
-from lorameter.records.record import Role, Side, TrialRecord
+from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
@@ -36,7 +36,6 @@ from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, disco
 Row: TypeAlias = dict[str, Any]
 _UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
 """Units by name suffix, longer suffixes first; other names have no unit."""
-_SIDES: tuple[Side, ...] = ("base", "candidate")
 OF_STEPS = ("step_time_s", "step_cpu_time_s", "timed_loss")
 """Samples with one value for each timed step."""
 MEAN, RANGE = "95 % of the mean", "range"
@@ -179,7 +178,7 @@ def sample_rows(run: Run, _: Study) -> Iterator[Row]:
 def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator[Row]:
     """A row for each metric and kind of memory of a variant, or only for `metric` if given."""
     settings = Settings(run, study)
-    for side in _SIDES if run.manifest.sides else ("",):
+    for side in SIDES if run.manifest.sides else ("",):
         for series in group_trials(run.records, side).values():
             about = settings.of(series.records)
             for name in METRICS if metric is None else METRICS.keys() & {metric}:

@@ -34,7 +34,6 @@ T = TypeVar("T")
 CONTROL_SUFFIX = "control"
 AB_PHASES = ("train", "generate")
 """The default phases of an A/B: a cold start consists mostly of imports, and takes seconds a trial."""
-SIDES: tuple[Side, ...] = ("base", "candidate")
 SideKind = Literal["revision", "interpreter", "requirements", "command", "present"]
 PRESENT: SideKind = "present"
 """The interpreter that runs the harness, as both sides of a calibration."""

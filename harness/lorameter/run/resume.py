@@ -21,9 +21,16 @@ from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import OF_A_KIND, MachineFacts, git_state
 from lorameter.records import codec, store
-from lorameter.records.record import Interleaving, Notice, Side
+from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.plan import PRESENT, SIDES, Plan, SideSpec, arms_of, make_plan
+from lorameter.run.plan import (
+    PRESENT,
+    SIDES,
+    Plan,
+    SideSpec,
+    arms_of,
+    make_plan,
+)
 from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study

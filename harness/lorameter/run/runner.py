@@ -17,13 +17,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.metrics import primary_metric
-from lorameter.records.record import TrialRecord
+from lorameter.records.record import SIDES, TrialRecord
 from lorameter.records.units import format_count
 from lorameter.run.budget import Budget, TimeLimitTooShortError
 from lorameter.run.display import Display
 from lorameter.run.group_runner import GroupRunner, RunParts
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.plan import SIDES, Group, Plan
+from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.workers import Executor
 from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_width

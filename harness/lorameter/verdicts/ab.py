@@ -15,7 +15,7 @@ from typing import Any
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import differing_packages
 from lorameter.records.metrics import METRICS
-from lorameter.records.record import Interleaving, Notice
+from lorameter.records.record import SIDES, Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
@@ -84,7 +84,7 @@ def report_of(
         sites = runs_of_sites(run).items()
         by_site = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
         return _report_of_sites(run, validity.broken, by_site)
-    base, candidate = (group_trials(run.records, side) for side in ("base", "candidate"))
+    base, candidate = (group_trials(run.records, side) for side in SIDES)
     scripts = sides_of_run(run, study) if losses or study.of_scripts else {}
     verdicts: dict[Key, Comparison] = {}
     levels: dict[Key, Interleaving] = {}
@@ -93,7 +93,7 @@ def report_of(
         found = [groups[name, "variant"] for groups in (base, candidate) if (name, "variant") in groups]
         if not found and not (validity.broken and name in (run.manifest.selection or (name,))):
             continue
-        faults = [validity.broken, *(validity.broken_variant(name, side) for side in ("base", "candidate"))]
+        faults = [validity.broken, *(validity.broken_variant(name, side) for side in SIDES)]
         broken = next(filter(None, faults), "")
         per_token = name in scripts and scripts[name].tokens_differ
         for metric in _choose_metrics(run, found, metrics, broken=bool(broken), per_token=per_token):
@@ -107,7 +107,7 @@ def report_of(
     if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
         judged |= without_equality({key: one for key, one in judged.items() if not is_memory(key[1])}, why)
-    control: dict[str, Comparison | None] = dict(validity.controls.items())
+    control: dict[str, Comparison | None] = {**validity.controls}
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),
@@ -173,16 +173,8 @@ def _pair(base: Series, candidate: Series, control: Series | None, metric: str) 
 def attribution_of(run: Run) -> Attribution:
     """Differences between the sides, and the ratio of every common metric, for each site if sites differ."""
     _study(run)  # raises if the run has no sides
-    facts = [_facts(run, side) for side in ("base", "candidate")]
-    if is_mixed(run):
-        sites = runs_of_sites(run).items()
-        parts = [
-            dataclasses.replace(part, variant=f"{part.variant} on {site}")
-            for site, one in sites
-            for part in _list_effects(one)
-        ]
-    else:
-        parts = list(_list_effects(run))
+    facts = [_facts(run, side) for side in SIDES]
+    by_site = runs_of_sites(run) if is_mixed(run) else {"": run}
     return Attribution(
         packages=dict(differing_packages(*facts)),
         differing=tuple(
@@ -190,12 +182,16 @@ def attribution_of(run: Run) -> Attribution:
             for name in ("python", "cuda", "git")
             if facts[0].get(name) != facts[1].get(name)
         ),
-        parts=tuple(parts),
+        parts=tuple(
+            dataclasses.replace(part, variant=f"{part.variant} on {site}") if site else part
+            for site, one in by_site.items()
+            for part in _list_effects(one)
+        ),
     )
 
 
 def _list_effects(run: Run) -> Iterator[PhaseEffect]:
-    base, candidate = group_trials(run.records, "base"), group_trials(run.records, "candidate")
+    base, candidate = (group_trials(run.records, side) for side in SIDES)
     for name in (variant.name for variant in _study(run).variants):
         ours, theirs = base.get((name, "variant")), candidate.get((name, "variant"))
         if ours is None or theirs is None:
@@ -209,15 +205,11 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
 def _facts(run: Run, side: str) -> dict[str, Any]:
     """The installed packages of a side, as its scripts report them, else those of its interpreter."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
-    versions = _reported_versions(run, side)
+    versions = versions_by_name(run.records, side)
     if not versions:
         return stated
     own = {name: versions.pop(name, None) for name in ("python", "cuda")}
     return stated | own | {"packages": versions}
-
-
-def _reported_versions(run: Run, side: str) -> dict[str, str]:
-    return versions_by_name(record for record in run.records if record.side == side)
 
 
 def _study(run: Run) -> Study:
@@ -242,11 +234,11 @@ def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -
 
 def _has_no_known_difference(run: Run) -> bool:
     """Whether no difference is known: a mistyped side would otherwise be `equivalent`."""
-    base, candidate = (run.manifest.sides[side] for side in ("base", "candidate"))
+    base, candidate = (run.manifest.sides[side] for side in SIDES)
     if base.get("kind") == SIDE:  # everything else is equal on purpose
         return bool(base.get("spec") == candidate.get("spec"))
-    versions = [_reported_versions(run, side) for side in ("base", "candidate")]
-    if versions[0] and versions[0] == versions[1] and base.get("kind") != "revision":
+    ours, theirs = (versions_by_name(run.records, side) for side in SIDES)
+    if ours and ours == theirs and base.get("kind") != "revision":
         return True
-    known = base.get("facts") is not None and base.get("facts") == candidate.get("facts")
-    return known and base.get("worker") == candidate.get("worker")
+    same_worker = base.get("worker") == candidate.get("worker")
+    return same_worker and base.get("facts") is not None and base.get("facts") == candidate.get("facts")

@@ -14,6 +14,7 @@ command activates. Before the start, lorameter can only resolve the word `python
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,13 +23,13 @@ from typing import Any, Literal
 
 from lorameter.machine.provenance import KERNELS, kernel_libraries, normal_name
 from lorameter.records.metrics import losses_of_steps, real_tokens_of_steps
-from lorameter.records.record import Notice, TrialRecord
+from lorameter.records.record import SIDES, Notice, Side, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_ratio
 from lorameter.stats import compare_trials
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
-from lorameter.verdicts.series import Series, group_trials, is_difference
+from lorameter.verdicts.series import group_trials, is_difference
 
 TOLERANCE = 0.01
 """Smallest difference of a mean token count, or of a loss, that is reported."""
@@ -83,10 +84,9 @@ class ScriptPair:
     @property
     def tokens_a_step(self) -> tuple[float, float] | None:
         """The mean tokens of a step on both sides; None if they were not counted."""
-        seen = self.tokens
-        if seen is None:
+        if self.tokens is None:
             return None
-        base, candidate = (sum(map(sum, side)) / sum(map(len, side)) for side in seen)
+        base, candidate = (sum(map(sum, side)) / sum(map(len, side)) for side in self.tokens)
         return base, candidate
 
     @property
@@ -98,10 +98,9 @@ class ScriptPair:
     @property
     def same_tokens(self) -> bool | None:
         """Whether each step has the same number of tokens on both sides; None if they were not counted."""
-        seen = self.tokens
-        if seen is None:
+        if self.tokens is None:
             return None
-        return all(ours[: len(theirs)] == theirs[: len(ours)] for ours, theirs in zip(*seen, strict=True))
+        return all(ours[: len(theirs)] == theirs[: len(ours)] for ours, theirs in zip(*self.tokens, strict=True))
 
 
 def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
@@ -109,7 +108,7 @@ def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
     reference."""
     names = [variant.name for variant in study.variants]
     if run.manifest.sides:
-        base, candidate = (group_trials(run.records, side) for side in ("base", "candidate"))
+        base, candidate = (group_trials(run.records, side) for side in SIDES)
         both = {name: (base.get((name, "variant")), candidate.get((name, "variant"))) for name in names}
         titles = dict.fromkeys(names, ("the base", "the candidate"))
     else:
@@ -117,18 +116,13 @@ def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
         reference = groups.get((study.reference, "variant"))
         both = {name: (reference, groups.get((name, "variant"))) for name in names if name != study.reference}
         titles = {name: (study.reference, name) for name in names}
-    return {
-        name: ScriptPair(names=titles[name], pairs=tuple(_pair_trials(ours, theirs)))
-        for name, (ours, theirs) in both.items()
-        if ours is not None and theirs is not None
-    }
-
-
-def _pair_trials(base: Series, candidate: Series) -> Iterator[tuple[TrialRecord, TrialRecord]]:
-    others = {(record.replicate, record.attempt): record for record in candidate.ok}
-    for record in base.ok:
-        if (record.replicate, record.attempt) in others:
-            yield record, others[record.replicate, record.attempt]
+    pairs = {}
+    for name, (ours, theirs) in both.items():
+        if ours is not None and theirs is not None:
+            others = {(record.replicate, record.attempt): record for record in theirs.ok}
+            matches = ((record, others.get((record.replicate, record.attempt))) for record in ours.ok)
+            pairs[name] = ScriptPair(names=titles[name], pairs=tuple((one, two) for one, two in matches if two))
+    return pairs
 
 
 def compare_losses(sides: ScriptPair) -> LossAgreement:
@@ -179,11 +173,12 @@ def _have_same_order(base: Sequence[Sequence[float]], candidate: Sequence[Sequen
     aligned: list[float] = []
     closer: list[bool] = []
     for ours, theirs in zip(map(_scatter, base), map(_scatter, candidate), strict=True):
-        for place in range(min(len(ours), len(theirs)) - 1):
-            same = abs(ours[place] - theirs[place])
+        for (our, our_next), (their, their_next) in zip(
+            itertools.pairwise(ours), itertools.pairwise(theirs), strict=False
+        ):
+            same = abs(our - their)
             aligned.append(same)
-            closer.append(same <= abs(ours[place] - theirs[place + 1]))
-            closer.append(same <= abs(ours[place + 1] - theirs[place]))
+            closer += [same <= abs(our - their_next), same <= abs(our_next - their)]
     if len(aligned) < FEWEST_STEPS * len(base) or statistics.median(aligned) <= ROUNDING:
         return True
     return sum(closer) / len(closer) >= 0.75
@@ -192,7 +187,7 @@ def _have_same_order(base: Sequence[Sequence[float]], candidate: Sequence[Sequen
 def _scatter(losses: Sequence[float]) -> list[float]:
     """Log ratios of each loss to its neighbours, which removes the trend."""
     logs = [math.log(loss) for loss in losses]
-    return [logs[place] - (logs[place - 1] + logs[place + 1]) / 2 for place in range(1, len(logs) - 1)]
+    return [log - (before + after) / 2 for before, log, after in zip(logs, logs[1:], logs[2:], strict=False)]
 
 
 def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
@@ -214,8 +209,7 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
         # All trials of one script have the same facts.
         known = [{**record.tokens, **record.values}.get(key) for record in sides.pairs[0]]
         if None not in known and known[0] != known[1]:
-            ours, theirs = (words.format(value) for value in known)
-            yield _differ(name, sides, ours, theirs, remedy, code=code)
+            yield _differ(name, sides, *map(words.format, known), remedy, code=code)
     base, candidate = zip(*sides.pairs, strict=True)
     software = [
         f"{package} {ours} in {sides.names[0]} and {theirs} in {sides.names[1]}"
@@ -262,19 +256,16 @@ def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *
 def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
     """Notices about a step's contents: real tokens, sequences and passes."""
     means, batches = sides.tokens_a_step, [_batch(record) for record in sides.pairs[0]]
-    known = all(batches)
     if means is not None and sides.tokens_differ:
-        listed = "; ".join(f"{one} {words}" for one, words in zip(sides.names, batches, strict=True)) if known else ""
+        listed = "; ".join(f"{one} {words}" for one, words in zip(sides.names, batches, strict=True))
         yield Notice(
             code="tokens-differ",
             message=f"{name}: a step holds {means[0]:.1f} real tokens in {sides.names[0]} and {means[1]:.1f} in "
-            f"{sides.names[1]}{f' ({listed})' if listed else ''}, so step times are not comparable.",
+            f"{sides.names[1]}{f' ({listed})' if all(batches) else ''}, so step times are not comparable.",
             remedy="Read the time per real token, which is given as well, or give both the same batch.",
         )
-    elif known and batches[0] != batches[1]:
-        ours, theirs = batches
-        remedy = "the same batch and accumulation"
-        yield _differ(name, sides, ours, theirs, remedy, code="batch-differs")
+    elif all(batches) and batches[0] != batches[1]:
+        yield _differ(name, sides, *batches, "the same batch and accumulation", code="batch-differs")
 
 
 def _batch(record: TrialRecord) -> str:
@@ -296,9 +287,10 @@ NONE = "none"
 """Replaces the version of a package that is not installed."""
 
 
-def versions_by_name(records: Iterable[TrialRecord]) -> dict[str, str]:
-    """The versions of each package that a script's trials report, without duplicates; {} if no trial reports any."""
-    reported = [record.software for record in records if record.software]
+def versions_by_name(records: Iterable[TrialRecord], side: Side | None = None) -> dict[str, str]:
+    """The versions of each package that a script's trials (of one side) report, without duplicates; {} if no trial
+    reports any."""
+    reported = [one.software for one in records if one.software and side in (None, one.side)]
     names = sorted({name for one in reported for name in one})
     return {name: BETWEEN.join(sorted({one.get(name, NONE) for one in reported})) for name in names}
 

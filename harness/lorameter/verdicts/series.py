@@ -434,10 +434,14 @@ def verdict_only(verdict: Verdict, reason: str, *, ratio: float | None = None, r
 def without_equality(found: Mapping[Key, Comparison], reason: str, *, appended: bool = False) -> dict[Key, Comparison]:
     """Replace equality verdicts, because the control does not support them or because the sides differ in more than
     their times. The reason replaces that of each comparison, or is `appended` to it."""
-
-    def downgrade(one: Comparison) -> Comparison:
-        combined = f"{one.reason}; {reason}" if appended else reason
-        # More replicates of this pair cannot lead to "equivalent": the control must be measured better.
-        return dataclasses.replace(one, verdict="inconclusive", reason=combined, replicates_needed=None)
-
-    return {key: downgrade(one) if one.verdict == "equivalent" else one for key, one in found.items()}
+    downgraded = {
+        key: dataclasses.replace(
+            one,
+            verdict="inconclusive",
+            reason=f"{one.reason}; {reason}" if appended else reason,
+            replicates_needed=None,  # more replicates of this pair do not help: the control must be measured better
+        )
+        for key, one in found.items()
+        if one.verdict == "equivalent"
+    }
+    return {**found, **downgraded}
