@@ -10,7 +10,14 @@ from typing import Any
 from lorameter.commands.measure import find_interrupted, measure_study, override, plan_study, resume
 from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES
 from lorameter.commands.output import print_result, show_result
-from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, InvalidRunError, LorameterError, UsageError
+from lorameter.errors import (
+    EXIT_INCONCLUSIVE,
+    EXIT_INVALID,
+    EXIT_PASS,
+    InvalidRunError,
+    LorameterError,
+    require,
+)
 from lorameter.records import codec, store
 from lorameter.records.metrics import METRICS, PRIMARY
 from lorameter.records.record import SIDES
@@ -39,8 +46,10 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if options.resume:
         return _resume_calibration(options)
     rows = options.inject_rows
-    if rows is not None and not 1 <= rows <= MOST_ROWS:
-        raise UsageError(f"--inject-rows = {rows}: no amount of work. Use 1 to {MOST_ROWS}, or leave it out.")
+    require(
+        rows is None or 1 <= rows <= MOST_ROWS,
+        f"--inject-rows = {rows}: no amount of work. Use 1 to {MOST_ROWS}, or leave it out.",
+    )
     study, variant = _load_calibrated(options)
     with open_placement(study, options.runs_dir) as placement:
         if rows is None:
@@ -52,24 +61,25 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
     """The study for the calibration and its variant. Raises `UsageError` if it is not suitable."""
-    if len(options.variant) > 1:
-        raise UsageError(
-            f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them."
-        )
+    require(
+        len(options.variant) <= 1,
+        f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them.",
+    )
     study = load_study(options.study or CALIBRATED_STUDY, device=open_executor().machine().kind)
     study = override(study, options, replicates=CALIBRATION_REPLICATES)
-    if study.protocol.mixed:
-        raise UsageError(f"study {study.name}: mixed: a calibration is of one kind of machine. Take it out.")
-    if study.protocol.on != HERE:
-        raise UsageError(
-            f"{say_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
-            "take. Start it on a node, with --on here."
-        )
-    if study.protocol.replicates < LEAST_TO_CALIBRATE:
-        raise UsageError(
-            f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_TO_CALIBRATE} or "
-            f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default."
-        )
+    require(
+        not study.protocol.mixed, f"study {study.name}: mixed: a calibration is of one kind of machine. Take it out."
+    )
+    require(
+        study.protocol.on == HERE,
+        f"{say_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
+        "take. Start it on a node, with --on here.",
+    )
+    require(
+        study.protocol.replicates >= LEAST_TO_CALIBRATE,
+        f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_TO_CALIBRATE} or "
+        f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default.",
+    )
     variant = study.variant(options.variant[0] if options.variant else study.reference)
     # All replicates are needed: a run that stopped at its precision would have too few for subsets.
     return _with_protocol(study, precision=None), variant.name
@@ -105,10 +115,11 @@ def calibration_ratio(run: Run, variant: str) -> float:
 def _resume_calibration(options: argparse.Namespace) -> int:
     run = store.read_run(options.resume, store.runs_dir(options.runs_dir))
     name = run.manifest.run
-    if not is_calibration(run.manifest):
-        raise UsageError(f"run {name} is no calibration. Resume: lorameter run --resume {name}")
-    if study_of(run).protocol.replicates < LEAST_TO_CALIBRATE:
-        raise UsageError(f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.")
+    require(is_calibration(run.manifest), f"run {name} is no calibration. Resume: lorameter run --resume {name}")
+    require(
+        study_of(run).protocol.replicates >= LEAST_TO_CALIBRATE,
+        f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.",
+    )
     whole = resume(find_interrupted(options), options)
     assert whole is not None  # None only with --dry-run, which this command does not have
     return _show_calibration(whole, options)
@@ -131,12 +142,15 @@ def _show_calibration(run: Run, options: argparse.Namespace) -> int:
 
 def run_bisect(options: argparse.Namespace) -> int:
     """Search and print; finding the step is a pass, any other result is inconclusive."""
-    if options.metric not in METRICS:
-        raise UsageError(f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.")
+    require(
+        options.metric in METRICS,
+        f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.",
+    )
     study = load_study(options.study, device=open_executor().machine().kind)
     study = override(study, options, effort="standard")
-    if study.of_scripts:
-        raise UsageError(f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`.")
+    require(
+        not study.of_scripts, f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`."
+    )
     variant = study.variant(options.variant or study.reference).name
     candidates = list_steps(options.good, options.bad, Path.cwd())
     if options.dry_run:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kernels_check.terminal import print_stderr
 from lorameter.commands.output import show_result
-from lorameter.errors import UsageError
+from lorameter.errors import require
 from lorameter.records import store
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
@@ -52,8 +52,10 @@ def override(
         UsageError: both replicates and an effort are given, or a value is invalid.
     """
     given = vars(options)
-    if options.effort and options.replicates is not None:
-        raise UsageError("--effort and --replicates both set the replicates. Give one of them.")
+    require(
+        not (options.effort and options.replicates is not None),
+        "--effort and --replicates both set the replicates. Give one of them.",
+    )
     if options.effort or options.replicates is not None or given.get("precision") is not None:
         effort, replicates = options.effort, options.replicates
     return study.with_overrides(

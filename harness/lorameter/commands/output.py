@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels_check.terminal import escape_control_chars, print_stderr
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.records import codec
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import Document, Span, say
@@ -36,8 +36,7 @@ def format_of(options: argparse.Namespace) -> str:
         f"--format {given.get('format')}": given.get("format"),
     }
     chosen = {option: form for option, form in formats.items() if form is not None}
-    if len(set(chosen.values())) > 1:
-        raise UsageError(f"{' and '.join(chosen)} both choose the format. Give one of them.")
+    require(len(set(chosen.values())) <= 1, f"{' and '.join(chosen)} both choose the format. Give one of them.")
     return next(iter(chosen.values()), "text")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorameter.commands.measure import measure_study
 from lorameter.commands.output import print_json, save_page, say_progress, show_result
-from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, UsageError
+from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, require
 from lorameter.models import catalogue, shapes
 from lorameter.parity.judgement import Judgement, Likeness, Parity, judge_parity
 from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
@@ -120,16 +120,18 @@ def _profile_requests(*trial: Any, **where: Any) -> _ProfileResult:
 
 def run_parity(options: argparse.Namespace) -> int:
     """Train or load the adapter, serve it in each mode, and report the differences."""
-    if options.adapter is not None and options.epochs is not None:
-        raise UsageError("--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.")
+    require(
+        options.adapter is None or options.epochs is None,
+        "--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.",
+    )
     adapter = None if options.adapter is None else check_adapter(options.adapter)
     executor = open_executor()
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
-    if not isinstance(variant, LoraVariant):
-        raise UsageError(
-            f"parity: variant {variant.name!r}: answers of LoRA in its short form are compared, and its method is "
-            f"{variant.method_name}. Name another variant."
-        )
+    require(
+        isinstance(variant, LoraVariant),
+        f"parity: variant {variant.name!r}: answers of LoRA in its short form are compared, and its method is "
+        f"{variant.method_name}. Name another variant.",
+    )
     study = study.with_overrides(model=options.model, data=options.data)
     study = with_prompts(study, prompts=options.prompts, epochs=options.epochs)
     runs = store.runs_dir(options.runs_dir, make=True)

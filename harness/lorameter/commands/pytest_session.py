@@ -21,7 +21,7 @@ from lorameter.commands.output import check_page, save_page
 from lorameter.commands.parser import build_parser
 from lorameter.commands.report import page_of_run
 from lorameter.commands.run import load_requested_study
-from lorameter.errors import LorameterError, UsageError, redact
+from lorameter.errors import LorameterError, UsageError, redact, require
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
@@ -99,8 +99,10 @@ class Session:
         options = self._options
         check_page(options.html, "--lorameter-html")
         if options.resume:
-            if options.dry_run:
-                raise UsageError("--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.")
+            require(
+                not options.dry_run,
+                "--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.",
+            )
             self._interrupted = find_interrupted(options, prefix=PYTEST_PREFIX)
             if self._interrupted.manifest.sides:
                 name = self._interrupted.manifest.run
@@ -109,17 +111,19 @@ class Session:
         self._study = self._load_study("")
         if self._study.protocol.on == HERE:  # otherwise the remote machine determines the profile
             self._study = self._load_study(open_executor().machine().kind)
-        if self._study.protocol.mixed:
-            raise UsageError(
-                f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, and each site "
-                "has its own. Measure it by `lorameter run`."
-            )
-        if options.policy and not self._gate:
-            raise UsageError("--lorameter-policy: there is no base to gate against. Add --lorameter-base=RUN.")
-        if self._gate and (self._disabled or self._skipped or options.dry_run):
-            raise UsageError(
-                "--lorameter-base: this session measures nothing that could be judged. Leave one of the options out."
-            )
+        require(
+            not self._study.protocol.mixed,
+            f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, and each site "
+            "has its own. Measure it by `lorameter run`.",
+        )
+        require(
+            not options.policy or self._gate,
+            "--lorameter-policy: there is no base to gate against. Add --lorameter-base=RUN.",
+        )
+        require(
+            not (self._gate and (self._disabled or self._skipped or options.dry_run)),
+            "--lorameter-base: this session measures nothing that could be judged. Leave one of the options out.",
+        )
         self._policy = load_policy(options.policy)
 
     def _load_study(self, device: str) -> Study:
@@ -196,8 +200,7 @@ class Session:
         study, facts = self._study, fingerprint_fields(provenance)
         runs = store.runs_dir(self._options.runs_dir)
         base = self._base = read_base(self._gate, runs, fingerprint=fingerprint(provenance), study=study.name)
-        if base.broken:
-            raise UsageError(f"--lorameter-base: {base.broken}. Give a valid run.")
+        require(not base.broken, f"--lorameter-base: {base.broken}. Give a valid run.")
         if study.of_scripts:
             known = base.facts or {}
             facts |= {name: known[name] for name in REPORTED if name in known}
@@ -205,10 +208,10 @@ class Session:
         differences = machine_differences(base, session)
         for name in session.variants:
             differences += variant_differences(name, base, session)
-        if differences:
-            raise UsageError(
-                f"--lorameter-base: {base.name} is not comparable: {disagreement(differences, force=False)}."
-            )
+        require(
+            not differences,
+            f"--lorameter-base: {base.name} is not comparable: {disagreement(differences, force=False)}.",
+        )
 
     @pytest.fixture
     def replay(self, request: pytest.FixtureRequest, variant_name: str) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from lorameter.commands.output import print_result, show_result
-from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, require
 from lorameter.records import codec, store
 from lorameter.records.store import Run
 from lorameter.report.annotations import claims_annotations, comparison_annotations, run_annotations
@@ -95,15 +95,17 @@ def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow
     """Build the filter of an A/B run's comparisons. Raises `UsageError` for an unknown variant or phase, or an
     order."""
     names = [str(variant["name"]) for variant in run.manifest.study["variants"]]
-    if options.sort != "study":
-        raise UsageError(
-            f"--sort {options.sort}: run {run.manifest.run} is an A/B, and each of its variants is compared with "
-            "itself. Leave it out."
-        )
+    require(
+        options.sort == "study",
+        f"--sort {options.sort}: run {run.manifest.run} is an A/B, and each of its variants is compared with "
+        "itself. Leave it out.",
+    )
     variants = match_variants(names, options.variant)
     for phase in options.phase:
-        if phase not in run.manifest.phases:
-            raise UsageError(f"phase {phase!r}: run {run.manifest.run} has {', '.join(run.manifest.phases)}.")
+        require(
+            phase in run.manifest.phases,
+            f"phase {phase!r}: run {run.manifest.run} has {', '.join(run.manifest.phases)}.",
+        )
     phases = options.phase or run.manifest.phases
     return lambda row: row.variant in variants and phase_of(row.metric) in phases
 
@@ -142,8 +144,10 @@ def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[Comparison
 
 def run_compare(options: argparse.Namespace) -> int:
     """Print the comparison. The exit code depends on its verdicts; a policy only sets the limits."""
-    if options.metric and options.all_metrics:
-        raise UsageError("--metric and --all-metrics both choose the metrics. Give one of them.")
+    require(
+        not (options.metric and options.all_metrics),
+        "--metric and --all-metrics both choose the metrics. Give one of them.",
+    )
     policy = load_policy(options.policy)
     if options.candidate is None:
         return _show_both_sides(options)
@@ -190,10 +194,11 @@ def _show_both_sides(options: argparse.Namespace) -> int:
     """The comparison of the two sides of one run. Raises `UsageError` for a run that has one side."""
     run = _read_run(options.base, options)
     name, given = run.manifest.run, vars(options)
-    if not run.manifest.sides:
-        raise UsageError(f"run {name} has one side, and nothing was named to compare it with. Name a CANDIDATE.")
-    if given.get("force") or given.get("all_metrics"):
-        raise UsageError(f"run {name} is an A/B: --force and --all-metrics are for two runs.")
+    require(run.manifest.sides, f"run {name} has one side, and nothing was named to compare it with. Name a CANDIDATE.")
+    require(
+        not (given.get("force") or given.get("all_metrics")),
+        f"run {name} is an A/B: --force and --all-metrics are for two runs.",
+    )
     return show_ab(run, options)
 
 
@@ -230,8 +235,10 @@ def run_claims(options: argparse.Namespace) -> int:
 
 def run_sample(options: argparse.Namespace) -> int:
     """Print the answers."""
-    if options.count is not None and options.count < 1:
-        raise UsageError(f"--count = {options.count}: no answers to show. Use 1 or more, or leave it out for all.")
+    require(
+        options.count is None or options.count >= 1,
+        f"--count = {options.count}: no answers to show. Use 1 or more, or leave it out for all.",
+    )
     run = _read_run(options.run, options)
     samples = read_samples(run, options.variant, replicate=options.replicate, count=options.count)
     title = f"{options.variant}, replicate {options.replicate}, {run.manifest.study['workload']['model']}"

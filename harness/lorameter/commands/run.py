@@ -17,7 +17,7 @@ from kernels_check.terminal import print_stderr
 from lorameter.attach.launch import finalize_run, run_command
 from lorameter.commands.measure import find_interrupted, measure_study, override, resume
 from lorameter.commands.report import show_ab, show_run
-from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, format_error, shorten
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, format_error, require, shorten
 from lorameter.records import codec, store
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.store import Run
@@ -42,8 +42,10 @@ def run_study(options: argparse.Namespace) -> int:
     """Measure a study, or the rest of a run, and print its report; the exit code says whether the run is valid."""
     if options.resume:
         return _show(resume(find_interrupted(options), options), options)
-    if not options.study and options.peft_experiments is None:
-        raise UsageError("run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.")
+    require(
+        options.study or options.peft_experiments is not None,
+        "run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.",
+    )
     with open_placement(override(load_requested_study(options), options), options.runs_dir) as placement:
         study = override(load_requested_study(options, placement.machine.kind), options)
         run = measure_study(
@@ -65,17 +67,20 @@ def load_requested_study(options: argparse.Namespace, device: str = "") -> Study
         UsageError: the study does not exist, or options exclude each other.
     """
     if options.peft_experiments is not None:
-        if options.study or options.script is not None:
-            raise UsageError("--peft-experiments: it is a study of its own. Leave the study and --command out.")
+        require(
+            not options.study and options.script is None,
+            "--peft-experiments: it is a study of its own. Leave the study and --command out.",
+        )
         return study_of_experiments(options.peft_experiments, options.select or (), quality=options.quality)
     _refuse_without("--peft-experiments", options, "select", "quality")
     if options.script is None:
         _refuse_without("--command", options, "cwd", "steps")
         return load_study(options.study, profile=options.profile, device=device)
-    if options.profile is not None:
-        raise UsageError(f"--profile {options.profile}: a script has none: it brings model and data. Leave it out.")
-    if options.variant:
-        raise UsageError("--variant: both are needed, with the engine and without it. Leave it out.")
+    require(
+        options.profile is None,
+        f"--profile {options.profile}: a script has none: it brings model and data. Leave it out.",
+    )
+    require(not options.variant, "--variant: both are needed, with the engine and without it. Leave it out.")
     study = study_of_engine(load_study(options.study), options.script, cwd=options.cwd or "")
     if options.steps is None:
         return study
@@ -85,8 +90,7 @@ def load_requested_study(options: argparse.Namespace, device: str = "") -> Study
 def _refuse_without(needed: str, options: argparse.Namespace, *names: str) -> None:
     """Raise `UsageError` for options that have no meaning without another option."""
     for name in names:
-        if getattr(options, name) not in (None, False):
-            raise UsageError(f"--{name}: it belongs to {needed}. Leave it out.")
+        require(getattr(options, name) in (None, False), f"--{name}: it belongs to {needed}. Leave it out.")
 
 
 def _show(run: Run | None, options: argparse.Namespace) -> int:
@@ -116,8 +120,10 @@ def _encode(view: RunView) -> dict[str, Any]:
 
 def run_ab(options: argparse.Namespace) -> int:
     """Measure an A/B, print it, and return the exit code of the verdicts under the policy."""
-    if not 0 <= options.inject_rows <= MOST_ROWS:
-        raise UsageError(f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.")
+    require(
+        0 <= options.inject_rows <= MOST_ROWS,
+        f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.",
+    )
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:
         interrupted = find_interrupted(options)
@@ -126,12 +132,16 @@ def run_ab(options: argparse.Namespace) -> int:
             raise UsageError(f"run {name} is no A/B. Resume: lorameter run --resume {name}")
         return _show(resume(interrupted, options), options)
     of_commands = study_of_commands(options)
-    if of_commands is None and options.study is None:
-        raise UsageError("ab: STUDY is missing. Give it, or resume an interrupted A/B by --resume RUN.")
+    require(
+        of_commands is not None or options.study is not None,
+        "ab: STUDY is missing. Give it, or resume an interrupted A/B by --resume RUN.",
+    )
     needs_sides = options.base_command is None
     for name in ("base", "candidate") if needs_sides else ():
-        if getattr(options, name) is None:
-            raise UsageError(f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.")
+        require(
+            getattr(options, name) is not None,
+            f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.",
+        )
     study = override(of_commands or load_study(options.study), options, effort="standard")
     if needs_sides:  # before a job waits in a queue
         words = {"base": options.base, "candidate": options.candidate}
@@ -163,25 +173,27 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
     if base is candidate is one is None:
         _refuse_without("--command, --base-command and --candidate-command", options, "cwd", "steps")
         return None
-    if options.study:
-        raise UsageError("ab: a study and a command are given. A command is a study by itself: leave one of them out.")
-    if options.inject_rows:
-        raise UsageError(
-            "--inject-rows: extra work goes into adapters of lorameter's own, and a script has none of them."
-        )
-    if options.variant:
-        raise UsageError("--variant: a command is the one variant. Leave it out.")
-    if one is not None and (base is not None or candidate is not None):
-        raise UsageError("--command is for both sides, but each side also has its own command. Give one of the two.")
+    require(
+        not options.study, "ab: a study and a command are given. A command is a study by itself: leave one of them out."
+    )
+    require(
+        not options.inject_rows,
+        "--inject-rows: extra work goes into adapters of lorameter's own, and a script has none of them.",
+    )
+    require(not options.variant, "--variant: a command is the one variant. Leave it out.")
+    require(
+        one is None or (base is None and candidate is None),
+        "--command is for both sides, but each side also has its own command. Give one of the two.",
+    )
     if one is None and (base is None or candidate is None):
         missing = "--base-command" if base is None else "--candidate-command"
         raise UsageError(
             f"ab: {missing} COMMAND is missing. Give it, or one --command on the sides --base and --candidate."
         )
-    if one is None and (options.base or options.candidate):
-        raise UsageError(
-            "--base and --candidate are sides for one --command. Two commands are the sides themselves: leave them out."
-        )
+    require(
+        one is not None or (not options.base and not options.candidate),
+        "--base and --candidate are sides for one --command. Two commands are the sides themselves: leave them out.",
+    )
     protocol = time_steps(Protocol(phases=("train",)), 16 if options.steps is None else options.steps)
     command = one if one is not None else base
     study = study_of_command(command, cwd=options.cwd or "", protocol=protocol)
@@ -194,19 +206,18 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; returns its exit code, 128 plus the number of the signal that ended it, or 4."""
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    if not words:
-        raise UsageError("wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
-    require = read_requirements(options.require)
+    require(words, "wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
+    required = read_requirements(options.require)
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
     path, invalid = runs / store.new_run_id(name_of_words(words), runs), True
     with scratch_folder() as folder:
-        code = run_command(words, path, require, folder)
+        code = run_command(words, path, required, folder)
         with _report_errors():
-            invalid = finalize_run(path, code, folder, required=bool(require))
+            invalid = finalize_run(path, code, folder, required=bool(required))
     if not options.no_report and (path / store.MANIFEST).is_file():
         with _report_errors():  # on standard error: standard output belongs to the command
             show(describe_run(view_of(store.read_run(str(path), runs))), console_for(stderr=True))
-    return code or (EXIT_INVALID if invalid and require else code)
+    return code or (EXIT_INVALID if invalid and required else code)
 
 
 @contextlib.contextmanager
@@ -227,17 +238,17 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
     requirements: dict[str, Any] = {}
     for entry in given:
         path, equals, value = entry.partition("=")
-        if not equals:
-            raise UsageError(
-                f"wrap: --require {shorten(entry, 60)}: PATH=VALUE is expected, and -- in front of the command. "
-                "Write it as in `lorameter wrap --require base.bits=4 -- python train.py`."
-            )
-        known = REQUIREMENTS.get(path)
-        if known is None:
-            raise UsageError(f"wrap: --require {shorten(path, 60)}: not known. Known: {', '.join(REQUIREMENTS)}.")
+        require(
+            equals,
+            f"wrap: --require {shorten(entry, 60)}: PATH=VALUE is expected, and -- in front of the command. "
+            "Write it as in `lorameter wrap --require base.bits=4 -- python train.py`.",
+        )
+        require(
+            path in REQUIREMENTS, f"wrap: --require {shorten(path, 60)}: not known. Known: {', '.join(REQUIREMENTS)}."
+        )
         requirements[path] = value
         with contextlib.suppress(codec.NotJsonError):
             requirements[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
-        if problem := known.problem(requirements[path]):
+        if problem := REQUIREMENTS[path].problem(requirements[path]):
             raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Mend the value.")
     return requirements

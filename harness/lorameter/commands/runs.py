@@ -14,7 +14,7 @@ from typing import Any
 from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.reference import write_reference
-from lorameter.errors import EXIT_PASS, UsageError
+from lorameter.errors import EXIT_PASS, require
 from lorameter.models import bases, catalogue, shapes
 from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
@@ -32,12 +32,15 @@ from lorameter.studies.workload import identify
 def run_export(options: argparse.Namespace) -> int:
     """Write the tables of a run; print the paths of the files, one per line."""
     form = options.format or "json"
-    if options.json and not options.output and form != "json":
-        raise UsageError(f"--json and --format {form} both choose what is printed. Give one of them, or an --output.")
-    if options.table and form not in TABULAR:
-        raise UsageError(f"--table {options.table}: --format {form} is no table. Use csv or parquet.")
-    if options.metric and form not in OF_TRENDS:
-        raise UsageError(f"--metric: --format {form} has all metrics. Leave it out.")
+    require(
+        not options.json or options.output or form == "json",
+        f"--json and --format {form} both choose what is printed. Give one of them, or an --output.",
+    )
+    require(
+        not options.table or form in TABULAR,
+        f"--table {options.table}: --format {form} is no table. Use csv or parquet.",
+    )
+    require(not options.metric or form in OF_TRENDS, f"--metric: --format {form} has all metrics. Leave it out.")
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     if form in TABULAR and options.output:
         written = write_tables(run, form, Path(options.output), options.table)
@@ -67,10 +70,11 @@ def run_history(options: argparse.Namespace) -> int:
 
 def run_prune(options: argparse.Namespace) -> int:
     """Remove runs; print the removed runs and those kept for a reason."""
-    if options.keep is None and options.older is None:
-        raise UsageError("prune: nothing says what goes. Give --keep N, --older D, or both.")
-    if options.keep is not None and options.keep < 0:
-        raise UsageError(f"--keep = {options.keep}: no number of runs. Use 0 or more.")
+    require(
+        options.keep is not None or options.older is not None,
+        "prune: nothing says what goes. Give --keep N, --older D, or both.",
+    )
+    require(options.keep is None or options.keep >= 0, f"--keep = {options.keep}: no number of runs. Use 0 or more.")
     older_s = None if options.older is None else parse_age(options.older)
     pruned = prune(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s, dry_run=options.dry_run)
     word, freed = ("would go", "would be freed") if options.dry_run else ("removed", "freed")
@@ -100,8 +104,7 @@ def run_list(options: argparse.Namespace) -> int:
     """Print the list of a kind."""
     what = options.what
     if what == "keys":
-        if options.json:
-            raise UsageError("list keys: a page of Markdown, which has no --json. Leave it out.")
+        require(not options.json, "list keys: a page of Markdown, which has no --json. Leave it out.")
         sys.stdout.write(write_reference())
         return EXIT_PASS
     if what == "sizes":
@@ -136,8 +139,9 @@ def _rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _list_sizes(options: argparse.Namespace) -> int:
     study = _load_named(options).with_overrides(model=options.model)
-    if study.of_scripts:
-        raise UsageError(f"list sizes: the variants of {study.name} are commands, whose models are their scripts'.")
+    require(
+        not study.of_scripts, f"list sizes: the variants of {study.name} are commands, whose models are their scripts'."
+    )
     from lorameter.trial.building.build import sizes_of_study  # loads torch, so only for a readable study
 
     model, sizes = study.workload.model, sizes_of_study(study)
@@ -151,8 +155,7 @@ def _list_sizes(options: argparse.Namespace) -> int:
 
 def _load_named(options: argparse.Namespace) -> Study:
     what = options.what
-    if not options.study:
-        raise UsageError(f"list {what}: no study named. Give one, as in `lorameter list {what} lora-or-qlora`.")
+    require(options.study, f"list {what}: no study named. Give one, as in `lorameter list {what} lora-or-qlora`.")
     return load_study(options.study)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.parser import build_parser
-from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, require
 from lorameter.machine.doctor import examine, is_fit
 from lorameter.machine.provenance import Machine
 from lorameter.machine.survey import survey
@@ -72,8 +72,9 @@ def run_init(options: argparse.Namespace) -> int:
     """Write the files. Raises `UsageError` if one of them exists; then none is written."""
     folder: Path = options.folder
     existing = [name for name in FILES if (folder / name).exists()]
-    if existing:
-        raise UsageError(f"init: {folder} already holds {' and '.join(existing)}. Give another folder, or remove them.")
+    require(
+        not existing, f"init: {folder} already holds {' and '.join(existing)}. Give another folder, or remove them."
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in FILES.items():

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorameter.errors import InvalidRunError, UsageError
+from lorameter.errors import InvalidRunError, require
 from lorameter.machine.provenance import differing_packages
 from lorameter.records.metrics import METRICS
-from lorameter.records.record import SIDES, Interleaving, Notice
+from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
@@ -107,7 +107,7 @@ def report_of(
     if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
         judged |= without_equality({key: one for key, one in judged.items() if not is_memory(key[1])}, why)
-    control: dict[str, Comparison | None] = {**validity.controls}
+    control: dict[str, Comparison | None] = dict(validity.controls.items())
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),
@@ -202,7 +202,7 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
                     yield PhaseEffect(variant=name, metric=metric, **fields_of(found))
 
 
-def _facts(run: Run, side: str) -> dict[str, Any]:
+def _facts(run: Run, side: Side) -> dict[str, Any]:
     """The installed packages of a side, as its scripts report them, else those of its interpreter."""
     stated: dict[str, Any] = run.manifest.sides[side].get("facts") or {"packages": {}}
     versions = versions_by_name(run.records, side)
@@ -213,8 +213,7 @@ def _facts(run: Run, side: str) -> dict[str, Any]:
 
 
 def _study(run: Run) -> Study:
-    if not run.manifest.sides:
-        raise UsageError(f"run {run.manifest.run}: it has no sides. Compare two runs with `lorameter compare`.")
+    require(run.manifest.sides, f"run {run.manifest.run}: it has no sides. Compare two runs with `lorameter compare`.")
     return read_study(run)
 
 

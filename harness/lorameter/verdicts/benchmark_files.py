@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import UsageError, impossible, require
 from lorameter.records import codec, fileio
 from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
@@ -174,9 +174,11 @@ def read_benchmarks(name: str) -> ComparisonInput:
 
 
 def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
-    if not side.facts or side.facts.get("written_by") != FOREIGN:
-        raise UsageError(f"{side.name}: it was written by lorameter and has all of its replicates. Name it by itself.")
-    if found := differences(first.facts or {}, side.facts):
+    require(
+        side.facts and side.facts.get("written_by") == FOREIGN,
+        f"{side.name}: it was written by lorameter and has all of its replicates. Name it by itself.",
+    )
+    if found := differences(first.facts or {}, side.facts or {}):
         one = found[0]
         raise UsageError(
             f"{side.name}: {one.field} is {one.candidate!r}, and {one.base!r} in {first.name}: the files of one "
@@ -318,8 +320,10 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
         UsageError: the file was not written by lorameter, or its content is damaged.
     """
     side, session = read_saved(saved, where), planned_side(study, ours)
-    if side.facts is None or side.facts.get("written_by") == FOREIGN:
-        raise UsageError(f"{where}: the saved run was not written by lorameter. Compare another.")
+    require(
+        side.facts is not None and side.facts.get("written_by") != FOREIGN,
+        f"{where}: the saved run was not written by lorameter. Compare another.",
+    )
     found = machine_differences(side, session)
     for name in session.variants:
         found += variant_differences(name, side, session)

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from lorameter.errors import UsageError
+from lorameter.errors import require
 from lorameter.machine import provenance
 from lorameter.records import codec
 from lorameter.records.store import Run
@@ -95,11 +95,11 @@ class ComparisonInput:
 def comparison_input(run: Run) -> ComparisonInput:
     """A lorameter run as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for a run
     whose sites differ."""
-    if run.manifest.sides:
-        raise UsageError(
-            f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
-            f"`lorameter report {run.manifest.run}`."
-        )
+    require(
+        not run.manifest.sides,
+        f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
+        f"`lorameter report {run.manifest.run}`.",
+    )
     refuse_mixed(run, "a side of a comparison")
     study, groups = read_study(run), group_trials(run.records)
     validity = run_validity(run, study)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, InvalidRunError, UsageError
+from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, InvalidRunError, UsageError, require
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import write_document
 from lorameter.records.packed import is_packed
@@ -226,8 +226,7 @@ def read_baselines(runs: Path) -> Baselines:
     except fileio.NotReadableError as error:
         raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it and accept again.") from None
     read = codec.from_json(Baselines, data, str(path))
-    if read.schema != 1:
-        raise UsageError(f"{path}: schema {read.schema}, and this version reads 1. Use the version that wrote it.")
+    require(read.schema == 1, f"{path}: schema {read.schema}, and this version reads 1. Use the version that wrote it.")
     return read
 
 
@@ -248,12 +247,14 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         InvalidRunError: the run is not completely valid.
     """
     run = store.read_run(name, runs)
-    if run.path.resolve().parent != runs.resolve():
-        raise UsageError(
-            f"run {name!r}: is outside of {runs}, where its baseline would be kept. Give --runs-dir {run.path.parent}."
-        )
-    if run.manifest.sides:
-        raise UsageError(f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.")
+    require(
+        run.path.resolve().parent == runs.resolve(),
+        f"run {name!r}: is outside of {runs}, where its baseline would be kept. Give --runs-dir {run.path.parent}.",
+    )
+    require(
+        not run.manifest.sides,
+        f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.",
+    )
     refuse_mixed(run, "a baseline")
     validity = run_validity(run, read_study(run))
     if validity.invalid:
@@ -268,8 +269,9 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         accepted_unix_s=time.time(),
     )
     with lock_baselines(runs):
-        if not fileio.is_there(run.path):
-            raise UsageError(f"run {run.path.name}: it was removed while it was read. Accept another run.")
+        require(
+            fileio.is_there(run.path), f"run {run.path.name}: it was removed while it was read. Accept another run."
+        )
         known = read_baselines(runs)
         replaced = known.of(accepted.fingerprint, accepted.study)
         others = tuple(baseline for baseline in known.baselines if baseline != replaced)

@@ -209,7 +209,7 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
         # All trials of one script have the same facts.
         known = [{**record.tokens, **record.values}.get(key) for record in sides.pairs[0]]
         if None not in known and known[0] != known[1]:
-            yield _differ(name, sides, *map(words.format, known), remedy, code=code)
+            yield _differ(name, sides, [words.format(value) for value in known], remedy, code=code)
     base, candidate = zip(*sides.pairs, strict=True)
     software = [
         f"{package} {ours} in {sides.names[0]} and {theirs} in {sides.names[1]}"
@@ -245,10 +245,10 @@ FACTS: tuple[tuple[str, str, str, str], ...] = (
 """Facts that two scripts must share: the notice's code, the key in a record, the text, and the remedy."""
 
 
-def _differ(name: str, sides: ScriptPair, ours: str, theirs: str, remedy: str, *, code: str) -> Notice:
+def _differ(name: str, sides: ScriptPair, facts: Sequence[str], remedy: str, *, code: str) -> Notice:
     return Notice(
         code=code,
-        message=f"{name}: {ours} in {sides.names[0]}, and {theirs} in {sides.names[1]}.",
+        message=f"{name}: {facts[0]} in {sides.names[0]}, and {facts[1]} in {sides.names[1]}.",
         remedy=f"Give both {remedy}, unless this is what is compared.",
     )
 
@@ -265,7 +265,7 @@ def _tokens(name: str, sides: ScriptPair) -> Iterator[Notice]:
             remedy="Read the time per real token, which is given as well, or give both the same batch.",
         )
     elif all(batches) and batches[0] != batches[1]:
-        yield _differ(name, sides, *batches, "the same batch and accumulation", code="batch-differs")
+        yield _differ(name, sides, batches, "the same batch and accumulation", code="batch-differs")
 
 
 def _batch(record: TrialRecord) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lorameter.errors import InvalidRunError, UsageError
+from lorameter.errors import InvalidRunError, require
 from lorameter.records.metrics import METRICS, PRIMARY, Phase, Samples, samples_of
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.stats import (
@@ -160,11 +160,11 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
     Raises `UsageError` for records of several sites that may differ, so that they are not combined by accident
     (`lorameter.verdicts.sites`).
     """
-    if any(record.machine for record in records):
-        raise UsageError(
-            "these trials are of sites that are different machines, and no number holds over all of them. Read each "
-            "site by `lorameter report RUN`."
-        )
+    require(
+        not any(record.machine for record in records),
+        "these trials are of sites that are different machines, and no number holds over all of them. Read each "
+        "site by `lorameter report RUN`.",
+    )
     groups: dict[tuple[str, Role], list[TrialRecord]] = {}
     for record in records:
         if record.side == side:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lorameter.errors import UsageError
+from lorameter.errors import require
 from lorameter.records.metrics import PRIMARY, samples_of
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
@@ -103,12 +103,12 @@ def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Not
 
 def refuse_mixed(run: Run, what: str) -> None:
     """Raise `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
-    if is_mixed(run):
-        raise UsageError(
-            f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "
-            f"one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
-            "own."
-        )
+    require(
+        not is_mixed(run),
+        f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "
+        f"one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
+        "own.",
+    )
 
 
 def _step_times(records: Sequence[TrialRecord]) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from lorameter.errors import InvalidRunError, UsageError
+from lorameter.errors import InvalidRunError, require
 from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, samples_of
 from lorameter.records.store import Run
@@ -104,13 +104,14 @@ def judge_claims(run: Run) -> ClaimsReport:
         UsageError: the study has no claims, or the run is an A/B run.
     """
     study = read_study(run)
-    if not study.claims:
-        raise UsageError(f"run {run.manifest.run}: study {study.name} claims nothing. Add [[claim]] and measure again.")
-    if run.manifest.sides:
-        raise UsageError(
-            f"run {run.manifest.run}: an A/B compares two sides of each variant, and a claim compares variants. "
-            "Measure the study with `lorameter run`."
-        )
+    require(
+        study.claims, f"run {run.manifest.run}: study {study.name} claims nothing. Add [[claim]] and measure again."
+    )
+    require(
+        not run.manifest.sides,
+        f"run {run.manifest.run}: an A/B compares two sides of each variant, and a claim compares variants. "
+        "Measure the study with `lorameter run`.",
+    )
     refuse_mixed(run, "a claim")
     groups = group_trials(run.records)
     controls = controls_of(groups, study, run.manifest.phases)
