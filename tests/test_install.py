@@ -1,8 +1,4 @@
-"""Tests of the wheel and the sdist, installed outside the source tree: commands work, and other projects are
-unaffected.
-
-Tests of which environment variables of the user may affect the tests.
-"""
+"""Tests of the wheel, installed outside the source tree: commands work, and other projects are unaffected."""
 
 from __future__ import annotations
 
@@ -25,19 +21,14 @@ def run(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Completed
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The folder with the wheel and the sdist of this checkout."""
-    folder = tmp_path_factory.mktemp("dist")
-    done = run(sys.executable, "-m", "uv", "build", "--quiet", "--out-dir", folder, ROOT, cwd=folder)
+def python(tmp_path_factory):
+    """The interpreter of an environment with the wheel, which is built from the sdist, and the dependencies that are
+    installed here."""
+    built = tmp_path_factory.mktemp("dist")
+    done = run(sys.executable, "-m", "uv", "build", "--quiet", "--out-dir", built, ROOT, cwd=built)
     assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
-def python(request, built, tmp_path_factory):
-    """The interpreter of an environment with this distribution and the dependencies that are installed here."""
+    (distribution,) = built.glob("*.whl")
     folder = tmp_path_factory.mktemp("environment") / "venv"
-    (distribution,) = built.glob(request.param)
     done = run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     python = folder / "bin" / "python"
@@ -63,12 +54,8 @@ def test_the_installed_package_is_imported_and_reads_runs(python, tmp_path):
     assert "lora-or-qlora" in listed.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "variables"),
-    [(("-m", "pytest"), {}), (("pytest",), {}), (("pytest",), {"PYTHONPATH": "."})],
-    ids=["python-m-pytest", "pytest", "pythonpath-pytest"],
-)
-def test_a_project_with_its_own_harness_is_unharmed(words, variables, python, tmp_path):
+@pytest.mark.parametrize("variables", [{}, {"PYTHONPATH": "."}], ids=["pytest", "pythonpath-pytest"])
+def test_a_project_with_its_own_harness_is_unharmed(variables, python, tmp_path):
     """The plugin loads in a project with its own packages `harness` and `tests`, and the project imports its own."""
     for name, text in {
         "harness/__init__.py": "ANSWER = 42\n",
@@ -78,8 +65,7 @@ def test_a_project_with_its_own_harness_is_unharmed(words, variables, python, tm
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     script = "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())"
-    command = (python, *words) if words[0] == "-m" else (python, "-c", script)
-    done = run(*command, cwd=tmp_path, **variables)
+    done = run(python, "-c", script, cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
@@ -94,22 +80,3 @@ def test_init_makes_a_suite_that_pytest_collects(python, tmp_path):
     again = run(python, "-m", "lorameter", "init", cwd=tmp_path)
     assert again.returncode == 2
     assert "already holds conftest.py and test_variants.py" in again.stderr
-
-
-HERE = Path(__file__).parent
-
-
-def test_variables_of_the_user_change_no_test(tmp_path):
-    """A test that uses the default folder of runs passes although the documented variables name another folder and
-    executor, and writes nothing there."""
-    runs = tmp_path / "runs"
-    test = f"{HERE / 'test_pytest_plugin.py'}::test_the_plan_runs_once_for_all_tests_and_is_on_disk"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
-        env={**os.environ, "LORAMETER_RUNS": str(runs), "LORAMETER_EXECUTOR": "nothing"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert not runs.exists()

@@ -151,6 +151,12 @@ def suite(pytester, monkeypatch):
     def run(*options):
         return pytester.runpytest_subprocess("--lorameter-study=small.toml", *LEAN, *options)
 
+    def refuse(*options):
+        """Run a session that is refused before anything is measured in this process, without the fake executor."""
+        monkeypatch.setenv("REAL", "1")
+        return pytester.runpytest_inprocess("--lorameter-study=small.toml", *LEAN, *options)
+
+    run.refuse = refuse
     run.path = pytester.path
     run.measured = lambda: (pytester.path / "measured").is_file()
     return run
@@ -201,12 +207,6 @@ def test_runs_of_different_workloads_are_not_compared(suite, base):
     result.stderr.fnmatch_lines(["*not comparable: workload*batch_size*2*1*"])
 
 
-def test_skip_measures_nothing(suite):
-    """--benchmark-skip skips the tests and starts no process."""
-    suite("--benchmark-skip").assert_outcomes(skipped=6)
-    assert not suite.measured()
-
-
 def test_disable_measures_nothing_and_stores_nothing(suite):
     """With --benchmark-disable each test is skipped before its replay, with the reason."""
     result = suite("--benchmark-disable", "--benchmark-save=none", "-rs")
@@ -221,7 +221,7 @@ def test_disable_measures_nothing_and_stores_nothing(suite):
 
 def test_cprofile_is_refused_with_its_reason(suite):
     """A replay executes nothing that could be profiled."""
-    result = suite("--benchmark-cprofile=tottime")
+    result = suite.refuse("--benchmark-cprofile=tottime")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--benchmark-cprofile*replay*"])
     assert not suite.measured()
@@ -302,7 +302,7 @@ def test_baseline_is_the_accepted_run(suite, base):
 ])  # fmt: skip
 def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options, said):
     """A bad base prints one line, exits with pytest's code 4 and measures no trial."""
-    result = suite(*(option.replace("BASE", base.name) for option in options))
+    result = suite.refuse(*(option.replace("BASE", base.name) for option in options))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([said])
     assert not suite.measured()

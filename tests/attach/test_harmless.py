@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,16 +108,15 @@ def wrap(folder, *words, **variables):
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """The finished process and folder of the script alone, wrapped, and with a meter and no compilation."""
-    found = {}
-    for how, start, variables in (
-        ("alone", run, {}),
-        ("wrapped", wrap, {}),
-        ("metered", run, {"EAGER": "1", "METER": "1"}),
-    ):
-        folder = tmp_path_factory.mktemp(how)
-        (folder / "train.py").write_text(SCRIPT)
-        found[how] = start(folder, sys.executable, "train.py", LORAMETER_RUNS="runs", **variables), folder
-    return found
+    ways = {"alone": (run, {}), "wrapped": (wrap, {}), "metered": (run, {"EAGER": "1", "METER": "1"})}
+    folders = {how: tmp_path_factory.mktemp(how) for how in ways}
+    with ThreadPoolExecutor() as pool:
+        done = {}
+        for how, (start, variables) in ways.items():
+            (folders[how] / "train.py").write_text(SCRIPT)
+            words = sys.executable, "train.py"
+            done[how] = pool.submit(start, folders[how], *words, LORAMETER_RUNS="runs", **variables)
+    return {how: (done[how].result(), folders[how]) for how in ways}
 
 
 def record_of(folder):

@@ -273,25 +273,19 @@ def test_unknown_peaks_and_flops_are_left_out(make_model, gathered):
 
 
 class Gpu:
-    """A GPU whose counter shows 100 W."""
+    """A GPU whose counter shows 100 W; the test advances its clock."""
 
-    def __init__(self, now):
-        self._now = now
+    now_s = 50.0
 
     def energy_j(self):
-        return Reading(value=1000.0 + 100.0 * self._now[0])
+        return Reading(value=1000.0 + 100.0 * self.now_s)
 
 
 @pytest.fixture
-def now():
-    """The seconds of a clock that the test advances."""
-    return [50.0]
-
-
-@pytest.fixture
-def gpu(now, monkeypatch):
-    made = Gpu(now)
+def gpu(monkeypatch):
+    made = Gpu()
     monkeypatch.setattr(module, "open_torch_gpu", lambda device: Reading(value=made))
+    monkeypatch.setattr(module.time, "monotonic", lambda: made.now_s)
     return made
 
 
@@ -299,26 +293,26 @@ def reading(tokens=10):
     return StepReading(number=1, step_time_s=1.0, cpu_time_s=1.0, real_tokens=tokens)
 
 
-def train(energy, now, seconds, steps=2, tokens=10):
+def train(energy, gpu, seconds, steps=2, tokens=10):
     energy.begin()
     for _ in range(steps):
         energy.step(reading(tokens))
-    now[0] += seconds
+    gpu.now_s += seconds
 
 
-def test_periods_add_up_without_the_time_between_them(gpu, now):
+def test_periods_add_up_without_the_time_between_them(gpu):
     """Energy, steps and tokens of the periods add up without the time between them; reading a current period does not
     change it."""
-    energy = Energy("cuda:0", lambda: now[0])
+    energy = Energy("cuda:0")
     assert energy.values() == {}
-    train(energy, now, 20.0)
+    train(energy, gpu, 20.0)
     assert energy.values() == energy.values() == {
         "device_energy_train_j": 2000.0, "energy_steps": 2, "energy_tokens": 20,
     }  # fmt: skip
     energy.end()
-    now[0] += 500.0  # an evaluation
+    gpu.now_s += 500.0  # an evaluation
     assert energy.values()["device_energy_train_j"] == 2000.0
-    train(energy, now, 30.0, steps=3)
+    train(energy, gpu, 30.0, steps=3)
     energy.end()
     energy.end()
     assert energy.values() == {"device_energy_train_j": 5000.0, "energy_steps": 5, "energy_tokens": 50}

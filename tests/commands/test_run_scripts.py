@@ -177,13 +177,13 @@ def test_a_candidate_that_fails_its_rehearsal_is_not_started_again(scripted, tmp
         f"print('password={secrets[0]} WANDB_API_KEY={5 * secrets[1]}')\n"
         f"raise ValueError('401 for https://me:{secrets[0]}@host/x?token={secrets[0]}')\n"
     )
-    words = ("ab", "--base-command", FAST, "--candidate-command", "python broken.py", "--replicates", "2")
+    words = ("ab", "--base-command", FAST, "--candidate-command", "python broken.py", "--replicates", "1")
     code, out, err = scripted(*words, "--steps", "2", "--allow-disturbed", "--json")
     assert code == 4
     assert "rehearsal" in err
     run = store.read_run(json.loads(out)["run"], tmp_path / "runs")
     sides = {side: [record for record in run.records if record.side == side] for side in ("base", "candidate")}
-    assert len(sides["candidate"]) == 2
+    assert len(sides["candidate"]) == 1
     assert {record.status for record in sides["candidate"]} == {"crashed"}
     assert {record.log for record in sides["candidate"]} == {"logs/rehearsal-scripted-candidate.log"}
     assert {record.status for record in sides["base"]} == {"ok"}

@@ -261,9 +261,8 @@ class Peaks:
 class Energy:
     """Joules of one GPU over the stretches that only train, with their steps and tokens; empty on a CPU."""
 
-    def __init__(self, device: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
-        self._clock = clock
         self._gpu: NvmlDevice | None = None
         self._begun: tuple[float, Reading[float]] | None = None
         self._before: Counter[str] = Counter()
@@ -277,7 +276,7 @@ class Energy:
         if self._device.startswith("cuda"):
             self._gpu = self._gpu or open_torch_gpu(self._device).value
         if self._gpu is not None:
-            self._begun = (self._clock(), self._gpu.energy_j())
+            self._begun = (time.monotonic(), self._gpu.energy_j())
             self._stretch = Counter()
 
     def step(self, reading: StepReading) -> None:
@@ -294,7 +293,7 @@ class Energy:
         if self._begun is None or self._gpu is None:
             return self._before
         begun_s, first = self._begun
-        spent: Any = energy_between(first, self._gpu.energy_j(), self._clock() - begun_s).value
+        spent: Any = energy_between(first, self._gpu.energy_j(), time.monotonic() - begun_s).value
         return self._before if spent is None else self._before + self._stretch + Counter(device_energy_train_j=spent)
 
     def values(self) -> dict[str, float]:
