@@ -226,7 +226,7 @@ def run_claims(options: argparse.Namespace) -> int:
     show_result(
         options,
         describe_claims(report),
-        lambda: claims.document(report),
+        lambda: codec.to_json(report),
         annotations=lambda: claims_annotations(report),
         page=lambda: {"title": f"Claims of {options.run}"},
     )

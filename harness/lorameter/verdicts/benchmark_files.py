@@ -228,8 +228,18 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
         if info.metric not in METRICS:
             raise impossible(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
         phases[METRICS[info.metric].phase] = None
-        side = _measured(place, test.stats.data or (), info, Measurements(name=name, variant=known.get(name)))
-        variants[name] = _merge_measurements(variants.get(name), side)
+        samples, fault = _split_samples(place, test.stats.data or (), info)
+        side = variants.get(name) or Measurements(name=name)
+        faults = [side.broken, fault]
+        if side.id not in (None, info.variant):
+            faults.append(f"two variants, {side.id} and {info.variant}, have the name {name!r}")
+        variants[name] = Measurements(
+            name=name,
+            id=info.variant,
+            variant=known.get(name),
+            samples={**samples, **side.samples},
+            broken="; ".join(filter(None, faults)) or None,
+        )
     control = about.control or {}
     invalid = about.invalid or say_faults(tuple(control_faults(control.items())))
     if about.control is None:
@@ -246,8 +256,8 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
     )
 
 
-def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measurements) -> Measurements:
-    """Add the measurements of one test to a side, split at the trial boundaries."""
+def _split_samples(place: str, data: tuple[float, ...], info: ExtraInfo) -> tuple[dict[str, Trials], str | None]:
+    """The samples of one test, split at the trial boundaries; and why they do not count, if so."""
     counts, broken = [trial.samples for trial in info.trials], None
     samples: dict[str, Trials] = {}
     if min(counts, default=0) < 1 or sum(counts) != len(data):
@@ -256,22 +266,10 @@ def _measured(place: str, data: tuple[float, ...], info: ExtraInfo, side: Measur
         ends = list(itertools.accumulate(counts))
         samples[info.metric] = [data[end - count : end] for end, count in zip(ends, counts, strict=True)]
     # An unpaired comparison uses only one median of each trial.
-    known = {name: values for name, values in info.medians.items() if name in METRICS}
-    for name, values in known.items():
-        samples.setdefault(name, [(value,) for value in values])
-    for kind in filter(is_memory, info.memory):
-        samples[kind] = [(info.memory[kind],)]
-    return dataclasses.replace(side, id=info.variant, samples=samples, broken=broken)
-
-
-def _merge_measurements(first: Measurements | None, second: Measurements) -> Measurements:
-    """Merge the measurements of one variant, which has an entry for each phase."""
-    if first is None:
-        return second
-    broken = [reason for reason in (first.broken, second.broken) if reason]
-    if first.id is not None and first.id != second.id:
-        broken.append(f"two variants, {first.id} and {second.id}, have the name {second.name!r}")
-    return dataclasses.replace(second, samples={**second.samples, **first.samples}, broken="; ".join(broken) or None)
+    medians = {name: [(value,) for value in values] for name, values in info.medians.items() if name in METRICS}
+    peaks = {kind: [(size,)] for kind, size in info.memory.items() if is_memory(kind)}
+    samples = {**medians, **samples, **peaks}
+    return samples, broken
 
 
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:

@@ -94,19 +94,19 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
     Raises:
         InvalidRunError: too few replicates are ok.
     """
-    base_side, candidate_side = group_trials(run.records, "base"), group_trials(run.records, "candidate")
-    metric = PRIMARY["train"]
+    base_side, metric = group_trials(run.records, "base"), PRIMARY["train"]
     try:
         base, twin = base_side[variant.name, "variant"], base_side[variant.name, "control"]
-        slow = candidate_side[variant.name, "variant"]
+        slow = group_trials(run.records, "candidate")[variant.name, "variant"]
     except KeyError:
         raise InvalidRunError(f"run {run.manifest.run}: no trial of {variant.name} to calibrate with.") from None
     same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
     both = min(len(same.base), len(other.base))
     identical, injected = compare_series(base, twin, metric), compare_series(base, slow, metric)
     assert identical is not None and injected is not None  # noqa: PT018 - checked in _pairs
-    sd = _sd(same)
-    sd_low, sd_high = sd_interval(sd, len(same.base) - 1)
+    spread = same.effect.spread
+    assert spread is not None  # with as many replicates as `_pairs` requires
+    sd_low, sd_high = sd_interval(spread.sd, len(same.base) - 1)
     seconds = measuring_time_s(run.records) / len({record.replicate for record in run.records})
     return Calibration(
         run=run.manifest.run,
@@ -116,11 +116,11 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
         seconds_per_replicate=seconds,
         identical=identical,
         injected=injected,
-        sd=sd,
+        sd=spread.sd,
         sd_low=sd_low,
         sd_high=sd_high,
         rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < both),
-        prices=tuple(_price(effect, (sd_low, sd, sd_high), seconds) for effect in EFFECTS),
+        prices=tuple(_price(effect, (sd_low, spread.sd, sd_high), seconds) for effect in EFFECTS),
     )
 
 
@@ -143,11 +143,10 @@ def rows_for(injected: float, few: float, many: float) -> int:
 
 def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
     pairs = pairs_of(base, other, metric)
-    count = len(pairs.base)
-    if count < LEAST_TO_CALIBRATE:
+    if len(pairs.base) < LEAST_TO_CALIBRATE:
         raise InvalidRunError(
-            f"run {run.manifest.run}: {format_count(count, 'replicate')} ok on both sides, and a calibration needs "
-            f"{LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
+            f"run {run.manifest.run}: {format_count(len(pairs.base), 'replicate')} ok on both sides, and a calibration "
+            f"needs {LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
         )
     return pairs
 
@@ -180,12 +179,6 @@ def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -
         replicates_high=high,
         minutes=None if replicates is None else replicates * seconds / 60,
     )
-
-
-def _sd(pairs: Pair) -> float:
-    spread = pairs.effect.spread
-    assert spread is not None  # `_pairs` has checked the number of replicates
-    return spread.sd
 
 
 def planned_effects(calibration: Calibration) -> Sequence[str]:

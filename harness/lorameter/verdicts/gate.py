@@ -147,15 +147,9 @@ def stored_policy(run: Run) -> Policy:
 def judge(report: ComparisonReport, policy: Policy) -> GateResult:
     """The exit code of a comparison under a policy."""
     unmet = tuple(_unmet(report, policy))
-    verdicts = exit_code(
-        report.comparisons, inconclusive=EXIT_PASS if policy.inconclusive == "pass" else EXIT_INCONCLUSIVE
-    )
-    return GateResult(
-        report=report,
-        policy=policy,
-        unmet=unmet,
-        exit_code=worst_exit_code([verdicts, *([EXIT_NOT_COMPARABLE] if unmet else [])]),
-    )
+    inconclusive = EXIT_PASS if policy.inconclusive == "pass" else EXIT_INCONCLUSIVE
+    codes = [exit_code(report.comparisons, inconclusive=inconclusive), *(EXIT_NOT_COMPARABLE for _ in unmet)]
+    return GateResult(report=report, policy=policy, unmet=unmet, exit_code=worst_exit_code(codes))
 
 
 def _unmet(report: ComparisonReport, policy: Policy) -> Iterator[str]:
@@ -210,10 +204,7 @@ class Baselines:
 
     def of(self, fingerprint: str | None, study: str | None) -> Baseline | None:
         """The accepted run; None if there is none."""
-        for baseline in self.baselines:
-            if (baseline.fingerprint, baseline.study) == (fingerprint, study):
-                return baseline
-        return None
+        return next((one for one in self.baselines if (one.fingerprint, one.study) == (fingerprint, study)), None)
 
 
 def read_baselines(runs: Path) -> Baselines:

@@ -12,15 +12,14 @@ far.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import msgspec
 
 from lorameter.errors import InvalidRunError, require
-from lorameter.records import codec
 from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, samples_of
 from lorameter.records.store import Run
 from lorameter.records.units import format_ratio
@@ -125,19 +124,18 @@ def judge_claims(run: Run) -> ClaimsReport:
     invalid = f"the reference differs from itself: its control in {', '.join(differing)}" if differing else None
     if not replicates:
         invalid = "no trial of the run is ok, so there is nothing to judge by. See the report of the run"
-    claims = []
-    for claim in study.claims:
-        parts = tuple(results[claim.id, index] for index in range(len(claim.parts)))
-        claims.append(
-            ClaimResult(
-                id=claim.id,
-                says=claim.says,
-                original=claim.original,
-                verdict=conjunction([part.verdict for part in parts]),
-                parts=parts,
-                source=claim.source,
-            )
+    parts = {claim.id: tuple(results[claim.id, index] for index in range(len(claim.parts))) for claim in study.claims}
+    claims = [
+        ClaimResult(
+            id=claim.id,
+            says=claim.says,
+            original=claim.original,
+            verdict=conjunction([part.verdict for part in parts[claim.id]]),
+            parts=parts[claim.id],
+            source=claim.source,
         )
+        for claim in study.claims
+    ]
     return ClaimsReport(
         run=run.manifest.run,
         title=study.title,
@@ -265,18 +263,9 @@ def answers_of(groups: Groups) -> Answers:
             if tokens := samples_of(record, TOKENS):
                 blocks.setdefault(record.replicate, []).append((tokens, times))
     trials = [blocks[replicate] for replicate in sorted(blocks)]
+    requests = [[[*itertools.chain.from_iterable(column)] for column in zip(*one, strict=True)] for one in trials]
+    means = [[[*map(fmean, column)] for column in zip(*one, strict=True)] for one in trials]
     return Answers(
-        requests=explained_share([(_join(one, 0), _join(one, 1)) for one in trials]),
-        variants=explained_share(
-            [([fmean(tokens) for tokens, _ in one], [fmean(times) for _, times in one]) for one in trials]
-        ),
+        requests=explained_share([(tokens, times) for tokens, times in requests]),
+        variants=explained_share([(tokens, times) for tokens, times in means]),
     )
-
-
-def _join(trials: Sequence[tuple[Samples, Samples]], place: int) -> list[float]:
-    return [value for trial in trials for value in trial[place]]
-
-
-def document(report: ClaimsReport) -> dict[str, Any]:
-    """The report as JSON data, without its `schema`."""
-    return dict(codec.to_json(report))

@@ -27,6 +27,7 @@ from lorameter.verdicts.claims.parts import (
     check_selected,
     pair_of,
     result_of,
+    words_of,
 )
 from lorameter.verdicts.series import Groups
 
@@ -98,7 +99,8 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
             f"{sentence}: the reference was not measured twice, so how far a resident peak is from itself is not "
             "known. Measure it with its control."
         )
-    verdict, words = _decide(part, low, high)
+    verdict = _decide(part, low, high)
+    words = words_of(part, verdict)
     if resident:
         start_sizes = [record.memory[RSS_AT_START] for record in sides[0] if RSS_AT_START in record.memory]
         start_note = f", {format_bytes(max(start_sizes))} of which it begins with" if start_sizes else ""
@@ -115,16 +117,13 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     return result_of(part, verdict, f"{sentence}: {words}", about=about, **found)
 
 
-def _decide(part: ClaimPart, low: float, high: float) -> tuple[Judgement, str]:
+def _decide(part: ClaimPart, low: float, high: float) -> Judgement:
     """Decide by the range of the ratios: completely on one side of the claimed ratio, or inconclusive."""
-    share, lowers = f"{100 * part.by:.3g} %", part.rule == "lowers"
+    lowers = part.rule == "lowers"
     limit = 1 - part.by if lowers else 1 + part.by
-    expected_change = f"a fall of more than {share}" if lowers else f"a rise of {share} at most"
     if high < limit or (high == limit and not lowers):
-        return "supported", expected_change
-    if low > limit or (low == limit and lowers):
-        return "refuted", f"no fall of more than {share}" if lowers else f"a rise of more than {share}"
-    return "inconclusive", f"open whether that is a {'fall' if lowers else 'rise'} of more than {share}"
+        return "supported"
+    return "refuted" if low > limit or (low == limit and lowers) else "inconclusive"
 
 
 def _peaks(records: Iterable[TrialRecord], kind: str) -> dict[int, int]:

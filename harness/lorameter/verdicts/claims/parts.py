@@ -103,11 +103,6 @@ class AxisTable:
         return [say_level(level) for level in self.levels]
 
     @property
-    def is_numeric(self) -> bool:
-        """Whether the levels are numeric."""
-        return all(map(is_number, self.levels))
-
-    @property
     def along(self) -> str:
         """The beginning of a sentence about the change from the first level to the last."""
         return f"from {self.axis} {self.names[0]} to {self.names[-1]} {self.title} changes by"
@@ -177,18 +172,14 @@ class Question:
         low, high = self._ends(conclusion.decided_low, conclusion.decided_high)
         places = 4 if low is None or high is None else min(decimals((high - low) / 2), 4)
         ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
+        decision = words_of(self.part, "equal" if conclusion.by == "equality" else conclusion.status)
         interval = f"{100 * conclusion.level:.4g} % interval [{', '.join(ends)}]"
-        sentence = f"{'; '.join(begin)}: {self._decision(conclusion)} ({interval}){_needed(conclusion)}"
+        sentence = f"{'; '.join(begin)}: {decision} ({interval}){_needed(conclusion)}"
         left_out = f"; {format_count(self.skipped, 'replicate')} left out, where a level is missing"
         return sentence + (left_out if self.skipped else "")
 
     def _ends(self, low: float, high: float) -> tuple[float | None, float | None]:
         return (from_log(low), from_log(high)) if self.sign > 0 else (from_log(-high), from_log(-low))
-
-    def _decision(self, conclusion: Conclusion) -> str:
-        supported, refuted, equal, undecided = _WORDS[self.part.rule]
-        words = {"supported": supported, "refuted": refuted, "inconclusive": undecided}[conclusion.status]
-        return (equal if conclusion.by == "equality" else words).format(limit=f"{100 * self.part.limit[1]:.3g} %")
 
 
 def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> Question:
@@ -203,14 +194,15 @@ def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str])
     if len(shared) < LEAST_SHARED:
         raise NotJudgedError(_too_few(len(shared)))
     tables = [table.keep(shared) for table in tables]
-    first = tables[0]
-    has_lines = part.rule == "largest-effect" or (part.rule == "equal" and len(first.levels) > 2 and first.is_numeric)
-    context = (
-        [(table.along, line) for table, line in zip(tables, _lines(part, tables), strict=True)] if has_lines else []
+    of_numbers = len(tables[0].levels) > 2 and all(map(is_number, tables[0].levels))
+    has_lines = part.rule == "largest-effect" or (part.rule == "equal" and of_numbers)
+    lines = zip(tables, _lines(part, tables), strict=True) if has_lines else ()
+    return Question(
+        part=part,
+        contrasts=tuple(_list_contrasts(part, tables, study)),
+        skipped=max(table.skipped for table in tables),
+        context=tuple((table.along, line) for table, line in lines),
     )
-    skipped = max(table.skipped for table in tables)
-    contrasts = tuple(_list_contrasts(part, tables, study))
-    return Question(part=part, contrasts=contrasts, skipped=skipped, context=tuple(context))
 
 
 def _lines(part: ClaimPart, tables: Sequence[AxisTable]) -> list[NDArray[float64]]:
@@ -375,6 +367,12 @@ def _needed(conclusion: Conclusion) -> str:
         return "; no practical number of replicates would decide it"
     more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
     return f"; {count} replicates would decide it{more}, if it is what it looks like"
+
+
+def words_of(part: ClaimPart, decision: str) -> str:
+    """The words of a decision: supported, refuted, equal (decided by equality) or inconclusive."""
+    place = ("supported", "refuted", "equal", "inconclusive").index(decision)
+    return _WORDS[part.rule][place].format(limit=f"{100 * part.limit[1]:.3g} %")
 
 
 _FALL = (
