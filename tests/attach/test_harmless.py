@@ -273,6 +273,7 @@ for kind in (Failing, Trainer):
 '''
 
 
+@pytest.mark.faults
 def test_a_trainer_is_freed_after_an_error_of_its_training(tmp_path):
     """An error that the script catches keeps no object alive, and its training is crashed."""
     (tmp_path / "train.py").write_text(TRAINER)

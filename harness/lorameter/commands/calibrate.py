@@ -7,9 +7,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lorameter.commands.measure import find_interrupted, measure_study, override, plan_study, resume
 from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES
 from lorameter.commands.output import print_result, show_result
+from lorameter.commands.run import find_interrupted, measure_study, override, plan_study, resume
 from lorameter.errors import (
     EXIT_INCONCLUSIVE,
     EXIT_INVALID,
@@ -97,14 +97,10 @@ def _measure_injected(study: Study, variant: str, rows: int, placement: Placemen
 
 
 def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> float:
-    """The slow-down caused by this many rows. Raises `InvalidRunError` if the pilot did not complete."""
+    """The slow-down caused by this many rows. Raises `InvalidRunError` if the pilot did not complete or
+    measured nothing."""
     run = _measure_injected(study, variant, rows, placement, options)
     _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
-    return calibration_ratio(run, variant)
-
-
-def calibration_ratio(run: Run, variant: str) -> float:
-    """The candidate's step time over the base's in a pilot. Raises `InvalidRunError` if it was not measured."""
     base, candidate = (group_trials(run.records, side).get((variant, "variant")) for side in SIDES)
     comparison = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
     if comparison is None or comparison.ratio is None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.commands.measure import measure_study
 from lorameter.commands.output import print_json, save_page, say_progress, show_result
+from lorameter.commands.run import measure_study
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, require
 from lorameter.models import catalogue, shapes
 from lorameter.parity.judgement import Judgement, Likeness, Parity, judge_parity

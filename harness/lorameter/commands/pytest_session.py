@@ -15,12 +15,19 @@ import pytest
 
 from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, BestEffortStderr, CapturedStdout
 from kernels_check.terminal import escape_control_chars
-from lorameter.commands.measure import find_interrupted, forecast_plan, measure_study, override, plan_study, resume
 from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX
 from lorameter.commands.output import check_page, save_page
 from lorameter.commands.parser import build_parser
 from lorameter.commands.report import page_of_run
-from lorameter.commands.run import load_requested_study
+from lorameter.commands.run import (
+    find_interrupted,
+    forecast_plan,
+    load_requested_study,
+    measure_study,
+    override,
+    plan_study,
+    resume,
+)
 from lorameter.errors import LorameterError, UsageError, redact, require
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
 from lorameter.records import store
