@@ -15,7 +15,7 @@ from lorameter.run.budget import Budget
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
 from lorameter.run.runner import find_stop
-from lorameter.verdicts.comparison_input import comparison_input
+from lorameter.verdicts.compare import comparison_input
 from lorameter.verdicts.series import compare_series, group_trials
 from tests.run.fakes import FakeExecutor, Quiet
 

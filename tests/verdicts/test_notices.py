@@ -15,7 +15,7 @@ import pytest
 from lorameter.records import codec, store
 from lorameter.records.record import DISTURBED, Failure, TrialRecord
 from lorameter.studies.study import Study
-from lorameter.verdicts.comparison_input import comparison_input
+from lorameter.verdicts.compare import comparison_input
 from lorameter.verdicts.notices import run_notices
 from lorameter.verdicts.validity import MOST_FAULTS, Fault, InvalidReason, disturbance_notices, run_validity, say_faults
 

@@ -46,9 +46,9 @@ from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study
 from lorameter.verdicts.benchmark_files import about_run, extra_info, unlike
-from lorameter.verdicts.compare import compare
-from lorameter.verdicts.comparison_input import (
+from lorameter.verdicts.compare import (
     ComparisonInput,
+    compare,
     comparison_input,
     disagreement,
     machine_differences,

@@ -31,8 +31,7 @@ from lorameter.report.run import describe_run, encode_run
 from lorameter.report.run_view import ReportFilter, RunView, match_variants, phase_of, view_of
 from lorameter.verdicts import claims
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.compare import ComparisonReport, ComparisonRow, compare, document, exit_code
-from lorameter.verdicts.comparison_input import ComparisonInput
+from lorameter.verdicts.compare import ComparisonInput, ComparisonReport, ComparisonRow, compare, document, exit_code
 from lorameter.verdicts.gate import accept, gate_document, judge, load_policy, read_base, read_comparand, stored_policy
 from lorameter.verdicts.sites import is_mixed
 

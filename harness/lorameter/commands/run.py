@@ -1,5 +1,5 @@
-"""Measures a study: plans or forecasts it, measures it, resumes an interrupted run. The other commands that measure, and
-the pytest plugin, use these functions.
+"""Measures a study: plans or forecasts it, measures it, resumes an interrupted run. The other commands that measure and
+the pytest plugin use these functions.
 
 The commands `run` and `ab` measure a study or two sides of one; `wrap` runs an unchanged training script, and stores
 its measurements as a run.

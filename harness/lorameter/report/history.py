@@ -40,7 +40,7 @@ from lorameter.report.blocks import (
 from lorameter.report.phrases import title_of
 from lorameter.results.history import Break, History, HistorySeries, Moment, Suspicion, Track
 from lorameter.stats.changes import LEAST_POINTS
-from lorameter.verdicts.comparison_input import Difference
+from lorameter.verdicts.compare import Difference
 
 STEPS = "▁▂▃▄▅▆▇█"
 WIDEST = 60

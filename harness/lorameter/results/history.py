@@ -32,8 +32,7 @@ from lorameter.results.rows import Row, estimate_rows
 from lorameter.stats.changes import Course, Level, LevelShift, find_changes
 from lorameter.studies.study_file import builtin_studies, read_study
 from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.compare import EXIT_OF, worst_exit_code
-from lorameter.verdicts.comparison_input import Difference, differences
+from lorameter.verdicts.compare import EXIT_OF, Difference, differences, worst_exit_code
 from lorameter.verdicts.gate import read_baselines
 from lorameter.verdicts.same_training import facts_of
 from lorameter.verdicts.sites import is_mixed

@@ -35,6 +35,7 @@ from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
+from lorameter.verdicts.compare import differences
 from lorameter.verdicts.comparison_input import differences
 
 if TYPE_CHECKING:

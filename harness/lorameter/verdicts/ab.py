@@ -21,8 +21,7 @@ from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import ComparisonReport, default_metrics, fields_of, matching, row_of
-from lorameter.verdicts.comparison_input import Difference
+from lorameter.verdicts.compare import ComparisonReport, Difference, default_metrics, fields_of, matching, row_of
 from lorameter.verdicts.notices import run_notices
 from lorameter.verdicts.same_training import compare_losses, sides_of_run, versions_by_name
 from lorameter.verdicts.series import (

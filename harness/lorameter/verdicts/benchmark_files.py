@@ -28,7 +28,7 @@ from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.comparison_input import (
+from lorameter.verdicts.compare import (
     ComparisonInput,
     Measurements,
     comparison_input,

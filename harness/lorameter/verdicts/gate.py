@@ -38,8 +38,14 @@ from lorameter.records.packed import is_packed
 from lorameter.records.store import Run
 from lorameter.studies.protocol import check_fraction
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import ComparisonReport, document, exit_code, worst_exit_code
-from lorameter.verdicts.comparison_input import ComparisonInput, comparison_input
+from lorameter.verdicts.compare import (
+    ComparisonInput,
+    ComparisonReport,
+    comparison_input,
+    document,
+    exit_code,
+    worst_exit_code,
+)
 from lorameter.verdicts.series import ComparisonLimits, default_limits
 from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.validity import run_validity

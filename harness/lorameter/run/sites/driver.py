@@ -37,6 +37,7 @@ from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.slurm import cancel_job
 from lorameter.studies.study_file import read_study
+from lorameter.verdicts.compare import Difference, differences
 from lorameter.verdicts.comparison_input import Difference, differences
 from lorameter.verdicts.validity import is_single_script_run
 
