@@ -266,9 +266,10 @@ def _split_samples(place: str, data: tuple[float, ...], info: ExtraInfo) -> tupl
         ends = list(itertools.accumulate(counts))
         samples[info.metric] = [data[end - count : end] for end, count in zip(ends, counts, strict=True)]
     # An unpaired comparison uses only one median of each trial.
-    medians = {name: [(value,) for value in values] for name, values in info.medians.items() if name in METRICS}
-    peaks = {kind: [(size,)] for kind, size in info.memory.items() if is_memory(kind)}
-    samples = {**medians, **samples, **peaks}
+    for name, values in info.medians.items():
+        if name in METRICS:
+            samples.setdefault(name, [(value,) for value in values])
+    samples |= {kind: [(size,)] for kind, size in info.memory.items() if is_memory(kind)}
     return samples, broken
 
 
