@@ -25,7 +25,6 @@ from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection
 from lorameter.report.estimate import describe_calibration
 from lorameter.run.bisect import bisect, find_measured, list_steps
-from lorameter.run.plan import SIDES
 from lorameter.run.resume import is_calibration, study_of
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor

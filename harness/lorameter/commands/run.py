@@ -39,10 +39,11 @@ from lorameter.run.forecast import Forecast, forecast
 from lorameter.run.forecast_time import TimeForecast
 from lorameter.run.measure import measure
 from lorameter.run.plan import AB_PHASES, Plan
-from lorameter.run.resume import is_finished, plan_rest, refuse_settled, study_of
+from lorameter.run.resume import is_finished, plan_rest, study_of
 from lorameter.run.runner import find_unfinished
-from lorameter.run.sites.driver import read_broken_off_with_jobs
+from lorameter.run.sites.driver import read_broken_off
 from lorameter.run.sites.placement import Placement, open_placement
+from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import command_sides, name_sides
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import HERE, Protocol
@@ -139,7 +140,7 @@ def forecast_plan(
     from lorameter.trial.data.records import describe_data
 
     elsewhere = any(notice.code == NOT_HERE for notice in notices)
-    expected = forecast(plan, placement.machine, runs, None if elsewhere else placement.timing_executor())
+    expected = forecast(plan, placement.machine, runs, None if elsewhere or placement.is_remote else open_executor())
     if elsewhere:  # time and memory on another machine are unknown
         why = "it cannot be measured on this machine"
         took = TimeForecast(time_s=None, basis=why)
@@ -172,14 +173,18 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
     Raises:
         UsageError, InvalidRunError: the run does not exist or cannot be resumed, or options would change its plan.
     """
-    given = {
-        f"{prefix}{'command' if name == 'script' else name.replace('_', '-')}": value
+    given = [
+        f"{prefix}{'command' if name == 'script' else name.replace('_', '-')}"
         for name, value in vars(options).items()
-        if name not in ON_RESUME
-    }
-    refuse_settled(f"{prefix}resume", given)
+        if name not in ON_RESUME and value not in (None, False, [])
+    ]
+    if given:
+        raise UsageError(
+            f"{prefix}resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the "
+            "option out, or measure a new run."
+        )
     study = load_study(options.study).name if options.study else None
-    return read_broken_off_with_jobs(options.resume, store.runs_dir(options.runs_dir), study=study)
+    return read_broken_off(options.resume, store.runs_dir(options.runs_dir), study=study)
 
 
 def resume(run: Run, options: argparse.Namespace, *, console: Console | None = None) -> Run | None:
@@ -198,7 +203,7 @@ def resume(run: Run, options: argparse.Namespace, *, console: Console | None = N
     there = study.with_overrides(on=options.on, sites=options.sites, mixed=study.protocol.mixed)
     with open_placement(there, options.runs_dir) as placement:
         plan = plan_rest(run, placement, max_minutes=options.max_minutes)
-        unfinished = find_unfinished(plan, run.records, whole=placement.is_spread)
+        unfinished = find_unfinished(plan, run.records, whole=placement.launcher is not None)
         left = [slot.trial for group in unfinished for slot in group.slots]
         kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
         print_stderr(f"run {name}: {kept}, {len(left)} are left to be measured.")

@@ -19,7 +19,8 @@ def comparison_annotations(report: ComparisonReport, gate: GateResult | None = N
     """Annotations of a comparison, or of the gate that judged it: an error for each verdict that does not pass, or a
     warning if the gate's policy accepts it."""
     level, name, about = "notice", "lorameter compare", title_of_report(report)
-    lenient, unmet = False, ()
+    lenient = False
+    unmet: tuple[str, ...] = ()
     if gate is not None:
         level, name, about = "notice" if gate.passed else "error", "lorameter gate", f"{outcome_of(gate)}: {about}"
         lenient, unmet = gate.policy.inconclusive == "pass", gate.unmet

@@ -117,12 +117,12 @@ def _tabulate(report: ComparisonReport) -> Table:
     notes = [say(f"control of {phase}: {''.join(say_ratio(control))}") for phase, control in report.control.items()]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(say(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint")))
-    variant, metric, verdict = name_columns("variant", "metric", "verdict", left=3)
+    variant, metric, verdict_head = name_columns("variant", "metric", "verdict", left=3)
     tolerance, replicates = (
         ColumnHeader(text=text, right=True, drop_priority=priority, collapse_if_constant=True)
         for text, priority in (("tolerance", 7), ("replicates", 6))
     )
-    heads = (variant, metric, _RATIO, verdict, tolerance, replicates)
+    heads = (variant, metric, _RATIO, verdict_head, tolerance, replicates)
     table = Table(heads=heads, rows=tuple(rows), notes=tuple(notes))
     return collapse_constant_columns(table)
 

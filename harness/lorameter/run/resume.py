@@ -25,7 +25,6 @@ from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
 from lorameter.run.plan import (
     PRESENT,
-    SIDES,
     Plan,
     SideSpec,
     arms_of,
@@ -36,7 +35,6 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.verdicts.compare import differences
-from lorameter.verdicts.comparison_input import differences
 
 if TYPE_CHECKING:
     from lorameter.run.sites.placement import Placement

@@ -38,7 +38,6 @@ from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order
 from lorameter.run.sites.slurm import cancel_job
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import Difference, differences
-from lorameter.verdicts.comparison_input import Difference, differences
 from lorameter.verdicts.validity import is_single_script_run
 
 POLL_S = 1.0
