@@ -7,7 +7,8 @@ from typing import get_args
 from lorameter.commands.options import SHARED
 from lorameter.commands.table import COMMANDS
 from lorameter.report.run_view import Sort
-from lorameter.results import export, rows
+from lorameter.results import rows
+from lorameter.results.export import OF_TRENDS, TABULAR
 from lorameter.run.device_lock import IfBusy
 
 
@@ -20,6 +21,6 @@ def test_parser_choices_match_the_modules_that_define_them():
     """The parser lists formats and tables without importing the modules that define them."""
     commands = {command.name: {names[0]: settings for names, settings in command.arguments} for command in COMMANDS}
     export = commands["export"]
-    assert export["--format"]["choices"] == ("json", *export.TABULAR, *export.OF_TRENDS)
+    assert export["--format"]["choices"] == ("json", *TABULAR, *OF_TRENDS)
     assert export["--table"]["choices"] == tuple(rows.TABLES)
     assert commands["report"]["--sort"]["choices"] == get_args(Sort)
