@@ -118,7 +118,9 @@ def journal_lines(path: Path) -> Iterator[str]:
     if not is_there(path):
         return
     with explain_unreadable(path), open_plain(path) as file:
-        for line in file:
+        while line := file.readline(MOST_BYTES + 1):
+            if len(line) > MOST_BYTES:
+                raise NotReadableError(f"one line has more than {MOST_BYTES >> 20} MiB")
             if not line.isspace():
                 yield line.decode("utf-8", errors="backslashreplace")
 
