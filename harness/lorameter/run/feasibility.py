@@ -8,12 +8,13 @@ than the model's context. It refuses nothing on a guess: if a model's layers are
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, shorten
 from lorameter.machine.gpus import say_entries, shared_boards, visible_gpus
-from lorameter.machine.nvml import VARIABLE
+from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import lora_of, uncounted, unknown_targets
@@ -362,15 +363,16 @@ def _check_ranks(where: str, variant: Variant, workload: Workload, machine: Mach
 
 def _check_gpus(where: str, ranks: int) -> None:
     """Check the visible GPUs: the ranks use the first of them, one each (`lorameter.trial.ranks.trial`)."""
-    gpus = visible_gpus().value
-    if gpus is None:
+    known, listed = visible_gpus().value, visible_devices(os.environ)
+    if known is None and listed is None:
         return
-    if len(gpus) < ranks:
+    gpus = len(listed or ()) if known is None else len(known)
+    if gpus < ranks:
         raise UsageError(
-            f"{where}: ranks = {ranks}: {len(gpus)} GPU{'s are' if len(gpus) != 1 else ' is'} available here, and "
-            "ranks that share one measure each other. Use fewer ranks, or make more GPUs visible."
+            f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} available here, and ranks that "
+            "share one measure each other. Use fewer ranks, or make more GPUs visible."
         )
-    for shared in shared_boards(gpus[:ranks]):
+    for shared in shared_boards((known or ())[:ranks]):
         raise UsageError(
             f"{where}: ranks = {ranks}: {say_entries(shared)} are parts of one GPU, and ranks that share one measure "
             f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different GPUs."

@@ -36,7 +36,8 @@ _STORED: Mapping[str, dict[str, Any]] = {
 def read_config(where: str, path: Path) -> dict[str, Any]:
     """Read the configuration in a file written by PEFT's `save_pretrained`, or in its folder; a null key has its
     default. Raises `UsageError`."""
-    data = _read(f"{where}: peft", path / CONFIG_NAME if path.is_dir() else path)
+    file = path / CONFIG_NAME if path.is_dir() else path
+    data = _read(f"{where}: peft", file, f"Name an {CONFIG_NAME} or its folder.")
     return {key: value for key, value in data.items() if key not in _OF_SAVING and value is not None}
 
 
@@ -103,11 +104,11 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
 
-def _read(where: str, path: Path) -> dict[str, Any]:
+def _read(where: str, path: Path, remedy: str = "Restore it from the checkout.") -> dict[str, Any]:
     try:
         return codec.from_json(dict[str, Any], fileio.read_json(path), str(path))
     except (fileio.NotReadableError, UsageError) as error:
-        raise UsageError(f"{where}: {path} cannot be read as a table of keys ({error}). Name a file of PEFT.") from None
+        raise UsageError(f"{where}: {path} cannot be read as a table of keys ({error}). {remedy}") from None
 
 
 def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) -> Variant:
