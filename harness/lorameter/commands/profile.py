@@ -1,6 +1,7 @@
-"""The command `profile`: profiles the time and memory of a step or of a request.
+"""The commands `profile` and `parity`.
 
-The command `parity`: checks whether a merged adapter, or one on another base, gives the same answers.
+`profile` profiles the time and memory of a step or of a request; `parity` checks whether a merged adapter, or one on
+another base, gives the same answers.
 """
 
 from __future__ import annotations

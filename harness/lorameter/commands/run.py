@@ -1,8 +1,7 @@
-"""Measures a study: plans or forecasts it, measures it, resumes an interrupted run. The other commands that measure and
-the pytest plugin use these functions.
+"""The commands `run`, `ab` and `wrap`, and functions that plan, forecast, measure and resume a study.
 
-The commands `run` and `ab` measure a study or two sides of one; `wrap` runs an unchanged training script, and stores
-its measurements as a run.
+`run` and `ab` measure a study or two sides of one; `wrap` runs an unchanged training script, and stores its
+measurements as a run. The other commands that measure and the pytest plugin use the functions, too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Commands about the runs of a folder: `export`, `history`, `prune` and `pack`.
-
-The commands `list` (studies, variants and their sizes, models, runs) and `model fetch`.
-"""
+"""Commands about what exists: `list`, `model fetch`, and for runs `export`, `history`, `prune` and `pack`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Setup commands: `init` writes a suite, `doctor` checks the machine, `completion` prints shell completions.
-
-The command `estimate`: estimates the memory of a variant, and whether it fits on a GPU.
+"""Commands before a measurement: `init` writes a suite, `doctor` checks the machine, `estimate` estimates the memory of
+a variant and whether it fits on a GPU, and `completion` prints shell completions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures disturbances of a timed stretch by the machine, as differences of kernel counters.
+"""Measures what the kernel counts: disturbances of a timed stretch, and peaks of the process's memory by phase.
 
 Pressure stall information counts the time in which runnable work waited for a CPU, for memory or for a disk
 (Documentation/accounting/psi.rst of the kernel); steal is CPU time that a hypervisor gave to other guests; a quota
@@ -13,11 +13,9 @@ A quota does not slow a CPU down: the scheduler lets every thread run until the 
 stops all threads for the rest of the period (Documentation/scheduler/sched-bwc.rst), so a step is either fast or 0.1 s
 late.
 
-Measures peak memory by phase, for the current process.
-
-Peaks are maxima, so they are reset at the start of each phase. On the host the peak is VmHWM, which the kernel resets
-on request (`/proc/self/clear_refs`); `ru_maxrss` is unsuitable, because a forked child inherits its parent's maximum. A
-forked child also maps its parent's pages, so its initial resident size is recorded as well.
+Peaks of memory are maxima, so they are reset at the start of each phase. On the host the peak is VmHWM, which the
+kernel resets on request (`/proc/self/clear_refs`); `ru_maxrss` is unsuitable, because a forked child inherits its
+parent's maximum. A forked child also maps its parent's pages, so its initial resident size is recorded as well.
 """
 
 from __future__ import annotations

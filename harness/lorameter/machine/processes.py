@@ -1,10 +1,10 @@
-"""Ends processes: the parent kills a worker that does not answer, the zygote kills its children when it ends, and a
+"""Ends processes, and pins them to CPUs.
+
+The parent kills a worker that does not answer, the zygote kills its children when it ends, and a
 measuring process ends with its parent in every case.
 
 The kernel kills a script when its parent ends, but not the processes that a launcher has started in new sessions:
 `OrphanReaper` kills those. It runs this module as a file, which imports only the standard library.
-
-Pins processes to CPUs, and groups CPUs by core.
 
 CPUs of one machine differ in speed at any moment: another thread on the same core, of this machine or of another guest
 on the host, slows a CPU down, and no counter of a virtual machine shows it. A process tends to stay on its CPU, so one

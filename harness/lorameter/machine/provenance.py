@@ -1,20 +1,17 @@
-"""The machine and the software of a run: the data to repeat it, and the part that two comparable runs must share.
+"""The machine, the software and the repository of a run: the data to repeat it, and the part that two comparable runs
+must share.
 
 This module does not import torch, so that the parent stays light; facts from torch come with the worker's first
 message. A missing library, counter or permission makes a value None and never raises an exception.
 
-Runs git commands, and reads the state of a repository.
-
 Git hooks export variables that direct every git command to the hook's repository, regardless of the working folder.
 They are removed here, so that a run started by a hook reads the intended repository.
 
-The packages installed for this process, and the packages that determine a GPU's kernels.
-
-Versions are read without importing modules. torch chooses among the algorithms of cuDNN and cuBLAS, which are separate
-packages that can be replaced independently, and both read the environment: `TORCH_CUDNN_SDPA_DEPRIORITIZED` makes
-torch prefer other attention kernels, `NVIDIA_TF32_OVERRIDE` overrides the format of all float32 products, and
-`PYTORCH_ALLOC_CONF` (formerly `PYTORCH_CUDA_ALLOC_CONF` and `PYTORCH_HIP_ALLOC_CONF`) controls how the allocator
-reserves memory. Two runs that differ in any of these are different measurements.
+Versions of packages are read without importing modules. torch chooses among the algorithms of cuDNN and cuBLAS, which
+are separate packages that can be replaced independently, and both read the environment:
+`TORCH_CUDNN_SDPA_DEPRIORITIZED` makes torch prefer other attention kernels, `NVIDIA_TF32_OVERRIDE` overrides the format
+of all float32 products, and `PYTORCH_ALLOC_CONF` (formerly `PYTORCH_CUDA_ALLOC_CONF` and `PYTORCH_HIP_ALLOC_CONF`)
+controls how the allocator reserves memory. Two runs that differ in any of these are different measurements.
 """
 
 from __future__ import annotations

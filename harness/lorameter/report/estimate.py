@@ -1,6 +1,7 @@
-"""Describes estimates before a measurement: a plan with its time, memory by kind, whether it fits, counted sizes.
+"""Describes what is known before a measurement: estimates of a plan, and what the machine can run and measure.
 
-Describes what a machine can run and measure: the doctor's checks, and the rates of a calibration.
+Estimates are the time of a plan, memory by kind, whether it fits, and counted sizes. The machine is described by the
+doctor's checks and the rates of a calibration.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Describes a history: each line as a sparkline, its levels in a table, its breaks and level changes.
+"""Describes the runs of a folder: the state, verdict and size of each, and the history of a metric.
 
-The runs of a folder as a document: the state, verdict and size of each.
+A history has each line as a sparkline, its levels in a table, its breaks and level changes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Describes parity: first a verdict for each way of serving an adapter, then the numbers behind it.
+"""Describes the answers of a trained adapter, and their parity: whether each way of serving it gives the same answers.
 
-Describes the answers of a trained adapter: the reference, and answers before and after training, one panel a prompt.
+Parity has first a verdict for each way, then the numbers behind it. A sample has one panel a prompt: the reference, and
+the answers before and after training.
 
 The run generated, timed and stored the answers (requests until EOS); this module only decodes them with the tokenizer
 of the run's model.

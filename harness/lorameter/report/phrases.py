@@ -1,12 +1,10 @@
-"""Phrases for verdicts in reports; programs get the documented machine-readable words.
+"""Phrases for verdicts and notices in reports; programs get the documented machine-readable words.
 
 Variants are slower or faster than each other, larger or smaller, higher or lower; a candidate has regressed or improved
 compared with its base. An inconclusive verdict is a sentence with the range of the effect, the smallest detectable
 difference, and advice, which never asks for hundreds of replicates.
 
-Describes notices with their remedies, at the end of a report or before a measurement.
-
-Notices of the same kind form one line, which expands.
+Notices of the same kind form one line with their remedy, which expands.
 """
 
 from __future__ import annotations

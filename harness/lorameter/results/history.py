@@ -5,7 +5,7 @@ without a ratio across it. A level change inside a line (`lorameter.stats.change
 runs have only the machine in common; an A/B of the two revisions can confirm it. Runs at different times are never
 called equivalent; a line without a change reports the smallest change that it would have shown.
 
-Reads all runs of a folder one by one, for `list runs`, `history` and `lorameter.load_all`.
+The runs of a folder are read one by one, for `list runs`, `history` and `lorameter.load_all`.
 """
 
 from __future__ import annotations

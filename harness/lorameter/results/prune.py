@@ -1,9 +1,8 @@
-"""Removal of runs; accepted baselines, runs that are being measured and unreadable runs are kept.
+"""Removes runs, and packs a run into one file to send.
 
-Packs a run into one file to send: every sample, every check and every verdict.
-
-Logs and credentials are never packed, and texts of records (examples from the data, and the model's answers to them)
-only with `texts`. Paths and machine names stay, since they are part of the measurement.
+Accepted baselines, runs that are being measured and unreadable runs are never removed. A packed run has every sample,
+every check and every verdict. Logs and credentials are never packed, and texts of records (examples from the data, and
+the model's answers to them) only with `texts`. Paths and machine names stay, since they are part of the measurement.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Makes the rows of a run's four tables, in plain Python, for DataFrames, files and histories.
+"""The four tables of a run: their columns, and their rows in plain Python, for DataFrames, files and histories.
 
 Estimates and comparisons are computed by the functions of the reports. A row is a mapping from column names to values;
 a column without a value is missing.
-
-The columns of a run's four tables: name, type and meaning.
 
 DataFrames and files have the same columns. Units are base units and part of the name; if a column holds several
 metrics, the column `unit` gives the unit of each row (`s`, `byte`, `1/s`, `J`, `1`).

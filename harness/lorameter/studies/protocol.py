@@ -1,14 +1,11 @@
-"""A protocol: how often and how long variants are measured, independent of the variants.
+"""A protocol: how often, how long and where variants are measured, independent of the variants.
 
 The replicate (fresh processes) is the unit of inference; steps inside a process are sub-samples. Kalibera & Jones
 (2013, "Rigorous benchmarking in reasonable time") show why: processes differ more from each other than steps do, so
 repeating steps in one process gains little. One setting, `effort`, sets the number of replicates.
 
-The options `on` and `sites` of a study or a command line: where replicates are measured.
-
-They are parsed and validated here, on any machine. `lorameter.run.sites` checks that the GPU, cluster or queue exists.
-
-Bounds of the values in a study.
+The options `on` and `sites` of a study or a command line are parsed and validated here, on any machine.
+`lorameter.run.sites` checks that the GPU, cluster or queue exists.
 """
 
 from __future__ import annotations

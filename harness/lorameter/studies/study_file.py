@@ -19,8 +19,6 @@ workload.batch_size = 8         # a field of the workload for this variant only;
 [profile.NAME]                  # all of the above except variants, for one kind of machine
 devices = ["A100"]              # parts of the names of devices that use this profile; "cpu" is any CPU
 workload.model = "random:"      # the model of the study with random weights
-
-Reads the study of a stored run, and the workloads of variants that have their own.
 """
 
 from __future__ import annotations

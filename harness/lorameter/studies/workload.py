@@ -3,7 +3,7 @@
 Every variant of a study trains on the identical token stream, so everything that defines the stream belongs here. A
 variant has its own workload only if the workload itself is compared (`lorameter.run.plan`).
 
-Resolves the data of a workload by name: synthetic records, a file, a folder, or a hub data set.
+Data are resolved by name: synthetic records, a file, a folder, or a hub data set.
 
     synthetic
     FILE                              .jsonl, .json, .csv, .parquet or .txt, each also with .gz appended

@@ -1,6 +1,4 @@
-"""Counts the bytes that are resident between training steps, by kind.
-
-Breaks down the memory of an observed call into all kinds that can be counted towards its measured peak.
+"""Counts the memory of a training by kind: between its steps, and at the measured peak of an observed call.
 
 Tensors that are resident between steps are counted one by one. Tensors that live during the step are tracked
 (`LiveTensors`) and counted at the memory peak; memory that an operator used beyond its results at that point (a packed

@@ -1,11 +1,9 @@
 """Sets up a measuring process, times its steps, and releases its memory.
 
-Reads the state of the machine and the GPU around the timed commands of a trial.
-
-Readings are taken before and after each timed command, outside its stopwatch; `look` reads the GPU's clocks while a
-step still runs on it. Energy is measured in isolated trials only: if trials take turns, the GPU's counter includes the
-energy of the others. An isolated trial that times no steps runs some for its energy after its peaks have been read, for
-as long as the resolution of the counter requires; all ranks end these steps together.
+Readings of the machine and the GPU are taken before and after each timed command, outside its stopwatch; `look` reads
+the GPU's clocks while a step still runs on it. Energy is measured in isolated trials only: if trials take turns, the
+GPU's counter includes the energy of the others. An isolated trial that times no steps runs some for its energy after
+its peaks have been read, for as long as the resolution of the counter requires; all ranks end these steps together.
 """
 
 from __future__ import annotations

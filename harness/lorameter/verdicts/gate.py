@@ -1,4 +1,4 @@
-"""Turns a comparison into pass or fail by a policy, which a team stores with its code.
+"""Turns a comparison into pass or fail by a policy, which a team stores with its code, and manages the baseline.
 
 inconclusive = "fail"            # or "pass"
 tolerance = 0.01                 # of times and of peaks, as a fraction: 0.01 is 1 %
@@ -15,10 +15,9 @@ tolerance = 0.10
 A gate that passes silently is worse than none. So an unknown key is refused, a missing required variant fails, a gated
 metric without measurements fails, and an inconclusive verdict fails unless the policy lets it pass.
 
-Manages the baseline: the accepted run for a fingerprint and a study.
-
-A run never becomes the baseline automatically: the newest run may be the slow one, and a baseline that follows every
-run hides a slow-down in small steps. A user must accept a run, and an invalid run cannot be accepted.
+The baseline is the accepted run for a fingerprint and a study. A run never becomes the baseline automatically: the
+newest run may be the slow one, and a baseline that follows every run hides a slow-down in small steps. A user must
+accept a run, and an invalid run cannot be accepted.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ model, and then over all steps. A replicate's value is the median of its paired 
 replicates. Losses are the same only if the interval supports it; a fact that was not observed is unknown, with the
 reason.
 
-The software that scripts used for training, as reported by their own processes.
-
-A script has its own interpreter: that of its command, of a launcher in front of it, or of an environment that the
-command activates. Before the start, lorameter can only resolve the word `python`, which may be another interpreter.
+The software of a script is as reported by its own processes. A script has its own interpreter: that of its command, of
+a launcher in front of it, or of an environment that the command activates. Before the start, lorameter can only resolve
+the word `python`, which may be another interpreter.
 """
 
 from __future__ import annotations

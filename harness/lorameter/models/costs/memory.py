@@ -2,21 +2,19 @@
 
 Most kinds are exact counts: weights at their stored size, constants of quantisation (Dettmers et al. 2023, arXiv
 2305.14314, section 3: a scale for 64 weights, itself quantised in blocks of 256), adapter, optimizer state, saved
-tensors of the forward pass (`lorameter.models.costs.memory`), logits. The peak of a step is at one of three
-moments: the gradient of the loss (activations, and logits in float32 three times: log-probabilities and two gradients),
-under checkpointing a recomputed block, or the update of the optimizer with all gradients.
+tensors of the forward pass (`lorameter.models.costs.memory`), logits. The peak of a step is at one of three moments:
+the gradient of the loss (activations, and logits in float32 three times: log-probabilities and two gradients), under
+checkpointing a recomputed block, or the update of the optimizer with all gradients.
 
 The CPU memory of a process other than its tensors has no formula. Its constants were measured, as documented for each,
 with one thread and glibc. The memory at the start of a process depends on the build of torch (`birth_bytes`).
 
-Bytes that autograd saves for the backward pass, in closed form.
-
-Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes per token, layer and hidden unit for a dense
-16-bit transformer. LoRA training differs: frozen weights have no gradient, so the input of a frozen layer is not saved;
-but each adapter saves its own input, which PEFT casts to the adapter's dtype, and its r columns. The rest is as in
-transformers' Llama: a norm saves its input in float32 and one number per token; attention saves its operands, its
-output and a logarithm per row; the gated activation saves its three factors. A tensor that two operators save counts
-once.
+Saved tensors: Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes per token, layer and hidden unit
+for a dense 16-bit transformer. LoRA training differs: frozen weights have no gradient, so the input of a frozen layer
+is not saved; but each adapter saves its own input, which PEFT casts to the adapter's dtype, and its r columns. The rest
+is as in transformers' Llama: a norm saves its input in float32 and one number per token; attention saves its operands,
+its output and a logarithm per row; the gated activation saves its three factors. A tensor that two operators save
+counts once.
 
 With checkpointing, a block saves only its input; the last norm is unaffected.
 """

@@ -1,4 +1,4 @@
-"""Peak rates of devices: the vendors' figures, each with its source.
+"""Peak rates of devices, each with its source, and the share of the peak that a training step reaches.
 
 A peak is dense: figures "with sparsity" are twice as high, and a LoRA step has no sparse product. Tensor cores
 accumulate in float32, as torch's products of half-precision numbers do, which on GeForce GPUs is half the rate that is
@@ -10,10 +10,8 @@ The memory of each GPU is the amount that its driver shows, not the amount in th
 GDDR6, as on an L4, a GPU with nominally 24 GB shows 22.5 GiB. The driver reserves a part of it, and CUDA's context and
 libraries another part. This project did not measure the last two; they are called assumptions wherever they are used.
 
-Utilisation of a device by a training step: MFU and hardware utilisation.
-
-Different formulas give different figures for the same step: 6 N is 1.5 times the FLOPs of LoRA, and a count with
-recomputation is more than the model needs. So every figure states its formula and its peak:
+Different formulas give different figures for the utilisation by the same step: 6 N is 1.5 times the FLOPs of LoRA, and
+a count with recomputation is more than the model needs. So every figure states its formula and its peak:
 
 - MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): FLOPs that the model needs, divided by time and peak.
   Padding, recomputation and masked pairs do not count, so it shows how well a variant uses the device for training.

@@ -1,9 +1,7 @@
-"""Builds the trainable model of a variant: base with adapter, optimizer, schedule.
+"""Builds the trainable model of a variant (base with adapter, optimizer, schedule), and counts its sizes.
 
 The module only translates names for PEFT, bitsandbytes and torch. Seeds are set only here: before the adapter is
 attached (its A matrices are random) and before the first step (dropout).
-
-Counts the parameters that a variant adds to a base, and the bytes of adapter, gradients and optimizer state.
 
 Sizes do not depend on weight values, so PEFT attaches the adapter to a base on torch's meta device: shapes and dtypes
 are exact, for a model of any size on any machine, and of any type that PEFT can adapt. Bytes are those of

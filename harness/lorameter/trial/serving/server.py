@@ -9,12 +9,10 @@ switch to another adapter, and with a request whose prompts name different adapt
 random order each time. A short request to the trained adapter precedes each of them, so that only the second one
 follows a switch. The other adapters have random weights.
 
-Greedy generation with a time stamp for every token, through transformers' own `generate`.
-
-A streamer receives each token as it is chosen, which gives the time to first token (prefill) and the time per output
-token (decode) of an ordinary call. Either the number of new tokens is fixed and the end-of-sequence token ignored, so
-that the cost of a token is comparable; or the model ends its answer itself, as for a user, and the number of tokens is
-part of the result.
+Generation is greedy, through transformers' own `generate`, with a time stamp for every token: a streamer receives each
+token as it is chosen, which gives the time to first token (prefill) and the time per output token (decode) of an
+ordinary call. Either the number of new tokens is fixed and the end-of-sequence token ignored, so that the cost of a
+token is comparable; or the model ends its answer itself, as for a user, and the number of tokens is part of the result.
 
 A request may have several prompts of the same length, so there is no padding and attention is as for a single prompt.
 All prompts get their tokens in the same forward passes, so the times of the request are those of each prompt.
