@@ -261,7 +261,10 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
         pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
         changed = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
         yield "own", f"{name} has {changed}; {_tokens(manifest.tokens.get('own', {}).get(name, {}))}"
-    steps = format_count(protocol.turns * protocol.steps_per_turn, "timed step")
+    timed = {len(record.samples.get("step_time_s", ())) for record in run.records if record.status == "ok"} - {0}
+    timed = timed or {protocol.turns * protocol.steps_per_turn}
+    least = f"{min(timed)} to " if len(timed) > 1 else ""  # a time limit changes the steps of a replicate
+    steps = f"{least}{format_count(max(timed), 'timed step')}"
     yield "plan", f"{_replicates(run)}, {steps} a trial, order seed {manifest.seed}"
     isolated = any(record.interleaving != manifest.interleaving for record in run.records)
     why = f": {manifest.why}" if manifest.why else ""
