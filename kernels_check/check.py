@@ -47,27 +47,21 @@ class Requirement:
 
     def problem(self, value: object) -> str | None:
         """What is wrong with ``value``; None if it is acceptable."""
-        text = value if isinstance(value, str) else ""
-        accepted, problem = {
-            "flag": (isinstance(value, bool), "must be true or false"),
-            "share": (
-                isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0,
-                "must be a number from 0 to 1",
-            ),
-            "text": (bool(text), "must be a non-empty string"),
-            "class": (
-                all(text.partition(".")),
-                f"must name the class with its package, as in 'torch.optim.{text or 'AdamW'}' or "
-                f"'bitsandbytes.optim.{text or 'AdamW'}'",
-            ),
-        }.get(
-            self.kind,
-            (
-                any(value == choice and type(value) is type(choice) for choice in self.choices),
-                f"must be one of {', '.join(map(str, self.choices))}",
-            ),
-        )
-        return None if accepted else problem
+        if self.kind == "flag":
+            return None if isinstance(value, bool) else "must be true or false"
+        if self.kind == "share":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return None if number and 0.0 <= float(value) <= 1.0 else "must be a number from 0 to 1"  # type: ignore[arg-type]
+        if self.kind == "text":
+            return None if isinstance(value, str) and value else "must be a non-empty string"
+        if self.kind == "class":
+            if isinstance(value, str) and all(value.partition(".")):
+                return None
+            name = value if isinstance(value, str) and value else "AdamW"
+            return f"must name the class with its package, as in 'torch.optim.{name}' or 'bitsandbytes.optim.{name}'"
+        wanted = int if self.kind == "bits" else str
+        accepted = isinstance(value, wanted) and not isinstance(value, bool) and value in self.choices
+        return None if accepted else f"must be one of {', '.join(map(str, self.choices))}"
 
 
 FLAG = Requirement(kind="flag")

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from negative_controls.catalogue import CONTROLS
@@ -113,6 +114,7 @@ def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
     [
         ("attention.backend", "fast"),
         ("attention.backend", True),
+        ("attention.backend", np.array(["flash", "flash"])),
         ("attention.dtype", "torch.bfloat16"),
         ("base.bits", True),
         ("base.bits", 3),
