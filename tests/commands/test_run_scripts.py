@@ -157,11 +157,11 @@ def test_one_command_on_two_sides(scripted, tmp_path):
 
 def test_the_plan_warns_of_shared_output_folders(scripted):
     """The plan warns of an output folder outside the script's folder, before anything is started."""
-    Path("apart.toml").write_text(
+    Path("separate.toml").write_text(
         '[[variant]]\nname = "plain"\ncommand = "python scripted.py plain --output_dir /elsewhere"\n'
         '[[variant]]\nname = "slow"\ncommand = "python scripted.py slow"\n'
     )
-    code, out, err = scripted("run", "apart.toml", "--dry-run")
+    code, out, err = scripted("run", "separate.toml", "--dry-run")
     assert code == 0
     assert "writes-outside" in out + err
     assert "/elsewhere is outside of its folder" in " ".join((out + err).split())

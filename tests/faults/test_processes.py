@@ -108,21 +108,26 @@ def test_a_zygote_that_is_killed_while_it_imports_ends_the_run_before_it_begins(
         local.close()
 
 
-ASKED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-ONE_OF_THEM = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.faults) for number in ASKED if number != 15)]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ONE_SIGNAL = [
+    signal.SIGTERM,
+    *(pytest.param(number, marks=pytest.mark.faults) for number in STOP_SIGNALS if number != 15),
+]
 """One signal at points where all signals act alike; the others are in the long half."""
 
 
 PLACES = ["r0-a:prepare", "r1-a:turn", "r1-b:cold", "r2-b:save_adapter"]
-TOLD = [
-    pytest.param(place, number, marks=() if PLACES.index(place) % 3 == ASKED.index(number) else pytest.mark.faults)
+PLACES_AND_SIGNALS = [
+    pytest.param(
+        place, number, marks=() if PLACES.index(place) % 3 == STOP_SIGNALS.index(number) else pytest.mark.faults
+    )
     for place in PLACES
-    for number in ASKED
+    for number in STOP_SIGNALS
 ]
 """Each point and each signal once; all combinations are in the long half."""
 
 
-@pytest.mark.parametrize(("place", "number"), TOLD)
+@pytest.mark.parametrize(("place", "number"), PLACES_AND_SIGNALS)
 def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
     """The signal comes before, during or after the turns, or in a cold start."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
@@ -145,7 +150,7 @@ def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_r
     assert whole.records[: len(earlier)] == tuple(earlier)
 
 
-@pytest.mark.parametrize("number", ONE_OF_THEM)
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_run_stopped_while_workers_start_leaves_nothing(number, command, stopped, runs, temporary):
     """A signal while the workers start leaves no run folder and no error message."""
     with stopped(command(stop=":start")) as process:
@@ -195,7 +200,7 @@ def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopp
     assert list(temporary.iterdir()) == [foreign]
 
 
-@pytest.mark.parametrize("number", ONE_OF_THEM)
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
     """The run of the plugin is saved and marked as interrupted, and the session does not pass."""
     with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
@@ -211,7 +216,7 @@ def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped,
 # --- an A/B -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", ONE_OF_THEM)
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, stopped, temporary, only_run):
     """The two worktrees and all folders are removed, and the earlier results are saved."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
@@ -304,7 +309,7 @@ def launcher(tmp_path, monkeypatch):
     return started, lambda: [psutil.Process(pid) for pid in marked(f"STARTED={started}".encode())]
 
 
-@pytest.mark.parametrize("number", [*ONE_OF_THEM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [*ONE_SIGNAL, signal.SIGKILL])
 def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary):
     """Processes that a launcher started are ended too; without results there is no verdict."""
     (tmp_path / "study.toml").write_text(
@@ -320,7 +325,7 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
     assert "Traceback" not in err
-    assert process.returncode == (4 if number in ASKED else -number), err
+    assert process.returncode == (4 if number in STOP_SIGNALS else -number), err
     _, alive = psutil.wait_procs(of_it, timeout=60)
     assert not alive
     assert number == signal.SIGKILL or not list(temporary.iterdir())

@@ -20,7 +20,8 @@ import pytest
 from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
-from lorameter.records.fileio import NotReadableError, read_json, read_text, read_toml, write_document
+from lorameter.records.codec import NotReadableError
+from lorameter.records.fileio import read_json, read_text, read_toml, write_document
 from lorameter.records.record import Notice, PartialRecord, find_unmet, judge_required
 from lorameter.records.store import read_run
 from lorameter.run.forecast import measured_peaks

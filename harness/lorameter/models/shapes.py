@@ -26,6 +26,7 @@ from typing import Any, Literal
 from lorameter.errors import UsageError, impossible, shorten
 from lorameter.models.catalogue import ModelSource, config_file
 from lorameter.records import fileio
+from lorameter.records.codec import NotReadableError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     path = config_file(source)
     try:
         config = fileio.read_json(path)
-    except fileio.NotReadableError as error:
+    except NotReadableError as error:
         raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
     if not isinstance(config, dict):
         raise impossible("catalogue", "model", source.label, f"{path} holds no table", "Repair it.")
@@ -162,7 +163,7 @@ def gguf_of(path: Path) -> Header:
     try:
         state = path.stat()
         return _read_header(path, state.st_size, state.st_mtime_ns)
-    except (OSError, fileio.NotReadableError) as error:
+    except (OSError, NotReadableError) as error:
         why = f"not a readable GGUF file ({shorten(str(error))})"
         raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
 
@@ -228,7 +229,7 @@ def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
             reader = _make_reader(file)
         except (ValueError, IndexError, KeyError, struct.error) as error:  # raised by numpy if the file is truncated
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise fileio.NotReadableError(f"it is no GGUF file, or truncated: {why}") from None
+            raise NotReadableError(f"it is no GGUF file, or truncated: {why}") from None
     fields = {name: field for name, field in reader.fields.items() if field.parts and not name.startswith("GGUF.")}
     values = {name: field.contents() for name, field in fields.items() if field.data}
     return Header(values=values, tensors={one.name: tuple(map(int, one.shape)) for one in reader.tensors})

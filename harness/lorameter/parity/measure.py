@@ -17,6 +17,7 @@ from lorameter.errors import InvalidRunError, UsageError, format_error, impossib
 from lorameter.parity.judgement import DOCUMENT, Parity
 from lorameter.profile.measure import TrialSession, answer_of, describe_failure, format_failure, open_trial
 from lorameter.records import codec, fileio
+from lorameter.records.codec import NotReadableError
 from lorameter.records.record import PROMPTS, SERVED, Failure, PartialRecord, Served
 from lorameter.run.workers import Executor
 from lorameter.studies.request import ServingMode, ServingRequest, serving_modes
@@ -40,7 +41,7 @@ def check_adapter(folder: str) -> Path:
             raise impossible("parity", "adapter", folder, f"it holds no {name}", remedy)
     try:
         kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG), CONFIG)
-    except (fileio.NotReadableError, UsageError) as error:
+    except (NotReadableError, UsageError) as error:
         why = f"its {CONFIG} cannot be read ({format_error(error)})"
         raise impossible("parity", "adapter", folder, why, remedy) from None
     if kind.get("peft_type") != "LORA":

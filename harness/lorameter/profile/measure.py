@@ -41,6 +41,7 @@ from lorameter.records.activity import (
     Activity,
     RequestFacts,
 )
+from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import remove_on_failure, scratch_folder, write_document
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
@@ -138,7 +139,7 @@ class TrialSession:
         """Read a result from the trial's folder. Raises `InvalidRunError` if it cannot be read."""
         try:
             data = fileio.read_json(self.executor.fetch(self.request.trial, name, self.scratch))
-        except fileio.NotReadableError as error:
+        except NotReadableError as error:
             variant = self.request.variant.name
             raise InvalidRunError(f"{variant}: {name}: cannot be read: {error}. Measure again.") from None
         return codec.from_json(kind, data, name)

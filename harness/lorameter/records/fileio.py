@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
-from lorameter.records.codec import NotReadableError as NotReadableError
+from lorameter.records.codec import NotReadableError
 
 MOST_BYTES = 256 << 20
 """Limit of a document or of a line of a journal; a pytest-benchmark file with all samples has some 100 MiB."""

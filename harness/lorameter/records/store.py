@@ -27,6 +27,7 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
+from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import alone, is_locked, write_document, write_whole
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
@@ -133,7 +134,7 @@ def read_manifest(path: Path) -> Manifest:
         data = fileio.read_json(source)
         require_readable(data, source)
         codec.dumps(data).encode()  # a manifest that cannot be written again would only fail later
-    except (fileio.NotReadableError, UnicodeError) as error:
+    except (NotReadableError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
     if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:

@@ -280,14 +280,16 @@ class FrameColumn(NamedTuple):
 
 
 _RUN = FrameColumn("run", "text", "id of the run")
-_SIDE = FrameColumn("side", "text", "`base` or `candidate` of an A/B; missing where there are no sides")
-_ROLE = FrameColumn("role", "text", "`variant`, or `control`: the reference measured once more")
+_SIDE = FrameColumn("side", "text", "`base` or `candidate` of an A/B; missing in other runs")
+_ROLE = FrameColumn("role", "text", "`variant`, or `control`: the reference, measured a second time")
 _VARIANT = FrameColumn("variant", "text", "name of the variant in its study")
-_VARIANT_ID = FrameColumn("variant_id", "text", "hash of what the variant is, and of its workload where it has its own")
+_VARIANT_ID = FrameColumn(
+    "variant_id", "text", "hash of the variant's configuration, and of its own workload if it has one"
+)
 _METRIC = FrameColumn("metric", "text", "name of the metric, of a single value or of a kind of memory")
-_PHASE = FrameColumn("phase", "text", "`train`, `generate` or `cold`; missing where it belongs to none")
+_PHASE = FrameColumn("phase", "text", "`train`, `generate` or `cold`; missing if it belongs to none")
 _UNIT = FrameColumn("unit", "text", "unit of the values in this row")
-_INTERLEAVING = FrameColumn("interleaving", "text", "how the trials alternated with those that they are compared with")
+_INTERLEAVING = FrameColumn("interleaving", "text", "interleaving level of the trials that are compared")
 
 _KINDS: Mapping[Any, Kind] = {int: "count", float: "number", bool: "flag"}
 """Kind of a field by its type; all other fields are text."""
@@ -302,8 +304,8 @@ OF_VARIANT = (
         for key in KEYS
         if key not in _NO_SETTINGS
     ),
-    FrameColumn("method", "text", "what trains: PEFT's name of the method, `full fine-tuning` or `script`"),
-    FrameColumn("peft_config", "text", "configuration of PEFT, of a variant that has one"),
+    FrameColumn("method", "text", "the training method: PEFT's name of it, `full fine-tuning` or `script`"),
+    FrameColumn("peft_config", "text", "PEFT's configuration of the variant; missing if it has none"),
 )
 OF_WORKLOAD = tuple(
     FrameColumn(
@@ -340,12 +342,12 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _SIDE,
         FrameColumn("replicate", "count", "from 0; trials of one replicate are paired"),
         FrameColumn("position", "count", "place in the order of the run, from 0"),
-        FrameColumn("attempt", "count", "how often it had been measured before in surroundings that made it invalid"),
-        FrameColumn("counts", "flag", "whether it is the last attempt, the one that numbers are taken from"),
+        FrameColumn("attempt", "count", "number of earlier attempts that disturbances of the machine made invalid"),
+        FrameColumn("counts", "flag", "whether it is the last attempt, which the estimates use"),
         _INTERLEAVING,
         FrameColumn("seed", "count", "seed of the trial"),
         FrameColumn("status", "text", "how it ended: `ok`, `invalid`, `oom`, `timeout`, `crashed`, …"),
-        FrameColumn("failed_in", "text", "phase in which it failed; missing where it did not"),
+        FrameColumn("failed_in", "text", "phase in which it failed; missing if it succeeded"),
         FrameColumn("failure", "text", "why it failed"),
         FrameColumn("started_unix_s", "number", "when it began, seconds since 1970"),
         FrameColumn("wall_time_s", "number", "how long it took"),
@@ -379,15 +381,15 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _METRIC,
         _UNIT,
         FrameColumn("higher_is_better", "flag", "which way is better"),
-        FrameColumn("value", "number", "the estimate over replicates; of memory the largest"),
-        FrameColumn("low", "number", "lower end of the interval; missing where there is none"),
+        FrameColumn("value", "number", "the estimate over replicates; for memory the maximum"),
+        FrameColumn("low", "number", "lower end of the interval; missing if there is none"),
         FrameColumn("high", "number", "upper end"),
         FrameColumn(
             "interval", "text",
             "what `low` and `high` are: `95 % of the mean` (Student's t over replicates), `95 % of the median` (order "
             "statistics), or `range` (smallest and largest)",
         ),
-        FrameColumn("replicates", "count", "trials behind it"),
+        FrameColumn("replicates", "count", "trials in the estimate"),
         FrameColumn("samples", "count", "samples of all trials together; they do not narrow the interval"),
         _INTERLEAVING,
         *VALIDITY,
@@ -397,19 +399,19 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _RUN,
         _VARIANT,
         FrameColumn("role", "text", "`variant`, or `control`: the base of the comparison against itself"),
-        FrameColumn("base", "text", "what it is compared with: the reference, or the base of an A/B"),
-        FrameColumn("candidate", "text", "what is judged: the variant, or the candidate of an A/B"),
+        FrameColumn("base", "text", "the denominator: the reference, or the base of an A/B"),
+        FrameColumn("candidate", "text", "the numerator: the variant, or the candidate of an A/B"),
         _METRIC,
-        FrameColumn("ratio", "number", "candidate over base, above 1 is worse, for rates too"),
-        FrameColumn("low", "number", "lower end of its interval; missing where there is none"),
+        FrameColumn("ratio", "number", "candidate over base; above 1 is worse, also for rates"),
+        FrameColumn("low", "number", "lower end of its interval; missing if there is none"),
         FrameColumn("high", "number", "upper end"),
         FrameColumn("verdict", "text", "`improved`, `regressed`, `equivalent`, `inconclusive`, `invalid`, …"),
-        FrameColumn("reason", "text", "what decided"),
+        FrameColumn("reason", "text", "the reason for the verdict"),
         FrameColumn("replicates", "count", "pairs of trials"),
-        FrameColumn("replicates_needed", "count", "what an open question takes in all; missing where nothing would do"),
-        FrameColumn("mde80", "number", "smallest detectable slow-down with 80 % power, a fraction"),
-        FrameColumn("tolerance", "number", "smallest slow-down worth an alarm, as a fraction"),
-        FrameColumn("margin", "number", "within it two things count as equal, as a fraction"),
+        FrameColumn("replicates_needed", "count", "total replicates expected for a decision; missing if none suffice"),
+        FrameColumn("mde80", "number", "smallest slow-down that is detected with 80 % power, as a fraction"),
+        FrameColumn("tolerance", "number", "smallest slow-down that is a regression, as a fraction"),
+        FrameColumn("margin", "number", "differences within it count as equivalent, as a fraction"),
         _INTERLEAVING,
     ),
 }  # fmt: skip

@@ -88,7 +88,7 @@ def log_ratios(
 ) -> NDArray[float64]:
     """The log ratio of candidate to base in each replicate, for paired sides.
 
-    Raises ValueError for unpaired sides, and as `measure_effect` does.
+    Raises ValueError for unpaired sides and an unknown pairing, and as `measure_effect` does.
     """
     if pairing == "none":
         raise ValueError("pairing is 'none': sides that are not paired have no ratio in a replicate")
@@ -99,7 +99,9 @@ def log_ratios(
         )
     if pairing == "replicate":
         return _log_medians(candidate) - _log_medians(base)
-    return _log_ratios_by_turn(base, candidate)
+    if pairing == "turn":
+        return _log_ratios_by_turn(base, candidate)
+    raise ValueError(f"pairing is {pairing!r}: pass 'none', 'replicate' or 'turn'")
 
 
 def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lorameter.errors import UsageError, impossible, require
 from lorameter.records import codec, fileio
+from lorameter.records.codec import NotReadableError
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study import Study, unknown
 from lorameter.studies.variant import FullVariant, PeftVariant, Variant
@@ -107,7 +108,7 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 def _read(where: str, path: Path, remedy: str = "Restore it from the checkout.") -> dict[str, Any]:
     try:
         return codec.from_json(dict[str, Any], fileio.read_json(path), str(path))
-    except (fileio.NotReadableError, UsageError) as error:
+    except (NotReadableError, UsageError) as error:
         raise UsageError(f"{where}: {path} cannot be read as a table of keys ({error}). {remedy}") from None
 
 

@@ -36,6 +36,7 @@ import msgspec
 
 from lorameter.errors import UsageError, impossible, redact, require
 from lorameter.records import codec, fileio
+from lorameter.records.codec import NotReadableError
 from lorameter.records.store import Run
 from lorameter.studies import protocol
 from lorameter.studies.claim import Claim, check_limits
@@ -214,7 +215,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
         raise UsageError(f"study {name_or_path!r}: {listed}")
     try:
         data = fileio.read_toml(path)
-    except fileio.NotReadableError as error:
+    except NotReadableError as error:
         raise UsageError(f"{path.name}: {error}") from None
     base = data.pop("extends", None)
     for key, value in data.items():

@@ -23,6 +23,7 @@ import msgspec
 
 from lorameter.errors import UsageError, impossible, require
 from lorameter.records import codec, fileio
+from lorameter.records.codec import NotReadableError
 from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
@@ -120,7 +121,7 @@ def read_benchmark_json(path: Path) -> ComparisonInput:
     """
     try:
         data = fileio.read_json(path)
-    except fileio.NotReadableError as error:
+    except NotReadableError as error:
         raise UsageError(
             f"{path}: cannot be read as JSON: {error}. Give a file that pytest-benchmark wrote, or a run."
         ) from None

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, InvalidRunError, UsageError, require
 from lorameter.records import codec, fileio, store
+from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import write_document
 from lorameter.records.packed import is_packed
 from lorameter.records.store import Run
@@ -139,7 +140,7 @@ def load_policy(path: str | None) -> Policy:
         return Policy()
     try:
         data = fileio.read_toml(Path(path))
-    except fileio.NotReadableError as error:
+    except NotReadableError as error:
         raise UsageError(f"policy {path}: {error}") from None
     return codec.from_json(Policy, data, path, strict=True)
 
@@ -219,7 +220,7 @@ def read_baselines(runs: Path) -> Baselines:
         return Baselines()
     try:
         data = fileio.read_json(path)
-    except fileio.NotReadableError as error:
+    except NotReadableError as error:
         raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it and accept again.") from None
     read = codec.from_json(Baselines, data, str(path))
     require(read.schema == 1, f"{path}: schema {read.schema}, and this version reads 1. Use the version that wrote it.")
