@@ -19,7 +19,7 @@ from kernels_check.isolation import judge_calls
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.modules import restored, synchronise
-from kernels_check.observe.observation import MOST_CALLS, Observation, StepObserver
+from kernels_check.observe.observation import MAX_CALLS, Observation, StepObserver
 from kernels_check.observe.parts import ParameterStatus
 from kernels_check.observe.profile import ProfilerRecording
 from kernels_check.observe.ranks import RankEvidence, RankObserver
@@ -83,7 +83,7 @@ def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[s
     with restored(model):
         with watched.updates_only():  # compiles, and makes lora_B nonzero
             step()
-        for _ in range(MOST_CALLS - 1):
+        for _ in range(MAX_CALLS - 1):
             with watched:
                 step()
             if not watched.undecided:
@@ -243,7 +243,7 @@ class Watch:
         if self._steps.compiled and judged.by_modules:
             why = COMPILED_MEANWHILE
         # An optimizer that stepped in an earlier block did not step in this one.
-        elif judged.takes_update and not is_settled and not seen.updated and seen.calls < MOST_CALLS:
+        elif judged.takes_update and not is_settled and not seen.updated and seen.calls < MAX_CALLS:
             why = f"{NO_UPDATE}; so far: {check.reason}"
         elif self._may_show_more(check, seen):
             why = f"{judged.further_steps}; so far: {check.reason}"

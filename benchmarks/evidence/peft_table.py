@@ -34,9 +34,9 @@ from lorameter.report.blocks import (
     Row,
     Section,
     Table,
+    make_line,
+    make_lines,
     name_columns,
-    say,
-    say_each,
     write_row,
 )
 from lorameter.report.html.page import save_html, write_html
@@ -52,7 +52,7 @@ MEMORY = ("accelerator_memory_max", "cuda_memory_max")
 """The peak memory under its two names: the key was renamed when other accelerators than CUDA were supported."""
 MODEL = "llama-3.2-3B-"
 """The common prefix of the names of all experiments on text."""
-LEAST_PAIRS = 3  # for a row in the table of repeats
+MIN_PAIRS = 3  # for a row in the table of repeats
 OUTCOMES = ("peft_version", "base_model_name_or_path", "rank_pattern")
 """Entries of a stored adapter configuration that the run wrote and its author did not choose (AdaLoRA's ranks)."""
 
@@ -238,7 +238,7 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
     rows: list[Row] = []
     for title, same in (("equal", True), ("other", False)):
         for commits, found in pair_repeats(runs, same_versions=same).groupby("commits", sort=False):
-            if len(found) >= LEAST_PAIRS:
+            if len(found) >= MIN_PAIRS:
                 longer = np.exp(found.step_time.abs())
                 rows.append(write_row(
                     str(commits), title, str(len(found)), f"{found.days.max():.0f}",
@@ -255,7 +255,7 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
         "Pairs of consecutive runs of one experiment with equal settings and GPU type. Versions: of torch and "
         "transformers. Steps: the slower run over the faster one. Δ: the largest."
     )
-    return (Table(title="The same configuration, run again", heads=heads, rows=tuple(rows), notes=(say(note),)),)
+    return (Table(title="The same configuration, run again", heads=heads, rows=tuple(rows), notes=(make_line(note),)),)
 
 
 def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Document:
@@ -295,7 +295,7 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
         "rank", "experiment", "quality", "possible", "separable from next by", "memory", "front", "commit", left=2
     )
     return (
-        Section(title=f"{task}: what the ranking supports", lines=say_each(filter(None, lines))),
+        Section(title=f"{task}: what the ranking supports", lines=make_lines(filter(None, lines))),
         Table(title=f"Current results; quality is {QUALITY[task]}", heads=heads, rows=rows),
     )
 
@@ -304,13 +304,15 @@ def summarise(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], ru
     """Summarise how many neighbours are separable, how wide the ranks are, and how much of the front is open."""
     counts = ", ".join(f"{ranking[kind].sum()} ({kind})" for kind, limit in found.items() if not np.isnan(limit).any())
     if not counts:
-        return replace(say("nothing was run again, so no two experiments are known to differ", label=task), last=True)
+        return replace(
+            make_line("nothing was run again, so no two experiments are known to differ", label=task), last=True
+        )
     front, ranks = pareto(ranking, runs, widest_limit(found)), (ranking.worst - ranking.best + 1).median()
     text = (
         f"separable pairs of neighbours, of {len(ranking) - 1}, by kind of noise: {counts}; ranks that an experiment "
         f"can have: {ranks:.0f} (median); open members of the Pareto front: {(front.rivals > 0).sum()} of {len(front)}"
     )
-    return replace(say(text, label=task), last=True)
+    return replace(make_line(text, label=task), last=True)
 
 
 def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[str]:
@@ -367,7 +369,7 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
         table=None,
     )
     document: Document = (
-        Section(title=task, lines=say_each(lines)),
+        Section(title=task, lines=make_lines(lines)),
         *describe_repeats(task, runs),
         *describe_ranking(task, ranking, found, runs),
     )
@@ -396,7 +398,7 @@ def main() -> int:
         "test items: the answers of two methods are taken as independent",
     )
     document: Document = (
-        Section(title=TITLE, lines=(*(task.summary for task in tasks), *say_each(notes))),
+        Section(title=TITLE, lines=(*(task.summary for task in tasks), *make_lines(notes))),
         *(block for task in tasks for block in task.document),
     )
     text = text_of(document, width=160, coloured=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 GRACE_S = 25.0
 """The time to save the results and exit."""
-MOST_CHARACTERS = 300
+MAX_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,4 +66,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip()[:MOST_CHARACTERS] if lines else ""
+    return lines[-1].strip()[:MAX_CHARACTERS] if lines else ""

@@ -16,7 +16,7 @@ from typing import Literal
 Outcome = Literal["done", "failed", "stopped", "rehearsed"]
 """The step has a result · ended without a result · reached its limit · was rehearsed on a machine without a GPU."""
 SOURCES = ("harness", "kernels_check", "benchmarks/gpu", "tests")
-MOST_ATTEMPTS = 2
+MAX_ATTEMPTS = 2
 """For a step that cannot be resumed and reached its limit."""
 
 

@@ -16,7 +16,7 @@ ERRORS = (-0.11, 0.34)
 """The allowed relative difference of a measured peak from its estimate, as stated in docs/measure-my-model.md."""
 FOUND = 0.03
 """The slow-down that an A/B of five replicates must find; a smaller one is undecided if missed."""
-MOST_UNKNOWN = 0.01
+MAX_UNKNOWN = 0.01
 """The largest share of a profile's kernel time in kernels that no rule names."""
 NO_REST, HAND_OVER_S = "0.0", "0.003"
 REST_EFFECT = 0.01
@@ -129,7 +129,7 @@ def kernels_are_known(evidence: Evidence) -> Decision:
         share = seconds.get("other", 0.0) / busy
         worst = max(worst, share)
         text.append(f"{variant}: {100 * share:.2f} % of the kernels' time without a name")
-    return decided(worst <= MOST_UNKNOWN, "; ".join(text))
+    return decided(worst <= MAX_UNKNOWN, "; ".join(text))
 
 
 def peak_is_not_exceeded(evidence: Evidence) -> Decision:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.gpu.attempt import GRACE_S
-from benchmarks.gpu.journal import MOST_ATTEMPTS, Entry, Journal
+from benchmarks.gpu.journal import MAX_ATTEMPTS, Entry, Journal
 from benchmarks.gpu.steps import Step
 
 REPORT_S = 20.0
@@ -27,7 +27,7 @@ def is_left(step: Step, journal: Journal) -> bool:
         return False
     if step.resumes:
         return step.total_s - spent_s(step, journal) >= step.least_s
-    return len(journal.attempts(step.name)) < MOST_ATTEMPTS
+    return len(journal.attempts(step.name)) < MAX_ATTEMPTS
 
 
 def take_steps(

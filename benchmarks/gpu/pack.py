@@ -31,7 +31,7 @@ PLATFORMS = (
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
 )
-MOST_PACKED_BYTES = 8 * 2**20
+MAX_PACKED_BYTES = 8 * 2**20
 """The largest file in an archive; tokens and long recordings are larger and can be regenerated."""
 
 
@@ -103,7 +103,7 @@ def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
     places |= {f"reports/{folder.name}": folder for folder in reports.glob("*_gpu")}
     with tarfile.open(archive, "w:gz") as file:
         for name, place in places.items():
-            file.add(place, arcname=name, filter=lambda member: member if member.size <= MOST_PACKED_BYTES else None)
+            file.add(place, arcname=name, filter=lambda member: member if member.size <= MAX_PACKED_BYTES else None)
     return archive
 
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.steps import Step, runs_of
 from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
-MOST_KEPT_BYTES = 2**20
+MAX_KEPT_BYTES = 2**20
 """The largest stored file; larger files are recordings or tokens, which can be regenerated."""
 KEPT_OF_A_RUN = ("manifest.json", "trials.jsonl", "checks.jsonl")
 
@@ -116,7 +116,7 @@ def write(campaign: Campaign, reports: Path, state: Path) -> Path:
 
 
 def _keep(path: Path, to: Path) -> None:
-    if 0 < path.stat().st_size <= MOST_KEPT_BYTES:
+    if 0 < path.stat().st_size <= MAX_KEPT_BYTES:
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to)
 

@@ -25,7 +25,7 @@ LORAMETER = ("-m", "lorameter.cli")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs", "-p", "no:cacheprovider", f"--junitxml={XML}")
 VERDICTS = (0, 1, 3, 4)
 """Exit codes of a command that measured and reports its result; other codes mean that it could not measure."""
-LEAST_S = 60.0
+MIN_S = 60.0
 """The minimum time for which a resumable run is started: building a 7B model takes that long."""
 CALL_S = 545.0
 """The longest step, so that it fits in a call of ten minutes."""
@@ -57,7 +57,7 @@ class Step:
     @property
     def least_s(self) -> float:
         """The remaining time of a call that the step needs to be started."""
-        return min(self.limit_s, LEAST_S) if self.resumes else self.limit_s
+        return min(self.limit_s, MIN_S) if self.resumes else self.limit_s
 
 
 def measures(name: str, asks: str, study: str, *options: str, expected_s: float, total_s: float) -> Step:

@@ -139,11 +139,11 @@ def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
 
 UNCHANGED_SHARE = 0.9
 """Share of the elements with a gradient that an update must leave unchanged to count as lost to rounding."""
-LEAST_UPDATES = 2
+MIN_UPDATES = 2
 """Minimum number of updates: only the value at the next update shows that an update was kept."""
-LEAST_AFTER_LOSS = 4
+MIN_AFTER_LOSS = 4
 """Number of updates after which an undone first update counts as an exception."""
-LEAST_ZERO_RATE_UPDATES = 3
+MIN_ZERO_RATE_UPDATES = 3
 """Number of updates with a learning rate of zero after which no further one is awaited: a warm-up from zero has one."""
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -192,7 +192,7 @@ class ParameterUpdates:
     @property
     def lost(self) -> bool:
         """Whether updates are undone, not counting the first: a projection may change the weights strongly once."""
-        return bool(self.losses) and (self.losses[-1] > 1 or self.updates < LEAST_AFTER_LOSS)
+        return bool(self.losses) and (self.losses[-1] > 1 or self.updates < MIN_AFTER_LOSS)
 
     @property
     def idling(self) -> bool:
@@ -383,13 +383,13 @@ class Updates:
             return not any(one.written for one in self._parameters.values())
         seen = [one for one in self._parameters.values() if one.updates]
         if not seen:
-            return self.steps < LEAST_UPDATES
-        if any(one.updates < LEAST_UPDATES or (one.lost and one.losses == [1]) for one in seen):
+            return self.steps < MIN_UPDATES
+        if any(one.updates < MIN_UPDATES or (one.lost and one.losses == [1]) for one in seen):
             return True
         steps, learnt = self._before_call
         progresses = self.steps == steps or self._learnt() > learnt
         # A warm-up may change nothing for some updates.
-        warms_up = any(one.idling or (one.has_zero_rate and one.updates < LEAST_ZERO_RATE_UPDATES) for one in seen)
+        warms_up = any(one.idling or (one.has_zero_rate and one.updates < MIN_ZERO_RATE_UPDATES) for one in seen)
         return (progresses or warms_up) and not all(one.learnt or one.rounded_away for one in seen)
 
     def _learnt(self) -> int:

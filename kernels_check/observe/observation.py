@@ -235,7 +235,7 @@ class Observation:
         return count_padding(self.tree, self.model_calls)
 
 
-MOST_CALLS = 8
+MAX_CALLS = 8
 """Maximum number of observed steps; a run whose optimizer steps every time takes two."""
 
 
@@ -263,7 +263,7 @@ class StepObserver:
     def undecided(self) -> bool:
         """Whether a further step may be conclusive."""
         series = self._series
-        return series is not None and series.begun < MOST_CALLS and series.updates.pending()
+        return series is not None and series.begun < MAX_CALLS and series.updates.pending()
 
     @contextmanager
     def step(self) -> Iterator[None]:

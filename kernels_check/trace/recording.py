@@ -23,7 +23,7 @@ from kernels_check.trace.events import Events, NameTotal, Row, make_events
 
 EXPECTED = "a Kineto/Chrome trace (.json, .json.gz) or an nsys cuda_gpu_kern_sum table (.csv, .csv.gz)"
 UNPACKED_FREELY_BYTES = 256 << 20
-MOST_EXPANSION = 100
+MAX_EXPANSION = 100
 """Maximum ratio of unpacked to packed size: traces reach about twenty; other gzip files may reach a thousand."""
 _TRACE = re.compile(rb"\s*(\{|\[\s*(\{|\]|$))")
 """Start of a JSON document; nsys output starts with its progress, such as ``[3/8] Executing``."""
@@ -45,11 +45,11 @@ def read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
-            packed, most = len(content), max(UNPACKED_FREELY_BYTES, MOST_EXPANSION * len(content))
+            packed, most = len(content), max(UNPACKED_FREELY_BYTES, MAX_EXPANSION * len(content))
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(most + 1)
             if len(content) > most:
                 raise TraceError(
-                    f"{path}: {packed:,} bytes unpack to more than {most:,}, over {MOST_EXPANSION} times as many: no "
+                    f"{path}: {packed:,} bytes unpack to more than {most:,}, over {MAX_EXPANSION} times as many: no "
                     f"recording is that empty; expected {EXPECTED}. If it is one, unpack it and pass the unpacked file"
                 )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

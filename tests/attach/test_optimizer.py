@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorameter.attach.observer import ObserverReply
-from lorameter.attach.sources import MOST_OTHERS, OptimizerSource
+from lorameter.attach.sources import MAX_OTHERS, OptimizerSource
 
 ROWS = 3
 
@@ -88,7 +88,7 @@ def test_only_the_first_of_two_trainings_is_followed(listener, model, source, ho
     train(model, first, batches(4))
     if how == "freed":
         del first
-    steps = 3 if how == "freed" else MOST_OTHERS
+    steps = 3 if how == "freed" else MAX_OTHERS
     train(model, second, batches(steps, rows=2))
     assert tokens(listener) == [15] * 3
     assert (listener.ends, listener.seen) == ([None], [False])

@@ -50,7 +50,7 @@ def test_results_of_a_call_are_unpacked_into_their_places(tmp_path, monkeypatch)
     """State, reports and page are unpacked into their places; large files are left out."""
     there, here = tmp_path / "there", tmp_path / "here"
     monkeypatch.setattr(pack, "ROOT", there)
-    monkeypatch.setattr(pack, "MOST_PACKED_BYTES", 10)
+    monkeypatch.setattr(pack, "MAX_PACKED_BYTES", 10)
     for file, text in (
         (".gpu/elsewhere/journal.jsonl", "{}"), (".gpu/elsewhere/runs/a/tokens", "x" * 11),
         ("reports/2027_card_gpu/report.txt", "r"), ("reports/proof/other.txt", "o"), ("docs/gpu.md", "p"),

@@ -244,7 +244,7 @@ def test_paths_that_are_not_regular_files_are_refused_at_once(tmp_path, name):
 
 def test_a_document_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     """At most one byte more than the limit is read, whatever the size."""
-    monkeypatch.setattr(fileio, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(fileio, "MAX_BYTES", 1 << 20)
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(1 << 40)

@@ -15,7 +15,7 @@ from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.run import bisect as bisect_candidates
-from lorameter.run.bisect import MOST_TIMES, Candidate, bisect, find_measured, list_steps
+from lorameter.run.bisect import MAX_TIMES, Candidate, bisect, find_measured, list_steps
 from lorameter.run.build_plan import build_plan
 from lorameter.run.workers.sides import command_sides
 from lorameter.stats import compare_trials
@@ -67,7 +67,7 @@ def test_an_inconclusive_commit_is_named_and_the_search_continues():
     assert (found.before.label, found.culprit.label) == ("commit 3", "commit 5")
     assert [one.label for one in found.between] == ["commit 4"]
     assert "inconclusive: commit 4" in found.conclusion
-    assert asked.asked == [(8, 4), (4, 4), (4, 8), (4, 4 * MOST_TIMES), *asked.asked[4:]]
+    assert asked.asked == [(8, 4), (4, 4), (4, 8), (4, 4 * MAX_TIMES), *asked.asked[4:]]
     assert {replicates for _, replicates in asked.asked[4:]} == {4}, "only the open one is repeated"
 
 

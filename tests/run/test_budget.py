@@ -10,7 +10,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import PartialRecord
-from lorameter.run.budget import LEAST_ROUNDS, Budget, skipped_notice
+from lorameter.run.budget import MIN_ROUNDS, Budget, skipped_notice
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
 from lorameter.run.runner import run_plan
@@ -156,8 +156,8 @@ def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, leve
     assert count >= 3
     assert executor.now <= 1.1 * limit_s
     turns = rounds(executor, "turn")
-    assert turns[0] == {LEAST_ROUNDS}
-    assert all(len(one) == 1 and LEAST_ROUNDS <= min(one) <= TURNS for one in turns.values())
+    assert turns[0] == {MIN_ROUNDS}
+    assert all(len(one) == 1 and MIN_ROUNDS <= min(one) <= TURNS for one in turns.values())
     for part, name in (
         ("cold", "cold_start_time_s"), ("requests", "request_time_s"), ("training", "step_time_s"),
     ):  # fmt: skip
@@ -170,7 +170,7 @@ def test_at_least_three_replicates_and_the_limit_is_kept(measured, limit_s, leve
 def test_ample_time_raises_the_rounds(measured):
     """After the first replicate, whose cost was unknown, replicates have all planned rounds, and nothing is skipped."""
     executor, found = measured(5000.0, replicates=4)
-    assert rounds(executor, "turn") == {0: {LEAST_ROUNDS}, 1: {TURNS}, 2: {TURNS}, 3: {TURNS}}
+    assert rounds(executor, "turn") == {0: {MIN_ROUNDS}, 1: {TURNS}, 2: {TURNS}, 3: {TURNS}}
     assert not executor.budget.skipped
     assert found.stopped is None
 

@@ -21,7 +21,7 @@ from lorameter.run.forecast_time import half_width
 from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.studies.variant import LoraVariant
-from lorameter.studies.workload import MOST_BATCH, Workload
+from lorameter.studies.workload import MAX_BATCH, Workload
 
 GIB = 2**30
 LORA = LoraVariant(name="lora", r=16)
@@ -78,7 +78,7 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
     if found.bound == "memory":
         assert status(found.value + 1) != "fits"
     else:
-        assert found.value in (one.shape.context, MOST_BATCH)
+        assert found.value in (one.shape.context, MAX_BATCH)
 
 
 def test_only_free_memory_of_this_machine_counts(machine):

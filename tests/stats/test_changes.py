@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lorameter.stats.changes import LEAST_POINTS, LEAST_SEGMENT, divide, find_changes
+from lorameter.stats.changes import MIN_POINTS, MIN_SEGMENT, divide, find_changes
 
 
 def noise(count, *, sd=0.02, seed=0):
@@ -23,7 +23,7 @@ def test_change_points_equal_those_of_pelt(seed):
     values = np.cumsum(levels) + rng.standard_normal(count)
     penalty = float(rng.uniform(3, 30))
     ruptures = pytest.importorskip("ruptures", reason="has no wheel for this Python")
-    pelt = ruptures.Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(values)
+    pelt = ruptures.Pelt(model="l2", min_size=MIN_SEGMENT, jump=1).fit(values)
     assert list(divide(values, penalty)) == pelt.predict(pen=penalty)
 
 
@@ -41,7 +41,7 @@ def test_a_change_is_found_with_its_size_and_place():
 
 def test_fewer_than_ten_points_have_no_change():
     """Fewer than ten points have no change, whatever their values, and one level without an interval."""
-    values = noise(LEAST_POINTS - 1)
+    values = noise(MIN_POINTS - 1)
     values[5:] += 1.0
     course = find_changes(values)
     assert (course.changes, course.scatter, course.detectable) == ((), None, None)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lorameter.stats import MOST_ADVISED, compare_trials, decide_family, effect_of, kept_pairs, run_wide_shift
+from lorameter.stats import MAX_ADVISED, compare_trials, decide_family, effect_of, kept_pairs, run_wide_shift
 from lorameter.stats.effect import Spread
 from lorameter.stats.verdict import VerdictRule
 
@@ -104,11 +104,11 @@ def test_an_inconclusive_result_has_the_detectable_effect():
     assert open_result.verdict == "inconclusive"
     assert open_result.mde80 > 0.3
     assert open_result.replicates_needed > 3
-    assert open_result.replicates_needed > MOST_ADVISED
+    assert open_result.replicates_needed > MAX_ADVISED
     assert "measure" not in open_result.reason
     assert "80 % power" in open_result.reason
     nearly = compare_trials([[1.0], [1.0], [1.0]], [[0.99], [1.05], [1.02]], pairing="turn")
-    assert nearly.replicates_needed <= MOST_ADVISED
+    assert nearly.replicates_needed <= MAX_ADVISED
     assert f"measure {nearly.replicates_needed} replicates" in nearly.reason
 
 

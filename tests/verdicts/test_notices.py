@@ -17,7 +17,14 @@ from lorameter.records.record import DISTURBED, Failure, TrialRecord
 from lorameter.studies.study import Study
 from lorameter.verdicts.compare import comparison_input
 from lorameter.verdicts.notices import run_notices
-from lorameter.verdicts.validity import MOST_FAULTS, Fault, InvalidReason, disturbance_notices, run_validity, say_faults
+from lorameter.verdicts.validity import (
+    MAX_FAULTS,
+    Fault,
+    InvalidReason,
+    disturbance_notices,
+    format_faults,
+    run_validity,
+)
 
 STEPS = {"plain": [0.1, 0.1, 0.1], "nf4": [0.2, 0.2, 0.2]}
 
@@ -171,5 +178,5 @@ def test_a_failed_trial_affects_only_its_own_variant(write_run):
 
 def test_many_faults_are_counted():
     """A crash at the start of every trial gives as many faults as trials."""
-    faults = [Fault(reason=InvalidReason.TRIAL_FAILED, message=f"fault {index}") for index in range(MOST_FAULTS + 2)]
-    assert say_faults(faults) == "fault 0; fault 1; fault 2; and 2 more"
+    faults = [Fault(reason=InvalidReason.TRIAL_FAILED, message=f"fault {index}") for index in range(MAX_FAULTS + 2)]
+    assert format_faults(faults) == "fault 0; fault 1; fault 2; and 2 more"

@@ -19,10 +19,10 @@ from lorameter.verdicts.compare import ComparisonReport
 from lorameter.verdicts.gate import Policy, judge
 from lorameter.verdicts.same_training import (
     compare_losses,
+    describe_threads,
     differing_versions,
     facts_of,
     sameness_notices,
-    say_threads,
     sides_of_run,
     versions_of,
 )
@@ -199,7 +199,7 @@ def test_reported_versions_take_precedence():
     facts = facts_of(STATED, records)
     assert (facts["python"], facts["cuda"], facts["device"]) == ("3.12.1", "12.8", "cpu")
     assert facts["libraries"] == {"torch": "2.14.0", "flash-attn": None}
-    assert say_threads(STATED, records) == "4 threads"
+    assert describe_threads(STATED, records) == "4 threads"
 
 
 @pytest.mark.parametrize(

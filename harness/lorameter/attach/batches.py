@@ -116,7 +116,7 @@ def sum_known(counts: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-MOST_AHEAD = 64
+MAX_AHEAD = 64
 """Maximum batches of one loader that no backward pass has used yet; if there are more, the oldest are dropped."""
 
 
@@ -147,7 +147,7 @@ class Loaders:
         """Record that the iterator has loaded a batch."""
         key, loaded = id(iterator), getattr(iterator, "_num_yielded", 1)
         if loaded <= 1 or key not in self._loaders:
-            self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MOST_AHEAD), early=loaded > 1)
+            self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MAX_AHEAD), early=loaded > 1)
         self._loaders[key].ahead.append(batch)
         self._loaders[key].loaded += 1
 
@@ -175,7 +175,7 @@ class Loaders:
             if loader.early and loader.trains:
                 loader.early, batches = False, [*loader.ahead][loader.loaded :]
                 found += batches[: loader.loaded]
-                loader.ahead = deque(batches[loader.loaded :], maxlen=MOST_AHEAD)
+                loader.ahead = deque(batches[loader.loaded :], maxlen=MAX_AHEAD)
             while len(loader.ahead) > 1:
                 found.append(loader.ahead.popleft())
             loader.loaded = 0

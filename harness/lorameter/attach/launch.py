@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from lorameter.attach.observer import say
+from lorameter.attach.observer import print_notice
 from lorameter.errors import UsageError, redact, shorten
 from lorameter.machine.processes import exit_words
 from lorameter.records import store
@@ -185,11 +185,11 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
     """
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
-        say(f"nothing was measured: {_why_nothing(code, folder / HOOKED_FILE)}")
+        print_notice(f"nothing was measured: {_why_nothing(code, folder / HOOKED_FILE)}")
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
-        say(f"run {path.name}: a process of the command is still training, and its run continues")
+        print_notice(f"run {path.name}: a process of the command is still training, and its run continues")
         return required
     run = store.read_run(str(path), path.parent)
     if not run.records:

@@ -86,7 +86,7 @@ def whole_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
     }
 
 
-MOST_TIMED = 10_000
+MAX_TIMED = 10_000
 """Maximum timed steps that are kept: a record is read completely, and later steps of a long training add little."""
 
 
@@ -122,7 +122,7 @@ class StepSamples:
             if "first_step_time_s" in self.values:
                 columns["warmup_step_time_s"] = [reading.step_time_s]
             self.values.setdefault("first_step_time_s", reading.step_time_s)
-        elif reading.checks is None and len(self.timed) < MOST_TIMED:
+        elif reading.checks is None and len(self.timed) < MAX_TIMED:
             columns = turn_columns([reading])
             self.timed.append(reading.number)
         for name, (value,) in columns.items():
@@ -140,8 +140,8 @@ class StepSamples:
 
 WAIT_S = 10.0
 """Maximum time for which rank 0 waits for the files of the other ranks, which end at the same time."""
-MOST_KEPT = 2 * MOST_TIMED
-"""Maximum steps that a rank keeps: the timed steps are among the first (`MOST_TIMED`)."""
+MAX_KEPT = 2 * MAX_TIMED
+"""Maximum steps that a rank keeps: the timed steps are among the first (`MAX_TIMED`)."""
 RankStep = tuple[float, int | None, int | None, int | None]
 """The time of a step on one rank in seconds, and its sequences, real tokens and padding."""
 
@@ -164,7 +164,7 @@ class Ranks:
 
     def add(self, reading: StepReading) -> None:
         """Add a step."""
-        if len(self._steps) < MOST_KEPT:
+        if len(self._steps) < MAX_KEPT:
             step = reading.step_time_s, reading.sequences, reading.real_tokens, reading.padding_tokens
             self._steps.append(step)
 

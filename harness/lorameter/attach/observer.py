@@ -162,13 +162,13 @@ class ErrorGuard:
             what = "the measurement failed and has stopped; the training continues without it"
             if isinstance(error, NotFollowedError):
                 what = "this training is not followed"
-            say(f"{what}: {format_error(error)}")
+            print_notice(f"{what}: {format_error(error)}")
             with contextlib.suppress(Exception):
                 self.on_error(error)
             return None
 
 
-def say(text: str) -> None:
+def print_notice(text: str) -> None:
     """Print a line on the original standard error of the process, even if the script has replaced it."""
     with contextlib.suppress(Exception):
         if sys.__stderr__ is not None:

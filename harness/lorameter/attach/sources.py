@@ -33,7 +33,7 @@ from lorameter.attach.observer import (
     Source,
     TrainingInfo,
     TrainingObserver,
-    say,
+    print_notice,
     weak_reference,
 )
 from lorameter.attach.steps import Patches, Steps, compiles_here, uncompiled
@@ -120,7 +120,7 @@ class Attachment:
         if self._reported or self.steps is None or self._pid != os.getpid():
             return
         self._reported = True
-        say(f"another training of this script (seen by its {source}) is not followed: the first one is")
+        print_notice(f"another training of this script (seen by its {source}) is not followed: the first one is")
         ErrorGuard().run(self.steps.observer.begin, TrainingInfo(source=source))
         self.steps.end(_unended_error(self.steps), seen=False)
 
@@ -208,7 +208,7 @@ def count_parameters(model: Any) -> tuple[int | None, int | None]:
     return sum(one.numel() for one in parameters if one.requires_grad), sum(one.numel() for one in parameters)
 
 
-MOST_OTHERS = 100
+MAX_OTHERS = 100
 """Number of updates by another optimizer without one of the first, after which the first training has ended: no step
 with several optimizers has so many updates of one."""
 
@@ -228,7 +228,9 @@ class OptimizerSource:
         self._over = compiles_here()
         """Whether nothing is measured: no training was begun, or it has ended."""
         if self._over:
-            say("this training is not followed: torch.compile compiles its whole step, with the optimizer's update")
+            print_notice(
+                "this training is not followed: torch.compile compiles its whole step, with the optimizer's update"
+            )
         self.begin_update = uncompiled(self._begin_update)
         """Called before an update."""
         self.end_update = uncompiled(self._end_update)
@@ -255,7 +257,7 @@ class OptimizerSource:
             self._watch_next(self._steps)
             return
         self._others[id(optimizer)] += 1
-        if self._optimizer() is None or self._others[id(optimizer)] >= MOST_OTHERS:
+        if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
             self.end(seen=False)
             this_process().report_another("optimizer")
 

@@ -29,8 +29,16 @@ import torch
 import kernels_check
 import lorameter
 from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, tokens_in
-from lorameter.attach.measures import MOST_TIMED, Energy, Peaks, Ranks, StepSamples, Work, describe_end
-from lorameter.attach.observer import NotFollowedError, ObserverReply, Phase, Source, StepReading, TrainingInfo, say
+from lorameter.attach.measures import MAX_TIMED, Energy, Peaks, Ranks, StepSamples, Work, describe_end
+from lorameter.attach.observer import (
+    NotFollowedError,
+    ObserverReply,
+    Phase,
+    Source,
+    StepReading,
+    TrainingInfo,
+    print_notice,
+)
 from lorameter.attach.sources import device_in_use, device_of
 from lorameter.errors import UsageError, format_error
 from lorameter.machine import provenance
@@ -147,7 +155,7 @@ def describe_place(study: Study, device: str) -> dict[str, Any]:
     return provenance.collect(study, provenance.read_facts(machine), torch.get_num_threads(), hello)
 
 
-MOST_WATCHED = 2
+MAX_WATCHED = 2
 """Maximum number of watched steps: the effect of changed weights shows in the next step."""
 REPORT_TIMEOUT_S = 120.0
 FLUSH_INTERVAL_S = 1.0
@@ -247,7 +255,7 @@ class Writer:
 
     def _watch_again(self, reading: StepReading) -> bool:
         """Whether a check of the next step may decide what the first left unknown."""
-        if reading.checks is None or self._watched >= MOST_WATCHED:
+        if reading.checks is None or self._watched >= MAX_WATCHED:
             return False
         from kernels_check.judges.paths import PATHS
 
@@ -294,8 +302,8 @@ class Writer:
         samples = self._samples.samples()
         if self._ranks is not None:
             samples = self._ranks.merge(samples, self._samples.timed, self._notices)
-        if (steps := int(self._samples.values["training_steps"])) > MOST_TIMED:
-            message = f"the training had {steps} steps; its first {MOST_TIMED} timed ones are kept."
+        if (steps := int(self._samples.values["training_steps"])) > MAX_TIMED:
+            message = f"the training had {steps} steps; its first {MAX_TIMED} timed ones are kept."
             remedy = "Nothing is wrong; later steps are in the script's own log."
             self._notices.append(Notice(code="timed-steps-truncated", message=message, remedy=remedy))
         values = self._values | self._samples.values | self._energy.values() | ({} if seen else {UNSEEN_END: 1.0})
@@ -315,7 +323,7 @@ class Writer:
         if self._report:
             print_report(self._file.path)
         else:
-            say(f"run {self._file.path.name} is written")
+            print_notice(f"run {self._file.path.name} is written")
 
     def _judge(self, error: BaseException | None) -> tuple[Status, Failure | None]:
         """The status of a training that ended with this error, and the failure if it is not ok."""
@@ -342,7 +350,7 @@ def print_report(path: Path) -> None:
     try:
         subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"run {path.name} is written, and its report was not printed: {format_error(error)}")
+        print_notice(f"run {path.name} is written, and its report was not printed: {format_error(error)}")
 
 
 SEEN_BY: Mapping[Source, str] = {

@@ -30,12 +30,12 @@ from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import name_side, present_sides
 from lorameter.stats import Comparison
-from lorameter.studies.protocol import HERE, say_on
+from lorameter.studies.protocol import HERE, format_on
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.calibrate import INJECTED as INJECTED_SHARE
-from lorameter.verdicts.calibrate import LEAST_TO_CALIBRATE, MOST_ROWS, PILOT_ROWS, calibrate, rows_for
+from lorameter.verdicts.calibrate import MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for
 from lorameter.verdicts.series import compare_series, group_trials, is_difference, verdict_only
 
 
@@ -46,8 +46,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
         return _resume_calibration(options)
     rows = options.inject_rows
     require(
-        rows is None or 1 <= rows <= MOST_ROWS,
-        f"--inject-rows = {rows}: no amount of work. Use 1 to {MOST_ROWS}, or leave it out.",
+        rows is None or 1 <= rows <= MAX_ROWS,
+        f"--inject-rows = {rows}: no amount of work. Use 1 to {MAX_ROWS}, or leave it out.",
     )
     study, variant = _load_calibrated(options)
     with open_placement(study, options.runs_dir) as placement:
@@ -71,12 +71,12 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
     )
     require(
         study.protocol.on == HERE,
-        f"{say_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
+        f"{format_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
         "take. Start it on a node, with --on here.",
     )
     require(
-        study.protocol.replicates >= LEAST_TO_CALIBRATE,
-        f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {LEAST_TO_CALIBRATE} or "
+        study.protocol.replicates >= MIN_TO_CALIBRATE,
+        f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {MIN_TO_CALIBRATE} or "
         f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default.",
     )
     variant = study.variant(options.variant[0] if options.variant else study.reference)
@@ -112,7 +112,7 @@ def _resume_calibration(options: argparse.Namespace) -> int:
     name = run.manifest.run
     require(is_calibration(run.manifest), f"run {name} is no calibration. Resume: lorameter run --resume {name}")
     require(
-        study_of(run).protocol.replicates >= LEAST_TO_CALIBRATE,
+        study_of(run).protocol.replicates >= MIN_TO_CALIBRATE,
         f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.",
     )
     whole = resume(find_interrupted(options), options)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.commands.output import print_json, save_page, say_progress, show_result
+from lorameter.commands.output import print_json, print_progress, save_page, show_result
 from lorameter.commands.run import measure_study
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, require
 from lorameter.models import catalogue, shapes
@@ -25,7 +25,7 @@ from lorameter.profile.remedy import RemedyResult, choose_finding, judge_remedy,
 from lorameter.profile.request_rules import REQUEST_RULES, diagnose_requests
 from lorameter.profile.rules import RULES, Finding, check_code, diagnose
 from lorameter.records import codec, store
-from lorameter.report.blocks import Document, say
+from lorameter.report.blocks import Document, make_line
 from lorameter.report.parity import describe_parity, show_differing
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
@@ -51,8 +51,8 @@ def run_profile(options: argparse.Namespace) -> int:
     )
     take_profile = _profile_requests if of_requests else _profile_step
     with hold_device(executor, options.if_busy):
-        folder, document, report, findings = take_profile(study, variant, executor, runs=runs, say=say_progress)
-    where = say(f"All facts and the profiler's trace are in {folder}", indented=False)
+        folder, document, report, findings = take_profile(study, variant, executor, runs=runs, progress=print_progress)
+    where = make_line(f"All facts and the profiler's trace are in {folder}", indented=False)
     report = (*report, where)
     if not options.json:
         show(report, console_for())
@@ -137,12 +137,12 @@ def run_parity(options: argparse.Namespace) -> int:
     study = with_prompts(study, prompts=options.prompts, epochs=options.epochs)
     runs = store.runs_dir(options.runs_dir, make=True)
     with hold_device(executor, options.if_busy):
-        parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, say=say_progress)
+        parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, progress=print_progress)
     judgement = judge_parity(parity)
     document = (
         *describe_parity(parity, judgement),
         *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
-        say(f"All facts are in {folder}", indented=False),
+        make_line(f"All facts are in {folder}", indented=False),
     )
     show_result(
         options,

@@ -25,7 +25,7 @@ from lorameter.records import codec, store
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
-from lorameter.report.blocks import Document, say
+from lorameter.report.blocks import Document, make_line
 from lorameter.report.estimate import describe_plan
 from lorameter.report.live import LiveDisplay
 from lorameter.report.phrases import warn_before_run
@@ -51,7 +51,7 @@ from lorameter.studies.script_study import study_of_command, study_of_engine
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.studies.workload import LOSSES, SYNTHETIC
-from lorameter.verdicts.calibrate import MOST_ROWS
+from lorameter.verdicts.calibrate import MAX_ROWS
 from lorameter.verdicts.gate import load_policy
 
 ON_RESUME = frozenset(
@@ -207,7 +207,7 @@ def resume(run: Run, options: argparse.Namespace, *, console: Console | None = N
         kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
         print_stderr(f"run {name}: {kept}, {len(left)} are left to be measured.")
         if vars(options).get("dry_run"):
-            trials = tuple(say(trial, indented=False) for trial in left)
+            trials = tuple(make_line(trial, indented=False) for trial in left)
             show_result(options, trials, lambda: {"run": name, "order": left, "interleaving": plan.interleaving})
             return None
         with placement.hold(options.if_busy), LiveDisplay(console) as display:
@@ -297,8 +297,8 @@ def _encode(view: RunView) -> dict[str, Any]:
 def run_ab(options: argparse.Namespace) -> int:
     """Measure an A/B, print it, and return the exit code of the verdicts under the policy."""
     require(
-        0 <= options.inject_rows <= MOST_ROWS,
-        f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MOST_ROWS}.",
+        0 <= options.inject_rows <= MAX_ROWS,
+        f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MAX_ROWS}.",
     )
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.machine.disturbances import CONTENDED, HOT_MARGIN_C, NOTICED, SHARED_INVALID_BYTES
-from lorameter.machine.gpus import Neighbours, say_entries, shared_boards
-from lorameter.machine.host import GIVEN, LEAST_ASKED_S, withheld_share
+from lorameter.machine.gpus import Neighbours, describe_gpus, shared_boards
+from lorameter.machine.host import GIVEN, MIN_ASKED_S, withheld_share
 from lorameter.machine.nvml import BUS_ORDER, ORDER_VARIABLE, PROTECTING
 from lorameter.machine.reading import Reading, unavailable
 from lorameter.machine.survey import OPTIONAL, REQUIRED, Survey
@@ -267,7 +267,7 @@ def waits(found: Survey) -> list[DoctorCheck]:
         if counter in found.host:
             withheld, given = found.host[counter], found.host.get(GIVEN[counter], 0.0)
             requested, part = f"{withheld + given:.1f} s of CPU time", withheld_share(withheld, given)
-            words = f"only {requested} were requested; a share needs {LEAST_ASKED_S:.0f} s"
+            words = f"only {requested} were requested; a share needs {MIN_ASKED_S:.0f} s"
             if part is not None:
                 words = f"{what} for {part:.0%} of {requested} that were requested (above {NOTICED:.0%} it matters)"
             grade: Grade = "note" if part is None else "bad" if part > NOTICED else "good"
@@ -427,7 +427,7 @@ def other_processes(neighbours: Neighbours) -> DoctorCheck:
 def shared_gpus(found: Survey) -> list[DoctorCheck]:
     """Ranks on parts of one GPU, and NVIDIA's Multi-Process Service, with which processes share a context."""
     checks = []
-    if parts := "; ".join(map(say_entries, shared_boards(found.visible.value or ()))):
+    if parts := "; ".join(map(describe_gpus, shared_boards(found.visible.value or ()))):
         words = f"{parts} are parts of one GPU: ranks, or sites, on them would disturb each other"
         remedy = "Make one instance of each GPU visible (CUDA_VISIBLE_DEVICES)."
         checks.append(_check("spoils", "ranks", words, "note", remedy))

@@ -47,7 +47,7 @@ def shared_boards(gpus: Iterable[VisibleGpu]) -> list[list[VisibleGpu]]:
     return [parts for parts in by.values() if len(parts) > 1]
 
 
-def say_entries(gpus: Iterable[VisibleGpu]) -> str:
+def describe_gpus(gpus: Iterable[VisibleGpu]) -> str:
     """The devices as text, by their entries in CUDA_VISIBLE_DEVICES."""
     return " and ".join(str(gpu.entry) for gpu in gpus)
 
@@ -136,7 +136,7 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
         others=missing(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
         others_bytes=missing(unclear) if unclear else _sum(others),
         hidden_bytes=hidden,
-        statement=statement or _say_hidden(hidden.value or 0, proc),
+        statement=statement or _describe_hidden_memory(hidden.value or 0, proc),
     )
 
 
@@ -147,7 +147,7 @@ def _sum(processes: Iterable[Any]) -> Reading[int]:
     return Reading(value=sum(map(int, sizes)))
 
 
-def _say_hidden(hidden_bytes: int, proc: Path) -> str:
+def _describe_hidden_memory(hidden_bytes: int, proc: Path) -> str:
     if hidden_bytes <= UNEXPLAINED_LIMIT:
         return ""
     private = has_own_pids(proc)

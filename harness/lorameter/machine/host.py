@@ -35,14 +35,14 @@ NO_FREQUENCY = "the kernel does not know the CPU's clock (no cpufreq), as is usu
 NO_QUOTA = "no cgroup of this process counts what a quota withheld"
 GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
 """Withheld CPU time and the CPU time given on the same CPUs, by the names of `HostTelemetry`."""
-LEAST_ASKED_S = 1.0
+MIN_ASKED_S = 1.0
 """Minimum CPU time for which a share is computed. The kernel counts steal in ticks of 10 ms; with less CPU time, a
 single tick would exceed the 1 % at which a share gives a notice."""
 
 
 def withheld_share(withheld_s: float | None, given_s: float | None) -> float | None:
     """The withheld part of the requested CPU time; None if either is unknown or both are too short."""
-    if withheld_s is None or given_s is None or withheld_s + given_s < LEAST_ASKED_S:
+    if withheld_s is None or given_s is None or withheld_s + given_s < MIN_ASKED_S:
         return None
     return withheld_s / (withheld_s + given_s)
 

@@ -222,7 +222,7 @@ def open_torch_gpu(device: str) -> Reading[NvmlDevice]:
 
 COUNTER_PERIOD_S = 0.1
 """Assumed maximum time between two updates of the counter; users report 10 ms."""
-LEAST_S = 2.0
+MIN_S = 2.0
 """Shortest stretch whose energy is reported: each end is uncertain by up to half a period, so by at most 5 % in
 total."""
 
@@ -230,15 +230,15 @@ total."""
 def energy_between(first: Reading[float], last: Reading[float], seconds: float) -> Reading[float]:
     """Joules between two readings of the counter that are `seconds` apart.
 
-    The result is missing if a reading is missing, if the stretch is shorter than `LEAST_S`, and if the counter
+    The result is missing if a reading is missing, if the stretch is shorter than `MIN_S`, and if the counter
     decreased: it has 64 bits and counts from the loading of the driver, so it was reset in between, and the count until
     then is lost.
     """
     spent = increase(first, last)
-    if spent.known and seconds < LEAST_S:
+    if spent.known and seconds < MIN_S:
         return missing(
             f"{seconds:.2f} s were measured, and the energy counter may move every {COUNTER_PERIOD_S:g} s only: under "
-            f"{LEAST_S:g} s its difference says little"
+            f"{MIN_S:g} s its difference says little"
         )
     if spent.value == 0:
         return missing(f"the energy counter stood still at {last.value:.3f} J for {seconds:.2f} s")

@@ -41,7 +41,7 @@ DESCRIPTION = "lorameter.json"
 """Written last; its modification time is the time of the last use."""
 TENSORS = "base.safetensors"
 UNUSED_DAYS = 30
-MOST_BYTES = 64 * 2**30
+MAX_BYTES = 64 * 2**30
 """Maximum total size of all bases."""
 DAY_S = 24 * 3600.0
 _DRAFT = ".partial"
@@ -116,7 +116,7 @@ def draft_of(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def prune(*, most_bytes: int = MOST_BYTES) -> None:
+def prune(*, most_bytes: int = MAX_BYTES) -> None:
     """Remove bases that were not used for a month, and the least recently used ones until the rest has at most
     `most_bytes`. Bases of running measurements, which were used within a day, are kept."""
     bases: list[tuple[float, Path]] = []

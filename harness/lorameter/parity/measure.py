@@ -57,7 +57,7 @@ def measure_parity(
     *,
     runs: Path,
     adapter: Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Parity, Path]:
     """Serve one variant's adapter in all ways; returns the observations and the folder with the results.
 
@@ -67,13 +67,13 @@ def measure_parity(
         executor: where the processes run; it is started and closed here.
         runs: the folder of runs, in which the result folder is made.
         adapter: result of `check_adapter`; None to train an adapter.
-        say: called with a line of progress.
+        progress: called with a line of progress.
 
     Raises:
         UsageError: parity cannot be measured on this machine.
         InvalidRunError: the training did not end, or the reference gave no answer; the message says where the log is.
     """
-    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT, label="parity") as trial:
+    with open_trial(study, variant, executor, runs=runs, progress=progress, document=DOCUMENT, label="parity") as trial:
         if adapter is None:
             _train(trial)
         trial.worker.close()
@@ -110,7 +110,7 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
     served: list[Served] = []
     prompts: tuple[tuple[int, ...], ...] = ()
     for ways in serving_modes(variant):
-        trial.say(f"serving: {'; '.join(way.name for way in ways)}")
+        trial.progress(f"serving: {'; '.join(way.name for way in ways)}")
         request = ServingRequest(
             trial=trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()
         )

@@ -32,7 +32,7 @@ from lorameter.models.costs.flops import (
 from lorameter.models.costs.modules import from_values
 from lorameter.models.costs.peaks import Ceiling, TimeSpan, Utilisation, ceiling_of, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
-from lorameter.records.activity import LEAST_STEP_PAIRS, WHOLE, PhaseActivity
+from lorameter.records.activity import MIN_STEP_PAIRS, WHOLE, PhaseActivity
 from lorameter.stats import bootstrap_interval, median_interval
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import OCCUPANCY_FLOOR
@@ -168,7 +168,7 @@ def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> l
     if profile.device == "cpu" and profile.threads <= 1:
         pairs = range(_pairs(profile, names))
         quiet = [pair for pair in pairs if _occupancy(profile, (pair,), names) >= OCCUPANCY_FLOOR]
-        if len(quiet) >= LEAST_STEP_PAIRS:
+        if len(quiet) >= MIN_STEP_PAIRS:
             return [samples[pair] for pair in quiet]
     return list(samples)
 

@@ -6,7 +6,7 @@ steps. Requests are profiled with the adapter unmerged and, in the same process,
 measured; a cold start in a new interpreter comes last.
 
 A time limit acts in two ways. Timed pairs take at most half of the time that is left (but never less than
-`LEAST_STEP_PAIRS` pairs), and an optional part that cannot begin before the limit is left out, with a notice. The
+`MIN_STEP_PAIRS` pairs), and an optional part that cannot begin before the limit is left out, with a notice. The
 required parts are measured however long they take.
 """
 
@@ -79,7 +79,7 @@ class TrialSession:
     """Folder of the results."""
     scratch: Path
     label: str
-    say: Callable[[str], None]
+    progress: Callable[[str], None]
     begin_s: float
     """When it began, on the monotonic clock; `ends_s` is when it should end."""
     ends_s: float
@@ -107,7 +107,7 @@ class TrialSession:
     def tell(self, command: str) -> None:
         """Print the command, unless it repeats the last one."""
         if command != self.last_command:
-            self.say(COMMANDS[command].label)
+            self.progress(COMMANDS[command].label)
         self.last_command = command
 
     def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
@@ -200,7 +200,7 @@ def open_trial(
     executor: Executor,
     *,
     runs: Path,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
     document: str,
     label: str = "profile",
 ) -> Iterator[TrialSession]:
@@ -229,10 +229,10 @@ def open_trial(
         stack.enter_context(remove_on_failure(folder, unless=document))
         stack.callback(executor.close)
         executor.start(folder, study.workload.threads)
-        say("preparing tokens")
+        progress("preparing tokens")
         tokens = executor.prepare_tokens(study.workload, keep=False)
         if not tokens.synthetic:
-            say(f"data {tokens.data}")
+            progress(f"data {tokens.data}")
         context = context_of(study.workload, tokens, validate_worker(executor, [variant]).device)
         try:
             worker = executor.launch()
@@ -251,7 +251,7 @@ def open_trial(
             folder=folder,
             scratch=stack.enter_context(scratch_folder()),
             label=label,
-            say=say,
+            progress=progress,
             begin_s=time.monotonic(),
             ends_s=ends_s,
         )
@@ -263,7 +263,7 @@ def profile_variant(
     executor: Executor,
     *,
     runs: Path,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Profile, Path]:
     """Measure the profile of one variant; returns it and its folder.
 
@@ -274,13 +274,13 @@ def profile_variant(
         variant: variant of the study.
         executor: where the trial runs; it is started and closed here.
         runs: the folder of runs, in which the profile's folder is made.
-        say: receives a line for each part that begins.
+        progress: receives a line for each part that begins.
 
     Raises:
         UsageError: the profile cannot be taken on this machine.
         InvalidRunError: the trial did not end; the message says where its log is.
     """
-    with open_trial(study, variant, executor, runs=runs, say=say, document=DOCUMENT) as trial:
+    with open_trial(study, variant, executor, runs=runs, progress=progress, document=DOCUMENT) as trial:
         trial.begin()
         trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before steps are divided or recorded
         trial.ask("memory_breakdown", phase="train")
@@ -303,10 +303,10 @@ def profile_requests(
     executor: Executor,
     *,
     runs: Path,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[RequestProfile, Path]:
     """Measure the profile of one variant's requests; arguments, result and errors are those of `profile_variant`."""
-    with open_trial(study, variant, executor, runs=runs, say=say, document=REQUESTS_DOCUMENT) as trial:
+    with open_trial(study, variant, executor, runs=runs, progress=progress, document=REQUESTS_DOCUMENT) as trial:
         trial.begin()
         begin_s = trial.elapsed_s
         trial.ask("finish_training", steps=0)

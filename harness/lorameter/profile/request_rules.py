@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorameter.profile.evidence import RequestEvidence, changes_without
-from lorameter.profile.rules import BETWEEN, LEAST_IDLE, WORTH, Finding, advise_adapter_dtype
+from lorameter.profile.rules import BETWEEN, MIN_IDLE, WORTH, Finding, advise_adapter_dtype
 from lorameter.records.units import format_bytes, format_value
 
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
@@ -108,7 +108,7 @@ def _dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
 
 def _launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
     idle, decode = evidence.decode.idle_s, evidence.decode
-    if idle <= (LEAST_IDLE if evidence.device == "cuda" else BETWEEN) * decode.time_s:
+    if idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN) * decode.time_s:
         return
     busy = format_value((decode.time_s - idle) / decode.calls, "s") if decode.calls else "–"
     waits = (
@@ -150,7 +150,7 @@ def _prompt_logits(evidence: RequestEvidence) -> Iterator[Finding]:
 
 
 def _between_tokens(evidence: RequestEvidence) -> Iterator[Finding]:
-    if evidence.choose_s <= (LEAST_IDLE if evidence.device == "cuda" else BETWEEN) * evidence.token.value:
+    if evidence.choose_s <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN) * evidence.token.value:
         return
     yield _make_finding(
         "between-tokens", evidence, LATER, evidence.choose_s,

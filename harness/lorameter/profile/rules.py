@@ -22,7 +22,7 @@ WORTH = 0.02
 """Minimum share of a step for a finding: twice the smallest slow-down that a comparison detects."""
 HALVED = 0.5
 """Time share that 16 bits save in an adapter's product: it has few columns and is memory-bound."""
-LEAST_IDLE = 0.10
+MIN_IDLE = 0.10
 """Share of a step in which nothing runs: a busy GPU idles less, and a single synchronisation costs less."""
 BETWEEN = 0.20
 """The same on a CPU, where the profiler lengthens the gaps between operators more than the operators."""
@@ -76,7 +76,7 @@ def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
 
 
 def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if evidence.idle <= (LEAST_IDLE if evidence.device == "cuda" else BETWEEN):
+    if evidence.idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN):
         return
     each = format_value(evidence.step_s * (1 - evidence.idle) / evidence.calls, "s") if evidence.calls else "–"
     if evidence.device == "cuda":

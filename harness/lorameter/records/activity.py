@@ -115,7 +115,7 @@ class Activity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return sum(phase.calls for phase in self.phases)
 
 
-LEAST_STEP_PAIRS = 8
+MIN_STEP_PAIRS = 8
 """If fewer undisturbed pairs would remain, all pairs count."""
 
 

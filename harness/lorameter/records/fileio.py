@@ -1,6 +1,6 @@
 """Files: reading within a size limit, atomic writing, journals, locks and temporary folders.
 
-An input may be an endless device or a terabyte, so only regular files are read, and at most `MOST_BYTES` of a document
+An input may be an endless device or a terabyte, so only regular files are read, and at most `MAX_BYTES` of a document
 or a line. When a function returns, its output is completely on disk: neither a reader nor a crash leaves half of a
 document, and a crash damages at most one line of a journal.
 
@@ -33,7 +33,7 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec
 from lorameter.records.codec import NotReadableError
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Limit of a document or of a line of a journal; a pytest-benchmark file with all samples has some 100 MiB."""
 _DRAFT_LETTERS = 40
 """Maximum characters of a file's name in its draft's name, because names are limited to 255 bytes."""
@@ -65,9 +65,9 @@ def read_text(path: Path) -> str:
     """The text of a regular file. Raises `NotReadableError` if there is none, it is too large, or it is not UTF-8."""
     try:
         with open_plain(path) as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise NotReadableError(f"it has more than the {MOST_BYTES >> 20} MiB that are read of one")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise NotReadableError(f"it has more than the {MAX_BYTES >> 20} MiB that are read of one")
         return content.decode("utf-8")
     except OSError as error:
         raise NotReadableError(error.strerror or str(error)) from None
@@ -116,9 +116,9 @@ def journal_lines(path: Path) -> Iterator[str]:
     if not is_there(path):
         return
     with explain_unreadable(path), open_plain(path) as file:
-        while line := file.readline(MOST_BYTES + 1):
-            if len(line) > MOST_BYTES:
-                raise NotReadableError(f"one line has more than {MOST_BYTES >> 20} MiB")
+        while line := file.readline(MAX_BYTES + 1):
+            if len(line) > MAX_BYTES:
+                raise NotReadableError(f"one line has more than {MAX_BYTES >> 20} MiB")
             if not line.isspace():
                 yield line.decode("utf-8", errors="backslashreplace")
 

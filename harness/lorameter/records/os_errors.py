@@ -82,10 +82,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the memory of the device or the machine ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))  # raised by torch's CPU allocator
+    return isinstance(error, RuntimeError) and mentions_out_of_memory(str(error))  # raised by torch's CPU allocator
 
 
-def says_out_of_memory(text: str) -> bool:
+def mentions_out_of_memory(text: str) -> bool:
     """Whether the last output of a program says that memory ran out."""
     return any(words in text for words in _OUT_OF_MEMORY)
 

@@ -22,7 +22,7 @@ from lorameter.records.os_errors import OF_THE_MACHINE, translate_write_errors
 SUFFIX = ".lorameter.zip"
 MEMBERS = ("manifest.json", "trials.jsonl", "checks.jsonl")
 """The measurement files of a run; every run has the first one."""
-MOST_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
 """Limit of their total size: three times that of a run with a hundred thousand trials."""
 _REMEDY = "Ask for the file again, or for the run's directory."
 
@@ -68,12 +68,12 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
     entries = {info.filename: info for info in archive.infolist()}
     if MEMBERS[0] not in entries:
         raise UsageError(f"{path}: an archive without {MEMBERS[0]} is no packed run. {_REMEDY}")
-    left = MOST_BYTES
+    left = MAX_BYTES
     for name in MEMBERS:
         if name not in entries:
             continue
         if entries[name].file_size > left:  # reading stops at the stated size, whatever follows
-            raise UsageError(f"{path}: it holds more than the {MOST_BYTES >> 30} GiB that are read. {_REMEDY}")
+            raise UsageError(f"{path}: it holds more than the {MAX_BYTES >> 30} GiB that are read. {_REMEDY}")
         left -= entries[name].file_size
         with archive.open(entries[name]) as source, (folder / name).open("wb") as target:
             shutil.copyfileobj(source, target)

@@ -25,10 +25,10 @@ from lorameter.report.blocks import (
     Table,
     collapse_constant_columns,
     list_sections,
+    make_invalid_lines,
+    make_line,
+    make_lines,
     name_columns,
-    say,
-    say_each,
-    say_invalid,
     tone_of,
     write_number,
     write_ratio,
@@ -37,9 +37,9 @@ from lorameter.report.blocks import (
 from lorameter.report.figures import draw_ratios
 from lorameter.report.phrases import (
     describe_notices,
+    explain_inconclusive,
+    format_comparison,
     format_effect,
-    say_inconclusive,
-    say_ratio,
     title_of,
     title_of_ratio,
     verdict_cell,
@@ -52,9 +52,9 @@ from lorameter.verdicts.series import is_memory
 
 NAMED = 3
 """Maximum comparisons that are named if several have the same reason."""
-MOST_FINDINGS = 6
+MAX_FINDINGS = 6
 """Maximum findings that are not collapsed; the table has them all."""
-MOST_PACKAGES = 12
+MAX_PACKAGES = 12
 """Maximum packages that are listed; a separate interpreter can differ in hundreds."""
 _RATIO = ColumnHeader(text="candidate / base", right=True, ratio=True)
 
@@ -62,11 +62,11 @@ _RATIO = ColumnHeader(text="candidate / base", right=True, ratio=True)
 def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Document:
     """The findings, the table with the controls, and other differences; `ab`: whether one run measured both sides."""
     lines = tuple(_findings(report, ab=ab))
-    more = lines[MOST_FINDINGS:]
-    collapsed = Collapsible(summary=say(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
+    more = lines[MAX_FINDINGS:]
+    collapsed = Collapsible(summary=make_line(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
     return (
-        *say_invalid(report.why_invalid),
-        Section(title=title_of_report(report), lines=lines[:MOST_FINDINGS]),
+        *make_invalid_lines(report.why_invalid),
+        Section(title=title_of_report(report), lines=lines[:MAX_FINDINGS]),
         *([collapsed] if more else []),
         _tabulate(report),
         *_statistics(report),
@@ -89,14 +89,14 @@ def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
         grouped.setdefault((row.verdict, _reason(row, ab=ab)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
-        yield say(f"{first_few(names, NAMED, '; ')}: ", word, reason)
+        yield make_line(f"{first_few(names, NAMED, '; ')}: ", word, reason)
     if report.comparisons and not rows:
-        yield say(Span(text="equivalent", tone="note"), ", each within its margin")
+        yield make_line(Span(text="equivalent", tone="note"), ", each within its margin")
 
 
 def _reason(row: ComparisonRow, *, ab: bool) -> str:
     if row.verdict == "inconclusive":
-        return f": {say_inconclusive(row, row.metric, row.interleaving, ab=ab)}"
+        return f": {explain_inconclusive(row, row.metric, row.interleaving, ab=ab)}"
     if row.verdict in ("regressed", "improved"):
         return f", {''.join(format_effect(row, row.metric))}"
     return f": {row.reason}"
@@ -114,9 +114,14 @@ def _tabulate(report: ComparisonReport) -> Table:
         count, words = write_number(one.replicates or None), (one.name, title_of_ratio(one.metric))
         verdict = verdict_cell(one, one.metric, one.tolerance if is_memory(one.metric) else one.margin, "sides")
         rows.append(write_row(*words, write_compared(one), verdict, within, count))
-    notes = [say(f"control of {phase}: {''.join(say_ratio(control))}") for phase, control in report.control.items()]
+    notes = [
+        make_line(f"control of {phase}: {''.join(format_comparison(control))}")
+        for phase, control in report.control.items()
+    ]
     if any(is_memory(one.metric) for one in report.comparisons):
-        notes.append(say(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint")))
+        notes.append(
+            make_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
+        )
     variant, metric, verdict_head = name_columns("variant", "metric", "verdict", left=3)
     tolerance, replicates = (
         ColumnHeader(text=text, right=True, drop_priority=priority, collapse_if_constant=True)
@@ -140,14 +145,14 @@ def _statistics(report: ComparisonReport) -> Iterator[Block]:
         reasons.setdefault(row.reason, []).append(_name(row))
     if reasons:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
-        lines = say_each(f"{first_few(names, NAMED, '; ')}: {reason}" for reason, names in reasons.items())
+        lines = make_lines(f"{first_few(names, NAMED, '; ')}: {reason}" for reason, names in reasons.items())
         yield Section(title="Statistics")
-        yield Collapsible(summary=say(Span(text=f"what {count} on", tone="faint")), lines=lines)
+        yield Collapsible(summary=make_line(Span(text=f"what {count} on", tone="faint")), lines=lines)
 
 
 def describe_attribution(attribution: Attribution, run: Run) -> Document:
     """Facts of the run, differing packages, and the ratio of each part of the work with its interval."""
-    facts = tuple(say(text, label=label) for label, text in _sides(attribution, run))
+    facts = tuple(make_line(text, label=label) for label, text in _sides(attribution, run))
     rows = (write_row(part.variant, title_of_ratio(part.metric), write_ratio(part)) for part in attribution.parts)
     title = "Where the time went (one by one, not corrected for looking at all)"
     heads = (*name_columns("variant", "part", left=2), _RATIO)
@@ -161,21 +166,21 @@ def _sides(attribution: Attribution, run: Run) -> Iterator[tuple[str, str]]:
     yield "level", f"{run.manifest.interleaving}: {run.manifest.why}"
     if run.manifest.stopped:
         yield "stopped", run.manifest.stopped
-    for name, versions in list(attribution.packages.items())[:MOST_PACKAGES]:
+    for name, versions in list(attribution.packages.items())[:MAX_PACKAGES]:
         base, candidate = (version or "not installed" for version in versions)
         yield "package", f"{name}: {base} → {candidate}"
-    if len(attribution.packages) > MOST_PACKAGES:
-        yield "package", f"and {len(attribution.packages) - MOST_PACKAGES} more"
+    if len(attribution.packages) > MAX_PACKAGES:
+        yield "package", f"and {len(attribution.packages) - MAX_PACKAGES} more"
     yield from (("differs", str(one)) for one in attribution.differing)
 
 
 def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
     """Whether the gate passes and why, then the comparison; `ab`: whether one run measured both sides."""
-    first = say_invalid(result.report.why_invalid)
+    first = make_invalid_lines(result.report.why_invalid)
     outcome = Section(
         title=outcome_of(result),
         tone="good" if result.passed else "bad",
-        lines=tuple(say(Span(text=line, tone="bad")) for line in result.unmet),
+        lines=tuple(make_line(Span(text=line, tone="bad")) for line in result.unmet),
         last=not first,
     )
     return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])
@@ -216,11 +221,11 @@ def describe_bisection(bisection: Bisection, of: str) -> Document:
 
 
 def _conclusion(bisection: Bisection, of: str) -> Iterator[Line]:
-    yield say(Span(text=bisection.conclusion, tone="bad" if bisection.found else "warning"), indented=False)
+    yield make_line(Span(text=bisection.conclusion, tone="bad" if bisection.found else "warning"), indented=False)
     if bisection.culprit is not None and bisection.before is not None and bisection.ratio is not None:
         ends = (
             "" if bisection.low is None or bisection.high is None else f" [{bisection.low:.3f}, {bisection.high:.3f}]"
         )
         share = "" if bisection.share is None else f", {100 * bisection.share:.0f} % of the whole effect"
-        yield say(f"{bisection.culprit.label} over {bisection.before.label}: {bisection.ratio:.3f}{ends}{share}")
-        yield say(f"{of}; the interval is of both comparisons with the good end together")
+        yield make_line(f"{bisection.culprit.label} over {bisection.before.label}: {bisection.ratio:.3f}{ends}{share}")
+        yield make_line(f"{of}; the interval is of both comparisons with the good end together")

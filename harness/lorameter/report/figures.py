@@ -33,8 +33,8 @@ from lorameter.report.blocks import (
     Point,
     Table,
     Tone,
+    make_line,
     name_columns,
-    say,
     value_cell,
     write_bytes,
     write_number,
@@ -62,7 +62,7 @@ PERSISTENT_MEMORY = {
     "optimizer_state_bytes": "optimizer state",
 }
 """Kinds of memory that persist during a step, which do not overlap, with their names."""
-MOST_NAMED = 3
+MAX_NAMED = 3
 """Maximum names of variants that a figure leaves out."""
 COMPARED_LOSSES = ("held_out_loss", "timed_loss")
 """Losses of a variant; the first measured one is drawn."""
@@ -72,10 +72,10 @@ COLD = {
     "cold_first_token_time_s": "first token",
     "cold_completion_time_s": "the other tokens",
 }
-LEAST_LEVELS = 3
+MIN_LEVELS = 3
 """Minimum levels of a curve: two points are shown in a table."""
-LEAST_STEPS = 6
-MOST_CURVES = 8
+MIN_STEPS = 6
+MAX_CURVES = 8
 """Maximum loss curves; a study with fifty variants would fill the screen."""
 LATENCY, THROUGHPUT = "time_per_output_token_s", "output_tokens_per_s"
 SERVING = "Throughput against latency"
@@ -211,7 +211,7 @@ def _front(shown: Shown, cost: str, of_other_tokens: set[str]) -> Figure | None:
     others = sorted(of_other_tokens & shown.keys())
     caption = "To the left is faster, below is a lower loss after as many steps."
     if others:
-        caption += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MOST_NAMED)}."
+        caption += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MAX_NAMED)}."
     same = {name: series for name, series in shown.items() if name not in others}
     return _draw_front(same, cost, loss, "Loss against cost", caption)
 
@@ -281,7 +281,7 @@ def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
     shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
     if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
         note = "on the front: no other has more output tokens/s and less time per token"
-        yield dataclasses.replace(serving.table, title=SERVING, notes=(say(note),))
+        yield dataclasses.replace(serving.table, title=SERVING, notes=(make_line(note),))
     yield from _sweeps(view.study, shown, table)
     if table.phase == "train":
         yield from _loss_charts(shown)
@@ -337,7 +337,7 @@ def _interval(low: float | None, high: float | None) -> tuple[float, float] | No
 
 def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
     """The charts with enough points, on a common scale, so that small effects look small."""
-    curves = [chart for chart in charts if len(chart.curves[0].points) >= LEAST_LEVELS]
+    curves = [chart for chart in charts if len(chart.curves[0].points) >= MIN_LEVELS]
     if not curves:
         return
     points = [point for chart in curves for point in chart.curves[0].points]
@@ -350,13 +350,13 @@ def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
 def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
     """The median over replicates at each step."""
     found = {name: _losses_by_step(series) for name, series in shown.items()}
-    curves = {name: losses for name, losses in found.items() if len(losses) >= LEAST_STEPS}
+    curves = {name: losses for name, losses in found.items() if len(losses) >= MIN_STEPS}
     charts = []
-    for name in list(curves)[:MOST_CURVES]:
+    for name in list(curves)[:MAX_CURVES]:
         points = tuple(Point(x=step, y=statistics.median(one)) for step, one in enumerate(curves[name], start=1))
         charts.append(Chart(across=Axis(title=name), up=Axis(title=""), curves=(Curve(name=name, points=points),)))
     more = len(curves) - len(charts)
-    notes = (say(f"and {more} more; --variant shows one"),) if more else ()
+    notes = (make_line(f"and {more} more; --variant shows one"),) if more else ()
     for gallery in _gallery("loss by step, median of the replicates", charts):
         yield dataclasses.replace(gallery, notes=notes, on_page=False)
 

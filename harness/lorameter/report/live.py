@@ -32,7 +32,7 @@ from lorameter.studies.request import COMMANDS
 from lorameter.verdicts.series import Series, compare_series, group_trials
 from lorameter.verdicts.validity import disturbances_of
 
-LEAST_BETWEEN_S = 0.1
+MIN_BETWEEN_S = 0.1
 """Minimum seconds between two redraws, because a turn of a small model may be shorter."""
 SILENT_S = 60.0
 """Without a terminal, seconds after which the phase of a silent replicate is printed again."""
@@ -123,7 +123,7 @@ class LiveDisplay(Display):
         self._line(f"{done} {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
 
     def _draw(self, *, at_once: bool = False) -> None:
-        if self._console.is_terminal and (at_once or time.monotonic() - self._drawn >= LEAST_BETWEEN_S):
+        if self._console.is_terminal and (at_once or time.monotonic() - self._drawn >= MIN_BETWEEN_S):
             self._live.update(self.picture(), refresh=True)
             self._drawn = time.monotonic()
 

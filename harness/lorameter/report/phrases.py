@@ -16,8 +16,8 @@ from typing import Literal
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
-from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, say, write_ratio
-from lorameter.stats import MOST_ADVISED, Comparison
+from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, make_line, write_ratio
+from lorameter.stats import MAX_ADVISED, Comparison
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.series import MARGIN
 
@@ -53,7 +53,7 @@ def title_of_ratio(metric: str) -> str:
     return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
 
 
-def say_request(workload: Workload) -> str:
+def describe_request(workload: Workload) -> str:
     """Tokens of a request: of its prompt and new ones, times the number of prompts."""
     tokens = f"{workload.prompt_tokens} + {workload.new_tokens}"
     return tokens if workload.request_batch == 1 else f"{workload.request_batch} × ({tokens})"
@@ -71,7 +71,7 @@ def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Be
     return Cell(verdict=comparison.verdict, verdict_text=words.get(comparison.verdict, ""))
 
 
-def say_ratio(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
+def format_comparison(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
     """A ratio between variants with its interval, and its verdict; the reason if there is no ratio."""
     if comparison is None or comparison.ratio is None:
         return "not measured" if comparison is None else f"not measured: {comparison.reason}", ""
@@ -79,7 +79,7 @@ def say_ratio(comparison: Comparison | None, metric: str = "", margin: float = M
     return f"{write_ratio(comparison).line} ", cell.verdict_text or cell.verdict
 
 
-def say_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
+def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
     """The range of an inconclusive effect, the smallest detectable difference, and advice."""
     if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
@@ -93,7 +93,7 @@ def say_inconclusive(comparison: Comparison, metric: str, interleaving: Interlea
 def _advice(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
     if interleaving == "separate":
         return "Use `lorameter ab`, or stop other work."
-    if comparison.replicates_needed is not None and comparison.replicates_needed <= MOST_ADVISED:
+    if comparison.replicates_needed is not None and comparison.replicates_needed <= MAX_ADVISED:
         return f"Measure {comparison.replicates_needed} replicates, or stop other work."
     if metric in METRICS and METRICS[metric].phase == "cold":
         return "Stop other work: a cold start is a process of its own, and takes turns with no other."
@@ -144,4 +144,4 @@ def warn_before_run(notices: Sequence[Notice]) -> Document:
 
 def _line(notice: Notice, more: str = "") -> Line:
     code, remedy = Span(text=f"{notice.code}{more}", tone="warning"), Span(text=notice.remedy, tone="faint")
-    return say(code, f"  {notice.message} ", remedy)
+    return make_line(code, f"  {notice.message} ", remedy)

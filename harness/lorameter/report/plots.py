@@ -14,7 +14,7 @@ from lorameter.report.blocks import Axis, Cell, Chart
 
 HEIGHT = 8
 """Lines of a chart, including its ticks."""
-MOST_TICKS = 5
+MAX_TICKS = 5
 """Maximum ticks along x; more would overlap."""
 
 
@@ -55,9 +55,9 @@ def _place(x: float, across: Axis) -> float:
 
 def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
     """The ticks, or as many as fit, always including the first and the last."""
-    if len(ticks) <= MOST_TICKS:
+    if len(ticks) <= MAX_TICKS:
         return list(ticks)
-    steps = [round(place * (len(ticks) - 1) / (MOST_TICKS - 1)) for place in range(MOST_TICKS)]
+    steps = [round(place * (len(ticks) - 1) / (MAX_TICKS - 1)) for place in range(MAX_TICKS)]
     return [ticks[place] for place in steps]
 
 
@@ -68,19 +68,19 @@ def _labels(marks: Sequence[float]) -> list[str]:
     return [f"{mark:.{min(places, 6)}f}" for mark in marks]
 
 
-LEAST_WIDTH, MOST_WIDTH = 11, 33
+MIN_WIDTH, MAX_WIDTH = 11, 33
 """Odd, so that 1 has its own character."""
-_LEAST_BOUND = math.log(1.05)
+_MIN_BOUND = math.log(1.05)
 
 
 def scale_of(cells: Iterable[Cell]) -> float:
     """The distance from 1, as a logarithm, to which the scale of these ratios extends. Wide intervals do not shrink the
     rest: it extends at most twice as far as the values."""
-    values, ends = [0.0], [_LEAST_BOUND]
+    values, ends = [0.0], [_MIN_BOUND]
     for cell in cells:
         values += [abs(math.log(one)) for one in (cell.value,) if one]
         ends += [abs(math.log(one)) for one in (cell.value, cell.low, cell.high) if one]
-    return max(_LEAST_BOUND, min(max(ends), 2 * max(values) + _LEAST_BOUND))
+    return max(_MIN_BOUND, min(max(ends), 2 * max(values) + _MIN_BOUND))
 
 
 def draw_scale(bound: float, width: int) -> str:

@@ -27,19 +27,19 @@ from lorameter.report.blocks import (
     Span,
     collapse_constant_columns,
     list_sections,
-    say,
-    say_each,
-    say_invalid,
+    make_invalid_lines,
+    make_line,
+    make_lines,
     tone_of,
 )
 from lorameter.report.figures import describe_charts
 from lorameter.report.phrases import (
     PHASE_WORDS,
     describe_notices,
+    describe_request,
+    explain_inconclusive,
+    format_comparison,
     format_effect,
-    say_inconclusive,
-    say_ratio,
-    say_request,
     split_basis,
     title_of,
     title_of_ratio,
@@ -51,9 +51,9 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
-from lorameter.verdicts.same_training import say_threads, versions_of
+from lorameter.verdicts.same_training import describe_threads, versions_of
 from lorameter.verdicts.series import MARGIN, is_difference, is_memory
-from lorameter.verdicts.sites import is_mixed, say_machines
+from lorameter.verdicts.sites import describe_machines, is_mixed
 from lorameter.verdicts.validity import is_single_script_run
 
 ESTIMATORS = {
@@ -63,7 +63,7 @@ ESTIMATORS = {
     "the processes), with 95 % intervals",
 }
 """How the numbers of a report are computed from the trials."""
-MOST_NAMED = 5
+MAX_NAMED = 5
 """Maximum variants of one kind that are named; the table has all of them."""
 PARTS_OF_TIME = {
     "steps": "timed steps", "requests": "requests", "open_ended": "requests to their end", "merged": "merged requests",
@@ -86,8 +86,8 @@ def describe_run(view: RunView) -> Document:
 
 def _blocks(view: RunView) -> Iterator[Block]:
     run, study = view.run, view.study
-    yield from say_invalid(view.validity.invalid)
-    facts = (say(text, label=label) for label, text in _facts(run, study))
+    yield from make_invalid_lines(view.validity.invalid)
+    facts = (make_line(text, label=label) for label, text in _facts(run, study))
     yield Section(title=study.title, lines=(*_summary(view), *facts))
     for table in view.tables:
         notes = tuple(_notes(table, alone=view.alone))
@@ -96,15 +96,15 @@ def _blocks(view: RunView) -> Iterator[Block]:
             yield from describe_charts(view, table)
     yield from list_sections({"Differs from the study as written": study.deviations, "Notes": study.notes})
     if view.validity.failures:
-        yield Section(title="Trials without a result", lines=say_each(view.validity.failures), tone="bad")
+        yield Section(title="Trials without a result", lines=make_lines(view.validity.failures), tone="bad")
     yield from describe_notices(view.notices)
     yield from _statistics(view)
     yield from _time(run.manifest.spending)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    yield say(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)
+    yield make_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)
     if run.state != "complete":
         rest = f" ({run.state}): the report shows the trials that have ended."
-        yield say(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
+        yield make_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
 
 
 def _summary(view: RunView) -> Iterator[Line]:
@@ -120,29 +120,29 @@ def _validity(view: RunView) -> Line:
     total = sum(view.counts.values())
     trials = ", ".join(f"{count} of {total} trials {status}" for status, count in view.counts.items())
     controls = [f"{_label(table)} {table.control.verdict}" for table in view.tables if table.control is not None]
-    return say(f"yes: {trials}{'; A/A control: ' if controls else ''}{', '.join(controls)}", label="valid")
+    return make_line(f"yes: {trials}{'; A/A control: ' if controls else ''}{', '.join(controls)}", label="valid")
 
 
 def _verdicts(table: PhaseTable) -> Iterator[Line]:
     """The verdicts of a table in one line: which variants differ and by how much, and which are equivalent,
     inconclusive or invalid."""
     differing = [(name, ratio) for name, ratio in table.ratios.items() if is_difference(ratio)]
-    if len(differing) > MOST_NAMED:
+    if len(differing) > MAX_NAMED:
         differing.sort(key=lambda one: -abs(math.log(one[1].ratio or 1.0)))
     spans: list[Span] = []
-    for name, ratio in differing[:MOST_NAMED]:
+    for name, ratio in differing[:MAX_NAMED]:
         effect, interval = format_effect(ratio, table.metric)
         spans += [Span(text=", " if spans else ""), Span(text=name, tone="strong")]
         spans.append(Span(text=f" {effect}", tone=tone_of(ratio.verdict)))
         spans += [Span(text=interval, tone="faint")] if interval else []
-    if len(differing) > MOST_NAMED:
-        spans.append(Span(text=f" and {len(differing) - MOST_NAMED} more"))
+    if len(differing) > MAX_NAMED:
+        spans.append(Span(text=f" and {len(differing) - MAX_NAMED} more"))
     for verdict in ("equivalent", "inconclusive", "invalid"):
         if names := [name for name, ratio in table.ratios.items() if ratio.verdict == verdict]:
             spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=tone_of(verdict))]
-            spans.append(Span(text=first_few(names, MOST_NAMED)))
+            spans.append(Span(text=first_few(names, MAX_NAMED)))
     if spans:
-        yield say(*spans, label=_label(table))
+        yield make_line(*spans, label=_label(table))
 
 
 def _paths(view: RunView) -> Iterator[Line]:
@@ -150,9 +150,9 @@ def _paths(view: RunView) -> Iterator[Line]:
     statuses = [(name, text) for table in view.tables for name, text in table.checks.items()]
     missed = dict.fromkeys(f"{name}: {text}" for name, text in statuses if text != ALL_ACTIVE)
     if missed:
-        yield say(Span(text=first_few(list(missed), MOST_NAMED, "; "), tone="bad"), label="checks")
+        yield make_line(Span(text=first_few(list(missed), MAX_NAMED, "; "), tone="bad"), label="checks")
     elif statuses:
-        yield say("all required paths active", label="checks")
+        yield make_line("all required paths active", label="checks")
 
 
 def _label(table: PhaseTable) -> str:
@@ -168,24 +168,26 @@ def _label(table: PhaseTable) -> str:
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
     """The control, and a line for each variant whose required paths differ from those of the others."""
     if not alone:
-        ratio, verdict = say_ratio(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
-        yield say(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
+        ratio, verdict = format_comparison(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
+        yield make_line(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
     if len(set(table.checks.values())) > 1:
         for name, text in table.checks.items():
             if text != ALL_ACTIVE:
-                yield say(f"required paths of {name}: ", Span(text=text, tone="bad"))
+                yield make_line(f"required paths of {name}: ", Span(text=text, tone="bad"))
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
     """Advice on inconclusive verdicts and the estimators; the reason of each verdict is collapsed."""
     tables = () if view.alone else (*view.tables, *view.outcomes)
     needs = [line for table in tables for line in _inconclusive(table)]
-    lines = [*needs[:MOST_NAMED], *_estimators(tables)]
-    reasons = [*needs[MOST_NAMED:], *_reasons(tables)]
+    lines = [*needs[:MAX_NAMED], *_estimators(tables)]
+    reasons = [*needs[MAX_NAMED:], *_reasons(tables)]
     if lines:
         yield Section(title="Statistics", lines=tuple(lines))
     if reasons:
-        yield Collapsible(summary=say(Span(text="what each verdict rests on", tone="faint")), lines=tuple(reasons))
+        yield Collapsible(
+            summary=make_line(Span(text="what each verdict rests on", tone="faint")), lines=tuple(reasons)
+        )
 
 
 def _inconclusive(table: PhaseTable) -> Iterator[Line]:
@@ -193,18 +195,20 @@ def _inconclusive(table: PhaseTable) -> Iterator[Line]:
     for name, ratio in table.ratios.items():
         if ratio.verdict == "inconclusive":
             about = Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning")
-            advice = say_inconclusive(ratio, table.metric, table.interleaving or "replicates")
-            yield say(about, f": {advice}", label="inconclusive")
+            advice = explain_inconclusive(ratio, table.metric, table.interleaving or "replicates")
+            yield make_line(about, f": {advice}", label="inconclusive")
 
 
 def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     """How ratios (of pairs) and estimates (of one variant) are computed."""
     if any(not is_memory(table.metric) for table in tables):
-        yield from (say(text, label=label) for label, text in ESTIMATORS.items())
+        yield from (make_line(text, label=label) for label, text in ESTIMATORS.items())
     keys = {head.key for table in tables for head in table.table.heads}
     if PEAK in keys or any(is_memory(key) for key in keys):
         notes = dict.fromkeys(table.note for table in tables if table.note)
-        yield say("; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory")
+        yield make_line(
+            "; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory"
+        )
 
 
 def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
@@ -218,10 +222,10 @@ def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
             if one is not None and one.verdict != "invalid":
                 reason, basis = split_basis(one.reason)
                 shared.setdefault(basis, []).append(about)
-                lines.append(say(f"{about}, {name}: ", Span(text=reason, tone="faint")))
+                lines.append(make_line(f"{about}, {name}: ", Span(text=reason, tone="faint")))
     for basis, abouts in shared.items():
         if basis:
-            yield say(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
+            yield make_line(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
     yield from lines
 
 
@@ -236,17 +240,17 @@ def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     lines = [f"{format_duration(spending.wall_s)}{of_limit}, {share}"]
     if spending.turns:
         lines.append(f"timed turns of each trial, by replicate: {', '.join(map(str, spending.turns))}")
-    yield Section(title="Time", lines=say_each(lines))
+    yield Section(title="Time", lines=make_lines(lines))
 
 
 def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
     """The facts of a run, each with its label."""
     manifest, protocol, provenance = run.manifest, study.protocol, run.manifest.provenance
     device, name = (provenance.get(key, "unknown") for key in ("device", "device_name"))
-    name = say_machines(run.records) if is_mixed(run) else name
+    name = describe_machines(run.records) if is_mixed(run) else name
     limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
     power = "" if limit is None else f", power limit {limit} W{'' if default is None else f' of {default} W'}"
-    yield "device", f"{name} ({device}, {say_threads(provenance, run.records)}){power}"
+    yield "device", f"{name} ({device}, {describe_threads(provenance, run.records)}){power}"
     reported, git = versions_of(provenance, run.records), provenance.get("git", {})
     versions = ", ".join(f"{library} {reported.get(library)}" for library in MAIN_LIBRARIES)
     changes = " with local changes" if git.get("dirty") else ""
@@ -291,7 +295,7 @@ def _workload(workload: Workload, data: str) -> str:
     adapters = "" if workload.adapters == 1 else f" by {workload.adapters} adapters on one base"
     return (
         f"{workload.model}; {data}; {workload.batch_size} × {workload.sequence_length} tokens a batch, "
-        f"{workload.layout}{ranks}{loss}; {say_request(workload)} tokens a request{adapters}"
+        f"{workload.layout}{ranks}{loss}; {describe_request(workload)} tokens a request{adapters}"
     )
 
 

@@ -29,7 +29,7 @@ from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.compare import row_of
 from lorameter.verdicts.same_training import facts_of
 from lorameter.verdicts.series import Series, group_trials, ratios_of
-from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, discounted, run_validity, say_faults
+from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, discounted, format_faults, run_validity
 
 Row: TypeAlias = dict[str, Any]
 _UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
@@ -92,7 +92,7 @@ class Settings:
         faults = [fault for fault in self._faults if not fault.variant or own == (fault.variant, fault.side)]
         if not faults:
             return {"valid": True}
-        return {"valid": False, "invalid_reason": faults[0].reason.value, "invalid_message": say_faults(faults)}
+        return {"valid": False, "invalid_reason": faults[0].reason.value, "invalid_message": format_faults(faults)}
 
     def _of_variant(self, record: TrialRecord) -> Row:
         variant = self._variants.get(record.name)

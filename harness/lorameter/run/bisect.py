@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from packaging.version import Version
 
 
-MOST_TIMES = 4
+MAX_TIMES = 4
 """Maximum factor by which an inconclusive comparison multiplies the replicates."""
 Side = Literal["slow", "fast", "open", "not measured"]
 Compare = Callable[[str, int], Comparison]
@@ -91,7 +91,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
     Args:
         candidates: in order, the good end first and the bad end last.
         compare: measures a candidate's spec against the good end.
-        replicates: number for one comparison; an inconclusive one gets up to `MOST_TIMES` times as many.
+        replicates: number for one comparison; an inconclusive one gets up to `MAX_TIMES` times as many.
 
     Raises:
         ValueError: fewer than two candidates.
@@ -109,7 +109,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
             failed_twice = side == "not measured" and any(look.place == place and look.side == side for look in looks)
             looks.append(Look(place=place, label=label, side=side, comparison=result))
             count *= 2
-            if side in ("slow", "fast") or failed_twice or count > MOST_TIMES * replicates:
+            if side in ("slow", "fast") or failed_twice or count > MAX_TIMES * replicates:
                 return side
 
     fast, slow = 0, len(candidates) - 1

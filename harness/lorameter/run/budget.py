@@ -25,7 +25,7 @@ from lorameter.records.store import TimeBreakdown
 from lorameter.records.units import format_count, format_duration
 from lorameter.run.plan import Group, Plan, measured_groups
 
-LEAST_ROUNDS = 2
+MIN_ROUNDS = 2
 """Minimum rounds of a replicate: a single round has no spread."""
 TARGET_REPLICATES = 3
 """Other measurements are dropped until this many training replicates fit: fewer give too wide intervals."""
@@ -92,7 +92,7 @@ class Budget:
         self._costs: dict[Part, Cost] = {}
         self._past: list[dict[Part, Cost]] = []
         """The costs of the completed replicates."""
-        self._rounds = LEAST_ROUNDS
+        self._rounds = MIN_ROUNDS
         self._steps: int | None = None
         """Maximum steps of a turn."""
         self._turns: dict[int, int] = {}
@@ -128,7 +128,7 @@ class Budget:
     def _target_replicates(self) -> int:
         return min(TARGET_REPLICATES, self.replicates)
 
-    def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = LEAST_ROUNDS) -> float:
+    def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = MIN_ROUNDS) -> float:
         """Seconds of a replicate with this many rounds of each measured part."""
         return sum(cost.fixed_s + rounds * cost.round_s for part, cost in costs.items() if part not in self.skipped)
 
@@ -152,9 +152,9 @@ class Budget:
         (first,) = self._past
         each = self._replicate_s(first)
         fitting = min(max(1, self.replicates - 1), int(self.left_s / each)) if each else 0
-        round_s = self._replicate_s(first, LEAST_ROUNDS + 1) - each
+        round_s = self._replicate_s(first, MIN_ROUNDS + 1) - each
         if fitting and round_s and 1 + fitting >= self._target_replicates:
-            self._rounds = LEAST_ROUNDS + int((self.left_s / fitting - each) / round_s)
+            self._rounds = MIN_ROUNDS + int((self.left_s / fitting - each) / round_s)
 
     def enter(self, group: Group) -> None:
         """Begin a group of the replicate."""

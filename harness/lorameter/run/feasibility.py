@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, shorten
-from lorameter.machine.gpus import say_entries, shared_boards, visible_gpus
+from lorameter.machine.gpus import describe_gpus, shared_boards, visible_gpus
 from lorameter.machine.nvml import VARIABLE, visible_devices
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
@@ -374,7 +374,7 @@ def _check_gpus(where: str, ranks: int) -> None:
         )
     for shared in shared_boards((known or ())[:ranks]):
         raise UsageError(
-            f"{where}: ranks = {ranks}: {say_entries(shared)} are parts of one GPU, and ranks that share one measure "
+            f"{where}: ranks = {ranks}: {describe_gpus(shared)} are parts of one GPU, and ranks that share one measure "
             f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different GPUs."
         )
 

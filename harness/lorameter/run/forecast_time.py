@@ -44,7 +44,7 @@ LATEST_RUNS = 20
 """Maximum runs that are searched for measured times and peaks."""
 TARGET_HALF_WIDTH = 0.03
 """Half-width for which the required time is predicted."""
-MOST_REPLICATES = 200
+MAX_REPLICATES = 200
 TIMING_LIMIT_S = 60.0
 """Time limit for timing the steps of all variants; if it does not suffice, as for a 7B model on a CPU, the time is
 unknown."""
@@ -111,7 +111,7 @@ def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor |
     except TimeLimitTooShortError as error:
         return TimeForecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
     each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
-    wanted = next((n for n in range(2, MOST_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH), None)
+    wanted = next((n for n in range(2, MAX_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH), None)
     return TimeForecast(
         time_s=ends[-1],
         basis=times.basis,

@@ -19,7 +19,7 @@ from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
 from lorameter.records.store import checkpoint_is_due
 from lorameter.records.trials import find_fault
-from lorameter.run.budget import LEAST_ROUNDS, Budget, Part
+from lorameter.run.budget import MIN_ROUNDS, Budget, Part
 from lorameter.run.cold_start import Imports, measure_cold, measure_whole
 from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
@@ -205,7 +205,7 @@ class GroupRunner:
         budget, protocol = self._budget, self._run.plan.study.protocol
         self._run_untimed("build")
         if self._group.turns:
-            steps = 2 + LEAST_ROUNDS * protocol.steps_per_turn
+            steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
             budget.require_one(steps * sum(self._records.values("build_step_time_s")))
         self._run_untimed("verify")
         self._run_untimed("warm_up", arguments={"steps": 1} if budget.is_limited else {})
@@ -320,9 +320,9 @@ class GroupRunner:
             once_s = measuring * (budget.import_s + load_s)  # whole cold starts, which check the sum
         elif part == "open_ended":  # complete answers are also requested before training
             answer_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
-            seconds = measuring * 2 * LEAST_ROUNDS * answer_s
+            seconds = measuring * 2 * MIN_ROUNDS * answer_s
         else:
-            seconds = measuring * (self._first_requests + LEAST_ROUNDS) * self._request_s
+            seconds = measuring * (self._first_requests + MIN_ROUNDS) * self._request_s
         return bool(measuring) and budget.admits(part, seconds, once_s=once_s)
 
     @property

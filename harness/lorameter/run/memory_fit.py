@@ -32,7 +32,7 @@ from lorameter.records.units import format_bytes, format_percent
 from lorameter.run.feasibility import check_widths
 from lorameter.studies import protocol
 from lorameter.studies.variant import Variant
-from lorameter.studies.workload import LEAST_LENGTH, MOST_BATCH, Workload
+from lorameter.studies.workload import MAX_BATCH, MIN_LENGTH, Workload
 
 FitStatus = Literal["fits", "may-not-fit", "does-not-fit"]
 
@@ -143,19 +143,17 @@ class Fitter:
 
     def largest_batch(self, variant: Variant, workload: Workload) -> Largest:
         """The largest `batch_size` at the workload's length for which it and all smaller ones fit."""
-        value = self._largest(variant, workload, "batch_size", range(1, MOST_BATCH + 1))
-        return Largest(key="batch_size", value=value, least=1, bound="study" if value == MOST_BATCH else "memory")
+        value = self._largest(variant, workload, "batch_size", range(1, MAX_BATCH + 1))
+        return Largest(key="batch_size", value=value, least=1, bound="study" if value == MAX_BATCH else "memory")
 
     def largest_length(self, variant: Variant, workload: Workload) -> Largest:
         """The largest `sequence_length` at the workload's batch size, limited by the model's context and by the number
         of tokens that a study may prepare."""
         sequences = max(workload.train_sequences, workload.held_out_sequences)
-        most = min(self.shape.context, protocol.MOST_TOKENS // sequences)
-        value = self._largest(variant, workload, "sequence_length", range(LEAST_LENGTH, most + 1))
+        most = min(self.shape.context, protocol.MAX_TOKENS // sequences)
+        value = self._largest(variant, workload, "sequence_length", range(MIN_LENGTH, most + 1))
         limit: Literal["context", "study"] = "context" if most == self.shape.context else "study"
-        return Largest(
-            key="sequence_length", value=value, least=LEAST_LENGTH, bound=limit if value == most else "memory"
-        )
+        return Largest(key="sequence_length", value=value, least=MIN_LENGTH, bound=limit if value == most else "memory")
 
     def _largest(self, variant: Variant, workload: Workload, key: str, sizes: range) -> int | None:
         """The last value of a key of the workload up to which all fit. An estimate grows with it, but decreases once on

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from lorameter.errors import UsageError, redact
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
-from lorameter.studies.protocol import MOST_ROUNDS, Protocol
+from lorameter.studies.protocol import MAX_ROUNDS, Protocol
 from lorameter.studies.study import Study
 from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
@@ -285,10 +285,10 @@ def make_plan(
         )
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
-    if (total := len(arms) * protocol.replicates * rounds) > MOST_ROUNDS:  # it would take minutes to make and to read
+    if (total := len(arms) * protocol.replicates * rounds) > MAX_ROUNDS:  # it would take minutes to make and to read
         raise UsageError(
             f"study {study.name}: {protocol.replicates} replicates of {len(arms)} trials with {rounds} turns and "
-            f"requests each are {total} in all, and a plan holds {MOST_ROUNDS}. Use fewer of any of them."
+            f"requests each are {total} in all, and a plan holds {MAX_ROUNDS}. Use fewer of any of them."
         )
     cold = protocol.cold_replicates or protocol.replicates
     together, alone = measures_of(study, interleaving, checked)

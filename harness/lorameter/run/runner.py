@@ -30,7 +30,7 @@ from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_w
 from lorameter.verdicts.series import compare_series, group_trials, pairs_against
 from lorameter.verdicts.validity import mark_disturbed
 
-LEAST_TO_STOP = 5
+MIN_TO_STOP = 5
 """With fewer replicates, the standard deviation is too uncertain to stop."""
 
 
@@ -39,7 +39,7 @@ def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str
     protocol = plan.study.protocol
     if protocol.precision is not None:
         comparisons = _compare_all(plan, records)
-        if is_precise(comparisons, half_width=protocol.precision, least_replicates=LEAST_TO_STOP):
+        if is_precise(comparisons, half_width=protocol.precision, least_replicates=MIN_TO_STOP):
             widest = max(width for one in comparisons if (width := relative_half_width(one)) is not None)
             replicates = len({record.replicate for record in records})
             return (

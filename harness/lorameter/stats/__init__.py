@@ -35,7 +35,7 @@ from lorameter.stats.estimate import (
 )
 from lorameter.stats.intervals import bootstrap_interval, mean_interval
 from lorameter.stats.memory import compare_bytes
-from lorameter.stats.power import MOST_ADVISED, replicates_to_see, sd_interval
+from lorameter.stats.power import MAX_ADVISED, replicates_to_see, sd_interval
 from lorameter.stats.proportion import Proportion, clustered_proportion, proportion
 from lorameter.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
 from lorameter.stats.samples import count_outliers
@@ -43,7 +43,7 @@ from lorameter.stats.trend import ShareEstimate, explained_share
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
 
 __all__ = [
-    "MOST_ADVISED",
+    "MAX_ADVISED",
     "Between",
     "Comparison",
     "Effect",

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
-LEAST_POINTS = 10
+MIN_POINTS = 10
 """With fewer values, the scatter cannot be estimated."""
-LEAST_SEGMENT = 3
+MIN_SEGMENT = 3
 """Minimum values of a level."""
 WINDOW, FARTHEST = 5, 3.0
 """A value is an outlier if it is farther than `FARTHEST` standard deviations from the median of `WINDOW` neighbours
@@ -86,7 +86,7 @@ class Course:
     """In order; one level if no change was found, none without values."""
     changes: tuple[LevelShift, ...]
     scatter: float | None
-    """Standard deviation of the logs around their levels; None with fewer than `LEAST_POINTS` values."""
+    """Standard deviation of the logs around their levels; None with fewer than `MIN_POINTS` values."""
     detectable: float | None
     """The smallest change of the last level, as a log ratio, that three more values would show with 80 % power."""
 
@@ -98,7 +98,7 @@ def find_changes(logs: Sequence[float]) -> Course:
     values = np.asarray(logs, dtype=float)
     if not np.isfinite(values).all():
         raise ValueError("logs: values that are not finite have no level: leave them out")
-    if values.size < LEAST_POINTS:
+    if values.size < MIN_POINTS:
         few = [_level(values, 0, values.size, None, 0)] if values.size else []
         return Course(levels=tuple(few), changes=(), scatter=None, detectable=None)
     needed, guess = PENALTY + OF_FEW / values.size, _guess_scatter(values)
@@ -109,7 +109,7 @@ def find_changes(logs: Sequence[float]) -> Course:
     scatter, df = _scatter_around(values, ends), values.size - len(ends)
     levels = tuple(_level(values, first, end, scatter, df) for first, end in zip((0, *ends[:-1]), ends, strict=True))
     last = levels[-1].end - levels[-1].first
-    error = scatter * math.sqrt(1 / last + 1 / LEAST_SEGMENT)
+    error = scatter * math.sqrt(1 / last + 1 / MIN_SEGMENT)
     return Course(
         levels=levels,
         changes=tuple(_change(before, after, scatter, df) for before, after in itertools.pairwise(levels)),
@@ -118,7 +118,7 @@ def find_changes(logs: Sequence[float]) -> Course:
     )
 
 
-def divide(values: NDArray[float64], penalty: float, least: int = LEAST_SEGMENT) -> tuple[int, ...]:
+def divide(values: NDArray[float64], penalty: float, least: int = MIN_SEGMENT) -> tuple[int, ...]:
     """The ends of the levels that minimise the sum of squares plus `penalty` a change; a level has at least `least`
     values.
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import Effect, Pairing, Spread, from_log, measure_effect
 from lorameter.stats.intervals import sign_test
-from lorameter.stats.power import MOST_ADVISED, detectable_log_effect, replicates_needed
+from lorameter.stats.power import MAX_ADVISED, detectable_log_effect, replicates_needed
 from lorameter.stats.samples import checked_number, checked_samples, checked_trials
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
 
@@ -157,7 +157,7 @@ def _reason(
         f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin of ±{margin}"
     )
     seen = "" if mde80 is None else f"; smallest detectable slow-down, with 80 % power: {_percent(mde80)}"
-    remedy = "" if needed is None or needed > MOST_ADVISED else f"; measure {needed} replicates"
+    remedy = "" if needed is None or needed > MAX_ADVISED else f"; measure {needed} replicates"
     return f"{open_question} ({count}){seen}{remedy}"
 
 

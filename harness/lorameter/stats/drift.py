@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_LEAST_SEGMENT = 3
+_MIN_SEGMENT = 3
 _PENALTY_PER_LOG_N = 3.0
 # Minimum noise of a thousandth, because with coarse clocks most differences are exactly zero.
 _NOISE_FLOOR = 1e-3
@@ -36,8 +36,8 @@ _NOISE_FLOOR = 1e-3
 # for the difference of two steps.
 _MAD_TO_SD = 1.4826 / math.sqrt(2)
 # Barrett et al. require the last quarter of a series to be steady; and most steps after its start must be at its level.
-_LEAST_STEADY_SHARE = 0.25
-_LEAST_SHARE_AT_LEVEL = 0.75
+_MIN_STEADY_SHARE = 0.25
+_MIN_SHARE_AT_LEVEL = 0.75
 _AT_ONCE = 1000
 """Number of series that are processed together: a run of this many series with 200 steps takes a few megabytes."""
 
@@ -59,7 +59,7 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
     found = [False] * len(series)
     by_length: dict[int, list[int]] = {}
     for index, one in enumerate(series):
-        if one.size >= 2 * _LEAST_SEGMENT:
+        if one.size >= 2 * _MIN_SEGMENT:
             by_length.setdefault(one.size, []).append(index)
     for alike in by_length.values():
         for start in range(0, len(alike), _AT_ONCE):
@@ -99,7 +99,7 @@ def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, pe
     ]
     first = steady.index(True)
     at_level = sum(segment.size for segment, same in zip(segments, steady, strict=True) if same)
-    if at_level < _LEAST_STEADY_SHARE * count or at_level < _LEAST_SHARE_AT_LEVEL * (count - starts[first]):
+    if at_level < _MIN_STEADY_SHARE * count or at_level < _MIN_SHARE_AT_LEVEL * (count - starts[first]):
         return True
     return any(level < levels[-1] for level in levels[:first])
 
@@ -122,7 +122,7 @@ def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
     pending = [(0, values.size)]
     while pending:
         start, end = pending.pop()
-        if end - start < 2 * _LEAST_SEGMENT:
+        if end - start < 2 * _MIN_SEGMENT:
             continue
         splits, gains = _best_splits(values[None, start:end])
         if gains[0] > penalty:
@@ -138,7 +138,7 @@ def _best_splits(values: NDArray[float64]) -> tuple[NDArray[intp], NDArray[float
 
     count = values.shape[1]
     sums = np.cumsum(values - values.mean(axis=1, keepdims=True), axis=1)
-    splits = np.arange(_LEAST_SEGMENT, count - _LEAST_SEGMENT + 1)
+    splits = np.arange(_MIN_SEGMENT, count - _MIN_SEGMENT + 1)
     # With a total of zero, the gain of a split after k of n values is S_k^2 n / (k (n - k)).
     gains = sums[:, splits - 1] ** 2 * count / (splits * (count - splits))
     best = gains.argmax(axis=1)

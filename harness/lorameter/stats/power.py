@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from lorameter.stats.verdict import VerdictRule
 
 POWER = 0.8
-MOST_ADVISED = 50
+MAX_ADVISED = 50
 """Maximum number of replicates that is advised: beyond it, another method or a quieter machine is needed."""
 # Maximum number of replicates that is computed.
-_MOST_REPLICATES = 10**9
+_MAX_REPLICATES = 10**9
 
 
 def detectable_log_effect(spread: Spread, rule: VerdictRule) -> float:
@@ -103,7 +103,7 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
     high = 2
     while not enough(high):
         high *= 2
-        if high > _MOST_REPLICATES:
+        if high > _MAX_REPLICATES:
             return None
     low = high // 2  # not enough, or 1, which never is
     while high - low > 1:

@@ -81,7 +81,7 @@ def sizes(changes: NDArray[float64]) -> NDArray[float64]:
     return np.asarray(changes * np.sign(changes.mean()))
 
 
-LEAST_POINTS = 3  # every line fits two
+MIN_POINTS = 3  # every line fits two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     import numpy as np
 
     pairs = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in blocks]
-    informative = [(x, y) for x, y in pairs if x.size >= LEAST_POINTS and x.max() > x.min() and y.max() > y.min()]
+    informative = [(x, y) for x, y in pairs if x.size >= MIN_POINTS and x.max() > x.min() and y.max() > y.min()]
     if not informative:
         return None
     mean, low, high = mean_interval([float(np.corrcoef(x, y)[0, 1] ** 2) for x, y in informative])

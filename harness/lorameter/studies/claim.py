@@ -198,7 +198,7 @@ class Claim:
         return tuple(dict.fromkeys(axis for part in self.parts for axis in (part.axis, *part.against)))
 
 
-def say_level(level: Level) -> str:
+def format_level(level: Level) -> str:
     """A level in words."""
     if isinstance(level, bool):
         return str(level).lower()

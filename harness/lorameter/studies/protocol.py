@@ -134,12 +134,13 @@ class Protocol:
         if is_slurm(self.on):
             read_slurm(self.on)
             require(
-                not self.sites, f"{say_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out."
+                not self.sites,
+                f"{format_on(self.on)}: its jobs are the sites. Write sites=N in it, and leave sites out.",
             )
         elif self.on == HERE:
             require(
                 all(map(_NUMBERS.fullmatch, self.sites)),
-                f"{say_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
+                f"{format_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
                 'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.',
             )
             require(
@@ -149,13 +150,13 @@ class Protocol:
         else:
             require(
                 self.on == RAY or self.on.startswith(f"{RAY}://"),
-                f"{say_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, or "
+                f"{format_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, or "
                 f"{SLURM}:KEY=VALUE,….",
             )
         named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
         require(
             all(self.sites) and len(set(named)) == len(named),
-            f"{say_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each once.",
+            f"{format_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each once.",
         )
 
     @property
@@ -166,7 +167,7 @@ class Protocol:
     @property
     def said(self) -> str:
         """The option that selects the place, for messages."""
-        return say_sites(self.sites) if self.on == HERE else say_on(self.on)
+        return format_sites(self.sites) if self.on == HERE else format_on(self.on)
 
 
 SLURM_OPTIONS: Mapping[str, type] = {
@@ -186,12 +187,12 @@ def numbers_of(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.split("+")))
 
 
-def say_sites(sites: Sequence[str]) -> str:
+def format_sites(sites: Sequence[str]) -> str:
     """The sites as text, for messages."""
     return f"sites = {','.join(sites)!r}"
 
 
-def say_on(on: str) -> str:
+def format_on(on: str) -> str:
     """The value of `on` as text, for messages."""
     return f"on = {on!r}"
 
@@ -216,27 +217,27 @@ def read_slurm(on: str) -> tuple[int, dict[str, Any]]:
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")
         expected = f"Use KEY=VALUE of {', '.join(known)}."
-        require(key in known and equals, f"{say_on(on)}: {key!r} is not known. {expected}")
-        require(key not in found, f"{say_on(on)}: {key} is given twice. Give it once.")
+        require(key in known and equals, f"{format_on(on)}: {key!r} is not known. {expected}")
+        require(key not in found, f"{format_on(on)}: {key} is given twice. Give it once.")
         is_text = known[key] is str
         valid = text.isprintable() and text if is_text else re.fullmatch("0*[1-9][0-9]{0,5}", text)
-        require(valid, f"{say_on(on)}: {key}={text!r}: a {'text' if is_text else 'positive number'} is expected.")
+        require(valid, f"{format_on(on)}: {key}={text!r}: a {'text' if is_text else 'positive number'} is expected.")
         found[key] = known[key](text)
     sites = found.pop("sites", 1)
-    require(0 < sites < 1000, f"{say_on(on)}: sites={sites}: 1 to 999 are possible.")
+    require(0 < sites < 1000, f"{format_on(on)}: sites={sites}: 1 to 999 are possible.")
     return sites, found
 
 
-MOST_VARIANTS = 1_000
-MOST_ROUNDS = 2_000_000
+MAX_VARIANTS = 1_000
+MAX_ROUNDS = 2_000_000
 """Maximum turns and requests of all trials of a plan."""
-MOST_TOKENS = 2**28
+MAX_TOKENS = 2**28
 """Maximum tokens of an epoch, including padding; they are prepared in memory and written to a file of 32 bytes a
 token."""
 NAME_BYTES = 120
 """Maximum bytes of a part of a file name, to which a side, a replicate and a suffix are added; file systems allow
 255."""
-MOST_FRACTION = 0.5
+MAX_FRACTION = 0.5
 """Largest tolerance, margin or precision. A larger value is probably a percentage."""
 TEXT_CHARACTERS = 4096
 """Maximum length of a path or a model name; the kernel accepts no longer path."""
@@ -257,9 +258,9 @@ def check_least(where: str, owner: object, least: Mapping[str, float], *, positi
 
 def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
     """Raise `UsageError` for a tolerance, margin or precision that is not a fraction up to 0.5; `zero` allows 0."""
-    if value is None or 0 < value <= MOST_FRACTION or (zero and value == 0):
+    if value is None or 0 < value <= MAX_FRACTION or (zero and value == 0):
         return
-    remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MOST_FRACTION}; 0.05 is 5 %."
+    remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MAX_FRACTION}; 0.05 is 5 %."
     raise impossible(where, key, value, "not a fraction that two results can be judged by", remedy)
 
 

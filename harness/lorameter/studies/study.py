@@ -17,7 +17,7 @@ from lorameter.errors import UsageError, require
 from lorameter.records import codec
 from lorameter.records.record import Line
 from lorameter.studies import protocol
-from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, is_number, say_level
+from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Level, format_level, is_number
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts
@@ -62,8 +62,8 @@ class Study:
     def __post_init__(self) -> None:
         protocol.check_name("study", self.name)
         where, names = f"study {self.name}", [variant.name for variant in self.variants]
-        most = f"{len(names)} variants. Use {protocol.MOST_VARIANTS} or fewer."
-        require(len(names) <= protocol.MOST_VARIANTS, f"{where}: {most}")
+        most = f"{len(names)} variants. Use {protocol.MAX_VARIANTS} or fewer."
+        require(len(names) <= protocol.MAX_VARIANTS, f"{where}: {most}")
         require(names, f"{where}: no variants. Add [axes] or [[variant]].")
         for name in names:
             for ending, named in RESERVED.items():
@@ -186,8 +186,8 @@ class Study:
                 for level in part.levels:
                     require(
                         level in known,
-                        f"{where}: level {say_level(level)} of {part.axis}: not in the study. It has "
-                        f"{', '.join(map(say_level, known))}.",
+                        f"{where}: level {format_level(level)} of {part.axis}: not in the study. It has "
+                        f"{', '.join(map(format_level, known))}.",
                     )
 
     def levels(self, axis: str) -> tuple[tuple[Level, str], ...]:

@@ -352,8 +352,8 @@ def rows_of(where: str, file: StudyFile) -> list[Table]:
     if not axes:
         return [_flat(row) for row in file.variant]
     count = math.prod(map(len, axes.values()))
-    most = f"Use {protocol.MOST_VARIANTS} variants or fewer."
-    require(count <= protocol.MOST_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
+    most = f"Use {protocol.MAX_VARIANTS} variants or fewer."
+    require(count <= protocol.MAX_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
     rows = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return [{"name": "-".join(_label(axis, value) for axis, value in row.items()), **row} for row in rows]
 

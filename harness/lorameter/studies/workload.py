@@ -45,12 +45,12 @@ OF_VARIANTS = (
 OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Fields that determine the tokens in the loss (sequences of another length contain other records): losses that differ
 in one of them are not compared."""
-LEAST_LENGTH = 8
+MIN_LENGTH = 8
 """Minimum tokens of a sequence."""
-MOST_BATCH = 2**20
+MAX_BATCH = 2**20
 """Maximum sequences of a step in the search for the largest batch that fits."""
 _LEAST = {
-    "sequence_length": LEAST_LENGTH, "batch_size": 1, "train_sequences": 1, "held_out_records": 1,
+    "sequence_length": MIN_LENGTH, "batch_size": 1, "train_sequences": 1, "held_out_records": 1,
     "held_out_sequences": 1, "data_seed": 0, "prompt_tokens": 1, "new_tokens": 2, "request_batch": 1, "adapters": 1,
     "open_ended_tokens": 0, "open_ended_prompt_tokens": 1, "threads": 1, "ranks": 1,
 }  # fmt: skip
@@ -178,9 +178,9 @@ class Workload:
         for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
             tokens = sequences * self.sequence_length
             require(
-                tokens <= protocol.MOST_TOKENS,
+                tokens <= protocol.MAX_TOKENS,
                 f"workload: {key}_sequences = {sequences}, sequence_length = {self.sequence_length}: {tokens} tokens, "
-                f"and {protocol.MOST_TOKENS} are prepared at most. Use fewer.",
+                f"and {protocol.MAX_TOKENS} are prepared at most. Use fewer.",
             )
         self._check_ranks()
         require(self.model, "workload: model = '': no model named. `lorameter list models` shows the catalogue.")

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from lorameter.machine.gpus import GENERATIONS
-from lorameter.machine.telemetry import LEAST_S, Telemetry
+from lorameter.machine.telemetry import MIN_S, Telemetry
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest
 
@@ -113,7 +113,7 @@ class Stopwatch:
         return result, Lap(begin.elapsed_time(end) / 1e3, time.process_time() - cpu)
 
 
-ENERGY_STRETCH_S = 1.5 * LEAST_S
+ENERGY_STRETCH_S = 1.5 * MIN_S
 """Seconds for which an isolated trial runs steps for its energy: above the minimum of `Telemetry`, even if the last
 step ends early."""
 

@@ -39,7 +39,7 @@ from lorameter.verdicts.compare import (
     variant_differences,
 )
 from lorameter.verdicts.series import Series, Trials, is_memory
-from lorameter.verdicts.validity import control_faults, say_faults
+from lorameter.verdicts.validity import control_faults, format_faults
 
 FOREIGN_METRIC = "round_time_s"
 """The metric that pytest-benchmark measures: the time of one round."""
@@ -242,7 +242,7 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
             broken="; ".join(filter(None, faults)) or None,
         )
     control = about.control or {}
-    invalid = about.invalid or say_faults(tuple(control_faults(control.items())))
+    invalid = about.invalid or format_faults(tuple(control_faults(control.items())))
     if about.control is None:
         invalid = "it does not say how its control came out. Save it again"
     return ComparisonInput(

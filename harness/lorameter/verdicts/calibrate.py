@@ -28,12 +28,12 @@ INJECTED = 0.05
 """Target slow-down of the extra work; its true size is measured."""
 GATE_SIZES = (5, 8, 12)
 """Replicates of the gates whose rates are reported."""
-LEAST_TO_CALIBRATE = min(GATE_SIZES) + 1
+MIN_TO_CALIBRATE = min(GATE_SIZES) + 1
 """With fewer replicates, every gate would be the whole run."""
 DRAWS = 2000
 PILOT_ROWS = (64, 512)
 """Rows of the two pilots; the line through both includes the fixed cost of the extra calls."""
-MOST_ROWS = 10**6
+MAX_ROWS = 10**6
 """Maximum rows; a plan beyond it is an artefact of noise, and its factor alone would take 256 MB."""
 
 
@@ -133,7 +133,7 @@ def rows_for(injected: float, few: float, many: float) -> int:
     low, high = PILOT_ROWS
     slope = (many - few) / (high - low)
     rows = round(low + (1 + injected - few) / slope) if slope > 0 else 0
-    if not 1 <= rows <= MOST_ROWS:
+    if not 1 <= rows <= MAX_ROWS:
         raise InvalidRunError(
             f"{low} and {high} rows of extra work gave ratios of {few:.4f} and {many:.4f}: no number of rows can be "
             f"planned from them for {100 * injected:g} %. Give one with --inject-rows."
@@ -143,10 +143,10 @@ def rows_for(injected: float, few: float, many: float) -> int:
 
 def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
     pairs = pairs_of(base, other, metric)
-    if len(pairs.base) < LEAST_TO_CALIBRATE:
+    if len(pairs.base) < MIN_TO_CALIBRATE:
         raise InvalidRunError(
             f"run {run.manifest.run}: {format_count(len(pairs.base), 'replicate')} ok on both sides, and a calibration "
-            f"needs {LEAST_TO_CALIBRATE}. Look at its report, or raise --replicates."
+            f"needs {MIN_TO_CALIBRATE}. Look at its report, or raise --replicates."
         )
     return pairs
 

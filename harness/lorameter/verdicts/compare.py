@@ -218,7 +218,7 @@ def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
     return f"{'; '.join(map(str, found))}. {remedy}"
 
 
-MOST_REASONS = 3
+MAX_REASONS = 3
 """Maximum reasons of invalid verdicts that are listed."""
 
 PRECEDENCE = (
@@ -280,7 +280,7 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def why_invalid(self) -> str | None:
         """The first few reasons why verdicts do not count; None if all of them count."""
         reasons = dict.fromkeys(one.reason for one in self.comparisons if one.verdict == "invalid")
-        return first_few(list(reasons), MOST_REASONS, "; ") if reasons else None
+        return first_few(list(reasons), MAX_REASONS, "; ") if reasons else None
 
 
 def fields_of(found: Comparison) -> dict[str, Any]:

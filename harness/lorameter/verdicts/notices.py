@@ -13,7 +13,7 @@ from lorameter.records.metrics import PHASE_TITLES, Phase, losses_of_steps
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_duration, format_ratio
-from lorameter.stats import MOST_ADVISED, Comparison, VerdictRule, count_outliers, drifting
+from lorameter.stats import MAX_ADVISED, Comparison, VerdictRule, count_outliers, drifting
 from lorameter.stats.intervals import quantile
 from lorameter.studies.study import Study
 from lorameter.verdicts.same_training import sameness_notices
@@ -23,7 +23,7 @@ from lorameter.verdicts.validity import disturbance_notices
 
 DRIFT = 0.05
 """Smallest level change that is reported, a fraction."""
-LEAST_STEPS_FOR_DRIFT = 12
+MIN_STEPS_FOR_DRIFT = 12
 """With fewer steps, no level change is detectable above the noise."""
 
 
@@ -112,7 +112,7 @@ def _steps(ok: list[TrialRecord]) -> Iterator[Notice]:
             f"{unsteady[0]} among them.",
             remedy="Raise warmup_steps_max in the study's [protocol].",
         )
-    timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= LEAST_STEPS_FOR_DRIFT]
+    timed = [record for record in ok if len(record.samples.get("step_time_s", ())) >= MIN_STEPS_FOR_DRIFT]
     found = drifting([record.samples["step_time_s"] for record in timed], tolerance=DRIFT)
     if changing := [record.trial for record, drifted in zip(timed, found, strict=True) if drifted]:
         yield Notice(
@@ -124,7 +124,7 @@ def _steps(ok: list[TrialRecord]) -> Iterator[Notice]:
         )
 
 
-LEAST_STEPS_FOR_A_CONSTANT = 3
+MIN_STEPS_FOR_A_CONSTANT = 3
 """Minimum number of equal losses: fewer can be equal by chance if there are few distinct values, as in 16 bits."""
 
 
@@ -137,7 +137,7 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
     flat: list[TrialRecord] = []
     for record in ok:
         losses = losses_of_steps(record)[1:]
-        if len(losses) >= LEAST_STEPS_FOR_A_CONSTANT and len(set(losses)) == 1:
+        if len(losses) >= MIN_STEPS_FOR_A_CONSTANT and len(set(losses)) == 1:
             flat.append(record)
     if flat:
         names = ", ".join(dict.fromkeys(record.name for record in flat))
@@ -247,5 +247,5 @@ def _control(title: str, control: Comparison) -> Iterator[Notice]:
             code="control-inconclusive",
             message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
             f"{unseen}.",
-            remedy=more if (count or 0) <= MOST_ADVISED else "Stop other work on this machine, and measure again.",
+            remedy=more if (count or 0) <= MAX_ADVISED else "Stop other work on this machine, and measure again.",
         )

@@ -41,7 +41,7 @@ FEWEST_STEPS = 16
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
 """Codes of notices for scripts that are not the same training."""
 SOFTWARE_DIFFERS = "software-differs"
-MOST_NAMED = 6
+MAX_NAMED = 6
 """Maximum packages that a notice names; another interpreter may differ in hundreds."""
 Found = Literal["agree", "differ", "unknown"]
 
@@ -217,7 +217,7 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
     if software:
         yield Notice(
             code=SOFTWARE_DIFFERS,
-            message=f"{name}: the processes have not the same software: {first_few(software, MOST_NAMED, '; ')}.",
+            message=f"{name}: the processes have not the same software: {first_few(software, MAX_NAMED, '; ')}.",
             remedy="Start both with the same interpreter, unless this is what is compared.",
         )
     losses = compare_losses(sides)
@@ -332,7 +332,7 @@ def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> d
     return {**provenance, **found}
 
 
-def say_threads(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> str:
+def describe_threads(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> str:
     """The number of threads of a process, as reported by the trials of scripts."""
     reported = sorted({record.values["threads"] for record in records if "threads" in record.values})
     counts = [f"{count:g}" for count in reported] or [str(provenance.get("threads", "unknown"))]

@@ -180,7 +180,7 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
 OCCUPANCY_FLOOR = 0.95
 """CPU time over wall time below which a CPU trial was disturbed. On a noisy machine, dropping the trials below it
 reduced the spread between processes from 29 % to 7 % (docs/method.md)."""
-LEAST_UNDISTURBED = 5
+MIN_UNDISTURBED = 5
 """If fewer undisturbed pairs would remain, all pairs are kept."""
 
 
@@ -273,7 +273,7 @@ def _undisturbed(pairs: Sequence[tuple[TrialRecord, TrialRecord]], metric: str, 
     shares = [[occupancy(record) for record in side] for side in zip(*pairs, strict=True)]
     flags = [[share < OCCUPANCY_FLOOR for share in side if share is not None] for side in shares]
     known = all(len(side) == len(pairs) for side in flags)
-    return kept_pairs(flags[0], flags[1], least=LEAST_UNDISTURBED) if known else None
+    return kept_pairs(flags[0], flags[1], least=MIN_UNDISTURBED) if known else None
 
 
 def occupancy(record: TrialRecord) -> float | None:

@@ -72,7 +72,7 @@ def unmeasured_sites(run: Run) -> Iterator[str]:
         yield "no site has measured anything"
 
 
-def say_machines(records: Iterable[TrialRecord]) -> str:
+def describe_machines(records: Iterable[TrialRecord]) -> str:
     """Each site with its machine."""
     found = {record.site: record.machine for record in records if record.site}
     return "; ".join(f"{site}: {machine or 'unknown'}" for site, machine in sorted(found.items())) or "none measured"
@@ -82,7 +82,7 @@ def mixed_notice(run: Run) -> Notice:
     """The notice of a run whose sites are different machines."""
     return Notice(
         code="sites-mixed",
-        message=f"the sites are different machines ({say_machines(run.records)}): each is judged by itself, with its "
+        message=f"the sites are different machines ({describe_machines(run.records)}): each is judged by itself, with its "
         "part of the replicates, and no number is taken over all of them.",
         remedy="Read each site; for one number measure on machines of one kind.",
     )
@@ -105,7 +105,7 @@ def refuse_mixed(run: Run, what: str) -> None:
     """Raise `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
     require(
         not is_mixed(run),
-        f"run {run.manifest.run}: its sites are different machines ({say_machines(run.records)}), and {what} is of "
+        f"run {run.manifest.run}: its sites are different machines ({describe_machines(run.records)}), and {what} is of "
         f"one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
         "own.",
     )

@@ -23,7 +23,7 @@ from lorameter.verdicts.sites import is_mixed, runs_of_sites, unmeasured_sites
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
 """Parts of a replicate that a time limit can drop, each with the phase that needs it."""
-MOST_FAULTS = 3
+MAX_FAULTS = 3
 """Maximum faults that are listed; a crash at the start of every trial gives one fault per trial."""
 WATCHED: dict[str, str] = {"train": "training", "generate": "generating"}
 """The phases whose disturbances are monitored, as words."""
@@ -91,7 +91,7 @@ class RunValidity:
     @property
     def invalid(self) -> str | None:
         """The first few reasons why the run is invalid and none of its verdicts counts; None if it is valid."""
-        return say_faults(self.faults) if self.faults else None
+        return format_faults(self.faults) if self.faults else None
 
     @property
     def broken(self) -> str | None:
@@ -100,13 +100,13 @@ class RunValidity:
 
     def broken_variant(self, name: str, side: Side = "") -> str | None:
         """Why no number of a variant counts, in addition to `broken`; None if they count."""
-        message = say_faults([one for one in self.faults if (one.variant, one.side, one.site) == (name, side, "")])
+        message = format_faults([one for one in self.faults if (one.variant, one.side, one.site) == (name, side, "")])
         return f"run {self.run}: {message}" if message else None
 
 
-def say_faults(faults: Sequence[Fault]) -> str:
+def format_faults(faults: Sequence[Fault]) -> str:
     """The first few faults, and the number of the others; empty if there are none."""
-    return first_few([fault.message for fault in faults], MOST_FAULTS, "; ") if faults else ""
+    return first_few([fault.message for fault in faults], MAX_FAULTS, "; ") if faults else ""
 
 
 def run_validity(run: Run, study: Study) -> RunValidity:

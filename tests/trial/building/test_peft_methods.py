@@ -68,7 +68,7 @@ def test_parameters_of_all_adapters_count_and_only_the_active_one_trains():
     """Parameters of waiting adapters count as well; only the active adapter trains."""
     model, variant = attached()
     alone = len(peft_methods.own_parameters(model))
-    peft_methods.attach_beside(model, variant, "second")
+    peft_methods.attach_second(model, variant, "second")
     own = peft_methods.own_parameters(model)
     assert len(own) == 2 * alone
     peft_methods.activate(model, "second")

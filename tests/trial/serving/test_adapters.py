@@ -88,8 +88,8 @@ def test_equal_adapters_are_refused(begin, monkeypatch):
     """With B zero every adapter answers as the base does, so that a wrong adapter could not be detected."""
     monkeypatch.setattr(
         peft_methods,
-        "attach_drawn",
-        lambda model, variant, name, seed: peft_methods.attach_beside(model, variant, name),
+        "attach_random",
+        lambda model, variant, name, seed: peft_methods.attach_second(model, variant, name),
     )
     _, record = begin(dataclasses.replace(VARIANT, learning_rate=1e-12))
     assert (record.status, record.failure.kind) == ("invalid", "AdaptersAlike")

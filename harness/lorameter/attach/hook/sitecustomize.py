@@ -56,11 +56,11 @@ def attempt(call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except Exception as error:
-        say("the training is not followed: {}: {}".format(type(error).__name__, error))
+        print_notice("the training is not followed: {}: {}".format(type(error).__name__, error))
         return None
 
 
-def say(text: str) -> None:
+def print_notice(text: str) -> None:
     """Print a line on the standard error that the process was started with."""
     if sys.__stderr__ is not None:
         visible = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
@@ -89,7 +89,7 @@ def lacks() -> bool:
     if hooked:
         with open(hooked, "w") as file:
             file.write(text)
-    say("a training in this process is not measured: {}".format(text))
+    print_notice("a training in this process is not measured: {}".format(text))
     return True
 
 

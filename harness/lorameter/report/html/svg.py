@@ -21,9 +21,9 @@ LEFT, TOP, HEIGHT = 64, 30, 210
 """The left border, the upper border and the height of a plot area without a key."""
 COLOURS = 16
 """Number of distinguishable colours. With more variants, those that vary the same field share a colour."""
-KEY_ROW, MOST_KEYS, MOST_CHANGES = 18, 24, 6
+KEY_ROW, MAX_KEYS, MAX_CHANGES = 18, 24, 6
 """Height of a line; maximum names (with more, pointing at a mark shows its name) and changes above a picture."""
-MOST_ROWS, MOST_TICKS, TICKS = 120, 12, 5
+MAX_ROWS, MAX_TICKS, TICKS = 120, 12, 5
 """Maximum rows and named ticks; approximate number of round values on an axis."""
 
 
@@ -57,7 +57,7 @@ class Scale:
         """Values within the scale, each with its label: the named ones if there are any, else round values, all in one
         unit and with the same decimals."""
         if self.axis.named:
-            return list(self.axis.named[:MOST_TICKS])
+            return list(self.axis.named[:MAX_TICKS])
         factor, symbol = scale_of(max(abs(self.low), abs(self.high)), self.axis.unit)
         least = (self.high - self.low) / factor / TICKS
         power = 10.0 ** math.floor(math.log10(least))
@@ -85,7 +85,7 @@ def lay_out(drawing: Intervals | Bars | Chart) -> Layout:
     if isinstance(drawing, Chart):
         return _lay_out_chart(drawing)
     if isinstance(drawing, Intervals):
-        marks = drawing.marks[:MOST_ROWS]
+        marks = drawing.marks[:MAX_ROWS]
         ends = [end for mark in marks for end in (mark.value, mark.low, mark.high)]
         scale = _scale(drawing.axis, ends, NAMES, WIDTH - MARGIN)
         return Layout(across=scale, top=MARGIN, bottom=MARGIN + ROW * len(marks))
@@ -93,14 +93,14 @@ def lay_out(drawing: Intervals | Bars | Chart) -> Layout:
     most = max(sum(held.values()) for held in drawing.bars.values())
     scale = Scale(low=0.0, high=1.04 * most or 1.0, begin=NAMES, end=WIDTH - MARGIN, axis=drawing.axis)
     top = MARGIN + _key_height(kinds)
-    return Layout(across=scale, top=top, bottom=top + ROW * len(list(drawing.bars)[:MOST_ROWS]), key=kinds)
+    return Layout(across=scale, top=top, bottom=top + ROW * len(list(drawing.bars)[:MAX_ROWS]), key=kinds)
 
 
 def _lay_out_chart(chart: Chart) -> Layout:
     """A plot area with a key above it if there are several curves, and changes below the key."""
     names = tuple(dict.fromkeys(curve.name for curve in chart.curves))
     key = names if len(names) > 1 else ()
-    top = TOP + _key_height(key) + KEY_ROW * len(chart.changes[:MOST_CHANGES])
+    top = TOP + _key_height(key) + KEY_ROW * len(chart.changes[:MAX_CHANGES])
     bottom = top + HEIGHT
     points = [point for curve in chart.curves for point in curve.points]
     across = _scale(chart.across, [x for one in points for x in (one.x, *(one.x_interval or ()))], LEFT, WIDTH - MARGIN)
@@ -126,7 +126,7 @@ def key_columns(names: Sequence[str]) -> int:
 
 
 def _key_height(names: Sequence[str]) -> float:
-    return KEY_ROW * -(-len(names[:MOST_KEYS]) // key_columns(names))
+    return KEY_ROW * -(-len(names[:MAX_KEYS]) // key_columns(names))
 
 
 def ratio_scale(bound: float) -> Scale:

@@ -44,7 +44,7 @@ POLL_S = 1.0
 """Seconds between two reads of the jobs' state files, which have a few lines."""
 END_TIMEOUT_S = 30.0
 """Seconds for a job that is asked to end, in which it saves its records and kills its processes."""
-MOST_LOSSES = 3
+MAX_LOSSES = 3
 """A site that loses this many jobs in a row gets no further job."""
 
 
@@ -384,7 +384,7 @@ class _Jobs:
             self._free.append(job.slot)
             return
         self._losses[job.slot] += 1
-        if self._losses[job.slot] < MOST_LOSSES:
+        if self._losses[job.slot] < MAX_LOSSES:
             self._free.append(job.slot)
         left = tuple(replicate for replicate in job.replicates if replicate not in measured)
         if left:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.machine.gpus import VisibleGpu, say_entries, shared_boards, visible_gpus
+from lorameter.machine.gpus import VisibleGpu, describe_gpus, shared_boards, visible_gpus
 from lorameter.machine.nvml import VARIABLE
 from lorameter.machine.processes import CPUS, PARENT, cores_of, exit_words
 from lorameter.machine.provenance import Machine
@@ -22,7 +22,7 @@ from lorameter.records.units import format_count
 from lorameter.run.sites.folder import LOG, command
 from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.protocol import HERE, numbers_of, say_sites
+from lorameter.studies.protocol import HERE, format_sites, numbers_of
 from lorameter.studies.study import Study
 
 
@@ -37,7 +37,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
     """
     groups = [numbers_of(name) for name in listed]
     numbers = [number for group in groups for number in group]
-    parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), say_sites(listed)))
+    parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), format_sites(listed)))
     on_cpu, sites = machine.device == "cpu", dict[str, Host]()
     gpus = {} if on_cpu else dict(zip(numbers, _find_gpus(numbers, listed, mixed=mixed), strict=True))
     for group in groups:
@@ -47,7 +47,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
             kinds = sorted({gpus[number].kind for number in group})
             if len(kinds) > 1:
                 raise UsageError(
-                    f"{say_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
+                    f"{format_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
                     f"({', '.join(kinds)}), and the quicker ones would wait. Join GPUs of one kind."
                 )
         sites["-".join(["cpus" if on_cpu else "gpu", *map(str, group)])] = Host(environment=environment)
@@ -87,7 +87,7 @@ def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[in
 
 def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) -> list[VisibleGpu]:
     """GPUs by their numbers among the visible ones."""
-    option, visible = say_sites(listed), visible_gpus().value
+    option, visible = format_sites(listed), visible_gpus().value
     if visible is None:
         raise UsageError(f"{option}: which GPUs there are cannot be known here. Leave it out.")
     gpus: list[VisibleGpu] = []
@@ -100,7 +100,7 @@ def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) ->
         gpus.append(gpu)
     for parts in shared_boards(gpus):
         raise UsageError(
-            f"{option}: {say_entries(parts)} are parts of one GPU, and what is measured on one would be in the times "
+            f"{option}: {describe_gpus(parts)} are parts of one GPU, and what is measured on one would be in the times "
             "of the other. Name one part of each GPU."
         )
     kinds = {gpu.kind for gpu in gpus}

@@ -30,7 +30,7 @@ from lorameter.machine.processes import CPUS, PARENT
 from lorameter.records.fileio import scratch_folder
 from lorameter.run.sites.folder import LOG, command, read_order, write_order
 from lorameter.run.sites.gpus import share_cpus
-from lorameter.studies.protocol import read_slurm, say_on, say_sites
+from lorameter.studies.protocol import format_on, format_sites, read_slurm
 
 QUEUE_POLL_S = 10.0
 """Seconds between two calls of squeue."""
@@ -47,7 +47,9 @@ class SlurmJobs:
     def __init__(self, on: str) -> None:
         """Raises `UsageError` if this machine cannot submit jobs."""
         if not all(map(shutil.which, ("sbatch", "squeue", "scancel"))):
-            raise UsageError(f"{say_on(on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM.")
+            raise UsageError(
+                f"{format_on(on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM."
+            )
         self._on = on
         sites, self._parameters = read_slurm(on)
         self.slots = ("",) * sites
@@ -69,7 +71,7 @@ class SlurmJobs:
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not _ID.fullmatch(job):
             reason = shorten((done.stderr or done.stdout).strip())
-            raise UsageError(f"{say_on(self._on)}: no job was submitted: {reason}.")
+            raise UsageError(f"{format_on(self._on)}: no job was submitted: {reason}.")
         (folder / _ID_FILE).write_text(job)
         if not self._ids:
             print_stderr(f"job {job} is submitted to SLURM, and waited for.")
@@ -158,7 +160,7 @@ def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ra
     for name in wanted:
         if name not in names.values():
             known = ", ".join(sorted(names.values()))
-            raise UsageError(f"{say_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
+            raise UsageError(f"{format_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
     alive = [node for node in alive if not wanted or names[node["NodeID"]] in wanted]
     resources = {node["NodeID"]: node.get("Resources", {}) for node in alive}
     with_gpus = any(one.get("GPU", 0) >= 1 for one in resources.values())
@@ -210,7 +212,7 @@ class RayJobs:
             import ray
         except ImportError as error:
             raise UsageError(
-                f"{say_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
+                f"{format_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
             ) from None
         self._ray: Any = ray
         try:
@@ -221,7 +223,7 @@ class RayJobs:
             )
         except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
             raise UsageError(
-                f"{say_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
+                f"{format_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
                 "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
             ) from None
         self._shares = {share.site: share for share in shares_of(ray.nodes(), wanted, ranks=ranks)}

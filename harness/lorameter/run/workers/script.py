@@ -46,7 +46,7 @@ from lorameter.machine.processes import (
 )
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
-from lorameter.records.os_errors import says_out_of_memory
+from lorameter.records.os_errors import mentions_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.interrupts import SIGNALS
 from lorameter.run.workers import KILLED, MAX_OUTPUT, Executor, Worker, WorkerLostError
@@ -198,7 +198,7 @@ def _judge_output(output: str) -> tuple[Status, str]:
     """The status of a process that died with this output, and its last line."""
     lines = output.splitlines()
     last = f": {lines[-1]}" if lines else ": it printed nothing"
-    return "oom" if says_out_of_memory(last) else "crashed", last
+    return "oom" if mentions_out_of_memory(last) else "crashed", last
 
 
 class ScriptWorker(Worker):

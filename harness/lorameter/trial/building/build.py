@@ -42,7 +42,7 @@ from lorameter.trial.building.peft_methods import (
     activate,
     adapted_layers,
     attach,
-    attach_beside,
+    attach_second,
     make_optimizer,
     start_prefix,
     unmixable_layers,
@@ -112,7 +112,7 @@ def build(
         model = shared.model = attach(base, variant, adapter, batches=lambda: _batches(request), steps=steps)
     else:
         seed_everything(request.seed)
-        attach_beside(model, variant, adapter)
+        attach_second(model, variant, adapter)
         activate(model, adapter)
     if request.workload.adapters > 1 and (refusing := unmixable_layers(model)):
         raise UsageError(

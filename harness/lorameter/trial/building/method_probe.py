@@ -79,7 +79,7 @@ def _try_method(variant: Variant) -> MethodFacts:
     def add() -> None:
         """Several trials can share one base only if switching adapters does not change which parameters train."""
         before = _trained(model)
-        peft_methods.attach_beside(model, variant, "second")
+        peft_methods.attach_second(model, variant, "second")
         peft_methods.activate(model, "second")
         peft_methods.activate(model, "default")
         if _trained(model) != before:

@@ -110,20 +110,20 @@ def attach(
     return model
 
 
-def attach_beside(model: Any, variant: Variant, adapter: str) -> None:
+def attach_second(model: Any, variant: Variant, adapter: str) -> None:
     """Add another adapter to a model that has adapters; it is not active yet."""
     model.add_adapter(adapter, config_of(variant), autocast_adapter_dtype=_upcasts(variant))
     _cast(model, variant)
 
 
-def attach_drawn(model: Any, variant: Variant, adapter: str, seed: int) -> None:
-    """Add an adapter like `attach_beside`, with large random weights: the values do not affect times, but an adapter
+def attach_random(model: Any, variant: Variant, adapter: str, seed: int) -> None:
+    """Add an adapter like `attach_second`, with large random weights: the values do not affect times, but an adapter
     with small weights would give the same answers as the base.
 
     An entry of A has the variance 1 / inputs, and an entry of B the variance 1 / r over the square of the scaling, so
     that their product preserves the magnitude of the input for every r and alpha.
     """
-    attach_beside(model, variant, adapter)
+    attach_second(model, variant, adapter)
     generator = torch.Generator().manual_seed(seed)  # on the host, so that every device gets the same values
     for layer in adapted_layers(model).values():
         for part in layer.adapter_layer_names:

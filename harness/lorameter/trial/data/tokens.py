@@ -39,7 +39,7 @@ IGNORED = -100
 """The label that torch.nn.functional.cross_entropy ignores."""
 BUCKET_BATCHES = 20
 """Batches of a bucket, as BUCKET_FACTOR in PEFT's experiments."""
-MOST_SKIPPED = 10
+MAX_SKIPPED = 10
 """Maximum number of sequences without a label that are skipped for each requested one (at least 1000 in total):
 synthetic records are endless, and all of them may be too long."""
 
@@ -129,7 +129,7 @@ def _sequences(
             taken.append(row)
         else:
             skipped += 1
-        if len(taken) == wanted or skipped == max(1000, MOST_SKIPPED * wanted):
+        if len(taken) == wanted or skipped == max(1000, MAX_SKIPPED * wanted):
             break
     return taken, skipped
 

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from lorameter.records.activity import (
     CACHE,
     HEAD,
-    LEAST_STEP_PAIRS,
+    MIN_STEP_PAIRS,
     REQUEST_PHASES,
     STEP_PHASES,
     TRACE,
@@ -45,8 +45,8 @@ from lorameter.trial.profiling.activity import MARK, PART, activity_of
 from lorameter.trial.serving.server import Request
 from lorameter.trial.step import TrainStep
 
-MOST_PAIRS = 128
-LEAST_PROFILED, MOST_PROFILED = 3, 12
+MAX_PAIRS = 128
+MIN_PROFILED, MAX_PROFILED = 3, 12
 PROFILED_BUDGET_S = 3.0
 """Seconds of profiled steps, within these numbers of steps: the records of a step take megabytes."""
 
@@ -160,7 +160,7 @@ def pair_times(
         device: torch device type.
         what: the call's name in the names of the samples ("step").
         samples_of: returns samples, given a call's result and whether it was a plain call.
-        budget_s: time for pairs; at least `LEAST_STEP_PAIRS` pairs are run.
+        budget_s: time for pairs; at least `MIN_STEP_PAIRS` pairs are run.
 
     Returns:
         Samples in seconds, one a pair: `plain_WHAT_time_s` with `plain_WHAT_cpu_time_s`, `bordered_WHAT_time_s`,
@@ -170,7 +170,7 @@ def pair_times(
     watch = Stopwatch(device)
     series: dict[str, list[float]] = {}
     begin, pair, ended_s = time.perf_counter(), 0, math.nan
-    while pair < LEAST_STEP_PAIRS or (pair < MOST_PAIRS and time.perf_counter() - begin < budget_s):
+    while pair < MIN_STEP_PAIRS or (pair < MAX_PAIRS and time.perf_counter() - begin < budget_s):
         for kind in ("plain", "bordered") if pair % 2 == 0 else ("bordered", "plain"):
             samples: dict[str, float] = {}
             if kind == "bordered":
@@ -222,7 +222,7 @@ def _record(bordered: BorderedStep | BorderedRequest, device: str, trace: Path) 
     times: list[float] = []
     bordered.phases.begin()
     alone_s = watch(bordered)[1].time_s
-    steps = min(MOST_PROFILED, max(LEAST_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
+    steps = min(MAX_PROFILED, max(MIN_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
     planned = schedule(wait=0, warmup=1, active=steps)
     with profile(activities=[ProfilerActivity.CPU, *cuda], schedule=planned, record_shapes=True) as recorded:
         for number in range(1 + steps):

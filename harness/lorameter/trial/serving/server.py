@@ -127,7 +127,7 @@ class Server:
         """Attach the other adapters, and make one request after a switch. Raises PEFT's exception if it fails."""
         for number in range(1, self._workload.adapters):
             name = f"{self._adapters[0]}-other{number}"
-            peft_methods.attach_drawn(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
+            peft_methods.attach_random(self._model, self._variant, name, self._seed * SEED_DISTANCE + number)
             self._adapters.append(name)
         self._model.eval()  # dropout modules added by PEFT are in train mode
         self._switch(0)

@@ -16,10 +16,10 @@ from collections.abc import Collection, Iterable
 from lorameter.records.metrics import PEAKS, RSS_AT_START
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_bytes, format_count, format_ratio
-from lorameter.studies.claim import PEAK, ClaimPart, say_level
+from lorameter.studies.claim import PEAK, ClaimPart, format_level
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.parts import (
-    LEAST_SHARED,
+    MIN_SHARED,
     Judgement,
     NotJudgedError,
     PartResult,
@@ -52,7 +52,7 @@ def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collect
     if not all(found):
         raise NotJudgedError(f"{quantity} was not measured at every level of {axis}. Measure with the phase train.")
     texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
-    named = (f"{text} at {say_level(level)}" for text, (level, _) in zip(texts, levels, strict=True))
+    named = (f"{text} at {format_level(level)}" for text, (level, _) in zip(texts, levels, strict=True))
     values_text = f"{texts[0]} at every level of {axis}" if len(set(texts)) == 1 else f"by {axis}, {', '.join(named)}"
     rises = all(max(before) < min(after) for before, after in itertools.pairwise(found))
     reason = f"{quantity}: {values_text}"
@@ -76,10 +76,10 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     resident = kind.startswith("host_")
     ours, theirs = (_peaks(side, kind) for side in sides)
     both = ours.keys() & theirs.keys()
-    if len(both) < LEAST_SHARED:
+    if len(both) < MIN_SHARED:
         raise NotJudgedError(
             f"{'peak memory' if part.metric == PEAK else kind}: {format_count(len(both), 'replicate')} measured it on "
-            f"both sides: a claim is never judged from fewer than {LEAST_SHARED}. Measure on, or again with "
+            f"both sides: a claim is never judged from fewer than {MIN_SHARED}. Measure on, or again with "
             "--replicates 5."
         )
     control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)

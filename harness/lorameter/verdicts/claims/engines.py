@@ -20,15 +20,15 @@ from lorameter.verdicts.same_training import (
     LOSS_DIFFERS,
     OTHER_PARAMETERS,
     ScriptPair,
+    describe_threads,
     notices_of_sides,
-    say_threads,
     sides_of_run,
     versions_of,
 )
 from lorameter.verdicts.series import Groups
 
 _UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
-LEAST_FALL = 0.5
+MIN_FALL = 0.5
 """With the engine, a share must be below this fraction of its value without it: single steps are watched, and their
 batches differ by chance."""
 
@@ -86,7 +86,7 @@ def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence |
         variant=engine.variant,
         reference=study.reference,
         commands={one.name: one.command for one in variants if isinstance(one, ScriptVariant)},
-        machine=f"{name} ({device}, {say_threads(provenance, records)} a process){driver}",
+        machine=f"{name} ({device}, {describe_threads(provenance, records)} a process){driver}",
         versions=versions_of(provenance, records),
         proof=tuple(
             _judge_path(path, wanted, names, [[one for record in ok[name] for one in record.checks] for name in names])
@@ -173,7 +173,7 @@ def _holds(wanted: Any, ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
         return all(ours) and not any(theirs)
     if wanted == LESS:
         shares = [value for value in (*ours, *theirs) if isinstance(value, int | float) and not isinstance(value, bool)]
-        return len(shares) == len(ours) + len(theirs) and max(ours) < LEAST_FALL * min(theirs)
+        return len(shares) == len(ours) + len(theirs) and max(ours) < MIN_FALL * min(theirs)
     named = (str(one).split("+") for one in theirs)
     ran = all(type(one) is type(wanted) and one == wanted for one in ours)  # 1.0 is not True
     return ran and not any(str(wanted) in words for words in named)

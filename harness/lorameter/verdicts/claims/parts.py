@@ -19,11 +19,11 @@ import msgspec
 
 from lorameter.records.metrics import METRICS, SCRIPT_ONLY_METRICS, Samples
 from lorameter.records.units import decimals, format_count, format_ratio
-from lorameter.stats import MOST_ADVISED, Pairing
+from lorameter.stats import MAX_ADVISED, Pairing
 from lorameter.stats.effect import from_log, log_ratios, paired_effect
 from lorameter.stats.samples import checked_trials
 from lorameter.stats.trend import Conclusion, Scale, beyond, line_change, opposite, scores, sizes, within
-from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, is_number, say_level
+from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, format_level, is_number
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.verdicts.series import Groups, pairing_of
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
-LEAST_SHARED = 2
+MIN_SHARED = 2
 """Minimum number of replicates for judging a claim."""
 _TURNED: tuple[Rule, ...] = ("trend-down", "lowest", "best", "lowers")
 """Rules about a small ratio: its inverse is judged."""
@@ -100,7 +100,7 @@ class AxisTable:
     @property
     def names(self) -> list[str]:
         """The levels as text."""
-        return [say_level(level) for level in self.levels]
+        return [format_level(level) for level in self.levels]
 
     @property
     def along(self) -> str:
@@ -191,7 +191,7 @@ def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str])
     axes = (part.axis, *part.against)
     tables = [_tabulate(groups, study, axis, metric, planned) for axis in axes for metric in metrics_of(part)]
     shared = sorted(set.intersection(*(set(table.replicates) for table in tables)))
-    if len(shared) < LEAST_SHARED:
+    if len(shared) < MIN_SHARED:
         raise NotJudgedError(_too_few(len(shared)))
     tables = [table.keep(shared) for table in tables]
     of_numbers = len(tables[0].levels) > 2 and all(map(is_number, tables[0].levels))
@@ -316,7 +316,7 @@ def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Group
     absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
     if not absent:
         return
-    missing = f"{axis} {', '.join(name if axis == ENGINE else say_level(level) for level, name in absent)}"
+    missing = f"{axis} {', '.join(name if axis == ENGINE else format_level(level) for level, name in absent)}"
     if all(name in planned for _, name in absent):
         raise NotJudgedError(f"{missing}: not measured yet. Measure on.")
     raise NotJudgedError(f"{missing}: not selected in this run. Measure every level of {axis}: leave --variant out.")
@@ -324,13 +324,13 @@ def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Group
 
 def check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
     """Raise `NotJudgedError` if fewer than two replicates have every level."""
-    if count >= LEAST_SHARED:
+    if count >= MIN_SHARED:
         return
     for level, name in levels:
         series = groups[name, "variant"]
         if not series.ok:
             statuses = ", ".join(sorted({record.status for record in series.records}))
-            level_name = name if axis == ENGINE else f"{axis} {say_level(level)}"
+            level_name = name if axis == ENGINE else f"{axis} {format_level(level)}"
             raise NotJudgedError(f"{level_name}: no trial is ok ({statuses}). See the report of the run.")
     raise NotJudgedError(_too_few(count))
 
@@ -363,7 +363,7 @@ def _needed(conclusion: Conclusion) -> str:
     if conclusion.status != "inconclusive":
         return ""
     count = conclusion.replicates_needed
-    if count is None or count > MOST_ADVISED:
+    if count is None or count > MAX_ADVISED:
         return "; no practical number of replicates would decide it"
     more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
     return f"; {count} replicates would decide it{more}, if it is what it looks like"
