@@ -34,9 +34,9 @@ from lorameter.report.blocks import (
     Row,
     Section,
     Table,
-    make_line,
-    make_lines,
     name_columns,
+    to_line,
+    to_lines,
     write_row,
 )
 from lorameter.report.html.page import save_html, write_html
@@ -255,7 +255,7 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
         "Pairs of consecutive runs of one experiment with equal settings and GPU type. Versions: of torch and "
         "transformers. Steps: the slower run over the faster one. Δ: the largest."
     )
-    return (Table(title="The same configuration, run again", heads=heads, rows=tuple(rows), notes=(make_line(note),)),)
+    return (Table(title="The same configuration, run again", heads=heads, rows=tuple(rows), notes=(to_line(note),)),)
 
 
 def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Document:
@@ -295,7 +295,7 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
         "rank", "experiment", "quality", "possible", "separable from next by", "memory", "front", "commit", left=2
     )
     return (
-        Section(title=f"{task}: what the ranking supports", lines=make_lines(filter(None, lines))),
+        Section(title=f"{task}: what the ranking supports", lines=to_lines(filter(None, lines))),
         Table(title=f"Current results; quality is {QUALITY[task]}", heads=heads, rows=rows),
     )
 
@@ -305,14 +305,14 @@ def summarise(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], ru
     counts = ", ".join(f"{ranking[kind].sum()} ({kind})" for kind, limit in found.items() if not np.isnan(limit).any())
     if not counts:
         return replace(
-            make_line("nothing was run again, so no two experiments are known to differ", label=task), last=True
+            to_line("nothing was run again, so no two experiments are known to differ", label=task), last=True
         )
     front, ranks = pareto(ranking, runs, widest_limit(found)), (ranking.worst - ranking.best + 1).median()
     text = (
         f"separable pairs of neighbours, of {len(ranking) - 1}, by kind of noise: {counts}; ranks that an experiment "
         f"can have: {ranks:.0f} (median); open members of the Pareto front: {(front.rivals > 0).sum()} of {len(front)}"
     )
-    return replace(make_line(text, label=task), last=True)
+    return replace(to_line(text, label=task), last=True)
 
 
 def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[str]:
@@ -369,7 +369,7 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
         table=None,
     )
     document: Document = (
-        Section(title=task, lines=make_lines(lines)),
+        Section(title=task, lines=to_lines(lines)),
         *describe_repeats(task, runs),
         *describe_ranking(task, ranking, found, runs),
     )
@@ -398,7 +398,7 @@ def main() -> int:
         "test items: the answers of two methods are taken as independent",
     )
     document: Document = (
-        Section(title=TITLE, lines=(*(task.summary for task in tasks), *make_lines(notes))),
+        Section(title=TITLE, lines=(*(task.summary for task in tasks), *to_lines(notes))),
         *(block for task in tasks for block in task.document),
     )
     text = text_of(document, width=160, coloured=False)

@@ -33,8 +33,8 @@ from lorameter.report.blocks import (
     Intervals,
     Point,
     Table,
-    make_line,
     name_columns,
+    to_line,
     write_row,
 )
 from lorameter.report.figures import describe_charts, figures_of_run
@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 def test_the_policy_allows_the_page_and_nothing_else():
     """The hashes in the policy are those of the only style sheet and the only script."""
-    page = write_html((make_line("text"),), title="title", names=["a", "b"])
+    page = write_html((to_line("text"),), title="title", names=["a", "b"])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1].replace("&#39;", "'")
     assert policy.startswith("default-src 'none'; ")
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
@@ -91,7 +91,7 @@ def test_foreign_text_is_neither_markup_nor_executed():
     )
     figures = [Figure(title=HOSTILE, caption=HOSTILE, drawing=one, table=None) for one in drawings]
     table = Table(title=HOSTILE, heads=name_columns(HOSTILE, HOSTILE), rows=(write_row(HOSTILE, HOSTILE),))
-    page = write_html((make_line(HOSTILE), table), title=HOSTILE, names=[HOSTILE, "b"], figures=figures, again=HOSTILE)
+    page = write_html((to_line(HOSTILE), table), title=HOSTILE, names=[HOSTILE, "b"], figures=figures, again=HOSTILE)
     assert page.count("alert(1)") > 20
     assert Page(page).tags.count("script") == 1
     assert not set("\x1b\u202e") & set(page)

@@ -21,7 +21,7 @@ from lorameter.report.blocks import (
     Point,
     Section,
     Table,
-    make_line,
+    to_line,
     write_row,
 )
 from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
@@ -55,12 +55,10 @@ def everywhere(text):
     heads = (ColumnHeader(text=text), ColumnHeader(text="b", right=True))
     curve = Curve(name=text, points=tuple(Point(x=place, y=place) for place in (1.0, 2.0, 3.0)))
     return (
-        Section(title=text, lines=(make_line(text, label=text),)),
-        make_line(text),
-        Table(
-            title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(make_line(text),)
-        ),
-        Collapsible(summary=make_line(text), lines=(make_line(text),)),
+        Section(title=text, lines=(to_line(text, label=text),)),
+        to_line(text),
+        Table(title=text, heads=heads, rows=(write_row(text, Cell(name=text, verdict=text)),), notes=(to_line(text),)),
+        Collapsible(summary=to_line(text), lines=(to_line(text),)),
         ChartGroup(title=text, charts=(Chart(across=Axis(title=text), up=Axis(title=text), curves=(curve,)),)),
         Panel(title=text, passages=((text, f"{text}\n```\n{text}"),)),
     )
@@ -123,7 +121,7 @@ def test_a_long_report_drops_details_and_then_rows_with_a_notice(most):
     """A long report drops details first and then whole rows at its end; the first section and the first rows always
     stay."""
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
-    long = Collapsible(summary=make_line("statistics"), lines=tuple(make_line("y" * 100) for _ in range(3_000)))
+    long = Collapsible(summary=to_line("statistics"), lines=tuple(to_line("y" * 100) for _ in range(3_000)))
     table = Table(title="Training", heads=(ColumnHeader(text="variant"), ColumnHeader(text="b")), rows=rows)
     text = markdown_of((Section(title="Gate failed"), table, long), most=most)
     assert len(text) <= most

@@ -29,7 +29,7 @@ from lorameter.report.blocks import (
     Section,
     Span,
     Table,
-    make_line,
+    to_line,
     write_row,
 )
 from lorameter.report.terminal import text_of
@@ -45,12 +45,12 @@ def hostile_document():
     cell = Cell(name=HOSTILE, text=HOSTILE, interval=HOSTILE, detail=HOSTILE, command=HOSTILE, verdict=HOSTILE)
     heads = (ColumnHeader(text=HOSTILE), ColumnHeader(text=HOSTILE, right=True))
     rows = (Row(cells=(cell, Cell(text=HOSTILE)), strong=True), write_row(HOSTILE, cell))
-    lines = (make_line(HOSTILE, Span(text=HOSTILE, tone="alarm")),)
+    lines = (to_line(HOSTILE, Span(text=HOSTILE, tone="alarm")),)
     return (
         Line(spans=(Span(text=HOSTILE),), indented=False),
         Section(title=HOSTILE, lines=lines, tone="bad"),
         Table(title=HOSTILE, heads=heads, rows=rows, notes=lines),
-        Collapsible(summary=make_line("a line"), lines=lines),
+        Collapsible(summary=to_line("a line"), lines=lines),
         Panel(title=HOSTILE, passages=((HOSTILE, HOSTILE),)),
     )
 
@@ -70,12 +70,12 @@ def test_outside_text_is_printed_as_it_is_and_acts_on_nothing(coloured):
 def test_a_collapsed_block_is_its_summary_and_verbose_expands_it():
     """A collapsed block shows its summary and the number of lines that --verbose adds; a line below the report repeats
     it."""
-    fold = Collapsible(summary=make_line("noise  ", "one two three four five six"), lines=(make_line("all of it"),))
+    fold = Collapsible(summary=to_line("noise  ", "one two three four five six"), lines=(to_line("all of it"),))
     hint = "--verbose shows full notices and statistics.\n"
     assert text_of((fold,), width=60, coloured=False) == f"  noise  one two three four five six\n{hint}"
     assert text_of((fold,), width=24, coloured=False).splitlines()[:2] == ["  noise  one two three", "  four five six"]
     assert text_of((fold,), width=24, coloured=False, verbose=True) == "  all of it\n"
-    several = Collapsible(summary=make_line("noise"), lines=(make_line("one"), make_line("two")))
+    several = Collapsible(summary=to_line("noise"), lines=(to_line("one"), to_line("two")))
     assert text_of((several,), width=60, coloured=False) == f"  noise (2 lines with --verbose)\n{hint}"
 
 

@@ -17,7 +17,7 @@ from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.errors import UsageError, require
 from lorameter.records import codec
 from lorameter.records.os_errors import translate_write_errors
-from lorameter.report.blocks import Document, Span, make_line
+from lorameter.report.blocks import Document, Span, to_line
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.render_markdown import SUMMARY_BYTES, markdown_of
 from lorameter.report.terminal import console_for, show
@@ -124,4 +124,4 @@ def print_result(options: argparse.Namespace, text: str, data: dict[str, Any]) -
 
 def print_progress(text: str) -> None:
     """Print a faint line on standard error."""
-    show((make_line(Span(text=text, tone="faint"), indented=False),), console_for(stderr=True))
+    show((to_line(Span(text=text, tone="faint"), indented=False),), console_for(stderr=True))

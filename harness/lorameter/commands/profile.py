@@ -25,7 +25,7 @@ from lorameter.profile.remedy import RemedyResult, choose_finding, judge_remedy,
 from lorameter.profile.request_rules import REQUEST_RULES, diagnose_requests
 from lorameter.profile.rules import RULES, Finding, check_code, diagnose
 from lorameter.records import codec, store
-from lorameter.report.blocks import Document, make_line
+from lorameter.report.blocks import Document, to_line
 from lorameter.report.parity import describe_parity, show_differing
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
@@ -52,7 +52,7 @@ def run_profile(options: argparse.Namespace) -> int:
     take_profile = _profile_requests if of_requests else _profile_step
     with hold_device(executor, options.if_busy):
         folder, document, report, findings = take_profile(study, variant, executor, runs=runs, progress=print_progress)
-    where = make_line(f"All facts and the profiler's trace are in {folder}", indented=False)
+    where = to_line(f"All facts and the profiler's trace are in {folder}", indented=False)
     report = (*report, where)
     if not options.json:
         show(report, console_for())
@@ -142,7 +142,7 @@ def run_parity(options: argparse.Namespace) -> int:
     document = (
         *describe_parity(parity, judgement),
         *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
-        make_line(f"All facts are in {folder}", indented=False),
+        to_line(f"All facts are in {folder}", indented=False),
     )
     show_result(
         options,

@@ -15,7 +15,7 @@ from lorameter.errors import EXIT_INVALID, EXIT_PASS, require
 from lorameter.records import codec, store
 from lorameter.records.store import Run
 from lorameter.report.annotations import claims_annotations, comparison_annotations, run_annotations
-from lorameter.report.blocks import Document, Section, make_line
+from lorameter.report.blocks import Document, Section, to_line
 from lorameter.report.claims import describe_claims, describe_verdicts
 from lorameter.report.comparison import (
     describe_attribution,
@@ -87,7 +87,7 @@ def describe_with_claims(view: RunView) -> Document:
         return report + describe_verdicts(claims.judge_claims(view.run))
     command = f"`lorameter claims {view.run.manifest.run}`"
     why = f"not judged: the run is invalid. {command} judges them by the trials that there are."
-    return (*report, Section(title="Claims", lines=(make_line(why),)))
+    return (*report, Section(title="Claims", lines=(to_line(why),)))
 
 
 def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow], bool]:

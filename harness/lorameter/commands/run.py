@@ -25,7 +25,7 @@ from lorameter.records import codec, store
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
-from lorameter.report.blocks import Document, make_line
+from lorameter.report.blocks import Document, to_line
 from lorameter.report.estimate import describe_plan
 from lorameter.report.live import LiveDisplay
 from lorameter.report.phrases import warn_before_run
@@ -207,7 +207,7 @@ def resume(run: Run, options: argparse.Namespace, *, console: Console | None = N
         kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
         print_stderr(f"run {name}: {kept}, {len(left)} are left to be measured.")
         if vars(options).get("dry_run"):
-            trials = tuple(make_line(trial, indented=False) for trial in left)
+            trials = tuple(to_line(trial, indented=False) for trial in left)
             show_result(options, trials, lambda: {"run": name, "order": left, "interleaving": plan.interleaving})
             return None
         with placement.hold(options.if_busy), LiveDisplay(console) as display:

@@ -282,7 +282,7 @@ Block: TypeAlias = Line | Section | Collapsible | Table | ChartGroup | Panel
 Document: TypeAlias = tuple[Block, ...]
 
 
-def make_line(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
+def to_line(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
     """Make one line from plain text and spans."""
     spans = tuple(part if isinstance(part, Span) else Span(text=part) for part in parts)
     return Line(spans=spans, label=label, indented=indented)
@@ -295,16 +295,16 @@ def make_invalid_lines(reasons: str | None) -> tuple[Line, ...]:
     return (Line(spans=(Span(text=f"INVALID: {reasons}", tone="alarm"),), indented=False, last=True),)
 
 
-def make_lines(texts: Iterable[str]) -> tuple[Line, ...]:
+def to_lines(texts: Iterable[str]) -> tuple[Line, ...]:
     """A plain line for each text."""
-    return tuple(make_line(text) for text in texts)
+    return tuple(to_line(text) for text in texts)
 
 
 def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
     """A section for each non-empty list, by its title."""
     for title, texts in lists.items():
         if texts:
-            yield Section(title=title, lines=make_lines(texts))
+            yield Section(title=title, lines=to_lines(texts))
 
 
 def name_columns(*texts: str, left: int = 1) -> tuple[ColumnHeader, ...]:
@@ -357,9 +357,8 @@ def collapse_constant_columns(table: Table) -> Table:
     for place, head in enumerate(table.heads):
         cells = [row.cells[place] for row in table.rows]
         if head.collapse_if_constant and len(cells) > 1 and len(set(cells)) == 1:
-            notes += (
-                [make_line(f"{head.text}: {cells[0].words}, in every row")] if cells[0].words not in ("", "–") else []
-            )
+            if cells[0].words not in ("", "–"):
+                notes.append(to_line(f"{head.text}: {cells[0].words}, in every row"))
         else:
             kept.append(place)
     return dataclasses.replace(

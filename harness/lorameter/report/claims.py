@@ -18,12 +18,12 @@ from lorameter.report.blocks import (
     collapse_constant_columns,
     list_sections,
     make_invalid_lines,
-    make_line,
-    make_lines,
+    to_line,
+    to_lines,
     value_cell,
     write_row,
 )
-from lorameter.report.phrases import format_comparison
+from lorameter.report.phrases import format_verdict
 from lorameter.verdicts.claims import ClaimResult, ClaimsReport, PartResult
 
 _HEADS = (
@@ -42,7 +42,7 @@ def describe_claims(report: ClaimsReport) -> Document:
     summary = f"run {report.run}: {format_count(report.replicates, 'replicate')}; trials: {counted}{state}"
     return (
         *make_invalid_lines(report.invalid),
-        Section(title=report.title, lines=make_lines([summary])),
+        Section(title=report.title, lines=to_lines([summary])),
         *describe_verdicts(report),
         *list_sections(
             {
@@ -58,10 +58,8 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     """The claims with their reasons, without the facts that the run's report already contains."""
     rows = tuple(row for claim in report.claims for row in _rows(claim))
     legend = Span(text="95 % intervals of each ratio alone; differences by Holm, equalities by TOST", tone="faint")
-    table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(make_line(legend),))
-    controls = [
-        f"{METRICS[name].title}: {''.join(format_comparison(one, name))}" for name, one in report.control.items()
-    ]
+    table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(to_line(legend),))
+    controls = [f"{METRICS[name].title}: {''.join(format_verdict(one, name))}" for name, one in report.control.items()]
     engine = report.engine
     pages: dict[str, list[str]] = {}
     for claim in report.claims:
@@ -103,7 +101,7 @@ def _reasons(report: ClaimsReport) -> Iterator[Line]:
     """The reason for the verdict of each part."""
     for claim in report.claims:
         for part in claim.parts:
-            yield make_line(part.reason, label=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
+            yield to_line(part.reason, label=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
 
 
 def _answers(report: ClaimsReport) -> Iterator[str]:

@@ -26,9 +26,9 @@ from lorameter.report.blocks import (
     collapse_constant_columns,
     list_sections,
     make_invalid_lines,
-    make_line,
-    make_lines,
     name_columns,
+    to_line,
+    to_lines,
     tone_of,
     write_number,
     write_ratio,
@@ -38,8 +38,8 @@ from lorameter.report.figures import draw_ratios
 from lorameter.report.phrases import (
     describe_notices,
     explain_inconclusive,
-    format_comparison,
     format_effect,
+    format_verdict,
     title_of,
     title_of_ratio,
     verdict_cell,
@@ -63,7 +63,7 @@ def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Docume
     """The findings, the table with the controls, and other differences; `ab`: whether one run measured both sides."""
     lines = tuple(_findings(report, ab=ab))
     more = lines[MAX_FINDINGS:]
-    collapsed = Collapsible(summary=make_line(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
+    collapsed = Collapsible(summary=to_line(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
     return (
         *make_invalid_lines(report.why_invalid),
         Section(title=title_of_report(report), lines=lines[:MAX_FINDINGS]),
@@ -89,9 +89,9 @@ def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
         grouped.setdefault((row.verdict, _reason(row, ab=ab)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
-        yield make_line(f"{first_few(names, NAMED, '; ')}: ", word, reason)
+        yield to_line(f"{first_few(names, NAMED, '; ')}: ", word, reason)
     if report.comparisons and not rows:
-        yield make_line(Span(text="equivalent", tone="note"), ", each within its margin")
+        yield to_line(Span(text="equivalent", tone="note"), ", each within its margin")
 
 
 def _reason(row: ComparisonRow, *, ab: bool) -> str:
@@ -115,12 +115,11 @@ def _tabulate(report: ComparisonReport) -> Table:
         verdict = verdict_cell(one, one.metric, one.tolerance if is_memory(one.metric) else one.margin, "sides")
         rows.append(write_row(*words, write_compared(one), verdict, within, count))
     notes = [
-        make_line(f"control of {phase}: {''.join(format_comparison(control))}")
-        for phase, control in report.control.items()
+        to_line(f"control of {phase}: {''.join(format_verdict(control))}") for phase, control in report.control.items()
     ]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(
-            make_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
+            to_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
         )
     variant, metric, verdict_head = name_columns("variant", "metric", "verdict", left=3)
     tolerance, replicates = (
@@ -145,14 +144,14 @@ def _statistics(report: ComparisonReport) -> Iterator[Block]:
         reasons.setdefault(row.reason, []).append(_name(row))
     if reasons:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
-        lines = make_lines(f"{first_few(names, NAMED, '; ')}: {reason}" for reason, names in reasons.items())
+        lines = to_lines(f"{first_few(names, NAMED, '; ')}: {reason}" for reason, names in reasons.items())
         yield Section(title="Statistics")
-        yield Collapsible(summary=make_line(Span(text=f"what {count} on", tone="faint")), lines=lines)
+        yield Collapsible(summary=to_line(Span(text=f"what {count} on", tone="faint")), lines=lines)
 
 
 def describe_attribution(attribution: Attribution, run: Run) -> Document:
     """Facts of the run, differing packages, and the ratio of each part of the work with its interval."""
-    facts = tuple(make_line(text, label=label) for label, text in _sides(attribution, run))
+    facts = tuple(to_line(text, label=label) for label, text in _sides(attribution, run))
     rows = (write_row(part.variant, title_of_ratio(part.metric), write_ratio(part)) for part in attribution.parts)
     title = "Where the time went (one by one, not corrected for looking at all)"
     heads = (*name_columns("variant", "part", left=2), _RATIO)
@@ -180,7 +179,7 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
     outcome = Section(
         title=outcome_of(result),
         tone="good" if result.passed else "bad",
-        lines=tuple(make_line(Span(text=line, tone="bad")) for line in result.unmet),
+        lines=tuple(to_line(Span(text=line, tone="bad")) for line in result.unmet),
         last=not first,
     )
     return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])
@@ -221,11 +220,11 @@ def describe_bisection(bisection: Bisection, of: str) -> Document:
 
 
 def _conclusion(bisection: Bisection, of: str) -> Iterator[Line]:
-    yield make_line(Span(text=bisection.conclusion, tone="bad" if bisection.found else "warning"), indented=False)
+    yield to_line(Span(text=bisection.conclusion, tone="bad" if bisection.found else "warning"), indented=False)
     if bisection.culprit is not None and bisection.before is not None and bisection.ratio is not None:
         ends = (
             "" if bisection.low is None or bisection.high is None else f" [{bisection.low:.3f}, {bisection.high:.3f}]"
         )
         share = "" if bisection.share is None else f", {100 * bisection.share:.0f} % of the whole effect"
-        yield make_line(f"{bisection.culprit.label} over {bisection.before.label}: {bisection.ratio:.3f}{ends}{share}")
-        yield make_line(f"{of}; the interval is of both comparisons with the good end together")
+        yield to_line(f"{bisection.culprit.label} over {bisection.before.label}: {bisection.ratio:.3f}{ends}{share}")
+        yield to_line(f"{of}; the interval is of both comparisons with the good end together")

@@ -31,9 +31,9 @@ from lorameter.report.blocks import (
     Span,
     Table,
     Tone,
-    make_line,
-    make_lines,
     name_columns,
+    to_line,
+    to_lines,
     value_cell,
     write_bytes,
     write_number,
@@ -87,15 +87,15 @@ def describe_estimate(
     ]
     if not estimates:
         peaks = (f"measured peak, {phase}: {_mib(peak).text} MiB of {where}" for phase, peak in measured.items())
-        return tuple(make_line(text, indented=False) for text in (*lines, "estimated peak: unknown", *peaks))
+        return tuple(to_line(text, indented=False) for text in (*lines, "estimated peak: unknown", *peaks))
     heads = name_columns(f"{where}, MiB", *(estimate.phase for estimate in estimates))
     table = Table(heads=heads, rows=tuple(_memory_rows(estimates, measured)))
     has = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
     after = [] if measured else ["No earlier run of this variant and workload on this machine has measured it."]
     if has is not None:
         after.append(f"{format_bytes(max(one.needed_bytes for one in estimates))} of {format_bytes(has)} here")
-    below = (make_line(text, indented=False) for text in (() if elsewhere else after))
-    return (make_line(*lines, indented=False), table, *below)
+    below = (to_line(text, indented=False) for text in (() if elsewhere else after))
+    return (to_line(*lines, indented=False), table, *below)
 
 
 def _memory_rows(estimates: Sequence[MemoryEstimate], measured: Mapping[str, int]) -> Iterator[Row]:
@@ -136,9 +136,9 @@ def _fit_blocks(advice: Advice, workload: Workload, profile: str | None) -> Iter
     lines.append(f"Range: {_span((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}")
     if profile is not None:
         lines.append(f"The study's profile {profile!r} is taken, as a run there would; --profile takes another.")
-    yield Section(title=f"On {device.name}", lines=(_finding(advice), *make_lines(lines)))
+    yield Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines(lines)))
     if advice.largest:
-        most = make_lines(_most(one, workload) for one in advice.largest)
+        most = to_lines(_most(one, workload) for one in advice.largest)
         yield Section(title="The most that fits", lines=most)
     if advice.options:
         yield Table(
@@ -150,10 +150,10 @@ def _fit_blocks(advice: Advice, workload: Workload, profile: str | None) -> Iter
             ),
         )
     if any(option.table == "workload" for option in advice.options):
-        yield make_line("batch_size is written in [workload], the others in [[variant]].")
+        yield to_line("batch_size is written in [workload], the others in [[variant]].")
     yield _first(advice)
     for skipped in advice.skipped:
-        yield make_line(f"left out, {skipped.writes}: {skipped.why}.")
+        yield to_line(f"left out, {skipped.writes}: {skipped.why}.")
 
 
 def _finding(advice: Advice) -> Line:
@@ -166,7 +166,7 @@ def _finding(advice: Advice) -> Line:
         "does-not-fit": f"{format_bytes(lacking)} or more are lacking",
     }[advice.status]
     what = "free now" if advice.device.is_here else "usable"
-    return make_line(
+    return to_line(
         Span(text=text, tone=tone), f": needs {_range(needs).line} of {format_bytes(usable)} {what}; {rest}."
     )
 
@@ -200,13 +200,13 @@ def _most(one: Largest, workload: Workload) -> str:
 
 def _first(advice: Advice) -> Line:
     if advice.turn is None:
-        return make_line("All of them together are not enough: take a smaller model, or a GPU with more memory.")
+        return to_line("All of them together are not enough: take a smaller model, or a GPU with more memory.")
     if not advice.turn:
-        return make_line("Nothing has to be changed.")
+        return to_line("Nothing has to be changed.")
     lines = Span(text=", ".join(advice.turn), tone="strong")
     if len(advice.turn) == 1:
-        return make_line("Change first: ", lines, ". It fits with that alone.")
-    return make_line("None alone is enough. The fewest that are: ", lines, ".")
+        return to_line("Change first: ", lines, ". It fits with that alone.")
+    return to_line("None alone is enough. The fewest that are: ", lines, ".")
 
 
 def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = None) -> Document:
@@ -222,7 +222,7 @@ def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = 
     heads = name_columns(
         "setting", "trainable parameters", "of the base", "adapter, MiB", "optimizer, MiB", "gradients, MiB"
     )
-    first, *others = (make_line(text, indented=False) for text in lines)
+    first, *others = (to_line(text, indented=False) for text in lines)
     return (first, Table(heads=heads, rows=tuple(rows)), *others)
 
 
@@ -233,9 +233,9 @@ def describe_plan(
     and the data."""
     size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
     return (
-        make_line(Span(text=plan.study.title, tone="strong"), size, indented=False),
-        *make_lines(_plan_lines(plan, expected)),
-        *make_lines([f"data    {data}"] if data else []),
+        to_line(Span(text=plan.study.title, tone="strong"), size, indented=False),
+        *to_lines(_plan_lines(plan, expected)),
+        *to_lines([f"data    {data}"] if data else []),
         *warn_before_run(notices),
     )
 
@@ -304,7 +304,7 @@ def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
         answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": mend what is bad first"
     else:
         answer, rest = Span(text="fit to measure", tone="good"), ""
-    yield make_line("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False)
+    yield to_line("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False)
 
 
 def describe_calibration(result: Calibration, rows: int) -> Document:
@@ -324,24 +324,24 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             write_row(str(rate.replicates), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
             for rate in result.rates
         ),
-        notes=make_lines([f"All draws are from {replicates} one run: they hold for this run, not for another hour."]),
+        notes=to_lines([f"All draws are from {replicates} one run: they hold for this run, not for another hour."]),
     )
     return (
-        make_line(
+        to_line(
             Span(text="What this machine can see", tone="strong"),
             f": {result.device}, {result.interleaving}",
             indented=False,
         ),
-        make_line(
+        to_line(
             f"{replicates} {result.seconds_per_replicate:.1f} s; standard deviation of one replicate's log ratio on "
             f"identical code {100 * result.sd:.2f} % [{100 * result.sd_low:.2f}, {100 * result.sd_high:.2f}]"
         ),
-        make_line(f"identical code   {identical}"),
-        make_line(f"injected slow-down {injected} ({rows} rows in each adapted layer)"),
+        to_line(f"identical code   {identical}"),
+        to_line(f"injected slow-down {injected} ({rows} rows in each adapted layer)"),
         rates,
         Section(
             title="To see a slow-down in 80 % of the runs",
-            lines=make_lines(planned_effects(result)),
+            lines=to_lines(planned_effects(result)),
         ),
     )
 

@@ -33,8 +33,8 @@ from lorameter.report.blocks import (
     Point,
     Table,
     Tone,
-    make_line,
     name_columns,
+    to_line,
     value_cell,
     write_bytes,
     write_number,
@@ -281,7 +281,7 @@ def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
     shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
     if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
         note = "on the front: no other has more output tokens/s and less time per token"
-        yield dataclasses.replace(serving.table, title=SERVING, notes=(make_line(note),))
+        yield dataclasses.replace(serving.table, title=SERVING, notes=(to_line(note),))
     yield from _sweeps(view.study, shown, table)
     if table.phase == "train":
         yield from _loss_charts(shown)
@@ -356,7 +356,7 @@ def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
         points = tuple(Point(x=step, y=statistics.median(one)) for step, one in enumerate(curves[name], start=1))
         charts.append(Chart(across=Axis(title=name), up=Axis(title=""), curves=(Curve(name=name, points=points),)))
     more = len(curves) - len(charts)
-    notes = (make_line(f"and {more} more; --variant shows one"),) if more else ()
+    notes = (to_line(f"and {more} more; --variant shows one"),) if more else ()
     for gallery in _gallery("loss by step, median of the replicates", charts):
         yield dataclasses.replace(gallery, notes=notes, on_page=False)
 

@@ -29,9 +29,9 @@ from lorameter.report.blocks import (
     Section,
     Span,
     Table,
-    make_line,
-    make_lines,
     name_columns,
+    to_line,
+    to_lines,
     value_cell,
     write_bytes,
     write_number,
@@ -65,7 +65,7 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
     for track in history.tracks:
         blocks += _track(track, every_run=every_run)
     if history.unreadable:
-        lines = tuple(make_line(f"{name}: {why}") for name, why in history.unreadable.items())
+        lines = tuple(to_line(f"{name}: {why}") for name, why in history.unreadable.items())
         blocks.append(Section(title="Not read", lines=lines))
     return tuple(blocks)
 
@@ -90,23 +90,21 @@ def table_of_runs(track: Track) -> Table:
     """A row for each run, and below it the reasons why runs do not count."""
     rows = tuple(_run(one, line, track) for line in track.lines for one in line.moments)
     moments = [one for line in track.lines for one in line.moments if one.why_not is not None]
-    return Table(
-        heads=_RUNS, rows=rows, notes=make_lines(f"{one.run} does not count: {one.why_not}" for one in moments)
-    )
+    return Table(heads=_RUNS, rows=rows, notes=to_lines(f"{one.run} does not count: {one.why_not}" for one in moments))
 
 
 def _drawn(track: Track) -> Iterator[Line]:
     """A sparkline for each fingerprint, all on one logarithmic scale; a run that does not count is a gap."""
     values = [math.log(moment.value) for line in track.lines for moment in line.counting]
     if not values:
-        yield make_line("no run counts")
+        yield to_line("no run counts")
         return
     low, high = min(values), max(values)
     for number, line in enumerate(track.lines):
         ends = f"{_when(line.moments[0])} to {_when(line.moments[-1])}"
-        yield make_line(f"{'┃ ' if number else '  '}{draw(line.moments, low, high)}  ", Span(text=ends, tone="faint"))
+        yield to_line(f"{'┃ ' if number else '  '}{draw(line.moments, low, high)}  ", Span(text=ends, tone="faint"))
     least, most = (format_value(math.exp(end), unit_of(track)) for end in (low, high))
-    yield make_line(Span(text=f"from {least} ({STEPS[0]}) to {most} ({STEPS[-1]}); ┃ is a known break", tone="faint"))
+    yield to_line(Span(text=f"from {least} ({STEPS[0]}) to {most} ({STEPS[-1]}); ┃ is a known break", tone="faint"))
 
 
 def draw(moments: Sequence[Moment], low: float, high: float) -> str:
@@ -135,9 +133,9 @@ def _levels(track: Track) -> Iterator[Row]:
 
 def _break(change: Break) -> Iterator[Line]:
     where = f"{_when(change.after)}, run {change.after.run}: "
-    yield make_line(Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), SHOWN))
+    yield to_line(Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), SHOWN))
     if change.confirm:
-        yield make_line("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
+        yield to_line("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
 
 
 def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
@@ -145,7 +143,7 @@ def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
     levels = " → ".join(
         format_value(level, unit_of(track)) for level in (suspicion.level_before, suspicion.level_after)
     )
-    yield make_line(
+    yield to_line(
         Span(
             text=f"{suspicion.direction} from {_when(suspicion.after)} on, ",
             tone="bad" if suspicion.ratio > 1 else "good",
@@ -155,9 +153,9 @@ def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
         first_few(_list_differences(suspicion.differing), SHOWN) or "nothing that is known",
     )
     if suspicion.confirm:
-        yield make_line("  a suspicion; it is confirmed by: ", Span(text=suspicion.confirm, tone="command"))
+        yield to_line("  a suspicion; it is confirmed by: ", Span(text=suspicion.confirm, tone="command"))
     else:
-        yield make_line("  a suspicion without a known cause: measure once more.")
+        yield to_line("  a suspicion without a known cause: measure once more.")
 
 
 def _conclusion(line: HistorySeries) -> Line:
@@ -166,13 +164,13 @@ def _conclusion(line: HistorySeries) -> Line:
     reasons = first_few(list(dict.fromkeys(left_out)), REASONS, "; ")
     gaps = f"; {format_count(len(left_out), 'run')} left out ({reasons})" if left_out else ""
     if line.scatter is None or line.detectable is None:
-        return make_line(
+        return to_line(
             Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
             f"{format_count(counting, 'counted run')}; changes are looked for from {MIN_POINTS} on{gaps}",
         )
     count = len(line.suspicions)
     found = f"{format_count(count, 'change')} suspected" if count else "no change found"
-    return make_line(
+    return to_line(
         Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
         f"{found}; runs scatter by {format_percent(line.scatter)} around their level, and only a change of "
         f"{format_percent(line.detectable)} would be seen within three more with 80 % power{gaps}",
@@ -273,7 +271,7 @@ def describe_runs(rows: Sequence[Mapping[str, Any]]) -> Document:
     Args:
         rows: the rows of `lorameter list runs --json`.
     """
-    damaged = make_lines(f"{row['run']}: {row['title']}" for row in rows if row["status"] == "damaged")
+    damaged = to_lines(f"{row['run']}: {row['title']}" for row in rows if row["status"] == "damaged")
     table = Table(heads=name_columns("run", "study", "state", "verdict", "size", left=4), rows=tuple(map(_row, rows)))
     return (table, Section(title="Not read", lines=damaged)) if damaged else (table,)
 

@@ -30,8 +30,8 @@ from lorameter.report.blocks import (
     Span,
     Table,
     Tone,
-    make_line,
-    make_lines,
+    to_line,
+    to_lines,
     value_cell,
     write_number,
     write_row,
@@ -52,7 +52,7 @@ def describe_parity(parity: Parity, judgement: Judgement) -> Document:
     if parity.record is not None:
         adapter = f"adapter trained for {format_count(round(parity.record.values['training_steps']), 'step')}"
     return (
-        make_line(
+        to_line(
             Span(text=parity.variant.name or parity.adapter, tone="strong"),
             f" of {parity.study} on {parity.device_name} ({parity.device}); {parity.workload.model}, {adapter}",
             indented=False,
@@ -68,24 +68,22 @@ def describe_parity(parity: Parity, judgement: Judgement) -> Document:
 def _verdicts(judgement: Judgement) -> Iterator[Line]:
     for one in judgement.likenesses:
         text, tone = _VERDICT_TEXTS[one.verdict]
-        yield make_line(Span(text=text, tone=tone), f": {describe_likeness(one)}", label=one.way)
+        yield to_line(Span(text=text, tone=tone), f": {format_likeness(one)}", label=one.way)
     for way, why in judgement.failures.items():
-        yield make_line(Span(text="no answer", tone="alarm"), f": {why}", label=way)
+        yield to_line(Span(text="no answer", tone="alarm"), f": {why}", label=way)
     if judgement.without is not None:
-        yield make_line(
-            f"what the adapter changes: {describe_likeness(judgement.without)}", label=judgement.without.way
-        )
+        yield to_line(f"what the adapter changes: {format_likeness(judgement.without)}", label=judgement.without.way)
     if judgement.floor is not None:
-        yield make_line(f"the noise floor: {describe_likeness(judgement.floor)}", label=judgement.floor.way)
+        yield to_line(f"the noise floor: {format_likeness(judgement.floor)}", label=judgement.floor.way)
     control = judgement.without or judgement.floor
     if control is not None and judgement.distinct == 1 < control.answers.of:
-        yield make_line(
+        yield to_line(
             Span(text="few different answers", tone="warning"),
             f": the reference gives one answer to all {control.answers.of} prompts, so they are hardly more than one "
             f"observation. Use a trained model, or train for longer (--epochs).",
         )
     if judgement.trouble:
-        yield make_line(Span(text="no verdict can be relied on", tone="alarm"), f": {judgement.trouble}.")
+        yield to_line(Span(text="no verdict can be relied on", tone="alarm"), f": {judgement.trouble}.")
 
 
 _VERDICT_TEXTS: Mapping[Verdict, tuple[str, Tone]] = {
@@ -95,7 +93,7 @@ _VERDICT_TEXTS: Mapping[Verdict, tuple[str, Tone]] = {
 }
 
 
-def describe_likeness(one: Likeness) -> str:
+def format_likeness(one: Likeness) -> str:
     """The number of its answers that differ, and the distance of its logits from the reference's."""
     first = "" if one.first_difference is None else f", first at token {one.first_difference:g} (median)"
     logits = f"logits differ by {three_digits(one.difference_max)} at most"
@@ -121,7 +119,7 @@ def _answers(rows: Sequence[Likeness]) -> Table:
             write_row(one.way, _part(one.answers), write_number(one.first_difference), _part(one.tokens))
             for one in rows
         ),
-        notes=make_lines(
+        notes=to_lines(
             [
                 "95 % intervals over prompts and over answers; more prompts (--prompts) narrow them"
             ]
@@ -151,7 +149,7 @@ def _logits(rows: Sequence[Likeness]) -> Table:
             )
             for one in rows
         ),
-        notes=make_lines(
+        notes=to_lines(
             [
                 "KL(reference ‖ other) in nats, |Δ| of logits; means with 95 % intervals"
             ]
@@ -189,7 +187,7 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
             )
             for one in rows
         ),
-        notes=make_lines([f"paired over {format_count(len(parity.reference.losses), 'held-out sequence')}"]),
+        notes=to_lines([f"paired over {format_count(len(parity.reference.losses), 'held-out sequence')}"]),
     )
 
 
@@ -232,7 +230,7 @@ def describe_samples(samples: Sequence[Sample], title: str) -> Document:
         }
         passages = tuple((author, text.strip() or "(nothing)") for author, text in texts.items())
         panels.append(Panel(title=f"prompt {number}", passages=passages))
-    return make_line(Span(text=title, tone="strong"), indented=False), *panels
+    return to_line(Span(text=title, tone="strong"), indented=False), *panels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

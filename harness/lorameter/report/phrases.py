@@ -16,7 +16,7 @@ from typing import Literal
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
-from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, make_line, write_ratio
+from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio
 from lorameter.stats import MAX_ADVISED, Comparison
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.series import MARGIN
@@ -71,7 +71,7 @@ def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Be
     return Cell(verdict=comparison.verdict, verdict_text=words.get(comparison.verdict, ""))
 
 
-def format_comparison(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
+def format_verdict(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
     """A ratio between variants with its interval, and its verdict; the reason if there is no ratio."""
     if comparison is None or comparison.ratio is None:
         return "not measured" if comparison is None else f"not measured: {comparison.reason}", ""
@@ -144,4 +144,4 @@ def warn_before_run(notices: Sequence[Notice]) -> Document:
 
 def _line(notice: Notice, more: str = "") -> Line:
     code, remedy = Span(text=f"{notice.code}{more}", tone="warning"), Span(text=notice.remedy, tone="faint")
-    return make_line(code, f"  {notice.message} ", remedy)
+    return to_line(code, f"  {notice.message} ", remedy)

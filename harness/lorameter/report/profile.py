@@ -38,16 +38,16 @@ from lorameter.report.blocks import (
     Span,
     Table,
     make_invalid_lines,
-    make_line,
-    make_lines,
     name_columns,
+    to_line,
+    to_lines,
     value_cell,
     write_bytes,
     write_number,
     write_row,
     write_seconds,
 )
-from lorameter.report.phrases import describe_notices, format_comparison
+from lorameter.report.phrases import describe_notices, format_verdict
 from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
 
@@ -72,8 +72,8 @@ def describe_profile(
         _tabulate_phases(profile, step),
         _tabulate_categories(profile, step),
         _memory(profile),
-        Section(title="Tokens of a step", lines=(make_line(", ".join(shares)),)),
-        Section(title="Ceilings", lines=make_lines(_ceilings(ceilings, profile))),
+        Section(title="Tokens of a step", lines=(to_line(", ".join(shares)),)),
+        Section(title="Ceilings", lines=to_lines(_ceilings(ceilings, profile))),
         _tabulate_findings(findings, RULES, OF_WHAT_RAN if profile.activity.missing else ()),
         *_notices(profile),
     )
@@ -82,7 +82,7 @@ def describe_profile(
 def _heading(profile: TrialProfile, more: str = "") -> Line:
     """The variant, study and device of a profile."""
     where = f"{profile.device_name} ({profile.device}, {format_count(profile.threads, 'thread')})"
-    return make_line(
+    return to_line(
         Span(text=profile.variant.name, tone="strong"), f" of {profile.study} on {where}{more}", indented=False
     )
 
@@ -174,7 +174,7 @@ def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: Names = ST
         title=f"Where a {names.what}'s time goes{suffix}",
         heads=name_columns("phase", "time", f"of the {names.what}", waits, calls),
         rows=tuple(rows),
-        notes=make_lines(_step_lines(step, names)),
+        notes=to_lines(_step_lines(step, names)),
     )
 
 
@@ -223,7 +223,7 @@ def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names 
         title=f"What ran{suffix}: {what}",
         heads=name_columns("category", f"of the {names.what}", "time", *step.phases),
         rows=tuple(rows),
-        notes=make_lines(_operators(profile, step, names)),
+        notes=to_lines(_operators(profile, step, names)),
     )
 
 
@@ -264,7 +264,7 @@ def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_ob
         title="Findings, and what each costs",
         heads=(finding, message, cost, ColumnHeader(text=remedy.text)),
         rows=tuple(rows or [write_row("none", "", "", "")]),
-        notes=make_lines(notes),
+        notes=to_lines(notes),
     )
 
 
@@ -297,23 +297,23 @@ def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
     finding, comparison, title = tried.finding, tried.comparison, METRICS[tried.metric].title
     yield from make_invalid_lines(_invalid(tried))
     if comparison is not None:
-        ratio, verdict = format_comparison(comparison, tried.metric)
+        ratio, verdict = format_verdict(comparison, tried.metric)
         word = Span(text=verdict if tried.valid else "invalid", tone="strong")
-        yield make_line(f"{title} with the remedy over without: {ratio}", word)
-        yield make_line(Span(text=comparison.reason, tone="faint"))
+        yield to_line(f"{title} with the remedy over without: {ratio}", word)
+        yield to_line(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of, part = ("a step" if name == "step_time_s" else f"the {METRICS[name].title}"
                     for name in (tried.metric, finding.metric))  # fmt: skip
         seen = f"the profile attributed {finding.cost_share:.1%} of {part} to it"
         low, high = (None if end is None else 100 * (1 - end) for end in (comparison.high, comparison.low))
         gained = format_interval(100 * (1 - comparison.ratio), low, high, "1")
-        yield make_line(f"gained {gained} % of {of}; {seen}")
+        yield to_line(f"gained {gained} % of {of}; {seen}")
     if tried.control is not None:
-        yield make_line(
-            f"control (the present variant measured twice): {''.join(format_comparison(tried.control, tried.metric))}"
+        yield to_line(
+            f"control (the present variant measured twice): {''.join(format_verdict(tried.control, tried.metric))}"
         )
-    yield from (make_line(Span(text=failure, tone="bad")) for failure in tried.failures)
-    yield make_line(f"run {tried.run}")
+    yield from (to_line(Span(text=failure, tone="bad")) for failure in tried.failures)
+    yield to_line(f"run {tried.run}")
 
 
 def _invalid(tried: RemedyResult) -> str | None:
@@ -363,7 +363,7 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
         title="Forward passes, and how near they came to the peak",
         heads=name_columns("pass", "time", calls, "FLOPs", "MFU", "bytes", "MBU"),
         rows=tuple(rows),
-        notes=make_lines(_pass_lines(profile, accounts)),
+        notes=to_lines(_pass_lines(profile, accounts)),
     )
 
 
@@ -405,7 +405,7 @@ def _request_memory(profile: RequestProfile) -> Table:
     size = format_bytes(facts.cache_bytes)
     lines.append(f"cache: {facts.cache}, {size} at the end of a request; it {moved}" if facts.cache else "cache: none")
     rows = [write_row(title_of(kind), write_bytes(size)) for kind, size in in_order(account.kinds).items()]
-    return _tabulate_memory(account, rows, device=profile.device, at="the peak of a request", notes=make_lines(lines))
+    return _tabulate_memory(account, rows, device=profile.device, at="the peak of a request", notes=to_lines(lines))
 
 
 def _cold(profile: RequestProfile) -> Table:
@@ -421,7 +421,7 @@ def _cold(profile: RequestProfile) -> Table:
         title="A cold start, part by part",
         heads=name_columns("part", "time", "of it", "until its end"),
         rows=tuple(rows),
-        notes=make_lines(
+        notes=to_lines(
             [
                 "one start, with its parts timed; nothing is compiled for a request. Its interval is what "
                 "`lorameter run --phase cold` measures"

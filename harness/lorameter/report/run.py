@@ -28,8 +28,8 @@ from lorameter.report.blocks import (
     collapse_constant_columns,
     list_sections,
     make_invalid_lines,
-    make_line,
-    make_lines,
+    to_line,
+    to_lines,
     tone_of,
 )
 from lorameter.report.figures import describe_charts
@@ -38,8 +38,8 @@ from lorameter.report.phrases import (
     describe_notices,
     describe_request,
     explain_inconclusive,
-    format_comparison,
     format_effect,
+    format_verdict,
     split_basis,
     title_of,
     title_of_ratio,
@@ -87,7 +87,7 @@ def describe_run(view: RunView) -> Document:
 def _blocks(view: RunView) -> Iterator[Block]:
     run, study = view.run, view.study
     yield from make_invalid_lines(view.validity.invalid)
-    facts = (make_line(text, label=label) for label, text in _facts(run, study))
+    facts = (to_line(text, label=label) for label, text in _facts(run, study))
     yield Section(title=study.title, lines=(*_summary(view), *facts))
     for table in view.tables:
         notes = tuple(_notes(table, alone=view.alone))
@@ -96,15 +96,15 @@ def _blocks(view: RunView) -> Iterator[Block]:
             yield from describe_charts(view, table)
     yield from list_sections({"Differs from the study as written": study.deviations, "Notes": study.notes})
     if view.validity.failures:
-        yield Section(title="Trials without a result", lines=make_lines(view.validity.failures), tone="bad")
+        yield Section(title="Trials without a result", lines=to_lines(view.validity.failures), tone="bad")
     yield from describe_notices(view.notices)
     yield from _statistics(view)
     yield from _time(run.manifest.spending)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    yield make_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)
+    yield to_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)
     if run.state != "complete":
         rest = f" ({run.state}): the report shows the trials that have ended."
-        yield make_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
+        yield to_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
 
 
 def _summary(view: RunView) -> Iterator[Line]:
@@ -120,7 +120,7 @@ def _validity(view: RunView) -> Line:
     total = sum(view.counts.values())
     trials = ", ".join(f"{count} of {total} trials {status}" for status, count in view.counts.items())
     controls = [f"{_label(table)} {table.control.verdict}" for table in view.tables if table.control is not None]
-    return make_line(f"yes: {trials}{'; A/A control: ' if controls else ''}{', '.join(controls)}", label="valid")
+    return to_line(f"yes: {trials}{'; A/A control: ' if controls else ''}{', '.join(controls)}", label="valid")
 
 
 def _verdicts(table: PhaseTable) -> Iterator[Line]:
@@ -142,7 +142,7 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
             spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=tone_of(verdict))]
             spans.append(Span(text=first_few(names, MAX_NAMED)))
     if spans:
-        yield make_line(*spans, label=_label(table))
+        yield to_line(*spans, label=_label(table))
 
 
 def _paths(view: RunView) -> Iterator[Line]:
@@ -150,9 +150,9 @@ def _paths(view: RunView) -> Iterator[Line]:
     statuses = [(name, text) for table in view.tables for name, text in table.checks.items()]
     missed = dict.fromkeys(f"{name}: {text}" for name, text in statuses if text != ALL_ACTIVE)
     if missed:
-        yield make_line(Span(text=first_few(list(missed), MAX_NAMED, "; "), tone="bad"), label="checks")
+        yield to_line(Span(text=first_few(list(missed), MAX_NAMED, "; "), tone="bad"), label="checks")
     elif statuses:
-        yield make_line("all required paths active", label="checks")
+        yield to_line("all required paths active", label="checks")
 
 
 def _label(table: PhaseTable) -> str:
@@ -168,12 +168,12 @@ def _label(table: PhaseTable) -> str:
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
     """The control, and a line for each variant whose required paths differ from those of the others."""
     if not alone:
-        ratio, verdict = format_comparison(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
-        yield make_line(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
+        ratio, verdict = format_verdict(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
+        yield to_line(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
     if len(set(table.checks.values())) > 1:
         for name, text in table.checks.items():
             if text != ALL_ACTIVE:
-                yield make_line(f"required paths of {name}: ", Span(text=text, tone="bad"))
+                yield to_line(f"required paths of {name}: ", Span(text=text, tone="bad"))
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
@@ -185,9 +185,7 @@ def _statistics(view: RunView) -> Iterator[Block]:
     if lines:
         yield Section(title="Statistics", lines=tuple(lines))
     if reasons:
-        yield Collapsible(
-            summary=make_line(Span(text="what each verdict rests on", tone="faint")), lines=tuple(reasons)
-        )
+        yield Collapsible(summary=to_line(Span(text="what each verdict rests on", tone="faint")), lines=tuple(reasons))
 
 
 def _inconclusive(table: PhaseTable) -> Iterator[Line]:
@@ -196,19 +194,17 @@ def _inconclusive(table: PhaseTable) -> Iterator[Line]:
         if ratio.verdict == "inconclusive":
             about = Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning")
             advice = explain_inconclusive(ratio, table.metric, table.interleaving or "replicates")
-            yield make_line(about, f": {advice}", label="inconclusive")
+            yield to_line(about, f": {advice}", label="inconclusive")
 
 
 def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
     """How ratios (of pairs) and estimates (of one variant) are computed."""
     if any(not is_memory(table.metric) for table in tables):
-        yield from (make_line(text, label=label) for label, text in ESTIMATORS.items())
+        yield from (to_line(text, label=label) for label, text in ESTIMATORS.items())
     keys = {head.key for table in tables for head in table.table.heads}
     if PEAK in keys or any(is_memory(key) for key in keys):
         notes = dict.fromkeys(table.note for table in tables if table.note)
-        yield make_line(
-            "; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory"
-        )
+        yield to_line("; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory")
 
 
 def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
@@ -222,10 +218,10 @@ def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
             if one is not None and one.verdict != "invalid":
                 reason, basis = split_basis(one.reason)
                 shared.setdefault(basis, []).append(about)
-                lines.append(make_line(f"{about}, {name}: ", Span(text=reason, tone="faint")))
+                lines.append(to_line(f"{about}, {name}: ", Span(text=reason, tone="faint")))
     for basis, abouts in shared.items():
         if basis:
-            yield make_line(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
+            yield to_line(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
     yield from lines
 
 
@@ -240,7 +236,7 @@ def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     lines = [f"{format_duration(spending.wall_s)}{of_limit}, {share}"]
     if spending.turns:
         lines.append(f"timed turns of each trial, by replicate: {', '.join(map(str, spending.turns))}")
-    yield Section(title="Time", lines=make_lines(lines))
+    yield Section(title="Time", lines=to_lines(lines))
 
 
 def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:

@@ -40,7 +40,7 @@ from lorameter.report.blocks import (
     Span,
     Table,
     Tone,
-    make_line,
+    to_line,
     tone_of,
 )
 from lorameter.report.plots import MAX_WIDTH, MIN_WIDTH, draw_scale, draw_whisker, plot, scale_of
@@ -162,7 +162,7 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
     yield _grid(table, kept, console)
     hidden = [column.head.text for column in columns if column not in kept and not column.whisker]
     if hidden:
-        yield from _paragraphs([make_line(f"hidden columns (narrow terminal): {', '.join(hidden)}")], console)
+        yield from _paragraphs([to_line(f"hidden columns (narrow terminal): {', '.join(hidden)}")], console)
 
 
 def _total(columns: Sequence[_Column]) -> int:
@@ -245,7 +245,7 @@ def _records(table: Table, console: Console) -> Iterator[RenderableType]:
     """The rows one below the other, for a terminal narrower than the required columns."""
     for row in table.rows:
         cells = zip(table.heads, row.cells, strict=True)
-        yield from _paragraphs([make_line(cell.words, label=head.text) for head, cell in cells if cell.words], console)
+        yield from _paragraphs([to_line(cell.words, label=head.text) for head, cell in cells if cell.words], console)
         yield ""
 
 
@@ -258,7 +258,7 @@ def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType
     """Charts in rows, with as many side by side as fit."""
     yield draw_text(group.title, "strong")
     if not console.encoding.lower().startswith("utf"):
-        yield from _paragraphs([make_line("charts are drawn where the terminal takes UTF-8")], console)
+        yield from _paragraphs([to_line("charts are drawn where the terminal takes UTF-8")], console)
         return
     width, drawn = min(_CHART_WIDTH, console.width - 2), list[Text]()
     for chart in group.charts:

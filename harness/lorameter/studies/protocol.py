@@ -140,8 +140,8 @@ class Protocol:
         elif self.on == HERE:
             require(
                 all(map(_NUMBERS.fullmatch, self.sites)),
-                f"{format_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, or "
-                'sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.',
+                f"{format_sites(self.sites)}: numbers with commas between them are expected. Write 0,1 for two sites, "
+                'or sites = ["0", "1"] in [protocol]; 0+1,2+3 for two of two GPUs each, where trials have two ranks.',
             )
             require(
                 not self.mixed or len(self.sites) > 1,
@@ -156,7 +156,7 @@ class Protocol:
         named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
         require(
             all(self.sites) and len(set(named)) == len(named),
-            f"{format_sites(self.sites)}: one is named twice, or has no name, and would disturb itself. Name each once.",
+            f"{format_sites(self.sites)}: one is named twice, or has no name. Name each once.",
         )
 
     @property

@@ -82,8 +82,8 @@ def mixed_notice(run: Run) -> Notice:
     """The notice of a run whose sites are different machines."""
     return Notice(
         code="sites-mixed",
-        message=f"the sites are different machines ({describe_machines(run.records)}): each is judged by itself, with its "
-        "part of the replicates, and no number is taken over all of them.",
+        message=f"the sites are different machines ({describe_machines(run.records)}): each is judged by itself, with "
+        "its part of the replicates, and no number is taken over all of them.",
         remedy="Read each site; for one number measure on machines of one kind.",
     )
 
@@ -105,8 +105,8 @@ def refuse_mixed(run: Run, what: str) -> None:
     """Raise `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
     require(
         not is_mixed(run),
-        f"run {run.manifest.run}: its sites are different machines ({describe_machines(run.records)}), and {what} is of "
-        f"one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
+        f"run {run.manifest.run}: its sites are different machines ({describe_machines(run.records)}), and {what} is "
+        f"of one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
         "own.",
     )
 

@@ -47,9 +47,7 @@ class SlurmJobs:
     def __init__(self, on: str) -> None:
         """Raises `UsageError` if this machine cannot submit jobs."""
         if not all(map(shutil.which, ("sbatch", "squeue", "scancel"))):
-            raise UsageError(
-                f"{format_on(on)}: this machine has no sbatch. Start it on one that submits jobs to SLURM."
-            )
+            raise UsageError(f"{format_on(on)}: no sbatch on this machine. Start it where SLURM jobs are submitted.")
         self._on = on
         sites, self._parameters = read_slurm(on)
         self.slots = ("",) * sites
@@ -212,7 +210,8 @@ class RayJobs:
             import ray
         except ImportError as error:
             raise UsageError(
-                f"{format_on(address)}: Ray cannot be imported: {error}. Install lorameter[ray], in the cluster's version."
+                f"{format_on(address)}: Ray cannot be imported: {error}. "
+                "Install lorameter[ray], in the cluster's version."
             ) from None
         self._ray: Any = ray
         try:
@@ -223,8 +222,8 @@ class RayJobs:
             )
         except Exception as error:  # wrong version, wrong port, missing library: Ray has a class for each
             raise UsageError(
-                f"{format_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it as "
-                "ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
+                f"{format_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it "
+                "as ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
             ) from None
         self._shares = {share.site: share for share in shares_of(ray.nodes(), wanted, ranks=ranks)}
         self.slots = tuple(self._shares)
