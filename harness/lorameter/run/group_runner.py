@@ -275,7 +275,7 @@ class GroupRunner:
 
     def _start_cold(self) -> None:
         """Measure cold starts after all processes have ended, so that nothing shares the device with them. In the first
-        replicate, a whole cold start of each variant checks the sum."""
+        replicate, a whole cold start of the reference checks the sum."""
         records, budget = self._records, self._budget
         trials = records.live("cold") if self._admits("cold") else []
         records.ended |= set(records.records) - set(trials)
@@ -285,13 +285,17 @@ class GroupRunner:
             executor = self._run.executors[slot.executor]
             self._run.display.trial_phase(slot, "cold")
             self._add_cold(trial, lambda: measure_cold(executor, request, self._run.imports, slot.side))  # noqa: B023
-            if slot.replicate == 0 and slot.role == "variant" and records.is_ok(trial):
+            if self._checks_sum(slot) and records.is_ok(trial):
                 begin = budget.clock()
                 self._add_cold(trial, lambda: measure_whole(executor, request))  # noqa: B023
                 whole_s += budget.clock() - begin
             records.ended.add(trial)
         if trials:
             budget.lap("cold", once_s=whole_s)
+
+    def _checks_sum(self, slot: Slot) -> bool:
+        """Whether a whole cold start of this trial is compared with the sum of its parts."""
+        return slot.replicate == 0 and slot.role == "variant" and slot.variant.name == self._run.plan.study.reference
 
     def _add_cold(self, trial: str, start: Callable[[], PartialRecord]) -> None:
         """Add a cold start. Its answer must equal that of the trained process; otherwise the trial is invalid."""
@@ -317,7 +321,7 @@ class GroupRunner:
             load_s = budget.load_s + self._request_s
             sides = len({slot.side for slot in self._group.slots})
             seconds = measuring * load_s + sides * budget.import_s
-            once_s = measuring * (budget.import_s + load_s)  # whole cold starts, which check the sum
+            once_s = sum(map(self._checks_sum, self._group.slots)) * (budget.import_s + load_s)
         elif part == "open_ended":  # complete answers are also requested before training
             answer_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
             seconds = measuring * 2 * MIN_ROUNDS * answer_s
