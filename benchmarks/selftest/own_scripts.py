@@ -187,7 +187,8 @@ def judge_overhead(replicates: list[Replicate]) -> Iterator[str]:
         step = statistics.fmean(one.step_s[kind] for one in replicates)
         print(f"{kind} time of a step without the meter: {step * 1e3:.3f} ms")
         for name, base in DIFFERENCES:
-            mean, low, high = mean_interval([one.extra_s[kind, name, base] for one in replicates])
+            found = mean_interval([one.extra_s[kind, name, base] for one in replicates])
+            mean, low, high = found.value, found.low, found.high
             if low is None or high is None:
                 raise SystemExit("--replicates: one has no interval; make two at least")
             microseconds = f"{mean * 1e6:.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}]"

@@ -11,7 +11,6 @@ import dataclasses
 import msgspec
 import pytest
 
-from lorameter.profile.accounting import TimeSpan
 from lorameter.profile.evidence import PassEvidence, ProfileEvidence, RequestEvidence, dropout_s, unpacking_s
 from lorameter.profile.request_rules import (
     FIRST,
@@ -22,6 +21,7 @@ from lorameter.profile.request_rules import (
 )
 from lorameter.profile.rules import RULES, diagnose
 from lorameter.records.activity import ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
+from lorameter.stats import Estimate
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -178,7 +178,7 @@ HEAD_COPY = WeightCopy(
 
 
 def span(value, spread=0.01):
-    return TimeSpan(value=value, low=value * (1 - spread), high=value * (1 + spread))
+    return Estimate(value=value, low=value * (1 - spread), high=value * (1 + spread))
 
 
 HEALTHY_REQUEST = RequestEvidence(
@@ -194,7 +194,7 @@ HEALTHY_REQUEST = RequestEvidence(
     facts=FACTS,
     merged=span(0.398),
     merged_calls=700.0,
-    new_length=TimeSpan(value=0.0001, low=-0.001, high=0.001),
+    new_length=Estimate(value=0.0001, low=-0.001, high=0.001),
     adapter_dtype="bfloat16",
     bytes_per_s=1e12,
 )
@@ -221,7 +221,7 @@ PLANTED_REQUESTS = {
     "cache-reallocated": (changed_request(decode={"cache_s": 0.001}), LATER, 0.001, {"kv_cache": "static"}),
     "prompt-logits": (changed_request(prefill={"head_s": 0.02}, facts={"logit_rows": 32}), FIRST, 0.02 * 31 / 32, {}),
     "between-tokens": (changed_request(choose_s=0.004), LATER, 0.004, {}),
-    "new-length": (changed_request(new_length=TimeSpan(value=0.03, low=0.02, high=0.04)), FIRST, 0.03, {}),
+    "new-length": (changed_request(new_length=Estimate(value=0.03, low=0.02, high=0.04)), FIRST, 0.03, {}),
     "mixed-types": (
         changed_request(adapter_dtype="float32", prefill={"casts_s": 0.002}, decode={"casts_s": 0.001}),
         WHOLE, 0.002 + PASSES * 0.001, {"adapter_dtype": "bfloat16"},
@@ -262,7 +262,7 @@ LAYER_COPY = msgspec.structs.replace(HEAD_COPY, weight="model.layers.0.mlp.up_pr
         (changed_request(prefill={"copies": (msgspec.structs.replace(HEAD_COPY, time_s=0.0005),)}), []),
         (changed_request(**SLOW_HEAD, variant={"copy_head_input": True}), [{}]),
         (changed_request(prefill={"time_s": 1.55, "copies": (LAYER_COPY,)}, first_token=span(1.6)), [{}]),
-        (changed_request(merged=TimeSpan(value=0.3, low=0.2, high=0.4)), []),
+        (changed_request(merged=Estimate(value=0.3, low=0.2, high=0.4)), []),
         (changed_request(merged=None), []),
         (changed_request(merged=span(0.5)), []),
         (changed_request(variant={"quantization": "nf4"}, decode={"dequantise_s": 0.004}), [{}]),
@@ -276,7 +276,7 @@ LAYER_COPY = msgspec.structs.replace(HEAD_COPY, weight="model.layers.0.mlp.up_pr
         ),
         (changed_request(facts={"cache_moved": 0.0, "cache": "StaticCache"}, decode={"cache_s": 0.001}), []),
         (changed_request(prefill={"head_s": 0.02}), []),
-        (changed_request(new_length=TimeSpan(value=0.03, low=-0.01, high=0.04)), []),
+        (changed_request(new_length=Estimate(value=0.03, low=-0.01, high=0.04)), []),
         (changed_request(variant={"dtype": "float32"}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),
         (changed_request(variant={"merge_adapter": True}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),
         (changed_request(device="cpu", decode={"idle_s": 0.0015}, choose_s=0.0015), []),

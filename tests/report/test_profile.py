@@ -21,7 +21,6 @@ from lorameter.commands import profile as commands_profile
 from lorameter.models.costs.peaks import Peak
 from lorameter.profile.accounting import (
     IDLE,
-    TimeSpan,
     categories_s,
     plain_s,
     step_account,
@@ -37,7 +36,7 @@ from lorameter.records.record import MemoryAccount, Notice, TrialRecord
 from lorameter.report.parity import read_samples
 from lorameter.report.profile import describe_profile, describe_remedy
 from lorameter.report.terminal import console_for, show, text_of
-from lorameter.stats import compare_trials
+from lorameter.stats import Estimate, compare_trials
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -129,11 +128,11 @@ def test_the_lines_of_a_step_add_up(profile):
 @pytest.mark.parametrize(
     ("remainder", "explained"),
     [
-        (TimeSpan(value=0.001, low=-0.001, high=0.0019), True),
-        (TimeSpan(value=0.001, low=-0.001, high=0.003), None),
-        (TimeSpan(value=0.003, low=0.0021, high=0.004), False),
-        (TimeSpan(value=-0.003, low=-0.004, high=-0.0021), False),
-        (TimeSpan(value=0.0019, low=None, high=None), True),
+        (Estimate(value=0.001, low=-0.001, high=0.0019), True),
+        (Estimate(value=0.001, low=-0.001, high=0.003), None),
+        (Estimate(value=0.003, low=0.0021, high=0.004), False),
+        (Estimate(value=-0.003, low=-0.004, high=-0.0021), False),
+        (Estimate(value=0.0019, low=None, high=None), True),
     ],
 )
 def test_a_step_is_explained_where_the_whole_interval_is_within_the_limit(profile, remainder, explained):

@@ -92,7 +92,6 @@ def test_median_interval_is_scipys(values, alpha):
     oracle = stats.quantile_test(values, q=0, p=0.5).confidence_interval(1 - alpha)
     assert estimate.value == pytest.approx(np.median(values))
     assert (estimate.low, estimate.high) == ((None, None) if math.isnan(oracle.low) else (oracle.low, oracle.high))
-    assert (estimate.reason is None) == (estimate.low is not None)
 
 
 @pytest.mark.parametrize("count", [6, 9, 12, 25])
@@ -106,11 +105,9 @@ def test_median_interval_covers(count):
 
 @pytest.mark.parametrize(("q", "needed"), [(0.9, 29), (0.95, 59), (0.99, 299), (0.1, 29), (0.5, 5)])
 def test_percentile_needs_its_samples(q, needed):
-    """With one sample too few there is no percentile, and the reason has the needed number."""
-    short = percentile(range(needed - 1), q)
-    assert (short.value, short.low, short.high) == (None, None, None)
-    assert short.reason == f"p{100 * q:.4g} is not supported by n = {needed - 1}: a confidence of 95 % takes {needed}"
-    assert percentile(range(needed), q).reason is None
+    """With one sample too few there is no percentile."""
+    assert percentile(range(needed - 1), q) is None
+    assert percentile(range(needed), q) is not None
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,9 +126,7 @@ def test_percentile_bounds_are_scipys(count, q, confidence):
 def test_effective_size_decides():
     """A thousand dependent samples with an effective size of 28 have no p90; with 29 its upper bound is the largest
     sample."""
-    short = percentile(range(1000), 0.9, effective_size=28.9)
-    assert short.value is None
-    assert "n = 28 (what 1000 dependent samples are worth)" in short.reason
+    assert percentile(range(1000), 0.9, effective_size=28.9) is None
     enough = percentile(range(1000), 0.9, effective_size=29.0)
     assert enough.high == 999
     assert enough.low < percentile(range(1000), 0.9).low

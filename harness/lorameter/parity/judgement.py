@@ -20,7 +20,7 @@ from typing import Literal
 
 from lorameter.profile.measure import format_failure
 from lorameter.records.record import Notice, Served, TrialRecord
-from lorameter.stats import Proportion, clustered_proportion, mean_interval, proportion
+from lorameter.stats import Estimate, Proportion, clustered_proportion, mean_interval, proportion
 from lorameter.studies.request import AGAIN, WITHOUT, ServingMode
 from lorameter.studies.variant import BuiltVariant
 from lorameter.studies.workload import Workload
@@ -71,15 +71,6 @@ class Parity:
 Verdict = Literal["same", "noise", "differ"]
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A mean over answers or sequences with its 95 % interval; a single one has no interval."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likeness:
     """One way of serving, compared with the reference.
@@ -105,14 +96,14 @@ class Likeness:
     answers: Proportion
     first_difference: float | None
     tokens: Proportion
-    kl_mean_nats: Mean
+    kl_mean_nats: Estimate
     kl_max_nats: float
-    difference_mean: Mean
+    difference_mean: Estimate
     difference_max: float
-    cosine_mean: Mean
+    cosine_mean: Estimate
     cosine_min: float
-    held_out_loss: Mean
-    loss_difference: Mean
+    held_out_loss: Estimate
+    loss_difference: Estimate
     within_floor: bool = False
 
     @property
@@ -183,14 +174,14 @@ def compare_served(reference: Served, other: Served) -> Likeness:
         answers=proportion(len(places), len(pairs)),
         first_difference=statistics.median(places) if places else None,
         tokens=clustered_proportion([one.argmax_differs for one in distances], positions),
-        kl_mean_nats=Mean(*mean_interval([one.kl_mean_nats for one in distances])),
+        kl_mean_nats=mean_interval([one.kl_mean_nats for one in distances]),
         kl_max_nats=max(one.kl_max_nats for one in distances),
-        difference_mean=Mean(*mean_interval([one.difference_mean for one in distances])),
+        difference_mean=mean_interval([one.difference_mean for one in distances]),
         difference_max=max(one.difference_max for one in distances),
-        cosine_mean=Mean(*mean_interval([one.cosine_mean for one in distances])),
+        cosine_mean=mean_interval([one.cosine_mean for one in distances]),
         cosine_min=min(one.cosine_min for one in distances),
-        held_out_loss=Mean(*mean_interval(other.losses)),
-        loss_difference=Mean(*mean_interval(losses)),
+        held_out_loss=mean_interval(other.losses),
+        loss_difference=mean_interval(losses),
     )
 
 

@@ -30,10 +30,10 @@ from lorameter.models.costs.flops import (
     training_flops,
 )
 from lorameter.models.costs.modules import from_values
-from lorameter.models.costs.peaks import Ceiling, TimeSpan, Utilisation, ceiling_of, utilisation
+from lorameter.models.costs.peaks import Ceiling, Utilisation, ceiling_of, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
 from lorameter.records.activity import MIN_STEP_PAIRS, WHOLE, PhaseActivity
-from lorameter.stats import bootstrap_interval, median_interval
+from lorameter.stats import Estimate, bootstrap_interval, median_interval
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.series import OCCUPANCY_FLOOR
 
@@ -75,14 +75,6 @@ SERVED = Names(
 MERGED = dataclasses.replace(SERVED, prefix="merged_")
 
 
-def span_of(samples: Sequence[float]) -> TimeSpan:
-    """The median of samples with its interval. Raises ValueError without samples."""
-    found = median_interval(samples)
-    if found.value is None:
-        raise ValueError("a median of no samples")
-    return TimeSpan(value=found.value, low=found.low, high=found.high)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAccount:
     """The time of a step or a request by its phases, in seconds.
@@ -101,13 +93,13 @@ class StepAccount:
         counted: number of undisturbed pairs, or all pairs if these are too few.
     """
 
-    step: TimeSpan
-    phases: dict[str, TimeSpan]
-    between: TimeSpan
-    borders: TimeSpan
-    remainder: TimeSpan
-    covered: TimeSpan
-    profiler_slowdown: TimeSpan
+    step: Estimate
+    phases: dict[str, Estimate]
+    between: Estimate
+    borders: Estimate
+    remainder: Estimate
+    covered: Estimate
+    profiler_slowdown: Estimate
     occupancy: float | None
     pairs: int
     counted: int
@@ -131,19 +123,19 @@ def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
         return counted_samples(profile, name, names)
 
     plain, bordered = keep(f"plain_{what}_time_s"), keep(f"bordered_{what}_time_s")
-    step = span_of(plain)
+    step = median_interval(plain)
     phases = [keep(f"phase_{phase}_s") for phase in names.phases]
     sums = [sum(times) for times in zip(*phases, strict=True)]
     low, high = bootstrap_interval((plain, *phases), _remainder)
     everything = range(_pairs(profile, names))
     return StepAccount(
         step=step,
-        phases=dict(zip(names.phases, map(span_of, phases), strict=True)),
-        remainder=TimeSpan(value=float(_remainder(plain, *phases)), low=low, high=high),
-        between=span_of(samples[f"{prefix}between_{what}s_s"]),
-        borders=span_of([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
-        covered=span_of([part / whole for part, whole in zip(sums, bordered, strict=True)]),
-        profiler_slowdown=span_of([slow / step.value for slow in profile.activity.step_times_s]),
+        phases=dict(zip(names.phases, map(median_interval, phases), strict=True)),
+        remainder=Estimate(value=float(_remainder(plain, *phases)), low=low, high=high),
+        between=median_interval(samples[f"{prefix}between_{what}s_s"]),
+        borders=median_interval([slow - fast for fast, slow in zip(plain, bordered, strict=True)]),
+        covered=median_interval([part / whole for part, whole in zip(sums, bordered, strict=True)]),
+        profiler_slowdown=median_interval([slow / step.value for slow in profile.activity.step_times_s]),
         occupancy=_occupancy(profile, everything, names) if profile.device == "cpu" else None,
         pairs=len(everything),
         counted=len(plain),
@@ -309,7 +301,7 @@ def step_flops(profile: Profile, variant: Variant, tokens: StepTokens | None = N
         return products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager")
 
 
-def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
+def ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
     """MFU and HFU of the step; or the reason if the model's layers or the peak are unknown."""
     if "product" not in profile.peaks:
         return (
@@ -343,7 +335,7 @@ def ceilings(profile: Profile, step: TimeSpan) -> Ceilings | str:
 class PassAccount:
     """One forward pass: over the prompts, or over one later token of each prompt."""
 
-    time: TimeSpan
+    time: Estimate
     """Time of the pass; for single-token passes the mean over a request."""
     calls: float | None
     """Kernels launched, or operators called, in the pass; None if the operators are unknown."""
@@ -360,8 +352,8 @@ class RequestAccount:
     """A request's time by its phases, and its two kinds of passes."""
 
     whole: StepAccount
-    first_token: TimeSpan
-    token: TimeSpan
+    first_token: Estimate
+    token: Estimate
     """Time per token after the first."""
     passes: int
     """Number of single-token passes in a request."""
@@ -387,8 +379,8 @@ def _account(profile: RequestProfile, names: Names) -> RequestAccount:
 
     return RequestAccount(
         whole=whole,
-        first_token=span_of(counted_samples(profile, "first_token_time_s", names)),
-        token=span_of(counted_samples(profile, "time_per_output_token_s", names)),
+        first_token=median_interval(counted_samples(profile, "first_token_time_s", names)),
+        token=median_interval(counted_samples(profile, "time_per_output_token_s", names)),
         passes=passes,
         prefill=_pass_account(
             profile, whole.phases["prefill"], calls("prefill", 1), rows=profile.facts.prompt_rows,
@@ -401,14 +393,14 @@ def _account(profile: RequestProfile, names: Names) -> RequestAccount:
     )  # fmt: skip
 
 
-def _divided(span: TimeSpan, by: int) -> TimeSpan:
+def _divided(span: Estimate, by: int) -> Estimate:
     low, high = (None if end is None else end / by for end in (span.low, span.high))
-    return TimeSpan(value=span.value / by, low=low, high=high)
+    return Estimate(value=span.value / by, low=low, high=high)
 
 
 def _pass_account(
     profile: RequestProfile,
-    time: TimeSpan,
+    time: Estimate,
     calls: float | None,
     *,
     rows: int,

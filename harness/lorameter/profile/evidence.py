@@ -14,7 +14,6 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.models.costs.flops import computed_tokens
 from lorameter.models.costs.memory import memory_bytes
-from lorameter.models.costs.peaks import TimeSpan
 from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import (
     IDLE,
@@ -25,7 +24,6 @@ from lorameter.profile.accounting import (
     categories_s,
     find_observed,
     plain_s,
-    span_of,
     step_flops,
     time_of,
 )
@@ -39,6 +37,7 @@ from lorameter.records.activity import (
     RequestFacts,
     WeightCopy,
 )
+from lorameter.stats import Estimate, median_interval
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -266,17 +265,17 @@ class RequestEvidence:
 
     variant: Variant
     device: Literal["cpu", "cuda"]
-    request: TimeSpan
-    first_token: TimeSpan
-    token: TimeSpan
+    request: Estimate
+    first_token: Estimate
+    token: Estimate
     passes: int
     prefill: PassEvidence
     decode: PassEvidence
     choose_s: float
     facts: RequestFacts
-    merged: TimeSpan | None = None
+    merged: Estimate | None = None
     merged_calls: float | None = None
-    new_length: TimeSpan | None = None
+    new_length: Estimate | None = None
     adapter_dtype: str | None = None
     bytes_per_s: float | None = None
     unquantised_bytes: int | None = None
@@ -302,7 +301,7 @@ def evidence_of_requests(
         facts=profile.facts,
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
-        new_length=span_of(late) if late else None,  # a prompt of one token has no shorter one
+        new_length=median_interval(late) if late else None,  # a prompt of one token has no shorter one
         adapter_dtype=observed_word(profile, "peft.dtype"),
         bytes_per_s=None if memory is None else memory.per_s,
         unquantised_bytes=_unquantised_bytes(profile),

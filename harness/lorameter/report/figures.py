@@ -317,9 +317,7 @@ _Value = tuple[float, float | None, float | None]
 def _estimates(shown: Shown, metric: str) -> dict[str, _Value]:
     """The estimate of each variant that has one, with its interval."""
     found = {name: series.estimate(metric) for name, series in shown.items()}
-    return {
-        name: (one.value, one.low, one.high) for name, one in found.items() if one is not None and one.value is not None
-    }
+    return {name: (one.value, one.low, one.high) for name, one in found.items() if one is not None}
 
 
 def _sweep(axis: str, levels: Iterable[tuple[float, str]], values: Mapping[str, _Value]) -> Chart:

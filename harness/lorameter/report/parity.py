@@ -16,7 +16,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.parity.judgement import Judgement, Likeness, Mean, Parity, Verdict, first_difference
+from lorameter.parity.judgement import Judgement, Likeness, Parity, Verdict, first_difference
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_percent, three_digits
@@ -37,7 +37,7 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.phrases import describe_notices
-from lorameter.stats import Proportion
+from lorameter.stats import Estimate, Proportion
 from lorameter.studies.study_file import read_own_workloads, read_study
 
 SHOWN = 3
@@ -161,7 +161,7 @@ def _largest(value: float) -> Cell:
     return Cell(text=three_digits(value), value=value, unit="1")
 
 
-def _mean(mean: Mean, sign: str = "") -> Cell:
+def _mean(mean: Estimate, sign: str = "") -> Cell:
     """A mean in powers of ten if it is small: a unit prefix would hide its size."""
     form = f"{sign}.3g"
     interval = "[no interval]" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from lorameter.models.costs.peaks import TimeSpan
 from lorameter.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
@@ -48,6 +47,7 @@ from lorameter.report.blocks import (
     write_seconds,
 )
 from lorameter.report.phrases import describe_notices, format_verdict
+from lorameter.stats import Estimate
 from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
 
@@ -178,11 +178,11 @@ def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: Names = ST
     )
 
 
-def _time(span: TimeSpan) -> Cell:
+def _time(span: Estimate) -> Cell:
     return value_cell(span.value, span.low, span.high, "s")
 
 
-def _shares(span: TimeSpan, whole: float) -> Cell:
+def _shares(span: Estimate, whole: float) -> Cell:
     """A part of a whole in percent, with its interval if it has one."""
     share = write_number(span.value / whole, ".1%")
     if span.low is None or span.high is None:

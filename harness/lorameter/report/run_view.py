@@ -20,7 +20,7 @@ from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
 from lorameter.report.phrases import title_of, verdict_cell
-from lorameter.stats import Comparison, Estimate, QuantileEstimate
+from lorameter.stats import Comparison, Estimate
 from lorameter.studies.study import Study, unknown
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import matching
@@ -293,7 +293,7 @@ def _columns(
     for place, name in enumerate(others):
         yield _metric_column(shown, name, priority=3 if name == "tokens_per_s" else 6 + place)
     tails = [series.percentile(metric, TAIL) if phase == "generate" else None for series in shown]
-    if any(tail is not None and tail.value is not None for tail in tails):
+    if any(tails):
         key = f"{metric.removesuffix('_s')}_p{100 * TAIL:g}_s"
         head = ColumnHeader(text=f"p{100 * TAIL:g}", key=key, right=True, drop_priority=20, collapse_if_constant=True)
         yield head, [_estimate_cell(tail, metric, absent="not supported") for tail in tails]
@@ -318,8 +318,8 @@ def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _C
     return head, [_estimate_cell(series.estimate(metric), metric) for series in shown]
 
 
-def _estimate_cell(found: Estimate | QuantileEstimate | None, metric: str, *, absent: str = "–") -> Cell:
-    if found is None or found.value is None:
+def _estimate_cell(found: Estimate | None, metric: str, *, absent: str = "–") -> Cell:
+    if found is None:
         return Cell(text=absent)
     return value_cell(found.value, found.low, found.high, METRICS[metric].unit)
 

@@ -187,7 +187,7 @@ def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator
 
 def _estimate(series: Series, metric: str) -> Iterator[Row]:
     estimate = series.estimate(metric)
-    if estimate is None or estimate.value is None:
+    if estimate is None:
         return
     trials = series.trials(metric)
     yield {

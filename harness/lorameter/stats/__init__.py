@@ -26,18 +26,26 @@ from lorameter.stats.drift import drifting, is_steady, is_warm
 from lorameter.stats.effect import Effect, Pairing
 from lorameter.stats.estimate import (
     Between,
-    Estimate,
+    TrialsEstimate,
     estimate_trials,
     is_precise,
     relative_half_width,
     sd_between,
     share_scatter,
 )
-from lorameter.stats.intervals import bootstrap_interval, mean_interval
+from lorameter.stats.intervals import (
+    Estimate,
+    Proportion,
+    bootstrap_interval,
+    clustered_proportion,
+    effective_size,
+    mean_interval,
+    median_interval,
+    percentile,
+    proportion,
+)
 from lorameter.stats.memory import compare_bytes
 from lorameter.stats.power import MAX_ADVISED, replicates_to_see, sd_interval
-from lorameter.stats.proportion import Proportion, clustered_proportion, proportion
-from lorameter.stats.quantiles import QuantileEstimate, effective_size, median_interval, percentile
 from lorameter.stats.samples import count_outliers
 from lorameter.stats.trend import ShareEstimate, explained_share
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
@@ -51,9 +59,9 @@ __all__ = [
     "KeptPairs",
     "Pairing",
     "Proportion",
-    "QuantileEstimate",
     "RunWideShift",
     "ShareEstimate",
+    "TrialsEstimate",
     "Verdict",
     "VerdictRule",
     "bootstrap_interval",

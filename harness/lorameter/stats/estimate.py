@@ -37,19 +37,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
-from lorameter.stats.intervals import mean_interval, quantile
+from lorameter.stats.intervals import Estimate, mean_interval, quantile
 from lorameter.stats.power import sd_interval
 from lorameter.stats.samples import checked_trials, medians_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from numpy import float64
     from numpy.typing import NDArray
 
@@ -57,16 +55,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A value, in the unit of the samples, with its (1 - alpha) interval over replicates."""
+class TrialsEstimate(Estimate):
+    """The geometric mean of the trials' medians (with blocks, of the block values) with its interval over replicates;
+    the arithmetic mean if a median is zero or negative."""
 
-    value: float
-    """Geometric mean of the trials' medians (with blocks, of the block values); the arithmetic mean if a median is zero
-    or negative."""
-    low: float | None
-    """Lower end; None with one replicate, which gives no interval."""
-    high: float | None
-    """Upper end; None with one replicate, or if it exceeds the range of a float."""
     replicates: int
     samples: int
     """Number of samples of all trials; more samples do not narrow the interval."""
@@ -74,7 +66,7 @@ class Estimate:
 
 def estimate_trials(
     trials: Sequence[Sequence[float]], *, alpha: float = 0.05, blocks: Sequence[str] | None = None
-) -> Estimate:
+) -> TrialsEstimate:
     """The estimate from a list of samples for each trial.
 
     `blocks` names the block of each trial, such as its machine. Trials of one block are not independent, so with two or
@@ -92,24 +84,18 @@ def estimate_trials(
 
     arrays = checked_trials("trials", trials, positive=False)
     with np.errstate(over="ignore", invalid="ignore"):
-        return _estimate(arrays, alpha, blocks)
-
-
-def _estimate(arrays: Sequence[NDArray[float64]], alpha: float, blocks: Sequence[str] | None) -> Estimate:
-    import numpy as np
-
-    medians = medians_of(arrays)
-    logs = bool((medians > 0).all())
-    values = np.log(medians) if logs else medians
-    if blocks is not None and len(named := sorted(set(blocks))) > 1:
-        values = np.array([values[np.equal(blocks, name)].mean() for name in named])
-    centre, low, high = mean_interval(values, alpha=alpha)
-    if logs and low is not None and high is not None:
-        low, high = from_log(low), from_log(high)
-    value = float(medians[0]) if medians.size == 1 else (from_log(centre) if logs else centre)
+        medians = medians_of(arrays)
+        logs = bool((medians > 0).all())
+        values = np.log(medians) if logs else medians
+        if blocks is not None and len(named := sorted(set(blocks))) > 1:
+            values = np.array([values[np.equal(blocks, name)].mean() for name in named])
+        mean = mean_interval(values, alpha=alpha)
+    ends = (mean.value, mean.low, mean.high)
+    value, low, high = (from_log(end) if logs and end is not None else end for end in ends)
+    value = float(medians[0]) if medians.size == 1 else value
     if value is None or not all(math.isfinite(number) for number in (value, low or 0, high or 0)):
         raise ValueError(f"the trials' medians, up to {np.abs(medians).max():g}, add up to no number: check the units")
-    return Estimate(
+    return TrialsEstimate(
         value=value, low=low, high=high, replicates=len(arrays), samples=sum(array.size for array in arrays)
     )
 

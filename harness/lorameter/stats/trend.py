@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.effect import ROUNDING, Spread, paired_effect
-from lorameter.stats.intervals import mean_interval
+from lorameter.stats.intervals import Estimate, mean_interval
 from lorameter.stats.power import replicates_to_clear
 
 if TYPE_CHECKING:
@@ -85,13 +85,9 @@ MIN_POINTS = 3  # every line fits two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShareEstimate:
+class ShareEstimate(Estimate):
     """A share with its 95 % interval over replicates."""
 
-    value: float
-    low: float | None
-    """Lower end; None with one replicate."""
-    high: float | None
     replicates: int
     points: int
     """Number of points (x, y) of all replicates together."""
@@ -109,11 +105,11 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
     informative = [(x, y) for x, y in pairs if x.size >= MIN_POINTS and x.max() > x.min() and y.max() > y.min()]
     if not informative:
         return None
-    mean, low, high = mean_interval([float(np.corrcoef(x, y)[0, 1] ** 2) for x, y in informative])
+    mean = mean_interval([float(np.corrcoef(x, y)[0, 1] ** 2) for x, y in informative])
     return ShareEstimate(
-        value=mean,
-        low=None if low is None else max(0.0, low),
-        high=None if high is None else min(1.0, high),
+        value=mean.value,
+        low=None if mean.low is None else max(0.0, mean.low),
+        high=None if mean.high is None else min(1.0, mean.high),
         replicates=len(informative),
         points=sum(x.size for x, _ in informative),
     )

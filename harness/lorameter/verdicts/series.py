@@ -31,7 +31,7 @@ from lorameter.stats import (
     Estimate,
     KeptPairs,
     Pairing,
-    QuantileEstimate,
+    TrialsEstimate,
     Verdict,
     VerdictRule,
     compare_bytes,
@@ -111,7 +111,7 @@ class Series:
         alone = is_memory(metric) or METRICS[metric].phase == "cold"
         return "replicates" if found is not None and alone else found
 
-    def estimate(self, metric: str) -> Estimate | None:
+    def estimate(self, metric: str) -> TrialsEstimate | None:
         """The metric's estimate over replicates; None if nothing was measured.
 
         If the replicates ran on several sites, the interval is over the sites, which differ by more than the replicates
@@ -121,8 +121,8 @@ class Series:
         with _named(self.name, metric):
             return estimate_trials(trials, blocks=sites) if trials else None
 
-    def percentile(self, metric: str, q: float) -> QuantileEstimate | None:
-        """The quantile `q` of a metric's samples, if their effective number suffices; None without samples."""
+    def percentile(self, metric: str, q: float) -> Estimate | None:
+        """The quantile `q` of a metric's samples; None if their effective number does not suffice."""
         trials = self.trials(metric)
         if not trials:
             return None

@@ -15,13 +15,13 @@ from lorameter.models.costs.peaks import (
     DEVICES,
     DRIVER_SHARE,
     Peak,
-    TimeSpan,
     ceiling_of,
     find_card,
     product_rate,
     stated_peak,
     utilisation,
 )
+from lorameter.stats import Estimate
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
@@ -76,7 +76,7 @@ VARIANT = LoraVariant(r=4, target_modules=("q_proj", "v_proj"), gradient_checkpo
 WORKLOAD = Workload(sequence_length=32, batch_size=2)
 USEFUL, COMPUTED = row_tokens(VARIANT, WORKLOAD), computed_tokens(VARIANT, WORKLOAD)
 PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU datasheet")
-STEP = TimeSpan(value=0.01, low=0.008, high=0.0125)
+STEP = Estimate(value=0.01, low=0.008, high=0.0125)
 
 
 def test_a_share_with_its_interval():
@@ -119,7 +119,7 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
 def test_a_share_above_the_peak_is_explained(rate, words):
     """The text says so, also for a share without an interval."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
-    text = str(utilisation("use", 100, TimeSpan(value=0.5, low=None, high=None), peak, "work"))
+    text = str(utilisation("use", 100, Estimate(value=0.5, low=None, high=None), peak, "work"))
     assert "200.0% [no interval]" in text
     assert "above 100 %" in text
     assert words in text

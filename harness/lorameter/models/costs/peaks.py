@@ -28,6 +28,7 @@ from typing import Literal
 
 from lorameter.errors import UsageError, shorten
 from lorameter.models.costs.flops import StepTokens
+from lorameter.stats import Estimate
 from lorameter.studies.variant import Variant
 
 Rate = Literal["float32", "tf32", "float16", "bfloat16", "memory"]
@@ -264,15 +265,6 @@ def _words(text: str) -> set[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimeSpan:
-    """A time in seconds with its interval; the ends are None if it has none."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Utilisation:
     """A share of a peak, with its formula and the peak."""
 
@@ -306,7 +298,7 @@ class Ceiling:
     """By the formula for training all weights, which LoRA does not do; for comparison with published figures."""
 
 
-def utilisation(name: str, work: int, time_s: TimeSpan, peak: Peak, formula: str) -> Utilisation:
+def utilisation(name: str, work: int, time_s: Estimate, peak: Peak, formula: str) -> Utilisation:
     """`work` (FLOPs, or bytes for a memory peak) divided by the time, as a share of the peak.
 
     `formula` describes `work`; the time and the division are added.
@@ -330,7 +322,7 @@ def ceiling_of(
     needs: int,
     does: int,
     full: int,
-    step_time_s: TimeSpan,
+    step_time_s: Estimate,
     peak: Peak,
     *,
     useful: StepTokens,
