@@ -139,7 +139,9 @@ def families(draws: int) -> Iterator[Share]:
                     base[:] = base[:, :1]
                 for ours, theirs in zip(base, candidates, strict=True):
                     effects = {index: effect_of(ours[index], theirs[index], "replicate") for index in range(FAMILY)}
-                    found = decide_family(effects, tolerance=0.0, margin=0.05)
+                    found = decide_family(
+                        effects, tolerance=dict.fromkeys(effects, 0.0), margin=dict.fromkeys(effects, 0.05)
+                    )
                     alarms += any(one.verdict in ("regressed", "improved") for one in found.values())
             yield Share(
                 f"{FAMILY} comparisons, {name}, {size} replicates: any is called different", alarms, count, most=0.05
@@ -179,8 +181,10 @@ def scatter(draws: int) -> Iterator[Share]:
                     own = {arm: paired_effect(logs[arm] - logs[0], "turn") for arm in range(1, variants + 1)}
                     shared = share_scatter(own)
                     held += all(abs(effect.log_ratio) <= _half_width(effect, rule) for effect in shared.values())
-                    verdicts = decide_family(shared, tolerance=0.01, margin=0.05).values()
-                    alarms += any(one.verdict in ("regressed", "improved") for one in verdicts)
+                    verdicts = decide_family(
+                        shared, tolerance=dict.fromkeys(shared, 0.01), margin=dict.fromkeys(shared, 0.05)
+                    )
+                    alarms += any(one.verdict in ("regressed", "improved") for one in verdicts.values())
                     for kind, effects in (("own", own), ("shared", shared)):
                         widths[kind] += [_half_width(effect, rule) for effect in effects.values()]
                 narrower = float(np.median(widths["shared"]) / np.median(widths["own"]))

@@ -192,7 +192,7 @@ def simulated(rng, effects, replicates=6, sd=0.02):
 def compare_family(pairs):
     """Return the verdicts on named pairs without a tolerance."""
     effects = {name: effect_of(base, candidate, "turn") for name, (base, candidate) in pairs.items()}
-    return decide_family(effects, tolerance=0.0, margin=0.05)
+    return decide_family(effects, tolerance=dict.fromkeys(effects, 0.0), margin=dict.fromkeys(effects, 0.05))
 
 
 def holm(p_values, alpha):
@@ -310,39 +310,34 @@ def named(values):
 def test_a_common_factor_is_a_change_of_the_machine(factor):
     """Ten benchmarks that all change by about one factor, slower or faster, are reported as a change of the machine."""
     values = np.random.default_rng(81).normal(math.log(factor), 0.01, 10)
-    shift = run_wide_shift(named(values))
-    assert shift.shifted
-    assert shift.ratio == pytest.approx(factor, rel=0.02)
-    assert "10 of 10 comparisons" in shift.reason
-    assert "measure both sides in one run" in shift.reason
+    reason = run_wide_shift(named(values))
+    assert reason.startswith("10 of 10 comparisons")
+    assert float(reason.partition("median ratio ")[2].partition(",")[0]) == pytest.approx(factor, rel=0.02)
+    assert reason.endswith("measure both sides in one run")
 
 
 def test_one_regression_is_not_a_change_of_the_machine():
     """A single benchmark that regressed, however much, leaves the run valid."""
     values = [*np.random.default_rng(82).normal(0.0, 0.004, 9), math.log(2.0)]
-    shift = run_wide_shift(named(values))
-    assert not shift.shifted
-    assert shift.reason.endswith("not a movement of all")
+    assert run_wide_shift(named(values)) is None
 
 
 def test_different_slow_downs_are_not_a_change_of_the_machine():
     """Benchmarks that are slower by 2 to 80 % have no common factor and are not reported as a shift."""
-    shift = run_wide_shift(named(np.log([1.02, 1.04, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8])))
-    assert not shift.shifted
-    assert "each moved by its own amount" in shift.reason
+    assert run_wide_shift(named(np.log([1.02, 1.04, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8]))) is None
 
 
 def test_five_of_one_sign_are_not_a_shift_and_six_are():
     """Five benchmarks of one sign occur too often by chance; six of one sign are a shift."""
-    assert not run_wide_shift(named([0.2] * 5)).shifted
-    assert run_wide_shift(named([0.2] * 6)).shifted
+    assert run_wide_shift(named([0.2] * 5)) is None
+    assert run_wide_shift(named([0.2] * 6)) is not None
 
 
 def test_identical_machines_are_rarely_called_shifted():
     """With independent noise and no tolerance, at most 5 % of the runs are called shifted, the level of the sign
     test."""
     rng = np.random.default_rng(83)
-    found = [run_wide_shift(named(rng.normal(0, 0.02, 10)), tolerance=0).shifted for _ in range(600)]
+    found = [run_wide_shift(named(rng.normal(0, 0.02, 10)), tolerance=0) is not None for _ in range(600)]
     assert np.mean(found) <= 0.05
 
 
@@ -366,14 +361,14 @@ def test_a_flag_on_either_side_drops_the_pair():
     """A flag on either side drops the pair, and the flags of both sides are counted."""
     result = kept_pairs([False, True, False, True, False], [False, False, True, True, False], least=2)
     assert result.kept == (0, 4)
-    assert (result.base_flagged, result.candidate_flagged, result.refused, result.balanced) == (2, 2, False, True)
+    assert result.balanced
     assert result.reason == "dropped 3 of 5 pairs: base flagged in 2, candidate in 2"
 
 
 def test_refuses_to_leave_too_little():
     """All pairs are kept if fewer than the minimum would remain, and the reason has both numbers."""
     result = kept_pairs([True, False, True, False], [False] * 4, least=3)
-    assert (result.kept, result.refused) == ((0, 1, 2, 3), True)
+    assert result.kept == (0, 1, 2, 3)
     assert result.reason == "dropping the 2 flagged of 4 pairs would leave 2, below 3: kept all"
 
 
@@ -399,8 +394,8 @@ def test_every_pair_is_kept_or_flagged(pairs, least):
     base, candidate = [a for a, _ in pairs], [b for _, b in pairs]
     one, other = kept_pairs(base, candidate, least=least), kept_pairs(candidate, base, least=least)
     clean = tuple(index for index, pair in enumerate(pairs) if pair == (False, False))
-    assert one.kept == (tuple(range(len(pairs))) if one.refused else clean)
-    assert one.refused or len(one.kept) >= min(least, len(pairs))
-    assert (one.kept, one.balanced, one.base_flagged) == (other.kept, other.balanced, other.candidate_flagged)
+    assert one.kept == (tuple(range(len(pairs))) if len(clean) < min(least, len(pairs)) else clean)
+    assert (one.kept, one.balanced) == (other.kept, other.balanced)
+    assert bool(one.reason) == any(map(any, pairs))
     discordant = [a for a, b in pairs if a != b]
     assert one.balanced == (not discordant or stats.binomtest(sum(discordant), len(discordant), 0.5).pvalue > 0.05)

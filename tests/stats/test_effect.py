@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorameter.stats import compare_trials
+from lorameter.stats import compare_trials, sd_interval
 from lorameter.stats.effect import Spread, log_ratios, measure_effect, paired_effect
-from lorameter.stats.power import detectable_log_effect, replicates_needed, sd_interval
-from lorameter.stats.verdict import VerdictRule
+from lorameter.stats.verdict import VerdictRule, detectable_log_effect, replicates_needed
 
 
 def arrays(*trials):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from lorameter.stats.comparison import (
     KeptPairs,
-    RunWideShift,
+    compare_bytes,
     compare_trials,
     decide,
     decide_family,
@@ -43,12 +43,11 @@ from lorameter.stats.intervals import (
     median_interval,
     percentile,
     proportion,
+    sd_interval,
 )
-from lorameter.stats.memory import compare_bytes
-from lorameter.stats.power import MAX_ADVISED, replicates_to_see, sd_interval
 from lorameter.stats.samples import count_outliers
 from lorameter.stats.trend import ShareEstimate, explained_share
-from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
+from lorameter.stats.verdict import MAX_ADVISED, Comparison, Verdict, VerdictRule, replicates_to_see
 
 __all__ = [
     "MAX_ADVISED",
@@ -59,7 +58,6 @@ __all__ = [
     "KeptPairs",
     "Pairing",
     "Proportion",
-    "RunWideShift",
     "ShareEstimate",
     "TrialsEstimate",
     "Verdict",

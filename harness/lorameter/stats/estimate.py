@@ -43,8 +43,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
-from lorameter.stats.intervals import Estimate, mean_interval, quantile
-from lorameter.stats.power import sd_interval
+from lorameter.stats.intervals import Estimate, mean_interval, quantile, sd_interval
 from lorameter.stats.samples import checked_trials, medians_of
 
 if TYPE_CHECKING:

@@ -118,6 +118,16 @@ def mean_interval(values: Sequence[float] | NDArray[float64], *, alpha: float = 
     return Estimate(value=mean, low=mean - half_width, high=mean + half_width)
 
 
+def sd_interval(sd: float, df: float, *, alpha: float = 0.05) -> tuple[float, float]:
+    """The (1 - alpha) interval of a standard deviation of normal values with `df` degrees of freedom (chi-square)."""
+    from scipy.special import chdtri
+
+    return (
+        sd * math.sqrt(df / float(chdtri(df, alpha / 2))),
+        sd * math.sqrt(df / float(chdtri(df, 1 - alpha / 2))),
+    )
+
+
 RESAMPLES = 2000
 
 

@@ -95,12 +95,6 @@ def checked_number(name: str, value: object, *, at_least: float, strictly: bool)
     return number
 
 
-def checked_alpha(alpha: float) -> None:
-    """Raise ValueError unless 0 < alpha < 1."""
-    if checked_number("alpha", alpha, at_least=0, strictly=True) >= 1:
-        raise ValueError(f"alpha is {alpha!r}: pass an error rate between 0 and 1, such as 0.05")
-
-
 _FENCE_IQR = 1.5
 
 

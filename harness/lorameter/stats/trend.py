@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.effect import ROUNDING, Spread, paired_effect
 from lorameter.stats.intervals import Estimate, mean_interval
-from lorameter.stats.power import replicates_to_clear
+from lorameter.stats.verdict import replicates_to_clear
 
 if TYPE_CHECKING:
     from numpy import float64

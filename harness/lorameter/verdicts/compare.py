@@ -465,11 +465,11 @@ def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
         for (name, metric), comparison in found.items()
         if metric in PRIMARY.values() and comparison.ratio is not None
     }
-    shift = run_wide_shift(log_ratios, tolerance=TOLERANCE)
+    reason = run_wide_shift(log_ratios, tolerance=TOLERANCE)
     return {
-        key: dataclasses.replace(comparison, verdict="invalid", reason=shift.reason)
+        key: dataclasses.replace(comparison, verdict="invalid", reason=reason)
         for key, comparison in found.items()
-        if shift.shifted and not is_memory(key[1]) and comparison.verdict != "invalid"
+        if reason and not is_memory(key[1]) and comparison.verdict != "invalid"
     }
 
 

@@ -214,10 +214,9 @@ class Pair:
 
     def with_drops(self, comparison: Comparison) -> Comparison:
         """Add the dropped pairs to the reason of a comparison."""
-        drops = self.drops
-        if drops is None or not (drops.base_flagged or drops.candidate_flagged):
+        if self.drops is None or not self.drops.reason:
             return comparison
-        return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {drops.reason}")
+        return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {self.drops.reason}")
 
 
 def pairing_of(series: Series, metric: str) -> Pairing:

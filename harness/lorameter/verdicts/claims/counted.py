@@ -1,7 +1,7 @@
 """Judges parts of claims that need no test: counted quantities, which are exact, and peaks of training memory.
 
-A peak takes one of a few values (`lorameter.stats.memory`), so it is not tested: the ratios of the replicates have a
-range, and a claim holds if the whole range is below the claimed ratio, and fails if none of it is.
+A peak takes one of a few values (`lorameter.stats.compare_bytes`), so it is not tested: the ratios of the replicates
+have a range, and a claim holds if the whole range is below the claimed ratio, and fails if none of it is.
 
 On a CPU the peak is the resident memory of the process, including the interpreter and the libraries. These are part of
 both sides and dilute a saving: an observed saving is real, but its absence proves nothing. So on a CPU a claim is
