@@ -18,9 +18,15 @@ import threading
 import pytest
 
 from lorameter.machine.disturbances import judge
-from lorameter.machine.host import HostTelemetry, cpu_quota, host_counters
+from lorameter.machine.host import (
+    HostTelemetry,
+    cpu_quota,
+    host_counters,
+    memory_available_bytes,
+    memory_bytes,
+    system_facts,
+)
 from lorameter.machine.processes import delay_signals
-from lorameter.machine.system import memory_available_bytes, memory_bytes, system_facts
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -134,14 +140,14 @@ def test_settings_are_read_where_the_kernel_keeps_them(root):
         "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
         "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 600 kB\nSwapTotal: 50 kB\nSwapFree: 40 kB\n",
         "sys/devices/system/node/node0/cpulist": "0-4095\n", "sys/devices/system/node/node1/cpulist": "9000-9001\n",
-        "proc/self/cgroup": "0::/kubepods/pod1\n",
+        ".dockerenv": "",
     }  # fmt: skip
     facts = system_facts(root(described))
     assert (facts["governor"].value, facts["turbo"].value, facts["huge_pages"].value) == ("powersave", True, "madvise")
     assert (facts["memory_bytes"].value, facts["memory_available_bytes"].value) == (1024000, 614400)
     assert (facts["swap_bytes"].value, facts["swap_used_bytes"].value) == (51200, 10240)
     assert facts["numa_nodes"].value == 1
-    assert "kubepods" in facts["container"].value
+    assert facts["container"].value == "/.dockerenv is there"
     assert not facts["quota_cpus"].known
     (root({}) / f"{cpu}/intel_pstate/no_turbo").unlink()
     assert system_facts(root({f"{cpu}/cpufreq/boost": "0\n"}))["turbo"].value is False

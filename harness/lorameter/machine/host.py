@@ -1,4 +1,5 @@
-"""Measures what the kernel counts: disturbances of a timed stretch, and peaks of the process's memory by phase.
+"""Measures what the kernel counts (disturbances of a timed stretch, peaks of memory by phase), and reads the settings
+of the machine.
 
 Pressure stall information counts the time in which runnable work waited for a CPU, for memory or for a disk
 (Documentation/accounting/psi.rst of the kernel); steal is CPU time that a hypervisor gave to other guests; a quota
@@ -23,11 +24,14 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.reading import Reading, increase, missing, read_file
+from lorameter.machine.gpus import has_own_pids
+from lorameter.machine.nvml import device_session
+from lorameter.machine.processes import holds_any
+from lorameter.machine.reading import Reading, increase, missing, read_file, unavailable
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
@@ -139,23 +143,6 @@ def cpu_quota(root: Path) -> Reading[float]:
     return Reading(value=min(limits)) if limits else missing("no cgroup limits the CPU time of this process")
 
 
-def memory_limit(root: Path) -> Reading[int]:
-    """Bytes that the tightest limit allows; missing if there is no limit."""
-    limits = [limit for folder in _cgroups(root) if (limit := _number(folder / "memory.max")) is not None]
-    return Reading(value=min(limits)) if limits else missing("no cgroup limits the memory of this process")
-
-
-def memory_left(root: Path) -> Reading[int]:
-    """Bytes left below the tightest limit; reclaimable file pages count as free."""
-    left: list[int] = []
-    for folder in _cgroups(root):
-        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
-        if limit is not None and used is not None:
-            cached = read_file(folder / "memory.stat", _fields, "").value or {}
-            left.append(max(0, limit - used + cached.get("inactive_file", 0)))
-    return Reading(value=min(left)) if left else missing("no cgroup limits the memory of this process")
-
-
 def _quota_times(root: Path) -> Reading[tuple[float, float]]:
     """Seconds of CPU time that the tightest quota withheld, and that its cgroup used, since the cgroup was created."""
     counting = [folder for folder in _cgroups(root) if (folder / "cpu.stat").is_file()]
@@ -248,3 +235,120 @@ class PeakMemoryTracker:
 def _shortages(stats: Mapping[str, Any]) -> dict[str, int]:
     """Counts since the start of the process, from torch.cuda.memory_stats."""
     return {"alloc_retries": int(stats["num_alloc_retries"]), "ooms": int(stats["num_ooms"])}
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+# They do not change during a measurement, and each is known to affect times: a governor that reduces the clock between
+# two turns, turbo that lasts as long as the heat allows, huge pages that depend on fragmentation, a process spread over
+# memory nodes, a container whose quota stops every thread for the rest of a period.
+
+_CPU = "sys/devices/system/cpu"
+MOMENTARY = ("load", "memory_available_bytes", "swap_used_bytes")
+"""Facts about the system that are not settings."""
+
+
+def system_facts(root: Path = ROOT) -> dict[str, Reading[Any]]:
+    """Settings of the machine and limits of this process; an unavailable one is missing, with a reason.
+
+    `cpus` are the CPUs on which this process may run, `quota_cpus` is the CPU time that the tightest cgroup grants (in
+    CPUs), `huge_pages` is always, madvise or never, `load` is the mean number of runnable processes over the last
+    minute, `numa_nodes` are memory nodes with CPUs that this process may use, `container` says how a container was
+    recognised.
+    """
+    cpus = os.sched_getaffinity(0)
+    return {
+        "cpus": Reading(value=len(cpus)),
+        "quota_cpus": cpu_quota(root),
+        "governor": read_file(root / f"{_CPU}/cpu{min(cpus)}/cpufreq/scaling_governor", str.strip, NO_FREQUENCY),
+        "turbo": _turbo(root),
+        "huge_pages": read_file(
+            root / "sys/kernel/mm/transparent_hugepage/enabled",
+            lambda text: text.split("[", 1)[1].split("]", 1)[0],
+            "the kernel has no transparent huge pages",
+        ),
+        "numa_nodes": _nodes(root, cpus),
+        "load": read_file(root / "proc/loadavg", lambda text: float(text.split()[0]), "there is no /proc/loadavg"),
+        "memory_bytes": memory_bytes(root),
+        "memory_available_bytes": memory_available_bytes(root),
+        "swap_bytes": _meminfo(root, lambda fields: fields["SwapTotal"]),
+        "swap_used_bytes": _meminfo(root, lambda fields: fields["SwapTotal"] - fields["SwapFree"]),
+        "container": _container(root),
+    }
+
+
+def memory_bytes(root: Path = ROOT) -> Reading[int]:
+    """The maximum memory of this process: the machine's, or a cgroup's limit if that is lower."""
+    limits = [limit for folder in _cgroups(root) if (limit := _number(folder / "memory.max")) is not None]
+    return _meminfo(root, lambda fields: min([fields["MemTotal"], *limits]))
+
+
+def memory_available_bytes(root: Path = ROOT) -> Reading[int]:
+    """Memory that is available without swapping: the machine's, or what is left below a cgroup's limit if that is
+    lower; reclaimable file pages count as free."""
+    left: list[int] = []
+    for folder in _cgroups(root):
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is not None and used is not None:
+            cached = read_file(folder / "memory.stat", _fields, "").value or {}
+            left.append(max(0, limit - used + cached.get("inactive_file", 0)))
+    return _meminfo(root, lambda fields: min([fields["MemAvailable"], *left]))
+
+
+def _turbo(root: Path) -> Reading[bool]:
+    """Whether turbo is on: Intel's driver reports whether it is off, all other drivers whether boost is on."""
+    intel = read_file(root / f"{_CPU}/intel_pstate/no_turbo", lambda text: text.strip() == "0", NO_FREQUENCY)
+    other = read_file(root / f"{_CPU}/cpufreq/boost", lambda text: text.strip() == "1", NO_FREQUENCY)
+    return intel if intel.known else other
+
+
+def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
+    lists = (root / "sys/devices/system/node").glob("node[0-9]*/cpulist")
+    used = [one for one in lists if read_file(one, lambda text: holds_any(text, cpus), "").value]
+    return Reading(value=len(used)) if used else missing("the kernel reports no memory nodes")
+
+
+def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
+    """Bytes from /proc/meminfo, which counts in units of 1024 that it calls kB."""
+
+    def picked(text: str) -> int:
+        fields = (line.partition(":") for line in text.splitlines())
+        return pick({name: int(value.split()[0]) * 1024 for name, _, value in fields})
+
+    return read_file(root / "proc/meminfo", picked, "there is no /proc/meminfo")
+
+
+def _container(root: Path) -> Reading[str]:
+    mark = next((mark for mark in (".dockerenv", "run/.containerenv") if (root / mark).exists()), None)
+    if mark is not None:
+        return Reading(value=f"/{mark} is there")
+    if has_own_pids(root / "proc"):
+        return Reading(value="process numbers of its own")
+    return missing("nothing looks like a container")
+
+
+def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
+    """Settings of the machine (`system`) and of its `gpu`, and the missing host counters (`host_counters_missing`) with
+    the reasons.
+
+    Values are those of `system_facts` and `NvmlDevice.facts`, or "not available: REASON".
+
+    Args:
+        gpu: whether trials run on a GPU; if not, no GPU is read.
+        environment: environment of the trials, which determines their GPU; None for this process's.
+        root: root folder of the kernel's files.
+    """
+    system = {name: one for name, one in system_facts(root).items() if name not in MOMENTARY}
+    gpu_facts: dict[str, Any] | str = unavailable("trials do not run on a GPU")
+    if gpu:
+        with device_session(environment) as device:
+            gpu_facts = device.then(lambda one: plain_facts(one.facts())).value_or_reason()
+    return {
+        "system": plain_facts(system),
+        "gpu": gpu_facts,
+        "host_counters_missing": {name: one.reason for name, one in host_counters(root).items() if not one.known},
+    }
+
+
+def plain_facts(facts: Mapping[str, Reading[Any]]) -> dict[str, Any]:
+    """Facts as a document: the value of each, or why it is unavailable."""
+    return {name: one.value_or_reason() for name, one in facts.items()}

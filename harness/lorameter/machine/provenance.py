@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError
+from lorameter.machine.host import memory_available_bytes, memory_bytes, settings
 from lorameter.machine.nvml import device_session
 from lorameter.machine.reading import Reading
-from lorameter.machine.system import memory_available_bytes, memory_bytes, settings
 from lorameter.records import codec
 from lorameter.records.fileio import sha256_of
 from lorameter.records.record import WorkerInfo
@@ -145,7 +145,7 @@ class MachineFacts:
 
     machine: Machine
     settings: dict[str, Any]
-    """Result of `lorameter.machine.system.settings`."""
+    """Result of `lorameter.machine.host.settings`."""
     libraries: dict[str, str | None]
     git: dict[str, Any]
     """Commit and dirty flag of the repository in which the trials run."""

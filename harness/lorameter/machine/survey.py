@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.machine.gpus import Neighbours, VisibleGpu, neighbours_of, visible_gpus
-from lorameter.machine.host import MIN_ASKED_S, HostTelemetry
+from lorameter.machine.host import MIN_ASKED_S, HostTelemetry, system_facts
 from lorameter.machine.nvml import device_session
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing
-from lorameter.machine.system import system_facts
 
 LOOK_S = 1.1 * MIN_ASKED_S
 """Seconds of computation: a little more than the minimum CPU time for a share."""
