@@ -39,7 +39,6 @@ SAMPLE = {
     "thermal_slowdown_s": given(0.0),
 }  # fmt: skip
 ALONE = Neighbours(
-    own_bytes=missing("holds none"),
     used_bytes=given(0),
     others=given(()),
     others_bytes=given(0),
@@ -58,8 +57,7 @@ def found(machine):
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
               "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
-        no_peaks="", gpu=missing("no driver"), gpus=missing("no driver"), visible=missing("no driver"),
-        runs=Path("/runs"), locks=given(True), environment={}, root=False,
+        no_peaks="", gpu=missing("no driver"), runs=Path("/runs"), locks=given(True), root=False,
     )  # fmt: skip
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.machine.disturbances import CONTENDED, HOT_MARGIN_C, NOTICED, SHARED_INVALID_BYTES
-from lorameter.machine.gpus import Neighbours, describe_gpus, shared_boards
+from lorameter.machine.gpus import Neighbours
 from lorameter.machine.host import GIVEN, MIN_ASKED_S, withheld_share
-from lorameter.machine.nvml import BUS_ORDER, ORDER_VARIABLE, PROTECTING
+from lorameter.machine.nvml import PROTECTING
 from lorameter.machine.reading import Reading, unavailable
 from lorameter.machine.survey import OPTIONAL, REQUIRED, Survey
 from lorameter.models import catalogue, shapes
@@ -27,8 +26,6 @@ About = Literal["runs", "measures", "spoils"]
 """What can run · what can be measured · what would disturb a measurement."""
 Grade = Literal["good", "note", "bad", "unfit"]
 """No problem · for information · reduces precision and can be fixed · no measurement is possible here."""
-MPS_PIPES, MPS_DEFAULT = "CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"
-"""The socket folder of NVIDIA's Multi-Process Service daemon (docs.nvidia.com, MPS, environment variables)."""
 BUSY = 0.25
 """Load per CPU, before this process computes anything, above which other work is assumed."""
 
@@ -49,7 +46,6 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
     return (
         *packages(found),
         device(found),
-        *device_order(found),
         memory(found),
         *models(found),
         runs_folder(found),
@@ -59,7 +55,6 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
         *settings(found),
         *limits(found),
         *gpu_settings(found),
-        *shared_gpus(found),
     )
 
 
@@ -130,16 +125,6 @@ def device(found: Survey) -> DoctorCheck:
         bf16 = "with" if machine.avx512_bf16 else "without"
         words = f"{machine.cpu_model} {bf16} AVX512-BF16, {machine.cpus} CPUs; torch is built for CPUs"
     return _check("runs", "device", words, grade, remedy)
-
-
-def device_order(found: Survey) -> list[DoctorCheck]:
-    """Whether CUDA counts different GPUs in the same order as trials do."""
-    names = [str(gpu.name.value) for gpu in found.gpus.value or ()]
-    if len(set(names)) <= 1 or found.environment.get(ORDER_VARIABLE) == BUS_ORDER:
-        return []
-    words = f"GPUs differ ({', '.join(names)}): CUDA puts the fastest first, trials count along the bus"
-    remedy = f"Choose by UUID (nvidia-smi -L) in CUDA_VISIBLE_DEVICES, or set {ORDER_VARIABLE}={BUS_ORDER}."
-    return [_check("runs", "device order", words, "note", remedy)]
 
 
 def memory(found: Survey) -> DoctorCheck:
@@ -422,18 +407,3 @@ def other_processes(neighbours: Neighbours) -> DoctorCheck:
         return _check("spoils", "other processes", "none on the device")
     is_busy = max(others_bytes or 0, used or 0) > SHARED_INVALID_BYTES
     return _check("spoils", "other processes", words, "unfit" if is_busy else "bad", remedy)
-
-
-def shared_gpus(found: Survey) -> list[DoctorCheck]:
-    """Ranks on parts of one GPU, and NVIDIA's Multi-Process Service, with which processes share a context."""
-    checks = []
-    if parts := "; ".join(map(describe_gpus, shared_boards(found.visible.value or ()))):
-        words = f"{parts} are parts of one GPU: ranks, or sites, on them would disturb each other"
-        remedy = "Make one instance of each GPU visible (CUDA_VISIBLE_DEVICES)."
-        checks.append(_check("spoils", "ranks", words, "note", remedy))
-    pipes = Path(found.environment.get(MPS_PIPES) or MPS_DEFAULT)
-    if found.gpu.known and (pipes / "control").exists():
-        words = f"its control daemon listens in {pipes}: processes share a context, and a fault of one ends all"
-        remedy = "echo quit | nvidia-cuda-mps-control, or set CUDA_MPS_PIPE_DIRECTORY to an empty folder."
-        checks.append(_check("spoils", "MPS", words, "bad", remedy))
-    return checks

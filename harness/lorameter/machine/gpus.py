@@ -94,8 +94,6 @@ GENERATIONS = 2
 class Neighbours:
     """Processes on the device, in bytes of device memory."""
 
-    own_bytes: Reading[int]
-    """Memory of this process, with its CUDA context."""
     used_bytes: Reading[int]
     """Memory of all processes and the display, listed or not."""
     others: Reading[tuple[int, ...]]
@@ -120,10 +118,9 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
     processes, unclear = listed.value or [], listed.reason
     statement = f"other processes on the device cannot be seen ({unclear})" if unclear else ""
     parent = list(itertools.islice(_ancestors(os.getpid(), proc), generations + 1))[-1]
-    own = [one for one in processes if one.pid == os.getpid()]
     others = [one for one in processes if parent not in _ancestors(one.pid, proc)]
     unmapped = [one for one in processes if not (proc / str(one.pid)).exists()]
-    if unmapped and not own:  # PIDs of another namespace, which may include this process's own
+    if unmapped and os.getpid() not in [one.pid for one in processes]:  # PIDs of another namespace, perhaps its own
         unclear = statement = (
             f"{len(unmapped)} listed processes have numbers that mean nothing in this container, so none of them can "
             "be distinguished from this run's own"
@@ -131,7 +128,6 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
     total: Reading[int] = missing(listed.reason) if listed.value is None else _sum(processes)
     hidden = missing(used.reason) if used.value is None else total.then(lambda size: max(0, (used.value or 0) - size))
     return Neighbours(
-        own_bytes=_sum(own) if own else missing(unclear or "this process is not listed as holding device memory"),
         used_bytes=used,
         others=missing(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
         others_bytes=missing(unclear) if unclear else _sum(others),

@@ -326,7 +326,7 @@ def _container(root: Path) -> Reading[str]:
     return missing("nothing looks like a container")
 
 
-def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, Any]:
+def settings(*, gpu: bool, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Settings of the machine (`system`) and of its `gpu`, and the missing host counters (`host_counters_missing`) with
     the reasons.
 
@@ -335,9 +335,8 @@ def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: P
     Args:
         gpu: whether trials run on a GPU; if not, no GPU is read.
         environment: environment of the trials, which determines their GPU; None for this process's.
-        root: root folder of the kernel's files.
     """
-    system = {name: one for name, one in system_facts(root).items() if name not in MOMENTARY}
+    system = {name: one for name, one in system_facts().items() if name not in MOMENTARY}
     gpu_facts: dict[str, Any] | str = unavailable("trials do not run on a GPU")
     if gpu:
         with device_session(environment) as device:
@@ -345,7 +344,7 @@ def settings(*, gpu: bool, environment: Mapping[str, str] | None = None, root: P
     return {
         "system": plain_facts(system),
         "gpu": gpu_facts,
-        "host_counters_missing": {name: one.reason for name, one in host_counters(root).items() if not one.known},
+        "host_counters_missing": {name: one.reason for name, one in host_counters().items() if not one.known},
     }
 
 

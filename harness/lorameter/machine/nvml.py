@@ -24,8 +24,6 @@ from lorameter.machine.reading import Reading, missing
 # --- which devices ----------------------------------------------------------------------------------------------------
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
-ORDER_VARIABLE = "CUDA_DEVICE_ORDER"
-BUS_ORDER = "PCI_BUS_ID"
 _INDEX = re.compile(r"[0-9]{1,9}")
 _UUID = re.compile(r"(GPU|MIG)-[0-9A-Za-z]")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.gpus import Neighbours, VisibleGpu, neighbours_of, visible_gpus
+from lorameter.machine.gpus import Neighbours, neighbours_of
 from lorameter.machine.host import MIN_ASKED_S, HostTelemetry, system_facts
 from lorameter.machine.nvml import device_session
 from lorameter.machine.provenance import Machine, library_version, probe_machine
@@ -57,15 +57,10 @@ class Survey:
     no_peaks: str
     """Why the peak of a process's resident memory cannot be measured; empty if it can."""
     gpu: Reading[GpuSurvey]
-    gpus: Reading[tuple[VisibleGpu, ...]]
-    """All GPUs of the machine."""
-    visible: Reading[tuple[VisibleGpu, ...]]
-    """GPUs that this process may use."""
     runs: Path
     """Folder for runs, or its nearest existing ancestor."""
     locks: Reading[bool]
     """Whether file locks (flock) work there."""
-    environment: Mapping[str, str]
     root: bool
     """Whether the user may change the GPU's settings."""
     lacks_driver: str | None = None
@@ -77,12 +72,12 @@ class Survey:
         return int(self.system["cpus"].value or 1)
 
 
-def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
-    """Survey this machine and the folder for `runs`; keeps one CPU busy for `look_s` seconds."""
+def survey(runs: Path) -> Survey:
+    """Survey this machine and the folder for `runs`; keeps one CPU busy for a second."""
     system = system_facts()  # before the computation, which increases the load
     watch = HostTelemetry()
     watch.begin()
-    end = time.monotonic() + look_s
+    end = time.monotonic() + LOOK_S
     while time.monotonic() < end:
         pass
     host = watch.end()
@@ -105,11 +100,8 @@ def survey(runs: Path, look_s: float = LOOK_S) -> Survey:
         host_missing=watch.missing,
         no_peaks="" if os.access("/proc/self/clear_refs", os.W_OK) else "the kernel lets no process reset its peak",
         gpu=gpu,
-        gpus=visible_gpus({}),
-        visible=visible_gpus(),
         runs=folder,
         locks=_try_lock(folder),
-        environment=os.environ,
         root=os.geteuid() == 0,
         lacks_driver=cannot_load(CUDA_DRIVER) if gpu.known else None,
     )
