@@ -309,7 +309,7 @@ def test_a_crash_at_any_byte_leaves_records_with_their_checks(written, tmp_path,
             found = read(path)
             done = sum(file == TRIALS for file, _ in steps[:whole])
             assert found.records == RECORDS[:done]
-            assert (found.damaged_lines, found.without_evidence) == (name == TRIALS and cut > 0, 0)
+            assert found.damaged_lines == (name == TRIALS and cut > 0)
             writer = RunWriter(tmp_path, manifest_evidence(run=path.name, resumed=(Resumption(
                 unix_s=2.0, harness=None, commit=None),)))  # fmt: skip
             for one in RECORDS[done:]:
@@ -324,9 +324,9 @@ def test_a_record_whose_evidence_is_lost_is_a_damaged_line(written):
     (written / CHECKS).write_text(lines[0] + lines[1])
     run = read(written)
     assert run.records == RECORDS[:2]
-    assert (run.damaged_lines, run.without_evidence) == (1, 1)
+    assert run.damaged_lines == 1
     (written / CHECKS).unlink()
-    assert (read(written).records, read(written).without_evidence) == ((), 3)
+    assert (read(written).records, read(written).damaged_lines) == ((), 3)
 
 
 def test_a_credential_in_a_reason_is_not_written(tmp_path):

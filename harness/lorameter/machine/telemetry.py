@@ -153,7 +153,6 @@ class Telemetry:
         *,
         energy: bool = False,
         generations: int = GENERATIONS,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens nothing yet.
 
@@ -162,13 +161,11 @@ class Telemetry:
             device: torch device type of the trial; NVML is read on CUDA only.
             energy: whether only this trial uses the device's energy.
             generations: process generations up to the parent of the run, whose processes do not count as others.
-            clock: a monotonic clock in seconds.
         """
         self._phase = phase
         self._device = device
         self._energy = energy
         self._generations = generations
-        self._clock = clock
         self._host = HostTelemetry()
         self._gpu: GpuTelemetry | None = None
         self._no_gpu = ""
@@ -181,7 +178,7 @@ class Telemetry:
             if opened.value is not None:
                 self._gpu = GpuTelemetry(opened.value, energy=self._energy, generations=self._generations)
         if self._gpu is not None:
-            self._gpu.begin(self._clock())
+            self._gpu.begin(time.monotonic())
         self._host.begin()
 
     def look(self) -> None:
@@ -192,7 +189,7 @@ class Telemetry:
     def end(self) -> dict[str, float]:
         """Read after a timed stretch; returns all values so far, by their names in the record."""
         host = self._host.end()
-        gpu = {} if self._gpu is None else self._gpu.end(self._clock())
+        gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
         values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
         return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
 

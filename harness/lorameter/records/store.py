@@ -32,7 +32,7 @@ from lorameter.records.fileio import alone, is_locked, write_document, write_who
 from lorameter.records.os_errors import translate_os_errors, translate_write_errors
 from lorameter.records.packed import is_packed, unpacked
 from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
-from lorameter.records.trials import STEPS, EvidenceFile, LostEvidenceError, line_of, read_trials, with_steps
+from lorameter.records.trials import STEPS, EvidenceFile, line_of, read_trials, with_steps
 from lorameter.records.trials import TRIALS as TRIALS
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
@@ -267,8 +267,6 @@ class Run:
     """The last record of each trial, in the order of the plan."""
     damaged_lines: int = 0
     """Lines that a crash truncated or whose evidence is lost; their trials count as not run."""
-    without_evidence: int = 0
-    """Damaged lines whose evidence is not in checks.jsonl."""
     measured_again: int = 0
     """Trials that were started more than once because the measuring process ended too early."""
     disturbed: tuple[TrialRecord, ...] = ()
@@ -307,19 +305,17 @@ def _read(path: Path, name: str, folder: Path) -> Run:
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
     found = list(read_trials(path, name))
-    records = [one for one in found if isinstance(one, TrialRecord)]
-    cut_short = sum(isinstance(one, codec.NotJsonError) for one in found)
-    without_evidence = sum(isinstance(one, LostEvidenceError) for one in found)
+    records = [one for one in found if one is not None]
+    damaged_lines = len(found) - len(records)
     latest = _latest(records, manifest)
     if manifest.resumed and {record.trial for record in latest if record.settled} >= set(manifest.order):
-        cut_short = without_evidence = 0  # the trials of damaged lines have been measured again
+        damaged_lines = 0  # the trials of damaged lines have been measured again
     counted = {record.trial: record for record in latest}
     return Run(
         path=path,
         manifest=manifest,
         records=tuple(with_steps(record, path) if record.under_way else record for record in latest),
-        damaged_lines=cut_short + without_evidence,
-        without_evidence=without_evidence,
+        damaged_lines=damaged_lines,
         measured_again=_measured_again(records),
         disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),
         live=is_live(path, manifest),

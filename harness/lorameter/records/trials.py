@@ -27,10 +27,6 @@ TRIALS, CHECKS = "trials.jsonl", "checks.jsonl"
 HASH_DIGITS = 16
 
 
-class LostEvidenceError(Exception):
-    """A record refers to evidence that does not exist."""
-
-
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
@@ -80,19 +76,16 @@ class EvidenceFile:
             fileio.append(self._path, "".join(lines))
         return tuple(name for name, _ in hashed)
 
-    def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...]:
-        """The checks with these hashes.
+    def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...] | None:
+        """The checks with these hashes; None if one of them does not exist.
 
         Raises:
-            LostEvidenceError: a check does not exist.
             UsageError: the file exists but cannot be read.
         """
         if not all(name in self._checks for name in hashes):
             self._read_on()
-        try:
-            return tuple([self._checks[name] for name in hashes])
-        except KeyError as error:
-            raise LostEvidenceError(error.args[0]) from None
+        found = tuple(self._checks[name] for name in hashes if name in self._checks)
+        return found if len(found) == len(hashes) else None
 
     def _read_on(self) -> None:
         """Read the lines added since the last call; an incomplete line is left for the next call."""
@@ -143,9 +136,9 @@ def find_fault(record: TrialRecord) -> str | None:
     return None
 
 
-def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | codec.NotJsonError | LostEvidenceError]:
-    """Read every line of a run's trials.jsonl as a record with its evidence, or as the reason why it is damaged: a
-    crash truncated it, or its evidence is lost.
+def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | None]:
+    """Read every line of a run's trials.jsonl as a record with its evidence; None for a damaged line, which a crash
+    truncated or whose evidence is lost.
 
     Raises:
         UsageError: a line is not a record of this schema.
@@ -155,10 +148,12 @@ def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | codec.NotJson
         for line in fileio.journal_lines(folder / TRIALS):
             try:
                 stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
-                fields = {field: getattr(stored, field) for field in _KEPT}
-                yield TrialRecord(checks=evidence.find(stored.checks), **fields)
-            except (codec.NotJsonError, LostEvidenceError) as error:
-                yield error
+            except codec.NotJsonError:
+                yield None
+                continue
+            checks = evidence.find(stored.checks)
+            fields = {field: getattr(stored, field) for field in _KEPT}
+            yield None if checks is None else TrialRecord(checks=checks, **fields)
 
 
 def _read_line(line: str, where: str, source: Path) -> StoredRecord:

@@ -184,7 +184,7 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
         evidence = EvidenceFile(folder)  # a new file, since checks are named by hashes of their content
         with (folder / TRIALS).open("w", encoding="utf-8", errors="replace") as file:
             for record in read_trials(path, path.name):  # including earlier attempts
-                if not isinstance(record, TrialRecord):
+                if record is None:
                     file.write(DAMAGED)
                     continue
                 data = _clean(codec.to_json(record), texts=texts)

@@ -175,20 +175,12 @@ def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 
 def _damaged(run: Run) -> Iterator[Notice]:
-    again = f"lorameter run --resume {run.manifest.run}"
-    if cut_short := run.damaged_lines - run.without_evidence:
+    if run.damaged_lines:
         yield Notice(
             code="damaged-lines",
-            message=f"{format_count(cut_short, 'line')} of trials.jsonl cut short: those measurements count as not "
-            f"run.",
-            remedy=f"Have it measured again: {again}",
-        )
-    if run.without_evidence:
-        yield Notice(
-            code="evidence-lost",
-            message=f"{format_count(run.without_evidence, 'line')} of trials.jsonl with checks that checks.jsonl does "
-            "not hold: those measurements count as not run.",
-            remedy=f"Restore checks.jsonl, or have them measured again: {again}",
+            message=f"{format_count(run.damaged_lines, 'line')} of trials.jsonl cut short, or with checks that "
+            "checks.jsonl does not hold: those measurements count as not run.",
+            remedy=f"Restore the files, or have them measured again: lorameter run --resume {run.manifest.run}",
         )
 
 
