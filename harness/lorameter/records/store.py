@@ -187,11 +187,6 @@ class RunWriter:
         with self.refusals():
             fileio.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
 
-    @property
-    def has_records(self) -> bool:
-        """Whether any record of this run has been written, in this or an earlier invocation."""
-        return fileio.is_file(self.path / TRIALS)
-
     def finish_with(self, record: TrialRecord) -> None:
         """Write the last record of a run with one trial, and write its status."""
         self.append(record)

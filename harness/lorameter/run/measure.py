@@ -206,7 +206,7 @@ def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(InvalidRunError, OSError):  # report the first error, not one of the cleanup
-            if isinstance(error, TimeLimitTooShortError) and not writer.has_records:
+            if isinstance(error, TimeLimitTooShortError) and not (writer.path / store.TRIALS).exists():
                 (writer.path / store.MANIFEST).unlink()
             else:
                 writer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
