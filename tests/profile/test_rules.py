@@ -74,7 +74,6 @@ PLANTED = {
         {"optimizer": "adamw_fused"},
     ),
     "dropout": (changed({"lora_dropout": 0.1}, dropout=0.08), 0.08, {"lora_dropout": 0.0}),
-    "data-wait": (changed(phases_s=dict(HEALTHY.phases_s) | {"data": 0.02}), 0.2, {}),
     "logits": (changed(logits_bytes=2 * GIB, liger=True), None, {"liger_kernel": True}),
     "fragmentation": (changed(reserved_bytes=15 * GIB), None, {}),
 }  # fmt: skip
@@ -190,11 +189,9 @@ HEALTHY_REQUEST = RequestEvidence(
     passes=PASSES,
     prefill=PassEvidence(time_s=0.04, calls=900, idle_s=0.002, head_s=0.001),
     decode=PassEvidence(time_s=0.01, calls=900, idle_s=0.0005, cache_s=0.0001, head_s=0.001),
-    choose_s=0.0005,
     facts=FACTS,
     merged=span(0.398),
     merged_calls=700.0,
-    new_length=Estimate(value=0.0001, low=-0.001, high=0.001),
     adapter_dtype="bfloat16",
     bytes_per_s=1e12,
 )
@@ -219,9 +216,6 @@ PLANTED_REQUESTS = {
     ),
     "launch-bound": (changed_request(decode={"idle_s": 0.006}), LATER, 0.006, {}),
     "cache-reallocated": (changed_request(decode={"cache_s": 0.001}), LATER, 0.001, {"kv_cache": "static"}),
-    "prompt-logits": (changed_request(prefill={"head_s": 0.02}, facts={"logit_rows": 32}), FIRST, 0.02 * 31 / 32, {}),
-    "between-tokens": (changed_request(choose_s=0.004), LATER, 0.004, {}),
-    "new-length": (changed_request(new_length=Estimate(value=0.03, low=0.02, high=0.04)), FIRST, 0.03, {}),
     "mixed-types": (
         changed_request(adapter_dtype="float32", prefill={"casts_s": 0.002}, decode={"casts_s": 0.001}),
         WHOLE, 0.002 + PASSES * 0.001, {"adapter_dtype": "bfloat16"},
@@ -275,11 +269,9 @@ LAYER_COPY = msgspec.structs.replace(HEAD_COPY, weight="model.layers.0.mlp.up_pr
             [{"prepare_for_kbit": False}],
         ),
         (changed_request(facts={"cache_moved": 0.0, "cache": "StaticCache"}, decode={"cache_s": 0.001}), []),
-        (changed_request(prefill={"head_s": 0.02}), []),
-        (changed_request(new_length=Estimate(value=0.03, low=-0.01, high=0.04)), []),
         (changed_request(variant={"dtype": "float32"}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),
         (changed_request(variant={"merge_adapter": True}, adapter_dtype="float32", decode={"casts_s": 0.001}), []),
-        (changed_request(device="cpu", decode={"idle_s": 0.0015}, choose_s=0.0015), []),
+        (changed_request(device="cpu", decode={"idle_s": 0.0015}), []),
     ],
 )
 def test_harmless_and_unchangeable_cases_have_no_change(evidence, found):

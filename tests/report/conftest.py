@@ -138,7 +138,6 @@ def constructed_requests() -> RequestProfile:
         interleaving="replicates", seed=0, started_unix_s=0.0, wall_time_s=1.0,
         samples={
             **request_samples(REQUEST_TIMES), **request_samples(MERGED_TIMES, "merged_"),
-            "new_length_first_token_s": (0.202,) * 6, "known_length_first_token_s": (0.202,) * 6,
         },
         values={
             "cold_import_time_s": 4.0, "cold_prepare_time_s": 0.1, "cold_base_time_s": 1.5, "cold_adapter_time_s": 0.2,

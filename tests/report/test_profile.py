@@ -200,21 +200,21 @@ def test_the_exit_code_shows_whether_the_remedy_has_a_verdict(profile, monkeypat
 
 def test_an_untestable_remedy_still_prints_the_profile(profile, monkeypatch, capsys, tmp_path):
     """The document is still printed, the error is on stderr, and the exit code is that of bad input."""
-    slow = profile.record.samples | {"phase_data_s": (0.02,) * 8}
-    seen = dataclasses.replace(profile, record=profile.record.replaced(samples=slow))
+    kinds = profile.memory.kinds | {"logits": 2**28}
+    seen = dataclasses.replace(profile, memory=msgspec.structs.replace(profile.memory, kinds=kinds))
     monkeypatch.setattr(commands_profile, "profile_variant", lambda *args, **options: (seen, tmp_path))
-    for code, words in (("data-wait", "cannot be tried here: it is the disk's"), ("logits", "not found")):
+    for code in ("logits", "dequantisation"):
         assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", code, "--json"]) == 2
         printed = capsys.readouterr()
         document = json.loads(printed.out)
         assert document["tried"] is None
-        assert "data-wait" in {finding["code"] for finding in document["findings"]}
-        assert words in printed.err
-    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "data-wait"]) == 2
+        assert "logits" in {finding["code"] for finding in document["findings"]}
+        assert f"--try {code}: no such finding here has a remedy" in printed.err
+    assert cli.main(["profile", "lora-or-qlora:lora-r16", "--try", "logits"]) == 2
     text = capsys.readouterr().out
-    for word in ("Cannot", "tried", "here:", "disk's."):  # the column wraps between words
+    for word in ("Cannot", "tried", "here:", "chunked"):  # the column wraps between words
         assert word in text
-    assert "--try data-wait" not in text
+    assert "--try logits" not in text
     assert "--try padding" in text
 
 

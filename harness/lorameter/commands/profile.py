@@ -23,7 +23,7 @@ from lorameter.profile.evidence import evidence_of, evidence_of_requests
 from lorameter.profile.measure import profile_requests, profile_variant
 from lorameter.profile.remedy import RemedyResult, choose_finding, judge_remedy, make_pair, phase_of
 from lorameter.profile.request_rules import REQUEST_RULES, diagnose_requests
-from lorameter.profile.rules import RULES, Finding, check_code, diagnose
+from lorameter.profile.rules import RULES, Finding, diagnose
 from lorameter.records import codec, store
 from lorameter.report.blocks import Document, to_line
 from lorameter.report.parity import describe_parity, show_differing
@@ -41,8 +41,11 @@ from lorameter.studies.variant import LoraVariant, Variant
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, report the findings, and with --try measure a remedy."""
     of_requests = options.phase == "generate"
-    if options.attempt:
-        check_code(options.attempt, REQUEST_RULES if of_requests else RULES)
+    known = tuple(REQUEST_RULES if of_requests else RULES)
+    require(
+        not options.attempt or options.attempt in known,
+        f"--try {options.attempt}: no such finding. Known: {', '.join(known)}.",
+    )
     minutes = options.max_minutes if options.attempt is None or options.max_minutes is None else options.max_minutes / 2
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)

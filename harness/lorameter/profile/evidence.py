@@ -37,7 +37,7 @@ from lorameter.records.activity import (
     RequestFacts,
     WeightCopy,
 )
-from lorameter.stats import Estimate, median_interval
+from lorameter.stats import Estimate
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
@@ -253,11 +253,9 @@ class RequestEvidence:
         passes: number of single-token passes.
         prefill: the pass over the prompts.
         decode: a pass over one token.
-        choose_s: time between two passes: choosing a token, returning it, preparing the next.
         facts: observations of one request.
         merged: time of a request with the adapter merged.
         merged_calls: calls in a single-token pass with the adapter merged.
-        new_length: delay of the first token at a prompt length without earlier requests.
         adapter_dtype: the observed dtype.
         bytes_per_s: peak memory bandwidth.
         unquantised_bytes: additional bytes of the base without quantisation, if they fit into memory; else None.
@@ -271,11 +269,9 @@ class RequestEvidence:
     passes: int
     prefill: PassEvidence
     decode: PassEvidence
-    choose_s: float
     facts: RequestFacts
     merged: Estimate | None = None
     merged_calls: float | None = None
-    new_length: Estimate | None = None
     adapter_dtype: str | None = None
     bytes_per_s: float | None = None
     unquantised_bytes: int | None = None
@@ -285,9 +281,7 @@ def evidence_of_requests(
     profile: RequestProfile, account: RequestAccount, merged: RequestAccount | None
 ) -> RequestEvidence:
     """The evidence in a profile and its accounts."""
-    samples, memory = profile.record.samples, profile.peaks.get("memory")
-    lengths = (samples.get(f"{kind}_length_first_token_s", ()) for kind in ("new", "known"))
-    late = [new - known for new, known in zip(*lengths, strict=True)]
+    memory = profile.peaks.get("memory")
     return RequestEvidence(
         variant=profile.variant,
         device=profile.device,
@@ -297,11 +291,9 @@ def evidence_of_requests(
         passes=account.passes,
         prefill=_pass_evidence(profile, account, "prefill", 1),
         decode=_pass_evidence(profile, account, "decode", account.passes),
-        choose_s=account.whole.phases["choose"].value / (account.passes + 1),
         facts=profile.facts,
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
-        new_length=median_interval(late) if late else None,  # a prompt of one token has no shorter one
         adapter_dtype=observed_word(profile, "peft.dtype"),
         bytes_per_s=None if memory is None else memory.per_s,
         unquantised_bytes=_unquantised_bytes(profile),

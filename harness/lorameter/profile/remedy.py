@@ -29,21 +29,15 @@ def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
     """The finding to try: the one with this code, or the most expensive one that can be tried.
 
     Raises:
-        UsageError: there is no such finding, or its remedy cannot be tried.
+        UsageError: there is no such finding, or its remedy cannot be tried; the report says why.
     """
     possible = [finding for finding in findings if finding.suggestion]
-    known = ", ".join(finding.code for finding in possible) or "none"
-    if code is None:
-        if not possible:
-            raise UsageError("--try: no finding here has a remedy that can be tried.")
-        return possible[0]
-    finding = next((finding for finding in findings if finding.code == code), None)
-    if finding is None:
-        raise UsageError(f"--try {code}: not found in this profile. Can be tried: {known}.")
-    if not finding.suggestion:
-        why = f"That cannot be tried here: {finding.obstacle}."
-        raise UsageError(f"--try {code}: {finding.remedy} {why} Can be tried: {known}.")
-    return finding
+    chosen = next((finding for finding in possible if code in (None, finding.code)), None)
+    if chosen is None:
+        known = ", ".join(finding.code for finding in possible) or "none"
+        option = "--try" if code is None else f"--try {code}"
+        raise UsageError(f"{option}: no such finding here has a remedy that can be tried. Can be tried: {known}.")
+    return chosen
 
 
 def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:

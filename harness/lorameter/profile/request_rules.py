@@ -17,8 +17,6 @@ from lorameter.records.units import format_bytes, format_value
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
 MOVED = 0.5
 """Share of the tokens at which the cache was reallocated; a cache that grows by concatenation moves at every token."""
-LATE = 0.05
-"""Share of the time to first token; a smaller one does not indicate that a plan was made."""
 
 
 def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
@@ -136,44 +134,6 @@ def _cache_reallocated(evidence: RequestEvidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _prompt_logits(evidence: RequestEvidence) -> Iterator[Finding]:
-    rows = evidence.facts.logit_rows
-    cost = evidence.prefill.head_s * (rows - 1) / rows
-    if rows <= 1 or cost <= WORTH * evidence.first_token.value:
-        return
-    yield _make_finding(
-        "prompt-logits", evidence, FIRST, cost,
-        f"prefill makes logits for {rows} tokens, of which one is read",
-        "A model whose forward takes logits_to_keep makes those of the last token alone.",
-        obstacle="this model's forward does not take it",
-    )  # fmt: skip
-
-
-def _between_tokens(evidence: RequestEvidence) -> Iterator[Finding]:
-    if evidence.choose_s <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN) * evidence.token.value:
-        return
-    yield _make_finding(
-        "between-tokens", evidence, LATER, evidence.choose_s,
-        f"{evidence.choose_s / evidence.token.value:.0%} of each later token is spent between two passes, on the host: "
-        f"choosing "
-        "the token, handing it over, preparing the next pass",
-        "Choose on the device and hand over several tokens at once; transformers' generate does neither.",
-        obstacle="it is generate's own",
-    )  # fmt: skip
-
-
-def _new_length(evidence: RequestEvidence) -> Iterator[Finding]:
-    late = evidence.new_length
-    if late is None or late.low is None or late.low <= 0 or late.value <= LATE * evidence.first_token.value:
-        return
-    yield _make_finding(
-        "new-length", evidence, FIRST, late.value,
-        f"the first token comes {format_value(late.value, 's')} later at a prompt length that had no earlier request",
-        "Ask once at each length before users do, or pad prompts to a few lengths.",
-        obstacle="all timed requests have one length, which had earlier requests",
-    )  # fmt: skip
-
-
 def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
     variant, cost = evidence.variant, evidence.prefill.casts_s + evidence.passes * evidence.decode.casts_s
     narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
@@ -197,14 +157,11 @@ REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
     "dequantisation": _dequantisation,
     "launch-bound": _launch_bound,
     "cache-reallocated": _cache_reallocated,
-    "prompt-logits": _prompt_logits,
-    "between-tokens": _between_tokens,
-    "new-length": _new_length,
     "mixed-types": _mixed_types,
 }
 """The rules by the code of their findings."""
 OF_WHAT_RAN = frozenset(
-    ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "prompt-logits", "mixed-types")
+    ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "mixed-types")
 )
 """Rules that judge the recorded operators; they find nothing if no operators are known."""
 

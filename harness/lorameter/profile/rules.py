@@ -9,11 +9,10 @@ The rules use only the evidence and never a process, so a test case for a rule i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorameter.errors import UsageError
 from lorameter.profile.evidence import ProfileEvidence, changes_without
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
@@ -219,16 +218,6 @@ def _dropout(evidence: ProfileEvidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _data(evidence: ProfileEvidence) -> Iterator[Finding]:
-    share = evidence.phases_s.get("data", 0.0) / evidence.step_s
-    if share > WORTH:
-        yield _make_finding(
-            "data-wait", evidence, share, f"a step waits {share:.1%} of its time for its batch",
-            "Check which disk holds the token file: it is mapped, and read at first use.",
-            obstacle="it is the disk's",
-        )  # fmt: skip
-
-
 def _logits(evidence: ProfileEvidence) -> Iterator[Finding]:
     if evidence.logits_bytes <= LARGE_LOGITS * evidence.peak_bytes:
         return
@@ -281,17 +270,10 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
     "needless-checkpointing": _checkpointing,
     "unfused-optimizer": _optimizer,
     "dropout": _dropout,
-    "data-wait": _data,
     "logits": _logits,
     "fragmentation": _fragmentation,
 }
 """The rules by the code of their findings."""
-
-
-def check_code(code: str, rules: Iterable[str]) -> None:
-    """Raise `UsageError` for a code without a rule, before a profile is measured for it."""
-    if code not in rules:
-        raise UsageError(f"--try {code}: no such finding. Known: {', '.join(rules)}.")
 
 
 OF_WHAT_RAN = frozenset(

@@ -50,8 +50,6 @@ from lorameter.trial.profiling.phases import (
 )
 from lorameter.trial.trial import Trial
 
-NEW_LENGTHS = 6
-"""Number of new prompt lengths; the median of fewer times has no interval."""
 
 
 class ProfiledTrial(Trial):
@@ -137,24 +135,14 @@ class ProfiledTrial(Trial):
         return BorderedRequest(self._trainee.model, self._server.ask, self._request.device)
 
     def request_facts(self) -> PartialRecord:
-        """Facts about a request: its cache, its logits, the mode of the model, the memory up to its first token, and
-        the times to the first token of the first and of the second request at new prompt lengths."""
-        serving, length = self._server, self._request.workload.prompt_tokens
+        """Facts about a request: its cache, its logits, the mode of the model, and the memory up to its first token."""
         gauge = PeakMemoryTracker(self._request.device)
         give_back_free()
         gauge.begin()
-        serving.ask_at(length, 1)
+        self._server.ask_at(self._request.workload.prompt_tokens, 1)
         memory = gauge.peaks("first_token")
-        self._write(REQUEST_FACTS, observe_request(self._trainee.model, serving.ask))
-        times = [
-            [serving.ask_at(one, 2).first_token_time_s for _ in ("new", "known")]
-            for one in range(max(1, length - NEW_LENGTHS), length)
-        ]
-        samples = {
-            "new_length_first_token_s": tuple(new for new, _ in times),
-            "known_length_first_token_s": tuple(known for _, known in times),
-        }
-        return PartialRecord(memory=memory, samples=samples)
+        self._write(REQUEST_FACTS, observe_request(self._trainee.model, self._server.ask))
+        return PartialRecord(memory=memory)
 
     def request_activity(self, *, merged: bool) -> PartialRecord:
         """Profile the operators of a request."""
