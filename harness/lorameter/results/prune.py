@@ -24,7 +24,7 @@ from lorameter.errors import UsageError, redact
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import replacing, scratch_folder, write_document
 from lorameter.records.os_errors import translate_write_errors
-from lorameter.records.packed import SUFFIX, is_packed, write_packed
+from lorameter.records.packed import SUFFIX, write_packed
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import MANIFEST, TRIALS, Manifest
 from lorameter.records.trials import EvidenceFile, line_of, read_trials
@@ -168,22 +168,19 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
     Raises:
         UsageError, InvalidRunError: the run does not exist or is being measured, or the file cannot be written.
     """
-    path = Path(name) if fileio.is_file(Path(name) / MANIFEST) else runs / name
-    if is_packed(Path(name)) or is_packed(path):
+    run = store.read_run(name, runs)
+    if not fileio.is_folder(run.path):
         raise UsageError(f"run {name!r}: it is packed already. Send that file.")
-    if not fileio.is_file(path / MANIFEST):
-        store.read_run(name, runs)  # raises an error that lists the existing runs
-    manifest = store.read_manifest(path)
-    if store.is_live(path, manifest):
-        raise UsageError(f"run {manifest.run}: it is being measured. Wait for its end, and pack it then.")
-    target = output or Path(f"{manifest.run}{SUFFIX}")
+    if run.live:
+        raise UsageError(f"run {run.manifest.run}: it is being measured. Wait for its end, and pack it then.")
+    target = output or Path(f"{run.manifest.run}{SUFFIX}")
     if os.path.lexists(target):
         raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.")
     with scratch_folder() as folder:
-        write_document(folder / MANIFEST, _clean(codec.to_json(manifest), texts=texts))
+        write_document(folder / MANIFEST, _clean(codec.to_json(run.manifest), texts=texts))
         evidence = EvidenceFile(folder)  # a new file, since checks are named by hashes of their content
         with (folder / TRIALS).open("w", encoding="utf-8", errors="replace") as file:
-            for record in read_trials(path, path.name):  # including earlier attempts
+            for record in read_trials(run.path, run.path.name):  # including earlier attempts
                 if record is None:
                     file.write(DAMAGED)
                     continue
