@@ -15,7 +15,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError, format_error, impossible
 from lorameter.parity.judgement import DOCUMENT, Parity
-from lorameter.profile.measure import TrialSession, answer_of, describe_failure, format_failure, open_trial
+from lorameter.profile.measure import TrialSession, answer_of, format_failure, open_trial
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.record import PROMPTS, SERVED, Failure, PartialRecord, Served
@@ -116,7 +116,7 @@ def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Se
         )
         fragment = answer_of(lambda request=request: _serve_base(trial.executor, request))  # type: ignore[misc]
         if fragment.status == "interrupted":  # a system limit, which would affect every way
-            raise InvalidRunError(f"{variant.name}: {describe_failure(fragment)}.")
+            raise InvalidRunError(f"{variant.name}: {format_failure(fragment.failure)}.")
         served += _read(fragment, ways)
         if served[0].failure is not None:
             raise InvalidRunError(
@@ -145,8 +145,7 @@ def with_prompts(study: Study, *, prompts: int | None, epochs: float | None) -> 
     """The study with this many held-out records (each makes a prompt if it is long enough), and this many epochs; None
     leaves a value unchanged. Raises `UsageError` for a value out of range."""
     if prompts is not None:
-        workload = dataclasses.replace(study.workload, held_out_records=prompts)
-        study = dataclasses.replace(study, workload=workload)
+        study = dataclasses.replace(study, workload=dataclasses.replace(study.workload, held_out_records=prompts))
     if epochs is not None:
         study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, epochs=epochs))
     return study

@@ -115,7 +115,7 @@ class TrialSession:
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
             raise InvalidRunError(
-                f"{self.request.variant.name}: {fragment.status} in {command}: {describe_failure(fragment)}. The "
+                f"{self.request.variant.name}: {fragment.status} in {command}: {format_failure(fragment.failure)}. The "
                 f"log is {self.request.log_path}."
             )
         return fragment
@@ -358,7 +358,7 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
         return
     notice = Notice(
         code="no-cold-start",
-        message=f"the cold start is {fragment.status}: {describe_failure(fragment)}.",
+        message=f"the cold start is {fragment.status}: {format_failure(fragment.failure)}.",
         remedy=f"The log is {trial.request.log_path}.",
     )
     trial.record = trial.record.replaced(notices=(*trial.record.notices, notice))
@@ -372,11 +372,6 @@ def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
         return PartialRecord().failed(lost.status, lost.failure)
 
 
-def describe_failure(fragment: PartialRecord) -> str:
-    """The failure of a fragment, without a full stop."""
-    return format_failure(fragment.failure) if fragment.failure else "no message"
-
-
-def format_failure(failure: Failure) -> str:
+def format_failure(failure: Failure | None) -> str:
     """Its kind and message, without a full stop."""
-    return f"{failure.kind}: {failure.message.removesuffix('.')}"
+    return "no message" if failure is None else f"{failure.kind}: {failure.message.removesuffix('.')}"

@@ -142,7 +142,7 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def runs_dir(given: str | None, *, make: bool = False) -> Path:
+def runs_dir(given: str | Path | None, *, make: bool = False) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; created if missing and `make` is set."""
     named = given or os.environ.get(ENV_RUNS)
     path = Path(named or Path(".lorameter") / "runs")

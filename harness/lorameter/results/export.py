@@ -75,7 +75,7 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
         lorameter.errors.UsageError: no such run, or one that cannot be read.
         lorameter.errors.InvalidRunError: samples that are not numbers.
     """
-    return _frames([_tables_of(store.read_run(str(run), _folder(runs_dir)))], {})
+    return _frames([_tables_of(store.read_run(str(run), store.runs_dir(runs_dir)))], {})
 
 
 def load_all(folder: str | Path | None = None) -> Frames:
@@ -90,7 +90,7 @@ def load_all(folder: str | Path | None = None) -> Frames:
     Raises:
         lorameter.errors.UsageError: no such folder.
     """
-    runs = _folder(folder)
+    runs = store.runs_dir(folder)
     if not fileio.is_folder(runs):
         raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
     loaded: list[Tables] = []
@@ -123,10 +123,6 @@ def frame_of(table: TableName, rows: list[Row]) -> pd.DataFrame:
 def _frames(runs: list[Tables], unreadable: Mapping[str, str]) -> Frames:
     tables = {table: frame_of(table, [row for run in runs for row in run[table]]) for table in TABLES}
     return Frames(**tables, unreadable=unreadable)
-
-
-def _folder(given: str | Path | None) -> Path:
-    return store.runs_dir(None if given is None else str(given))
 
 
 SCHEMA = 1

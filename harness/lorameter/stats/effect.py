@@ -90,8 +90,6 @@ def log_ratios(
 
     Raises ValueError for unpaired sides and an unknown pairing, and as `measure_effect` does.
     """
-    if pairing == "none":
-        raise ValueError("pairing is 'none': sides that are not paired have no ratio in a replicate")
     if len(base) != len(candidate):
         raise ValueError(
             f"base has {len(base)} trials and candidate {len(candidate)}: pairing {pairing!r} needs one of each a "
@@ -101,7 +99,7 @@ def log_ratios(
         return _log_medians(candidate) - _log_medians(base)
     if pairing == "turn":
         return _log_ratios_by_turn(base, candidate)
-    raise ValueError(f"pairing is {pairing!r}: pass 'none', 'replicate' or 'turn'")
+    raise ValueError(f"pairing is {pairing!r}: a ratio in each replicate needs 'replicate' or 'turn'")
 
 
 def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
