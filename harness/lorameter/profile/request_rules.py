@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorameter.profile.evidence import RequestEvidence, changes_without
-from lorameter.profile.rules import BETWEEN, MIN_IDLE, WORTH, Finding, advise_adapter_dtype
+from lorameter.profile.rules import BETWEEN, MIN_IDLE, WORTH, Finding, advise_adapter_dtype, describe_idle
 from lorameter.records.units import format_bytes, format_value
 
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
@@ -108,14 +108,11 @@ def _launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
     idle, decode = evidence.decode.idle_s, evidence.decode
     if idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN) * decode.time_s:
         return
-    busy = format_value((decode.time_s - idle) / decode.calls, "s") if decode.calls else "–"
-    waits = (
-        f"the device waits {idle / decode.time_s:.0%} of a pass over one token for {decode.calls:.0f} launches"
-        if evidence.device == "cuda"
-        else f"{idle / decode.time_s:.0%} of a pass over one token is spent between {decode.calls:.0f} operators"
-    )
     yield _make_finding(
-        "launch-bound", evidence, LATER, idle, f"{waits}, each of {busy} in the mean",
+        "launch-bound", evidence, LATER, idle,
+        describe_idle(
+            evidence.device, idle / decode.time_s, "a pass over one token", decode.calls, decode.time_s - idle
+        ),
         "Several prompts in a request share the launches (request_batch of [workload]), and a captured graph makes one "
         "of them.",
         obstacle="how many prompts a request has is the workload's, and no graph is captured",

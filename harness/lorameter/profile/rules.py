@@ -77,13 +77,10 @@ def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
 def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
     if evidence.idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN):
         return
-    each = format_value(evidence.step_s * (1 - evidence.idle) / evidence.calls, "s") if evidence.calls else "–"
-    if evidence.device == "cuda":
-        message = f"the device waits {evidence.idle:.0%} of a step for {evidence.calls:.0f} launches"
-    else:
-        message = f"{evidence.idle:.0%} of a step is spent between {evidence.calls:.0f} operators"
+    busy_s = evidence.step_s * (1 - evidence.idle)
     yield _make_finding(
-        "launch-bound", evidence, evidence.idle, f"{message}, each of {each} in the mean",
+        "launch-bound", evidence, evidence.idle,
+        describe_idle(evidence.device, evidence.idle, "a step", evidence.calls, busy_s),
         "More tokens in a step (batch_size) spread the launches over more work"
         + ("." if evidence.variant.compile else "; compile = true makes fewer of them."),
         changes={} if evidence.variant.compile else {"compile": True},
@@ -137,36 +134,32 @@ def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
-    share = evidence.categories.get("attention", 0.0)
+    share, variant = evidence.categories.get("attention", 0.0), evidence.variant
     written_out = evidence.attention_backend in ("eager", "math")
-    if not (written_out or evidence.attention_mask == "explicit"):
-        return
     cost = share if written_out else share * evidence.masked_pairs
-    if cost <= WORTH:
+    if not (written_out or evidence.attention_mask == "explicit") or cost <= WORTH:
         return
+    changes: dict[str, Any] = {}
     obstacle = ""
-    if evidence.variant.attention == "eager":
+    if variant.attention == "eager":
         remedy, changes = 'attention = "sdpa" fuses it.', {"attention": "sdpa"}
     elif (
         evidence.device == "cuda"
-        and evidence.variant.attention != "flash_attention_2"
-        and (evidence.variant.autocast or evidence.variant.dtype) != "float32"  # flash-attn does not support float32
+        and variant.attention != "flash_attention_2"
+        and (variant.autocast or variant.dtype) != "float32"  # flash-attn does not support float32
     ):
         remedy = 'attention = "flash_attention_2" takes packed rows without a mask.'
-        changes = {"attention": "flash_attention_2"} if evidence.flash_attn else {}
-        remedy += "" if evidence.flash_attn else ' It needs pip install "lorameter[flash-attn]".'
-        obstacle = "" if evidence.flash_attn else "flash-attn is not installed"
-    elif written_out:
-        remedy, changes = "The check of attention.backend says why no fused kernel took it.", {}
-        obstacle = "what keeps the kernels out (type, head size, mask) is not a setting of the variant"
+        if evidence.flash_attn:
+            changes = {"attention": "flash_attention_2"}
+        else:
+            obstacle = 'flash-attn is not installed (pip install "lorameter[flash-attn]")'
     else:
-        remedy, changes = "Shorter rows hide fewer pairs.", {}
-        obstacle = "no kernel here leaves them out"
-    seconds = f"attention ({evidence.attention_backend}) takes {share:.1%} of a step"
-    message = (
-        f"{seconds}, written out as products and softmax"
+        remedy = "The check of attention.backend says why no other kernel took it; shorter rows hide fewer pairs."
+        obstacle = "what keeps other kernels out (device, type, head size, mask) is not a setting of the variant"
+    message = f"attention ({evidence.attention_backend}) takes {share:.1%} of a step" + (
+        ", written out as products and softmax"
         if written_out
-        else f"{seconds} and reads a mask that hides {evidence.masked_pairs:.0%} of its pairs"
+        else f" and reads a mask that hides {evidence.masked_pairs:.0%} of its pairs"
     )
     yield _make_finding("masked-attention", evidence, cost, message, remedy, changes=changes, obstacle=obstacle)
 
@@ -303,6 +296,17 @@ def _make_finding(
         workload_changes=workload or {},
         obstacle=obstacle,
     )
+
+
+def describe_idle(device: str, share: float, of: str, calls: float, busy_s: float) -> str:
+    """The share of a step or a pass in which nothing runs, and the mean time of what is called."""
+    each = format_value(busy_s / calls, "s") if calls else "–"
+    waits = (
+        f"the device waits {share:.0%} of {of} for {calls:.0f} launches"
+        if device == "cuda"
+        else f"{share:.0%} of {of} is spent between {calls:.0f} operators"
+    )
+    return f"{waits}, each of {each} in the mean"
 
 
 def advise_adapter_dtype(narrow: str) -> str:
