@@ -25,9 +25,8 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import git_state
 from lorameter.records import fileio, store
-from lorameter.records.packed import unpacked, write_packed
 from lorameter.records.record import DISTURBED, Failure, TrialRecord
-from lorameter.records.store import TRIALS, Manifest, Resumption, RunWriter
+from lorameter.records.store import TRIALS, Manifest, Resumption, RunWriter, unpacked, write_packed
 from lorameter.records.trials import CHECKS
 from tests.constructed import RUNS
 

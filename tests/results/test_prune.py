@@ -15,7 +15,7 @@ import pytest
 
 from lorameter import cli
 from lorameter.errors import UsageError
-from lorameter.records import codec, packed, store
+from lorameter.records import codec, store
 from lorameter.records.fileio import alone, write_document
 from lorameter.records.record import Notice
 from lorameter.results import prune as packing
@@ -210,7 +210,7 @@ def test_a_bad_packed_file_is_refused_and_nothing_is_written(change, tmp_path, m
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 3] + data[-400:])
     elif change == "too large":
-        monkeypatch.setattr(packed, "MAX_BYTES", 1000)
+        monkeypatch.setattr(store, "MAX_PACKED_BYTES", 1000)
     elif change != "another file":
         with zipfile.ZipFile(path, "w") as archive:
             if change == "no manifest":

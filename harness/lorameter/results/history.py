@@ -25,7 +25,6 @@ from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec, fileio, store
 from lorameter.records.metrics import PRIMARY
-from lorameter.records.packed import list_packed
 from lorameter.records.store import Run
 from lorameter.results.prune import size_of
 from lorameter.results.rows import Row, estimate_rows
@@ -330,7 +329,7 @@ def read_each(runs: Path, read: Callable[[Run], T]) -> Iterator[tuple[Path, T | 
         runs: the folder of runs.
         read: extracts the content of a run, which is then freed.
     """
-    for path in (*store.list_runs(runs), *list_packed(runs)):
+    for path in (*store.list_runs(runs), *store.list_packed(runs)):
         content, error = None, ""
         try:
             content = read(store.read_run(str(path), path.parent))

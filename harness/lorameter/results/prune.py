@@ -24,9 +24,8 @@ from lorameter.errors import UsageError, redact
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import replacing, scratch_folder, write_document
 from lorameter.records.os_errors import translate_write_errors
-from lorameter.records.packed import SUFFIX, write_packed
 from lorameter.records.record import TrialRecord
-from lorameter.records.store import MANIFEST, TRIALS, Manifest
+from lorameter.records.store import MANIFEST, PACKED_SUFFIX, TRIALS, Manifest, write_packed
 from lorameter.records.trials import EvidenceFile, line_of, read_trials
 from lorameter.verdicts.gate import lock_baselines, read_baselines
 
@@ -173,7 +172,7 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
         raise UsageError(f"run {name!r}: it is packed already. Send that file.")
     if run.live:
         raise UsageError(f"run {run.manifest.run}: it is being measured. Wait for its end, and pack it then.")
-    target = output or Path(f"{run.manifest.run}{SUFFIX}")
+    target = output or Path(f"{run.manifest.run}{PACKED_SUFFIX}")
     if os.path.lexists(target):
         raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.")
     with scratch_folder() as folder:

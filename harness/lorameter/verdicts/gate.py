@@ -34,8 +34,7 @@ from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, 
 from lorameter.records import codec, fileio, store
 from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import write_document
-from lorameter.records.packed import is_packed
-from lorameter.records.store import Run
+from lorameter.records.store import Run, is_packed
 from lorameter.studies.protocol import check_fraction
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import (

@@ -23,9 +23,8 @@ import msgspec
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.provenance import OF_A_KIND, Machine, fingerprint_fields
 from lorameter.records import codec, fileio, store, trials
-from lorameter.records.packed import is_packed
 from lorameter.records.record import Notice, TrialRecord
-from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts
+from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts, is_packed
 from lorameter.run.budget import SKIPPED, Budget, skipped_notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display
