@@ -52,7 +52,7 @@ def test_a_gpu_reports_everything_in_base_units(nvml):
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(NOT_SUPPORTED, "does not offer it"), (4242, "stand-in")],
+    [(NOT_SUPPORTED, "Not Supported"), (4242, "stand-in")],
 )
 def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, words):
     """An unreadable counter is None with a reason, not an exception or zero, and all other values are present."""
@@ -76,7 +76,7 @@ def test_a_counter_that_cannot_be_read_is_missing_with_its_reason(nvml, code, wo
         (None, ["First", False]), ("1,0", ["Second", False]), ("GPU-aaaa2", ["Second", False]),
         ("", "CUDA_VISIBLE_DEVICES hides every device"), ("1,1", "CUDA_VISIBLE_DEVICES hides every device"),
         ("GPU-aaaa", "2 devices have a UUID that begins with GPU-aaaa"),
-        ("7", "nvmlDeviceGetHandleByIndex: there is no such device"),
+        ("7", "nvmlDeviceGetHandleByIndex: Invalid Argument"),
     ],
 )  # fmt: skip
 def test_the_gpu_is_the_one_that_cuda_will_use(nvml, visible, answer):
@@ -99,8 +99,8 @@ def test_the_energy_of_a_shared_gpu_is_missing(nvml, visible):
 
 def test_a_missing_driver_is_reported(nvml):
     """A missing driver and a driver that is not loaded give different messages."""
-    assert "no NVIDIA driver is installed" in nvml(NAME, driver="none")
-    assert "not loaded" in nvml(NAME, {"rc.nvmlInitWithFlags": 9})
+    assert "Shared Library Not Found" in nvml(NAME, driver="none")
+    assert "Driver Not Loaded" in nvml(NAME, {"rc.nvmlInitWithFlags": 9})
 
 
 VISIBLE = """
@@ -120,7 +120,7 @@ SECOND = ["Second", "GPU-aaaa2222-0000-0000-0000-000000000000", 400.0, ""]
         (None, [[0, *FIRST], [1, *SECOND]]),
         ("MIG-bbbb,0", [["MIG-bbbb", "Second MIG 1g.10gb", *SECOND[1:]], [0, *FIRST]]),
         ("", []),
-        ("7", [[7, None, None, None, "nvmlDeviceGetHandleByIndex: there is no such device"]]),
+        ("7", [[7, None, None, None, "nvmlDeviceGetHandleByIndex: Invalid Argument"]]),
     ],
 )
 def test_each_visible_gpu_is_known_by_any_of_its_names(nvml, visible, expected):

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lorameter.errors import format_error
 from lorameter.machine.reading import Reading, missing
 
 # --- which devices ----------------------------------------------------------------------------------------------------
@@ -49,20 +50,6 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | N
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
-_WORDS: dict[str, str] = {
-    "NVML_ERROR_NOT_SUPPORTED": "this GPU or its driver does not offer it",
-    "NVML_ERROR_NO_PERMISSION": "this process is not permitted to read it",
-    "NVML_ERROR_FUNCTION_NOT_FOUND": "the installed driver is too old for it",
-    "NVML_ERROR_LIBRARY_NOT_FOUND": "there is no libnvidia-ml.so.1: no NVIDIA driver is installed, or the container "
-    "was started without it",
-    "NVML_ERROR_DRIVER_NOT_LOADED": "the NVIDIA driver is installed and not loaded",
-    "NVML_ERROR_GPU_IS_LOST": "the GPU no longer answers; it has to be reset",
-    "NVML_ERROR_NOT_FOUND": "there is no such device",
-    "NVML_ERROR_INVALID_ARGUMENT": "there is no such device",
-    "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "the driver was updated and the machine not restarted",
-}
-
-
 def _same(value: Any) -> Any:
     return value
 
@@ -83,7 +70,7 @@ def _initialise() -> Reading[Any]:
     try:
         import pynvml
     except Exception as error:  # not installed, a broken installation, or another package with this name
-        return missing(f"nvidia-ml-py cannot be imported: {type(error).__name__}: {error}")
+        return missing(f"nvidia-ml-py cannot be imported: {format_error(error)}")
     return ask(pynvml, "nvmlInit").then(lambda _: pynvml)
 
 
@@ -99,10 +86,7 @@ def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any]
         found = getattr(nvml, function)(*values)
         return Reading(value=convert(True if found is None else found))
     except Exception as error:
-        if not isinstance(error, getattr(nvml, "NVMLError", ())):
-            return missing(f"{function}: {type(error).__name__}: {error}")
-        words = {getattr(nvml, name, None): text for name, text in _WORDS.items()}
-        return missing(f"{function}: {words.get(getattr(error, 'value', 0), str(error))}")
+        return missing(f"{function}: {format_error(error)}")
 
 
 def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
