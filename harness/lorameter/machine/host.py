@@ -91,9 +91,8 @@ class HostTelemetry:
 
     def end(self) -> dict[str, float]:
         """Mark the end of the stretch and return the seconds, bytes and counts so far, by the names of `host_counters`,
-        and `watched_s`. Raises RuntimeError without `begin`."""
-        if self._begun is None:
-            raise RuntimeError("end() without begin(): nothing is being watched")
+        and `watched_s`."""
+        assert self._begun is not None, "end() without begin()"
         (begun_s, first), self._begun = self._begun, None
         last = host_counters(self._root)
         self._sums["watched_s"] += time.monotonic() - begun_s

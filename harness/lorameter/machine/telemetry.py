@@ -96,9 +96,8 @@ class GpuTelemetry:
             self._clock_sampled = self._clock_sampled or seen["sm_clock_hz"].known
 
     def end(self, now_s: float) -> dict[str, float]:
-        """Read after a timed stretch; returns the values so far. Raises RuntimeError without `begin`."""
-        if self._before is None or self._first is None:
-            raise RuntimeError("end() without begin(): nothing is being watched")
+        """Read after a timed stretch; returns the values so far."""
+        assert self._before is not None and self._first is not None, "end() without begin()"
         (before, self._before), last = (self._before, None), self._device.sample()
         self._keep_events(last)
         if not self._clock_sampled and IDLE not in (last["events"].value or ()):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import secrets
 import shutil
@@ -301,7 +302,13 @@ def _read(path: Path, name: str, folder: Path) -> Run:
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
-    found = list(read_trials(path, name))
+    collects = gc.isenabled()
+    gc.disable()  # records have no reference cycles, and collections during a large run take as long as the reading
+    try:
+        found = list(read_trials(path, name))
+    finally:
+        if collects:
+            gc.enable()
     records = [one for one in found if one is not None]
     damaged_lines = len(found) - len(records)
     latest = _latest(records, manifest)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import math
@@ -141,16 +140,15 @@ def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | None]:
         UsageError: a line is not a record of this schema.
     """
     evidence = EvidenceFile(folder)
-    with _collection_paused():
-        for line in fileio.journal_lines(folder / TRIALS):
-            try:
-                stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
-            except codec.NotJsonError:
-                yield None
-                continue
-            checks = evidence.find(stored.checks)
-            fields = {field: getattr(stored, field) for field in _KEPT}
-            yield None if checks is None else TrialRecord(checks=checks, **fields)
+    for line in fileio.journal_lines(folder / TRIALS):
+        try:
+            stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
+        except codec.NotJsonError:
+            yield None
+            continue
+        checks = evidence.find(stored.checks)
+        fields = {field: getattr(stored, field) for field in _KEPT}
+        yield None if checks is None else TrialRecord(checks=checks, **fields)
 
 
 def _read_line(line: str, where: str, source: Path) -> StoredRecord:
@@ -172,20 +170,6 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
             f"trial is {record.status}. Restore the file, or measure again."
         )
     return record
-
-
-@contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Pause the garbage collector: records have no reference cycles, and repeated collections during the reading of a
-    large run take as long as the reading."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 STEPS = "steps.jsonl"
