@@ -97,7 +97,8 @@ class GpuTelemetry:
 
     def end(self, now_s: float) -> dict[str, float]:
         """Read after a timed stretch; returns the values so far."""
-        assert self._before is not None and self._first is not None, "end() without begin()"
+        assert self._before is not None, "end() without begin()"
+        assert self._first is not None
         (before, self._before), last = (self._before, None), self._device.sample()
         self._keep_events(last)
         if not self._clock_sampled and IDLE not in (last["events"].value or ()):
