@@ -184,10 +184,11 @@ def collect(
     """The provenance of a run: machine and its settings, threads, library versions, workload, git state, and the
     worker's report, if one was started. `facts` are those of the trials' place; `own_workloads` those of variants that
     do not use the study's workload, by name."""
-    host = dict(facts.host or {})
-    kernel_facts = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
-    host.pop("switches", None)
-    kernels = {KERNELS: kernel_libraries(kernel_facts["packages"], kernel_facts["cuda"], kernel_facts["switches"])}
+    host = facts.host or {}
+    found = {"packages": facts.packages, "cuda": facts.machine.cuda, "switches": facts.switches} | host
+    kernels = {KERNELS: kernel_libraries(found["packages"], found["cuda"], found["switches"])}
+    package = "" if study.engine is None else study.engine.package
+    engine = {"engine": {package: found["packages"].get(normal_name(package))}}  # its version, if no other field has it
     return {
         "threads": threads,
         "workload": _content_of_workloads(study.workload, own_workloads or {}),
@@ -196,19 +197,10 @@ def collect(
         "settings": facts.settings,
         "libraries": facts.libraries,
         "git": facts.git,
-        **host,
+        **{key: value for key, value in host.items() if key != "switches"},
         **(kernels if facts.machine.device == "cuda" else {}),
-        **_engine(study, facts),
+        **(engine if package and package not in LIBRARIES else {}),
     }
-
-
-def _engine(study: Study, facts: MachineFacts) -> dict[str, Any]:
-    """The version of the package of a study's engine, if no other field contains it."""
-    package = "" if study.engine is None else study.engine.package
-    if not package or package in LIBRARIES:
-        return {}
-    packages: Mapping[str, str] = facts.packages if facts.host is None else facts.host.get("packages", {})
-    return {"engine": {package: packages.get(normal_name(package))}}
 
 
 def harness_identity() -> str:

@@ -293,12 +293,9 @@ def step_flops(profile: Profile, variant: Variant, tokens: StepTokens | None = N
         UsageError: the model's layers are unknown, and were not counted.
     """
     tokens = tokens or computed_tokens(variant, profile.workload)
-    try:
-        return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
-    except UsageError:
-        if (products := from_values(profile.record.values)) is None:
-            raise
+    if (products := from_values(profile.record.values)) is not None:
         return products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager")
+    return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
 
 
 def ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
