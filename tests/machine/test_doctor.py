@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -45,9 +44,7 @@ ALONE = Neighbours(
     hidden_bytes=given(0),
     statement="",
 )
-GPU = GpuSurvey(
-    facts=FACTS, sample=SAMPLE, memory=given(SimpleNamespace(free=79 * GIB)), neighbours=ALONE, sliced=False
-)
+GPU = GpuSurvey(facts=FACTS, sample=SAMPLE, neighbours=ALONE, sliced=False)
 
 
 @pytest.fixture

@@ -16,10 +16,8 @@ from lorameter.machine.host import GIVEN, MIN_ASKED_S, withheld_share
 from lorameter.machine.nvml import PROTECTING
 from lorameter.machine.reading import Reading, unavailable
 from lorameter.machine.survey import OPTIONAL, REQUIRED, Survey
-from lorameter.models import catalogue, shapes
-from lorameter.models.costs.memory import bare_process_bytes, birth_bytes, estimate_memory
+from lorameter.models.costs.memory import bare_process_bytes
 from lorameter.records.units import format_bytes
-from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 
 About = Literal["runs", "measures", "spoils"]
@@ -47,7 +45,6 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
         *packages(found),
         device(found),
         memory(found),
-        *models(found),
         runs_folder(found),
         *meters(found),
         load(found),
@@ -139,37 +136,6 @@ def memory(found: Survey) -> DoctorCheck:
         grade="unfit",
         remedy="Free memory, or raise the container's limit.",
     )
-
-
-def models(found: Survey) -> list[DoctorCheck]:
-    """Models of the catalogue that fit into the free memory, according to `lorameter.models.costs.memory`."""
-    gpu, workload, where = found.gpu.value, Workload(), "cpu"
-    free = found.system["memory_available_bytes"].value
-    if gpu is not None and found.machine.device == "cuda":
-        free, where = gpu.memory.then(lambda memory: int(memory.free)).value, "cuda"
-    if free is None:
-        return []
-    process = birth_bytes(found.machine.cuda)
-
-    def fitting(quantization: Literal["none", "nf4"]) -> list[str]:
-        variant = LoraVariant(name=quantization, quantization=quantization)
-        all_shapes = {
-            name: shapes.shape(catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{name}")) for name in catalogue.CATALOGUE
-        }
-        return [
-            name
-            for name, shape in all_shapes.items()
-            if estimate_memory(variant, workload, shape, device=where, process_bytes=process).needed_bytes <= free
-        ]
-
-    plain, packed = fitting("none"), fitting("nf4")
-    more = ", ".join(name for name in packed if name not in plain) or "no more"
-    words = (
-        f"LoRA: {', '.join(plain) or 'none'}; with a 4-bit base {more} too (estimated, {workload.batch_size} × "
-        f"{workload.sequence_length} tokens a batch)"
-    )
-    remedy = "Free memory, or take a smaller model than the catalogue's."
-    return [_check("runs", "models", words, "good" if packed else "note", remedy)]
 
 
 def runs_folder(found: Survey) -> DoctorCheck:

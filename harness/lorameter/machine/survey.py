@@ -38,7 +38,6 @@ class GpuSurvey:
 
     facts: Mapping[str, Reading[Any]]
     sample: Mapping[str, Reading[Any]]
-    memory: Reading[Any]
     neighbours: Neighbours
     sliced: bool
 
@@ -86,7 +85,6 @@ def survey(runs: Path) -> Survey:
             lambda one: GpuSurvey(
                 facts=one.facts(),
                 sample=one.sample(),
-                memory=one.memory(),
                 neighbours=neighbours_of(one, generations=0),
                 sliced=one.sliced,
             )
