@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from lorameter import cli
-from lorameter.machine.doctor import examine, is_fit
+from lorameter.machine.doctor import OPTIONAL, REQUIRED, GpuSurvey, Survey, examine, is_fit
 from lorameter.machine.gpus import Neighbours
 from lorameter.machine.reading import Reading, missing
-from lorameter.machine.survey import OPTIONAL, REQUIRED, GpuSurvey, Survey
 
 GIB = 2**30
 

@@ -11,9 +11,8 @@ from typing import Any
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.parser import build_parser
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, require
-from lorameter.machine.doctor import examine, is_fit
+from lorameter.machine.doctor import examine, is_fit, survey
 from lorameter.machine.provenance import Machine
-from lorameter.machine.survey import survey
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import uncounted
 from lorameter.models.costs.memory import PEAK_RANGES, MemoryEstimate, birth_bytes, estimate_phases
