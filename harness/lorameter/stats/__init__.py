@@ -11,6 +11,7 @@ command line and type annotations stay fast.
 
 from __future__ import annotations
 
+from lorameter.stats.changes import drifting, is_steady, is_warm
 from lorameter.stats.comparison import (
     KeptPairs,
     compare_bytes,
@@ -22,7 +23,6 @@ from lorameter.stats.comparison import (
     run_wide_shift,
     step_down,
 )
-from lorameter.stats.drift import drifting, is_steady, is_warm
 from lorameter.stats.effect import Effect, Pairing
 from lorameter.stats.estimate import (
     Between,
