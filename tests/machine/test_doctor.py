@@ -11,7 +11,7 @@ import pytest
 
 from lorameter import cli
 from lorameter.machine.doctor import OPTIONAL, REQUIRED, GpuSurvey, Survey, examine, is_fit
-from lorameter.machine.gpus import Neighbours
+from lorameter.machine.nvml import Neighbours
 from lorameter.machine.reading import Reading, missing
 
 GIB = 2**30

@@ -104,7 +104,7 @@ def test_a_missing_driver_is_reported(nvml):
 
 
 VISIBLE = """
-    from lorameter.machine.gpus import visible_gpus
+    from lorameter.machine.nvml import visible_gpus
     report([
         [one.entry, one.name.value, one.board.value, one.power_limit_w.value, one.name.reason]
         for one in visible_gpus().value
@@ -159,8 +159,7 @@ def test_sites_of_different_gpus_are_refused(nvml):
 GIB = 2**30
 ASK = """
     import dataclasses, os
-    from lorameter.machine.gpus import neighbours_of
-    from lorameter.machine.nvml import open_device
+    from lorameter.machine.nvml import neighbours_of, open_device
     with open(os.environ["FAKE_NVML"], "a") as file:
         file.write("0.processes=" + {listed} + "\\n")
     found = neighbours_of(open_device().value, generations={generations})

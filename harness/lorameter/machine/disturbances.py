@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lorameter.machine.gpus import UNEXPLAINED_LIMIT
+from lorameter.machine.nvml import UNEXPLAINED_LIMIT
 from lorameter.machine.host import GIVEN, withheld_share
 from lorameter.machine.telemetry import telemetry_key
 from lorameter.records.units import format_bytes, format_count

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.machine.disturbances import CONTENDED, HOT_MARGIN_C, NOTICED, SHARED_INVALID_BYTES
-from lorameter.machine.gpus import Neighbours, neighbours_of
 from lorameter.machine.host import GIVEN, MIN_ASKED_S, HostTelemetry, system_facts, withheld_share
-from lorameter.machine.nvml import PROTECTING, device_session
+from lorameter.machine.nvml import PROTECTING, Neighbours, device_session, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing, unavailable
 from lorameter.models.costs.memory import bare_process_bytes

@@ -28,8 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.gpus import has_own_pids
-from lorameter.machine.nvml import device_session
+from lorameter.machine.nvml import device_session, has_own_pids
 from lorameter.machine.processes import holds_any
 from lorameter.machine.reading import Reading, increase, missing, read_file, unavailable
 

@@ -25,9 +25,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorameter.machine.gpus import GENERATIONS, neighbours_of
 from lorameter.machine.host import HostTelemetry
-from lorameter.machine.nvml import IDLE, POWER_CAPPED, PROTECTING, NvmlDevice, open_device
+from lorameter.machine.nvml import (
+    GENERATIONS,
+    IDLE,
+    POWER_CAPPED,
+    PROTECTING,
+    NvmlDevice,
+    neighbours_of,
+    open_device,
+)
 from lorameter.machine.reading import Reading, increase, missing
 from lorameter.records.record import Notice
 

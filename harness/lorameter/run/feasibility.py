@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, shorten
-from lorameter.machine.gpus import describe_gpus, shared_boards, visible_gpus
-from lorameter.machine.nvml import VARIABLE, visible_devices
+from lorameter.machine.nvml import VARIABLE, describe_gpus, shared_boards, visible_devices, visible_gpus
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import lora_of, uncounted, unknown_targets

@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from lorameter.machine.gpus import GENERATIONS
+from lorameter.machine.nvml import GENERATIONS
 from lorameter.machine.telemetry import MIN_S, Telemetry
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest

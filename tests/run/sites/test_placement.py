@@ -19,7 +19,7 @@ import time
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.machine.gpus import VisibleGpu
+from lorameter.machine.nvml import VisibleGpu
 from lorameter.machine.reading import Reading, missing
 from lorameter.records import store
 from lorameter.run.sites import gpus

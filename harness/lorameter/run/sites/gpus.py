@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError
-from lorameter.machine.gpus import VisibleGpu, describe_gpus, shared_boards, visible_gpus
-from lorameter.machine.nvml import VARIABLE
+from lorameter.machine.nvml import VARIABLE, VisibleGpu, describe_gpus, shared_boards, visible_gpus
 from lorameter.machine.processes import CPUS, PARENT, cores_of, exit_words
 from lorameter.machine.provenance import Machine
 from lorameter.records.units import format_count

@@ -23,7 +23,7 @@ from kernels_check.judges.ranks import PATHS, compare_adapters
 from kernels_check.observe.modules import without_repacking
 from kernels_check.observe.ranks import RankEvidence, counted_updates, fingerprints
 from kernels_check.ranks import RankFacts, Strategy, judge_ranks, merge_checks, observe_rank
-from lorameter.machine.gpus import GENERATIONS
+from lorameter.machine.nvml import GENERATIONS
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.workload import Repair

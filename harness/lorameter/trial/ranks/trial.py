@@ -24,8 +24,7 @@ import msgspec
 from kernels_check.check import Check
 from lorameter import wire
 from lorameter.errors import shorten
-from lorameter.machine.gpus import GENERATIONS
-from lorameter.machine.nvml import VARIABLE, visible_devices
+from lorameter.machine.nvml import GENERATIONS, VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words, fork_process
 from lorameter.records.metrics import losses_of_steps
 from lorameter.records.os_errors import failed_record
