@@ -12,7 +12,7 @@ from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of_requests
 from lorameter.profile.facts import RequestProfile
 from lorameter.profile.measure import REQUESTS_DOCUMENT, _start_cold, profile_requests
-from lorameter.profile.request_rules import diagnose_requests
+from lorameter.profile.rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.activity import MERGED_TRACE, REQUEST_PHASES, REQUEST_TRACE
 from lorameter.records.record import Failure, PartialRecord, TrialRecord

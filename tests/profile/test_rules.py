@@ -12,14 +12,7 @@ import msgspec
 import pytest
 
 from lorameter.profile.evidence import PassEvidence, ProfileEvidence, RequestEvidence, dropout_s, unpacking_s
-from lorameter.profile.request_rules import (
-    FIRST,
-    LATER,
-    REQUEST_RULES,
-    WHOLE,
-    diagnose_requests,
-)
-from lorameter.profile.rules import RULES, diagnose
+from lorameter.profile.rules import FIRST, LATER, REQUEST_RULES, RULES, WHOLE, diagnose, diagnose_requests
 from lorameter.records.activity import ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
 from lorameter.stats import Estimate
 from lorameter.studies.variant import LoraVariant

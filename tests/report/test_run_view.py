@@ -31,7 +31,7 @@ from lorameter.commands import profile as commands_profile
 from lorameter.errors import EXIT_INVALID, EXIT_PASS
 from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of_requests
-from lorameter.profile.request_rules import diagnose_requests
+from lorameter.profile.rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run

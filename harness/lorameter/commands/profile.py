@@ -22,8 +22,7 @@ from lorameter.profile import accounting
 from lorameter.profile.evidence import evidence_of, evidence_of_requests
 from lorameter.profile.measure import profile_requests, profile_variant
 from lorameter.profile.remedy import RemedyResult, choose_finding, judge_remedy, make_pair, phase_of
-from lorameter.profile.request_rules import REQUEST_RULES, diagnose_requests
-from lorameter.profile.rules import RULES, Finding, diagnose
+from lorameter.profile.rules import REQUEST_RULES, RULES, Finding, diagnose, diagnose_requests
 from lorameter.records import codec, store
 from lorameter.report.blocks import Document, to_line
 from lorameter.report.parity import describe_parity, show_differing

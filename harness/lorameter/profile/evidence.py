@@ -1,4 +1,4 @@
-"""Extracts from a profile the evidence that `lorameter.profile.rules` and `request_rules` judge."""
+"""Extracts from a profile the evidence that `lorameter.profile.rules` judges."""
 
 from __future__ import annotations
 

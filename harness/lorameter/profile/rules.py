@@ -1,8 +1,10 @@
-"""Rules that derive findings from the evidence of a step, each with its number and its cost.
+"""Rules that derive findings from the evidence of a step or of requests, each with its number and its cost.
 
-A rule gives the observation, its cost as a part of a step or in bytes, and the field to change. The cost includes only
-what the remedy removes (the casts around a float32 adapter, not all copies); the replacement may also have a cost, so
-only a measurement of both variants gives the gain (`lorameter.profile.remedy`).
+A rule gives the observation, its cost as a part of a step, of the time to first token, of the time per token, or in
+bytes, and the field to change. The cost includes only what the remedy removes (the casts around a float32 adapter, not
+all copies). It is the gain measured in the same process if possible (merging), else the observed time of the cause less
+the time of its replacement, if that can be estimated; so only a measurement of both variants gives the gain
+(`lorameter.profile.remedy`).
 
 The rules use only the evidence and never a process, so a test case for a rule is a few numbers.
 """
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorameter.profile.evidence import ProfileEvidence, changes_without
+from lorameter.profile.evidence import ProfileEvidence, RequestEvidence, changes_without
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
 
@@ -79,7 +81,7 @@ def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
         return
     busy_s = evidence.step_s * (1 - evidence.idle)
     yield _make_finding(
-        "launch-bound", evidence, evidence.idle,
+        "launch-bound", evidence.step_s, evidence.idle,
         describe_idle(evidence.device, evidence.idle, "a step", evidence.calls, busy_s),
         "More tokens in a step (batch_size) spread the launches over more work"
         + ("." if evidence.variant.compile else "; compile = true makes fewer of them."),
@@ -94,7 +96,7 @@ def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
         return
     fits, extra = evidence.fits("quantization"), format_bytes(evidence.extra_bytes.get("quantization", 0))
     yield _make_finding(
-        "dequantisation", evidence, share,
+        "dequantisation", evidence.step_s, share,
         f"unpacking {evidence.variant.quantization} weights takes {share:.1%} of a step",
         f'quantization = "none" needs about {extra} more, which is free.'
         if fits
@@ -113,7 +115,7 @@ def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
     if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast or share <= WORTH:
         return
     yield _make_finding(
-        "float32-adapter", evidence, share,
+        "float32-adapter", evidence.step_s, share,
         f"adapters in float32 next to products in {narrow}: casts take {evidence.casts:.1%} of a step"
         + (f", products in float32 {products:.1%}" if products else ""),
         advise_adapter_dtype(narrow),
@@ -128,7 +130,7 @@ def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
     key = "compute_dtype" if variant.is_4bit else "dtype"
     tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and not variant.is_4bit else ""
     yield _make_finding(
-        "float32-compute", evidence, share, f"products in float32 take {share:.1%} of a step",
+        "float32-compute", evidence.step_s, share, f"products in float32 take {share:.1%} of a step",
         f'{key} = "bfloat16" runs them in 16 bits{tf32}.', changes={key: "bfloat16"},
     )  # fmt: skip
 
@@ -161,7 +163,7 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
         if written_out
         else f" and reads a mask that hides {evidence.masked_pairs:.0%} of its pairs"
     )
-    yield _make_finding("masked-attention", evidence, cost, message, remedy, changes=changes, obstacle=obstacle)
+    yield _make_finding("masked-attention", evidence.step_s, cost, message, remedy, changes=changes, obstacle=obstacle)
 
 
 def _padding(evidence: ProfileEvidence) -> Iterator[Finding]:
@@ -169,7 +171,7 @@ def _padding(evidence: ProfileEvidence) -> Iterator[Finding]:
         return
     packs = {"layout": "packed"} if evidence.workload.layout == "padded" else {}
     yield _make_finding(
-        "padding", evidence, evidence.padded, f"{evidence.padded:.0%} of the positions are padding",
+        "padding", evidence.step_s, evidence.padded, f"{evidence.padded:.0%} of the positions are padding",
         'layout = "packed" fills rows with records.' if packs else "Drop the last, partly filled rows.",
         workload=packs, obstacle="" if packs else "no field leaves rows out",
     )  # fmt: skip
@@ -181,7 +183,7 @@ def _checkpointing(evidence: ProfileEvidence) -> Iterator[Finding]:
     passes = (evidence.phases_s.get("forward", 0.0) + evidence.phases_s.get("backward", 0.0)) / evidence.step_s
     extra = evidence.extra_bytes.get("gradient_checkpointing", 0)
     yield _make_finding(
-        "needless-checkpointing", evidence, evidence.recomputed * passes,
+        "needless-checkpointing", evidence.step_s, evidence.recomputed * passes,
         f"checkpointing repeats {evidence.recomputed:.0%} of all FLOPs, at a peak of "
         f"{format_bytes(evidence.peak_bytes)} of {format_bytes(evidence.memory_bytes)}",
         f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is free.",
@@ -196,7 +198,8 @@ def _optimizer(evidence: ProfileEvidence) -> Iterator[Finding]:
     if evidence.variant.optimizer != "adamw" and not evidence.fits("optimizer"):
         return
     yield _make_finding(
-        "unfused-optimizer", evidence, share, f"clipping and {evidence.variant.optimizer} take {share:.1%} of a step",
+        "unfused-optimizer", evidence.step_s, share,
+        f"clipping and {evidence.variant.optimizer} take {share:.1%} of a step",
         'optimizer = "adamw_fused" updates all tensors in one kernel.', changes={"optimizer": "adamw_fused"},
     )  # fmt: skip
 
@@ -205,7 +208,7 @@ def _dropout(evidence: ProfileEvidence) -> Iterator[Finding]:
     if not isinstance(evidence.variant, LoraVariant) or evidence.variant.lora_dropout <= 0 or evidence.dropout <= WORTH:
         return
     yield _make_finding(
-        "dropout", evidence, evidence.dropout,
+        "dropout", evidence.step_s, evidence.dropout,
         f"masks for lora_dropout = {evidence.variant.lora_dropout:g} take {evidence.dropout:.1%} of a step",
         "lora_dropout = 0 draws none; it regularises, so look at the held-out loss.", changes={"lora_dropout": 0.0},
     )  # fmt: skip
@@ -277,11 +280,12 @@ OF_WHAT_RAN = frozenset(
 
 def _make_finding(
     code: str,
-    evidence: ProfileEvidence,
+    whole_s: float,
     share: float,
     message: str,
     remedy: str,
     *,
+    metric: str = "step_time_s",
     changes: Mapping[str, Any] | None = None,
     workload: Mapping[str, Any] | None = None,
     obstacle: str = "",
@@ -289,8 +293,9 @@ def _make_finding(
     return Finding(
         code=code,
         message=message,
-        cost_s=share * evidence.step_s,
+        cost_s=share * whole_s,
         cost_share=share,
+        metric=metric,
         remedy=remedy,
         changes=changes or {},
         workload_changes=workload or {},
@@ -316,3 +321,165 @@ def advise_adapter_dtype(narrow: str) -> str:
 
 def _compute_type(variant: Variant) -> str:
     return variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
+MOVED = 0.5
+"""Share of the tokens at which the cache was reallocated; a cache that grows by concatenation moves at every token."""
+
+
+def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
+    """All findings, the most expensive for a request first."""
+    found = [finding for rule in REQUEST_RULES.values() for finding in rule(evidence)]
+    times = {FIRST: 1, LATER: evidence.passes, WHOLE: 1}
+    return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0) * times[finding.metric]))
+
+
+def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
+    """Findings by the shape of the copied weight: usually the output head, in its product before the first token."""
+    for metric, one, name in ((FIRST, evidence.prefill, "prefill"), (LATER, evidence.decode, "decode")):
+        cost = sum(copy.time_s for copy in one.copies)
+        if not one.copies or cost <= WORTH * _whole(evidence, metric):
+            continue
+        costliest = one.copies[0]
+        shape = " × ".join(map(str, costliest.shape))
+        copies = (
+            f"{name} copies the whole of {costliest.weight or 'a weight'} ({costliest.operator} of {shape}, "
+            f"{costliest.calls:.3g} times a pass)"
+        )
+        if not costliest.in_product:
+            yield _request_finding(
+                "weight-copied", evidence, metric, cost,
+                f"{copies}, outside of any product: it is cast, or made anew, for each pass",
+                "Make that copy once, where the model is loaded: cast the weight there, or merge what changes it.",
+                obstacle="no field changes who copies that weight",
+            )  # fmt: skip
+            continue
+        is_head = costliest.weight == evidence.facts.head != ""
+        if is_head and evidence.bytes_per_s:  # the product disappears too; its replacement reads the weight once
+            cost += max(0.0, one.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
+        foldable = (
+            "a copy laid out anew, hidden.clone(memory_format=torch.contiguous_format), which torch's linear folds; a "
+            "clone that keeps the strides does not help, nor does contiguous() of a single row, and leaving "
+            "requires_grad on for the weight does."
+        )
+        yield _request_finding(
+            "weight-copied", evidence, metric, cost,
+            f"{copies}: torch's linear does not fold its input and calls a batched product, which needs the "
+            "weight laid out anew",
+            f"copy_head_input = true hands the head {foldable}" if is_head else f"That layer must be handed {foldable}",
+            changes={"copy_head_input": True} if is_head and not evidence.variant.copy_head_input else {},
+            obstacle="" if is_head and not evidence.variant.copy_head_input else "no field changes that layer's input",
+        )  # fmt: skip
+
+
+def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
+    merged, request = evidence.merged, evidence.request
+    if merged is None or request.low is None or merged.high is None or request.low <= merged.high:
+        return
+    cost = request.value - merged.value
+    if cost <= WORTH * request.value:
+        return
+    calls = ""
+    if evidence.merged_calls is not None and evidence.decode.calls:
+        unit = "launches" if evidence.device == "cuda" else "operators"
+        saved = evidence.decode.calls - evidence.merged_calls
+        calls = f", {saved:.0f} of the {evidence.decode.calls:.0f} {unit} of a token"
+    rounding = " Merging rounds the weights anew, to 4 bits where they are stored so: compare the answers."
+    yield _request_finding(
+        "adapter-unmerged", evidence, WHOLE, cost,
+        f"the unmerged adapter takes {cost / request.value:.1%} of a request, as measured in the same process "
+        f"with it merged{calls}",
+        f"merge_adapter = true merges it before requests.{rounding if evidence.variant.quantization != 'none' else ''}",
+        changes={"merge_adapter": True},
+    )  # fmt: skip
+
+
+def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
+    unpacking = evidence.decode.dequantise_s
+    if unpacking <= WORTH * evidence.token.value:
+        return
+    extra = evidence.unquantised_bytes
+    more = 0.0 if extra is None or not evidence.bytes_per_s else extra / evidence.bytes_per_s
+    fits = extra is not None and more < unpacking
+    yield _request_finding(
+        "dequantisation", evidence, LATER, unpacking - more if fits else unpacking,
+        f"unpacking {evidence.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
+        f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
+        if fits
+        else "A kernel that multiplies packed weights as they are would not unpack them.",
+        changes=changes_without(evidence.variant, "quantization") if fits else {},
+        obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
+    )  # fmt: skip
+
+
+def _request_launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
+    idle, decode = evidence.decode.idle_s, evidence.decode
+    if idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN) * decode.time_s:
+        return
+    yield _request_finding(
+        "launch-bound", evidence, LATER, idle,
+        describe_idle(
+            evidence.device, idle / decode.time_s, "a pass over one token", decode.calls, decode.time_s - idle
+        ),
+        "Several prompts in a request share the launches (request_batch of [workload]), and a captured graph makes one "
+        "of them.",
+        obstacle="how many prompts a request has is the workload's, and no graph is captured",
+    )  # fmt: skip
+
+
+def _cache_reallocated(evidence: RequestEvidence) -> Iterator[Finding]:
+    if evidence.facts.cache_moved <= MOVED or evidence.decode.cache_s <= WORTH * evidence.token.value:
+        return
+    yield _request_finding(
+        "cache-reallocated", evidence, LATER, evidence.decode.cache_s,
+        f"the cache ({evidence.facts.cache}) is made anew at {evidence.facts.cache_moved:.0%} of the tokens, "
+        f"{format_bytes(evidence.facts.cache_bytes)} at the end",
+        'kv_cache = "static" makes it once, of the whole length; attention then reads all of that.',
+        changes={"kv_cache": "static"},
+    )  # fmt: skip
+
+
+def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
+    variant, cost = evidence.variant, evidence.prefill.casts_s + evidence.passes * evidence.decode.casts_s
+    narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
+    wide = evidence.adapter_dtype == "float32" and not variant.merge_adapter
+    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= WORTH * evidence.request.value:
+        return
+    what = "adapters" if wide else "norms, embeddings and head"
+    yield _request_finding(
+        "mixed-types", evidence, WHOLE, cost,
+        f"{what} in float32 next to weights in {narrow}: casts take {cost / evidence.request.value:.1%} of a request",
+        advise_adapter_dtype(narrow)
+        if wide
+        else "prepare_for_kbit = false leaves them in the type of the base; look at the loss.",
+        changes={"adapter_dtype": narrow} if wide else {"prepare_for_kbit": False},
+    )  # fmt: skip
+
+
+REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
+    "weight-copied": _weight_copied,
+    "adapter-unmerged": _adapter_unmerged,
+    "dequantisation": _request_dequantisation,
+    "launch-bound": _request_launch_bound,
+    "cache-reallocated": _cache_reallocated,
+    "mixed-types": _mixed_types,
+}
+"""The rules by the code of their findings."""
+REQUESTS_OF_WHAT_RAN = frozenset(
+    ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "mixed-types")
+)
+"""Rules that judge the recorded operators; they find nothing if no operators are known."""
+
+
+def _whole(evidence: RequestEvidence, metric: str) -> float:
+    return {FIRST: evidence.first_token, LATER: evidence.token, WHOLE: evidence.request}[metric].value
+
+
+def _request_finding(
+    code: str, evidence: RequestEvidence, metric: str, cost_s: float, message: str, remedy: str, **more: Any
+) -> Finding:
+    whole_s = _whole(evidence, metric)
+    return _make_finding(code, whole_s, cost_s / whole_s, message, remedy, metric=metric, **more)

@@ -21,9 +21,7 @@ from lorameter.profile.accounting import (
 )
 from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialProfile
 from lorameter.profile.remedy import RemedyResult
-from lorameter.profile.request_rules import OF_WHAT_RAN as REQUESTS_OF_WHAT_RAN
-from lorameter.profile.request_rules import REQUEST_RULES
-from lorameter.profile.rules import OF_WHAT_RAN, RULES, Finding
+from lorameter.profile.rules import OF_WHAT_RAN, REQUEST_RULES, REQUESTS_OF_WHAT_RAN, RULES, Finding
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import MemoryAccount, in_order, title_of
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
