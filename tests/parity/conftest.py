@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorameter.parity.judgement import Parity
+from lorameter.parity import Parity
 from lorameter.records.record import LogitDistance, Served
 from lorameter.studies.request import AGAIN, serving_modes
 

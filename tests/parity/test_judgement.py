@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from lorameter.commands.profile import encode_parity
-from lorameter.parity.judgement import judge_parity
+from lorameter.parity import judge_parity
 from lorameter.records.record import Failure, Served
 from lorameter.report.parity import describe_parity, show_differing
 from lorameter.report.terminal import text_of

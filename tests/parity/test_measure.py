@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorameter.cli import main
-from lorameter.parity.judgement import DOCUMENT, Parity
-from lorameter.parity.measure import CONFIG, WEIGHTS, _read
+from lorameter.parity import CONFIG, DOCUMENT, WEIGHTS, Parity, _read
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.studies.request import serving_modes

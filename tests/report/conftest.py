@@ -15,7 +15,7 @@ from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import MemoryEstimate
 from lorameter.models.costs.peaks import Peak, find_card
 from lorameter.models.shapes import ModelShape
-from lorameter.parity.judgement import Parity, judge_parity
+from lorameter.parity import Parity, judge_parity
 from lorameter.profile import accounting
 from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of, evidence_of_requests

@@ -16,8 +16,15 @@ from lorameter.commands.output import print_json, print_progress, save_page, sho
 from lorameter.commands.run import measure_study
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, require
 from lorameter.models import catalogue, shapes
-from lorameter.parity.judgement import Judgement, Likeness, Parity, judge_parity
-from lorameter.parity.measure import check_adapter, measure_parity, with_prompts
+from lorameter.parity import (
+    Judgement,
+    Likeness,
+    Parity,
+    check_adapter,
+    judge_parity,
+    measure_parity,
+    with_prompts,
+)
 from lorameter.profile import accounting
 from lorameter.profile.evidence import evidence_of, evidence_of_requests
 from lorameter.profile.measure import profile_requests, profile_variant

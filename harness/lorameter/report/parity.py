@@ -16,7 +16,7 @@ from typing import Any
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.parity.judgement import Judgement, Likeness, Parity, Verdict, first_difference
+from lorameter.parity import Judgement, Likeness, Parity, Verdict, first_difference
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_percent, three_digits

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 
 from lorameter.models import catalogue
-from lorameter.parity.judgement import compare_served
+from lorameter.parity import compare_served
 from lorameter.records import codec
 from lorameter.records.metrics import samples_of
 from lorameter.records.record import Served

@@ -1,1 +1,0 @@
-"""Parity: whether an adapter gives the same answers when it is merged, or served on another base."""
