@@ -19,7 +19,6 @@ these updates, and is not reported. On a Grace Hopper the counter covers the who
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +43,6 @@ SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "temperature_margin_c")
 the same information."""
 
 
-@functools.cache  # a few dozen names, used for every trial
 def telemetry_key(owner: str, what: str, phase: str) -> str:
     """The name of a value in the record: the phase precedes the unit, if there is one."""
     stem, _, unit = what.rpartition("_")

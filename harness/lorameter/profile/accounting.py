@@ -271,7 +271,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     return dataclasses.replace(every, pairs=row_tokens(profile.variant, profile.workload).pairs)
 
 
-def find_observed(profile: TrialProfile, path: str) -> object:
+def find_observed(profile: TrialProfile, path: str) -> Any:
     """The observed value of a path of kernels_check; None if there is none."""
     return next((check["observed"] for check in profile.record.checks if check["path"] == path), None)
 

@@ -170,9 +170,9 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
-        attention_backend=observed_word(profile, "attention.backend"),
-        attention_mask=observed_word(profile, "attention.mask"),
-        adapter_dtype=observed_word(profile, "peft.dtype"),
+        attention_backend=find_observed(profile, "attention.backend"),
+        attention_mask=find_observed(profile, "attention.mask"),
+        adapter_dtype=find_observed(profile, "peft.dtype"),
         flash_attn=importlib.util.find_spec("flash_attn") is not None,
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         peak_bytes=allocated or memory["host_peak_train_bytes"],
@@ -214,12 +214,6 @@ def dropout_s(phase: PhaseActivity) -> float:
     drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
     forward = phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
     return forward + phase.dropout_backward_s
-
-
-def observed_word(profile: TrialProfile, path: str) -> str | None:
-    """The observed value of a path of kernels_check, if it is a text."""
-    seen = find_observed(profile, path)
-    return seen if isinstance(seen, str) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +288,7 @@ def evidence_of_requests(
         facts=profile.facts,
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
-        adapter_dtype=observed_word(profile, "peft.dtype"),
+        adapter_dtype=find_observed(profile, "peft.dtype"),
         bytes_per_s=None if memory is None else memory.per_s,
         unquantised_bytes=_unquantised_bytes(profile),
     )
