@@ -183,9 +183,6 @@ if __name__ == "__main__":
     reap(sys.argv[1])
 
 
-ROOT = Path("/sys/devices/system/cpu")
-
-
 def cpus_of(pid: int) -> tuple[int, ...]:
     """The CPUs on which a process may run, in order; empty if it has ended."""
     try:
@@ -211,13 +208,13 @@ def has_children(pid: int) -> bool:
         return True
 
 
-def cores_of(cpus: Iterable[int], root: Path = ROOT) -> list[tuple[int, ...]]:
+def cores_of(cpus: Iterable[int]) -> list[tuple[int, ...]]:
     """CPUs grouped by core, in the order of each core's first CPU. A CPU whose core is unknown forms its own group."""
     found: dict[str, list[int]] = {}
     for cpu in sorted(cpus):
         threads = f"of {cpu} alone"
         with contextlib.suppress(OSError):  # the list is the same for all threads of a core
-            threads = (root / f"cpu{cpu}" / "topology/thread_siblings_list").read_text()
+            threads = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
         found.setdefault(threads, []).append(cpu)
     return [tuple(of_one) for of_one in found.values()]
 
