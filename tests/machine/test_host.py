@@ -261,7 +261,6 @@ def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, pas
     ("code", "changes"),
     [
         ("power-capped", {"device_power_capped_samples_train": 40.0}),
-        ("gpu-near-thermal-limit", {"device_temperature_margin_train_c": 1.0}),
         ("unaccounted-gpu-memory", {"device_hidden_train_bytes": 60.0 * GIB}),
         ("cpu-contention", {"host_cpu_stall_train_s": 90.0}),
     ],

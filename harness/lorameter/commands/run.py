@@ -423,7 +423,7 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
             path in REQUIREMENTS, f"wrap: --require {shorten(path, 60)}: not known. Known: {', '.join(REQUIREMENTS)}."
         )
         requirements[path] = value
-        with contextlib.suppress(codec.NotJsonError):
+        with contextlib.suppress(codec.NotReadableError):
             requirements[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
         if problem := REQUIREMENTS[path].problem(requirements[path]):
             raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Mend the value.")

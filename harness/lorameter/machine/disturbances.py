@@ -24,8 +24,6 @@ NOTICED = 0.01
 THROTTLED_INVALID = 0.10
 """Share of time with clocks reduced by heat or power supply. A GPU that protects itself runs at half its clock or less,
 so a tenth of the time costs at least half of that: the margin."""
-HOT_MARGIN_C = 5.0
-"""Degrees below the slow-down temperature. A sensor of 1 °C resolution and a slow fan make a smaller gap random."""
 CLOCK_MOVED = CLOCK_MARGIN
 """Range of the SM clock over its maximum: the time of a compute-bound step is inversely proportional to the clock."""
 CLOCK_INVALID = 0.25
@@ -84,7 +82,6 @@ def judge(
     found = [
         *_throttled(phase_values),
         *_power_capped(phase_values),
-        *_hot(phase_values),
         *_clocks(phase_values, in_turns=in_turns),
         *_shared(phase_values),
         *_swapped(phase_values),
@@ -141,18 +138,6 @@ def _power_capped(values: _PhaseValues) -> Iterator[Disturbance]:
             message=f"the power limit set the clock in {found[1]} ({found[0]:.0%}; a notice from {NOTICED:.0%})",
             remedy="Times are those of this limit (nvidia-smi -q -d POWER); compare them under the same one.",
             weight=found[0] / NOTICED,
-        )
-
-
-def _hot(values: _PhaseValues) -> Iterator[Disturbance]:
-    left, degrees = values.device("temperature_margin_c"), values.device("temperature_c")
-    if left is not None and left < HOT_MARGIN_C:
-        at = "" if degrees is None else f"at {degrees:.0f} °C "
-        yield Disturbance(
-            code="gpu-near-thermal-limit",
-            message=f"the GPU was {at}{left:.0f} °C below its slow-down (a notice under {HOT_MARGIN_C:.0f} °C)",
-            remedy="Give it air, or lower its power limit, before it slows down.",
-            weight=(HOT_MARGIN_C - left + 1) / HOT_MARGIN_C,
         )
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorameter.machine.disturbances import CONTENDED, HOT_MARGIN_C, NOTICED, SHARED_INVALID_BYTES
+from lorameter.machine.disturbances import CONTENDED, NOTICED, SHARED_INVALID_BYTES
 from lorameter.machine.host import GIVEN, MIN_ASKED_S, HostTelemetry, system_facts, withheld_share
 from lorameter.machine.nvml import PROTECTING, Neighbours, device_session, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
@@ -142,6 +142,8 @@ Grade = Literal["good", "note", "bad", "unfit"]
 """No problem · for information · reduces precision and can be fixed · no measurement is possible here."""
 BUSY = 0.25
 """Load per CPU, before this process computes anything, above which other work is assumed."""
+HOT_MARGIN_C = 5.0
+"""Degrees below the slow-down temperature. A sensor of 1 °C resolution and a slow fan make a smaller gap random."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

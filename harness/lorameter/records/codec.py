@@ -28,18 +28,14 @@ class NotReadableError(ValueError):
     """Raised for a file that cannot be used; the message says why, and the caller adds the expected content."""
 
 
-class NotJsonError(NotReadableError):
-    """Raised for a text that is not JSON, or that is nested too deeply."""
-
-
 def parse(text: str | bytes) -> Any:
-    """Parse JSON text into plain data. Raises `NotJsonError`."""
+    """Parse JSON text into plain data. Raises `NotReadableError`."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise NotJsonError("it is nested too deeply") from None
+        raise NotReadableError("it is nested too deeply") from None
     except ValueError as error:  # truncated text, binary data, numbers with thousands of digits
-        raise NotJsonError(str(error).partition(";")[0]) from None
+        raise NotReadableError(str(error).partition(";")[0]) from None
 
 
 def to_json(value: Any) -> Any:
@@ -72,12 +68,12 @@ def _name_floats(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """Write canonical JSON text: sorted keys, so that equal content has an equal hash. Raises `NotJsonError` for a
+    """Write canonical JSON text: sorted keys, so that equal content has an equal hash. Raises `NotReadableError` for a
     value that is nested too deeply."""
     try:
         return json.dumps(to_json(value), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
     except RecursionError:
-        raise NotJsonError("it is nested too deeply") from None
+        raise NotReadableError("it is nested too deeply") from None
 
 
 def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T:

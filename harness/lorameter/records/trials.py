@@ -143,7 +143,7 @@ def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | None]:
     for line in fileio.journal_lines(folder / TRIALS):
         try:
             stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
-        except codec.NotJsonError:
+        except codec.NotReadableError:
             yield None
             continue
         checks = evidence.find(stored.checks)
@@ -157,7 +157,7 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         data = codec.parse(line)
         if not isinstance(data, dict):  # a truncated line such as "5" can still be valid JSON
-            raise codec.NotJsonError("it is no table") from None
+            raise codec.NotReadableError("it is no table") from None
         require_readable(data, source)
         record = codec.from_json(StoredRecord, data, where)
     if record.schema != SCHEMA:
@@ -203,7 +203,7 @@ def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
     for line in fileio.journal_lines(folder / STEPS):
         try:
             step = codec.from_json(Step, codec.parse(line), STEPS)
-        except (UsageError, codec.NotJsonError):
+        except (UsageError, codec.NotReadableError):
             break
         for name, value in step.samples.items():
             samples.setdefault(name, []).append(value)
