@@ -188,8 +188,8 @@ def decide_family(
 ) -> dict[K, Comparison]:
     """The verdicts on named effects, with a family-wise error rate of `alpha`; {} without effects.
 
-    Tolerance and margin are given by name. Each interval is at the level at which Holm's procedure decided or stopped for
-    that comparison.
+    Tolerance and margin are given by name. Each interval is at the level at which Holm's procedure decided or stopped
+    for that comparison.
     """
 
     def judge(name: K, left: int) -> Comparison:

@@ -17,6 +17,7 @@ tests must pass, so each gets half of the permitted misses.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,16 +173,5 @@ def replicates_to_clear(distance: float, sd: float, tail: float) -> int | None:
 
 def _smallest(enough: Callable[[int], bool]) -> int | None:
     """The smallest count from 2 on that is enough, if every larger one is enough too; None if no practical count is."""
-    high = 2
-    while not enough(high):
-        high *= 2
-        if high > _MAX_REPLICATES:
-            return None
-    low = high // 2  # not enough, or 1, which never is
-    while high - low > 1:
-        middle = (low + high) // 2
-        if enough(middle):
-            high = middle
-        else:
-            low = middle
-    return high
+    count = bisect.bisect_left(range(_MAX_REPLICATES + 1), True, lo=2, key=enough)
+    return None if count > _MAX_REPLICATES else count
