@@ -153,16 +153,10 @@ def runs_dir(given: str | Path | None, *, make: bool = False) -> Path:
         return path
     with translate_write_errors(f"runs directory {path}", "Give another with --runs-dir.", done="made"):
         path.mkdir(parents=True, exist_ok=True)
-        if not named:
-            _hide_from_git(path.parent)
+        ignored = path.parent / ".gitignore"
+        if not named and not (ignored.exists() and ignored.stat().st_size):
+            write_whole(ignored, "# made by lorameter\n*\n")  # else runs would make the user's repository dirty
     return path
-
-
-def _hide_from_git(folder: Path) -> None:
-    """Keep runs inside a repository from making it dirty, so that the next run has no "local changes"."""
-    ignored = folder / ".gitignore"
-    if not ignored.exists() or not ignored.stat().st_size:
-        write_whole(ignored, "# made by lorameter\n*\n")
 
 
 def new_run_id(name: str, folder: Path) -> str:
@@ -178,12 +172,11 @@ class RunWriter:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.path = folder / manifest.run
-        self._manifest, self._begun = manifest, False
+        self._manifest = manifest
         with self.refusals():
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._evidence = EvidenceFile(self.path)
         self._write_manifest()
-        self._begun = True
 
     def append(self, record: TrialRecord) -> None:
         """Write the new evidence and then the record, and wait until both are on disk."""
@@ -229,7 +222,7 @@ class RunWriter:
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
         """Convert an OSError into an `InvalidRunError` that explains the consequence for this run."""
-        return translate_os_errors(lambda: refusal_of(self.path, begun=self._begun))
+        return translate_os_errors(lambda: refusal_of(self.path))
 
 
 CHECKPOINT_S = 30.0
@@ -245,13 +238,11 @@ def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
     return now_s - saved_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now_s - begun_s))
 
 
-def refusal_of(path: Path, *, begun: bool = False) -> tuple[str, str]:
-    """What a failed write means for the run of this directory, and what to do once its cause is removed; `begun`:
-    whether the manifest had been written."""
-    there = (path / MANIFEST).is_file()
-    if not there and not begun:
+def refusal_of(path: Path) -> tuple[str, str]:
+    """What a failed write means for the run of this directory, and what to do once its cause is removed."""
+    if not (path / MANIFEST).is_file():
         return f"run {path.name} could not begin", ""
-    effect = f"run {path.name} ended before its time, and what it had measured is {'kept' if there else 'gone'}"
+    effect = f"run {path.name} ended before its time, and what it had measured is kept"
     return effect, f"resume: lorameter run --resume {path.name}"
 
 
