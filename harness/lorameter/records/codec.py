@@ -52,8 +52,7 @@ def to_plain(value: object) -> object:
     kinds: tuple[tuple[type, Any], ...] = ((str, str), (int, int), (float, float), (Mapping, dict), (Sequence, list))
     for kind, plain in kinds:
         if isinstance(value, kind):
-            converted: object = plain(value)
-            return converted
+            return plain(value)
     raise TypeError(f"JSON with a {type(value).__name__}")
 
 
