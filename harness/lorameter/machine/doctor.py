@@ -34,8 +34,6 @@ REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 """Distributions that every trial needs."""
 OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
 """Distributions that only some studies need, and their purpose."""
-CUDA_DRIVER = "libcuda.so.1"
-"""The driver library of CUDA programs. NVML is another library of the driver, and may be present without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +105,7 @@ def survey(runs: Path) -> Survey:
         runs=folder,
         locks=_try_lock(folder),
         root=os.geteuid() == 0,
-        lacks_driver=cannot_load(CUDA_DRIVER) if gpu.known else None,
+        lacks_driver=_driver_error() if gpu.known else None,
     )
 
 
@@ -125,10 +123,11 @@ def _try_lock(folder: Path) -> Reading[bool]:
         return missing(f"no lock can be tried in {folder}: {error.strerror}")
 
 
-def cannot_load(library: str) -> str | None:
-    """The loader's error; None if the library loads. No device is initialised."""
+def _driver_error() -> str | None:
+    """The loader's error for the library that CUDA programs need, which may be absent where NVML, another library of the
+    driver, is present; None if it loads. No device is initialised."""
     try:
-        ctypes.CDLL(library)
+        ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         return str(error)
     return None
