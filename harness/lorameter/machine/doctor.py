@@ -124,8 +124,8 @@ def _try_lock(folder: Path) -> Reading[bool]:
 
 
 def _driver_error() -> str | None:
-    """The loader's error for the library that CUDA programs need, which may be absent where NVML, another library of the
-    driver, is present; None if it loads. No device is initialised."""
+    """The loader's error for the library that CUDA programs need, which may be absent where NVML, another library of
+    the driver, is present; None if it loads. No device is initialised."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -156,7 +156,9 @@ class TrialSession:
         by_rate = {} if "peak" in self.skipped else self.read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in self.rates.items() if rate in by_rate}
         stated = {name: peak for name, rate in self.rates.items() if (peak := stated_peak(machine.device_name, rate))}
-        notices = (*self.record.notices, *self._limit_notices())
+        parts = ", ".join(COMMANDS[command].label for command in self.skipped)
+        limit = Notice(code=SKIPPED, message=f"left out within --max-minutes: {parts}.", remedy="Raise --max-minutes.")
+        notices = (*self.record.notices, *((limit,) if parts else ()))
         return {
             "study": self.study,
             "variant": request.variant,
@@ -172,18 +174,6 @@ class TrialSession:
             "peaks": measured | stated,
             "measured_peaks": measured,
         }
-
-    def _limit_notices(self) -> tuple[Notice, ...]:
-        """The notice on parts that were left out, and on a limit that was exceeded."""
-        over_s = time.monotonic() - self.ends_s
-        if not self.skipped and over_s <= 0:
-            return ()
-        parts = ", ".join(COMMANDS[command].label for command in self.skipped)
-        parts_text = [f"left out within --max-minutes: {parts}"] if parts else []
-        parts_text += (
-            [f"the least that a profile measures took {over_s / 60:.1f} min more than that"] if over_s > 0 else []
-        )
-        return (Notice(code=SKIPPED, message=f"{'; '.join(parts_text)}.", remedy="Raise --max-minutes."),)
 
     def keep(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
         """Write the facts, and copy the profiler's recordings. Raises `UsageError` if they cannot be written."""
