@@ -191,18 +191,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, *, anew: bool = False) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A path next to `target` for writing; at the end this file replaces the old one.
 
     After an error the old file is unchanged, and no draft is left. For a link, its target is replaced. An existing path
     that is not a regular file, such as a pipe, is written to directly.
 
-    Args:
-        target: the file to write; an existing file stays until the new one is complete.
-        anew: whether to refuse to replace an existing file.
-
     Raises:
-        OSError: writing failed; FileExistsError if an existing file must not be replaced.
+        OSError: writing failed.
     """
     if is_there(target) and not is_file(target):
         yield target
@@ -217,8 +213,6 @@ def replacing(target: Path, *, anew: bool = False) -> Iterator[Path]:
             os.fsync(written.fileno())
         if is_file(place):
             shutil.copymode(place, draft)
-        if anew and os.path.lexists(place):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
         draft.replace(place)
     except BaseException as error:
         with contextlib.suppress(OSError):

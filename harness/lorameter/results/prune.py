@@ -186,7 +186,7 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
                 data = _clean(codec.to_json(record), texts=texts)
                 cleaned = codec.from_json(TrialRecord, data, f"trial {record.trial}")
                 file.write(line_of(cleaned, evidence.add(cleaned.checks)))
-        with translate_write_errors(str(target), "Give another --output."), replacing(target, anew=True) as draft:
+        with translate_write_errors(str(target), "Give another --output."), replacing(target) as draft:
             write_packed(draft, folder)
     return target
 
