@@ -3,7 +3,7 @@
 The replicate is the unit of inference (Kalibera & Jones 2013): samples of one process are sub-samples, reduced to one
 value before any interval is computed. A comparison distinguishes "equal" from "inconclusive". Use `compare_trials` for
 times (several at once: `decide_family`) and `compare_bytes` for memory peaks; `lorameter.stats.trend` judges
-statements about several levels from the contrasts of `lorameter.stats.trend`.
+statements about several levels from their contrasts.
 
 Importing this package loads neither numpy nor scipy: functions that need them import them when called, so that the
 command line and type annotations stay fast.
