@@ -265,15 +265,10 @@ def _words(text: str) -> set[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Utilisation:
-    """A share of a peak, with its formula and the peak."""
+class Utilisation(Estimate):
+    """A fraction of a peak, with its formula and the peak, which is treated as exact: the interval is that of the time."""
 
     name: str
-    value: float
-    """A fraction of the peak."""
-    low: float | None
-    """From the upper end of the time's interval; None if it has none. The peak is treated as exact."""
-    high: float | None
     formula: str
     """The formula as text, with its numbers."""
     peak: Peak
