@@ -266,7 +266,7 @@ def _words(text: str) -> set[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utilisation(Estimate):
-    """A fraction of a peak, with its formula and the peak, which is treated as exact: the interval is that of the time."""
+    """A fraction of a peak, with its formula and the peak. The peak is exact: the interval is that of the time."""
 
     name: str
     formula: str
