@@ -173,5 +173,9 @@ def replicates_to_clear(distance: float, sd: float, tail: float) -> int | None:
 
 def _smallest(enough: Callable[[int], bool]) -> int | None:
     """The smallest count from 2 on that is enough, if every larger one is enough too; None if no practical count is."""
-    count = bisect.bisect_left(range(_MAX_REPLICATES + 1), True, lo=2, key=enough)
-    return None if count > _MAX_REPLICATES else count
+    high = 2
+    while not enough(high):
+        high *= 2
+        if high > _MAX_REPLICATES:
+            return None
+    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=enough)  # half of it is not enough, or is 1
