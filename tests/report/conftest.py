@@ -21,8 +21,7 @@ from lorameter.profile.accounting import request_accounts
 from lorameter.profile.evidence import evidence_of, evidence_of_requests
 from lorameter.profile.facts import Profile, RequestProfile
 from lorameter.profile.remedy import RemedyResult
-from lorameter.profile.rules import diagnose_requests
-from lorameter.profile.rules import Finding, diagnose
+from lorameter.profile.rules import Finding, diagnose, diagnose_requests
 from lorameter.records import codec, store
 from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
 from lorameter.records.record import Failure, LogitDistance, MemoryAccount, Notice, Served, TrialRecord

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lorameter.machine.nvml import UNEXPLAINED_LIMIT
 from lorameter.machine.host import GIVEN, withheld_share
+from lorameter.machine.nvml import UNEXPLAINED_LIMIT
 from lorameter.machine.telemetry import telemetry_key
 from lorameter.records.units import format_bytes, format_count
 

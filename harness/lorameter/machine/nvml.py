@@ -58,6 +58,7 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | N
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
+
 def _same(value: Any) -> Any:
     return value
 

@@ -23,8 +23,8 @@ import torch
 import kernels_check
 from kernels_check.check import Check
 from kernels_check.observe.modules import RandomState
-from lorameter.machine.nvml import GENERATIONS
 from lorameter.machine.host import PeakMemoryTracker, host_bytes
+from lorameter.machine.nvml import GENERATIONS
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
 from lorameter.studies.request import COMMANDS, TrialRequest, commands_by

@@ -51,7 +51,6 @@ from lorameter.trial.profiling.phases import (
 from lorameter.trial.trial import Trial
 
 
-
 class ProfiledTrial(Trial):
     """An isolated trial that profiles its training and its requests."""
 
