@@ -42,7 +42,7 @@ def test_the_most_costly_finding_with_a_change_is_chosen():
     for code in ("fragmentation", "logits"):
         with pytest.raises(UsageError, match=f"--try {code}: no such finding .* Can be tried: padding, dropout"):
             choose_finding(found, code)
-    with pytest.raises(UsageError, match="--try: no such finding .* Can be tried: none"):
+    with pytest.raises(UsageError, match=r"--try: no such finding .* Can be tried: none"):
         choose_finding(found[:1], None)
 
 
