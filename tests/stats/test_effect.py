@@ -70,7 +70,7 @@ def test_log_ratios_are_those_of_the_effect():
         values = log_ratios(base, candidate, pairing)
         assert values.shape == (5,)
         assert measure_effect(base, candidate, pairing) == paired_effect(values, pairing)
-    with pytest.raises(ValueError, match="not paired have no ratio"):
+    with pytest.raises(ValueError, match="needs 'replicate' or 'turn'"):
         log_ratios(base, candidate, "none")
 
 
