@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
@@ -20,7 +22,6 @@ from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord,
 from lorameter.records.store import checkpoint_is_due
 from lorameter.records.trials import find_fault
 from lorameter.run.budget import MIN_ROUNDS, Budget, Part
-from lorameter.run.cold_start import Imports, measure_cold, measure_whole
 from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, request_of, script_request_of
@@ -43,7 +44,8 @@ class RunParts:
     save: Callable[[TrialRecord], None]
     display: Display
     budget: Budget
-    imports: Imports = field(default_factory=dict)
+    imports: dict[tuple[int, str], PartialRecord] = field(default_factory=dict)
+    """Import times of new interpreters, by replicate and side."""
 
 
 class GroupRecords:
@@ -62,9 +64,9 @@ class GroupRecords:
         self._begun: dict[str, tuple[float, float]] = {}
         """The start of each trial's process: Unix time and monotonic clock."""
 
-    def begin(self, launch: Iterable[Slot], begun: tuple[float, float]) -> None:
-        """Record the start of their process, as Unix time and monotonic clock."""
-        self._begun |= {slot.trial: begun for slot in launch}
+    def begin(self, launch: Iterable[Slot]) -> None:
+        """Record the start of their process."""
+        self._begun |= dict.fromkeys((slot.trial for slot in launch), (time.time(), time.monotonic()))
 
     def is_ok(self, trial: str) -> bool:
         """Whether the trial has not failed so far."""
@@ -130,9 +132,8 @@ class GroupRecords:
 class GroupRunner:
     """Measures all phases of all trials of one group; after a failure, a trial gets no further commands."""
 
-    def __init__(self, run: RunParts, group: Group, attempt: int = 0) -> None:
-        self._run, self._group, self._budget = run, group, run.budget
-        self._records = GroupRecords(group, run, attempt)
+    def __init__(self, run: RunParts, group: Group, records: GroupRecords) -> None:
+        self._run, self._group, self._records, self._budget = run, group, records, run.budget
         self._workers: dict[str, Worker] = {}
         """Workers by the trials that they host."""
         self._requests: dict[str, TrialRequest] = {}
@@ -159,18 +160,6 @@ class GroupRunner:
         for slot in self._group.slots:
             self._run.executors[slot.executor].clear_place(slot.trial)
 
-    def interrupt(self) -> None:
-        """Mark running trials as interrupted by the user."""
-        self._records.break_off("Interrupted", "stopped by the user")
-
-    def abandon(self, error: Exception) -> None:
-        """Mark running trials after a failure of the parent itself, which no trial caused."""
-        self._records.break_off(type(error).__name__, f"the parent failed: {error}")
-
-    def records(self) -> Iterable[TrialRecord]:
-        """The group's records in plan order."""
-        return self._records.records.values()
-
     # --- the parts of a trial -----------------------------------------------------------------------------------------
 
     def _launch(self, launch: tuple[Slot, ...]) -> None:
@@ -179,14 +168,13 @@ class GroupRunner:
         if failed := self._run.plan.failed.get(first.arm.name):  # in a rehearsal of scripts
             records.add(first.trial, PartialRecord(status=failed.status, failure=failed.failure), log=failed.log)
             return
-        executor, begun = self._run.executors[first.executor], (time.time(), time.monotonic())
+        executor = self._run.executors[first.executor]
+        records.begin(launch)
         try:
             worker = executor.launch()
         except WorkerLostError as lost:
-            records.begin(launch, begun)
             records.add_loss([slot.trial for slot in launch], lost)
             return
-        records.begin(launch, begun)
         for slot in launch:  # all of them before the first command, so that each has a record if the process dies
             self._workers[slot.trial] = worker
             started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
@@ -281,13 +269,12 @@ class GroupRunner:
         records.ended |= set(records.records) - set(trials)
         whole_s = 0.0
         for trial in trials:
-            slot, request = records.slots[trial], self._requests[trial]
-            executor = self._run.executors[slot.executor]
+            slot = records.slots[trial]
             self._run.display.trial_phase(slot, "cold")
-            self._add_cold(trial, lambda: measure_cold(executor, request, self._run.imports, slot.side))  # noqa: B023
+            self._add_cold(trial, self._measure_parts)
             if self._checks_sum(slot) and records.is_ok(trial):
                 begin = budget.clock()
-                self._add_cold(trial, lambda: measure_whole(executor, request))  # noqa: B023
+                self._add_cold(trial, self._measure_whole)
                 whole_s += budget.clock() - begin
             records.ended.add(trial)
         if trials:
@@ -297,10 +284,10 @@ class GroupRunner:
         """Whether a whole cold start of this trial is compared with the sum of its parts."""
         return slot.replicate == 0 and slot.role == "variant" and slot.variant.name == self._run.plan.study.reference
 
-    def _add_cold(self, trial: str, start: Callable[[], PartialRecord]) -> None:
+    def _add_cold(self, trial: str, measure: Callable[[Slot, TrialRequest], PartialRecord]) -> None:
         """Add a cold start. Its answer must equal that of the trained process; otherwise the trial is invalid."""
         try:
-            fragment = start()
+            fragment = measure(self._records.slots[trial], self._requests[trial])
         except WorkerLostError as lost:
             self._records.add_loss([trial], lost)
             return
@@ -310,6 +297,33 @@ class GroupRunner:
             fragment = fragment.failed("invalid", Failure(phase="cold", kind="OtherCompletion", message=message))
         self._records.add(trial, fragment)
         raise_refused(trial, fragment)
+
+    def _measure_parts(self, slot: Slot, request: TrialRequest) -> PartialRecord:
+        """A cold start as the sum of two parts: the imports of a new interpreter, which depend on the environment and
+        not on the variant, and are timed once per replicate and side; and loading plus the first answer, in a fresh
+        child of a process that has imported the libraries. Raises `WorkerLostError`."""
+        executor, key = self._run.executors[slot.executor], (slot.replicate, slot.side)
+        imports = self._run.imports.get(key)
+        if imports is None:
+            imports = self._run.imports[key] = executor.time_imports(request.log_path, self._timeout_s)
+        if imports.status != "ok":
+            return imports
+        with closing(executor.launch()) as worker:
+            loaded = worker.ask("cold", slot.trial, self._timeout_s, request=codec.to_json(request))
+        if loaded.status != "ok":
+            return loaded
+        import_s, load_s = imports.values["cold_import_time_s"], loaded.values["cold_after_import_time_s"]
+        values = loaded.values | imports.values | {"cold_start_time_s": import_s + load_s}
+        del values["cold_after_import_time_s"]
+        samples = {"cold_start_time_s": (import_s + load_s,)}
+        return msgspec.structs.replace(loaded, values=values, samples=samples)
+
+    def _measure_whole(self, slot: Slot, request: TrialRequest) -> PartialRecord:
+        """A cold start in one new interpreter, to compare it with the sum. Raises `WorkerLostError`."""
+        whole = self._run.executors[slot.executor].cold_start(request)
+        if whole.status != "ok":
+            return whole
+        return PartialRecord(values={"cold_whole_time_s": whole.values["cold_start_time_s"]}, tokens=whole.tokens)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from lorameter.records.record import SIDES, TrialRecord
 from lorameter.records.units import format_count
 from lorameter.run.budget import Budget, TimeLimitTooShortError
 from lorameter.run.display import Display
-from lorameter.run.group_runner import GroupRunner, RunParts
+from lorameter.run.group_runner import GroupRecords, GroupRunner, RunParts
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
@@ -157,20 +157,20 @@ class _PlanRun:
         budget = self._parts.budget
         ended_by: BaseException | None = None
         budget.enter(group)
-        runner = GroupRunner(self._parts, group, _attempt(group, self._earlier) + again)
+        records = GroupRecords(group, self._parts, _attempt(group, self._earlier) + again)
         begin = budget.clock()
         try:
             with self._stops.interruptible():
-                runner.measure()
+                GroupRunner(self._parts, group, records).measure()
         except TimeLimitTooShortError:
             raise
         except KeyboardInterrupt as interrupt:
-            runner.interrupt()
+            records.break_off("Interrupted", "stopped by the user")
             ended_by = interrupt
         except Exception as defect:  # a defect of the harness must not lose measurements
-            runner.abandon(defect)
+            records.break_off(type(defect).__name__, f"the parent failed: {defect}")
             ended_by = defect
-        for record in runner.records():
+        for record in records.records.values():
             if record.settled or record.trial not in self._ended:  # an interrupted second attempt keeps the first one
                 self._keep(record)
         self._took_s[group] = budget.clock() - begin
