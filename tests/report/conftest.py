@@ -49,8 +49,7 @@ from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, view_of
 from lorameter.results.history import History, history_of
 from lorameter.run.bisect import Bisection, Candidate, bisect
-from lorameter.run.forecast import Forecast
-from lorameter.run.forecast_time import TimeForecast
+from lorameter.run.forecast_time import Forecast
 from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_gpu, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials
@@ -334,11 +333,10 @@ def every_report(small_study, history) -> dict[str, Document]:
     base, candidate = (read_comparand(str(RUNS / name), RUNS) for name in ("sound", "slower"))
     compared = compare(base, candidate, metrics=[], all_metrics=True)
     policy = dataclasses.replace(load_policy(None), required=("held_out_loss",))
-    took = TimeForecast(
+    expected = Forecast(
         time_s=90.0, basis="an earlier run", replicates=3, skipped=("cold",), half_width=0.05,
-        noise="an assumed scatter of 2.2 % a replicate", sought_width_s=200.0,
+        noise="an assumed scatter of 2.2 % a replicate", sought_width_s=200.0, memory_bytes=2**31, disk_bytes=2**20,
     )  # fmt: skip
-    expected = Forecast(time=took, memory_bytes=2**31, disk_bytes=2**20)
     made: dict[str, Callable[[], Document]] = {
         "run": lambda: describe_run(view_of(constructed_run("sound"))),
         "swept run": lambda: describe_run(view_of(constructed_run("swept"))),

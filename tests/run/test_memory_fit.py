@@ -16,10 +16,10 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import find_card
-from lorameter.run.forecast import forecast, measured_peaks, together_bytes
+from lorameter.run.forecast import forecast, measured_peaks, needed_bytes, together_bytes
 from lorameter.run.forecast_time import half_width
 from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
-from lorameter.run.plan import make_plan
+from lorameter.run.plan import Arm, make_plan
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import MAX_BATCH, Workload
 
@@ -166,8 +166,8 @@ def test_several_ranks_are_refused(advice):
 def test_the_time_on_another_machine_is_unknown(small_study, machine, tmp_path):
     """The time is unknown; memory and disk are still forecast."""
     expected = forecast(make_plan(small_study), dataclasses.replace(machine, device="cuda"), tmp_path)
-    assert expected.time.time_s is None
-    assert "not timed on other machines" in expected.time.basis
+    assert expected.time_s is None
+    assert "not timed on other machines" in expected.basis
     assert expected.memory_bytes > 0 < expected.disk_bytes
 
 
@@ -178,7 +178,7 @@ def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, ma
     def predict(minutes):
         protocol = dataclasses.replace(small_study.protocol, max_minutes=minutes, replicates=12)
         study = dataclasses.replace(small_study, protocol=protocol)
-        return forecast(make_plan(study, interleaving="lockstep"), machine, tmp_path, object()).time
+        return forecast(make_plan(study, interleaving="lockstep"), machine, tmp_path, object())
 
     ample, some, few, none = (predict(minutes) for minutes in (1000.0, 1.0, 0.6, 0.1))
     assert (ample.replicates, ample.skipped) == (12, ())
@@ -208,7 +208,7 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
     short, long = (
         forecast(make_plan(s, phases=("train", "generate")), machine, tmp_path, object()) for s in (small_study, longer)
     )
-    assert long.time.time_s > 2 * short.time.time_s
+    assert long.time_s > 2 * short.time_s
     plain_cpu = dataclasses.replace(machine, avx512_bf16=False)  # 4-bit weights are not repacked on this CPU
     big = dataclasses.replace(small_study, workload=dataclasses.replace(small_study.workload, model="random:llama2-7b"))
     plain, nf4 = (
@@ -224,9 +224,12 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
     base = 6_738_415_616 * 2
 
+    def total(*variants, machine=machine):
+        arms = [Arm(variant=variant, workload=workload) for variant in variants]
+        return together_bytes(arms, needed_bytes(arms, machine, None), machine, forked=False)
+
     def together(variant, machine=machine):
-        one, six = (together_bytes([variant] * count, workload, machine, None, forked=False) for count in (1, 6))
-        return 6 * one - six
+        return 6 * total(variant, machine=machine) - total(*[variant] * 6, machine=machine)
 
     plain, nf4 = small_study.variants
     assert together(plain) == 5 * base
@@ -234,10 +237,8 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     assert together(dataclasses.replace(plain, init_lora_weights="olora")) == 0
     embeddings = 2 * (2 * 32_000 + 65) * 4096  # embeddings and norms
     assert together(nf4) - together(dataclasses.replace(nf4, prepare_for_kbit=True)) == 5 * embeddings
-    half = dataclasses.replace(plain, dtype="float16")
-    several = together_bytes([plain, half, plain], workload, machine, None, forked=False)
-    singly = sum(together_bytes([variant], workload, machine, None, forked=False) for variant in (plain, half, plain))
-    assert singly - several == base
+    half = dataclasses.replace(plain, name="half", dtype="float16")
+    assert 2 * total(plain) + total(half) - total(plain, half, plain) == base
 
 
 def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):

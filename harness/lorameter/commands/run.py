@@ -34,8 +34,8 @@ from lorameter.report.run_view import RunView, view_of
 from lorameter.report.terminal import console_for, show
 from lorameter.run.build_plan import build_plan
 from lorameter.run.feasibility import NOT_HERE
-from lorameter.run.forecast import Forecast, forecast
-from lorameter.run.forecast_time import TimeForecast
+from lorameter.run.forecast import forecast
+from lorameter.run.forecast_time import Forecast
 from lorameter.run.measure import measure
 from lorameter.run.plan import AB_PHASES, Plan
 from lorameter.run.resume import is_finished, plan_rest, study_of
@@ -142,8 +142,7 @@ def forecast_plan(
     expected = forecast(plan, placement.machine, runs, None if elsewhere or placement.is_remote else open_executor())
     if elsewhere:  # time and memory on another machine are unknown
         why = "it cannot be measured on this machine"
-        took = TimeForecast(time_s=None, basis=why)
-        expected = Forecast(time=took, memory_bytes=None, disk_bytes=expected.disk_bytes, unknown=why)
+        expected = Forecast(time_s=None, basis=why, disk_bytes=expected.disk_bytes, unknown=why)
     workload = plan.study.workload
     own = workload.data in (SYNTHETIC, OWN)
     data = None if own else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
@@ -152,13 +151,13 @@ def forecast_plan(
         "interleaving": plan.interleaving,
         "why": plan.why,
         "seed": plan.study.protocol.seed,
-        "time_s": expected.time.time_s,
-        "time_basis": expected.time.basis,
-        "replicates": expected.time.replicates,
-        "skipped": expected.time.skipped,
-        "half_width": expected.time.half_width,
-        "noise_basis": expected.time.noise,
-        "time_for_3_percent_s": expected.time.sought_width_s,
+        "time_s": expected.time_s,
+        "time_basis": expected.basis,
+        "replicates": expected.replicates,
+        "skipped": expected.skipped,
+        "half_width": expected.half_width,
+        "noise_basis": expected.noise,
+        "time_for_3_percent_s": expected.sought_width_s,
         "memory_bytes": expected.memory_bytes,
         "disk_bytes": expected.disk_bytes,
         **({"unknown": expected.unknown} if expected.unknown else {}),

@@ -42,8 +42,7 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.phrases import describe_request, warn_before_run
 from lorameter.run.budget import DROPPABLE
-from lorameter.run.forecast import Forecast
-from lorameter.run.forecast_time import TimeForecast
+from lorameter.run.forecast_time import Forecast
 from lorameter.run.plan import Plan
 from lorameter.studies.protocol import Protocol
 
@@ -250,14 +249,14 @@ def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     replicates = plan.study.protocol.replicates
     yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"
-    yield from _time_lines(expected.time, plan.study.protocol)
+    yield from _time_lines(expected, plan.study.protocol)
     live = " for what is live together, processes included"
     for what, size, words in (("memory", expected.memory_bytes, live), ("disk  ", expected.disk_bytes, "")):
         known = f"unknown ({expected.unknown})" if size is None else f"estimate: {format_bytes(size)}{words}"
         yield f"{what}  {known}"
 
 
-def _time_lines(time: TimeForecast, protocol: Protocol) -> Iterator[str]:
+def _time_lines(time: Forecast, protocol: Protocol) -> Iterator[str]:
     """Time, replicates, and interval width."""
     took = "unknown" if time.time_s is None else f"estimate: {format_duration(time.time_s)}"
     yield f"time    {took} ({time.basis})"

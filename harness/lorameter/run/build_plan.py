@@ -21,7 +21,7 @@ from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialR
 from lorameter.records.units import format_bytes
 from lorameter.run.display import Display
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.forecast import combine, together_bytes
+from lorameter.run.forecast import combine, needed_bytes, together_bytes
 from lorameter.run.interleaving import choose_interleaving, fits
 from lorameter.run.plan import Arm, Plan, Sides, Slot, arms_of, make_plan, variants_of, workloads_of
 from lorameter.run.prepare import RunContext, begin_record, script_request_of
@@ -64,7 +64,10 @@ def build_plan(
     arms = arms_of(study, select, sides)
     workloads = workloads_of(study, arms)
     notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
-    together = _together_bytes(study, arms, machine, runs)
+    needs = needed_bytes(arms, machine, runs)
+    together = together_bytes(arms, needs, machine, forked=True)
+    if sides:  # the three processes of one variant are live at the same time
+        together = combine(max, (together_bytes([arm] * 3, needs, machine, forked=False) for arm in arms))
     level, why = choose_interleaving(
         variants_of(arms),
         together_bytes=together,
@@ -81,18 +84,6 @@ def build_plan(
         level, why = "lockstep", "a rehearsal of the scripts settles it"
     plan = make_plan(study, arms=arms, phases=phases, interleaving=level, why=why, provisional=provisional, sides=sides)
     return plan, notices
-
-
-def _together_bytes(study: Study, arms: Sequence[Arm], machine: Machine, runs: Path | None) -> int | None:
-    """Memory of the processes that are live at the same time: those of all variants, in an A/B the three of one
-    variant."""
-    if arms[0].side:
-        variants = {arm.variant.id: arm.variant for arm in arms}.values()
-        return combine(
-            max, (together_bytes([one] * 3, study.workload, machine, runs, forked=False) for one in variants)
-        )
-    members = {one: [arm.variant for arm in arms if arm.workload == one] for one in workloads_of(study, arms)}
-    return combine(sum, (together_bytes(some, one, machine, runs, forked=True) for one, some in members.items()))
 
 
 def _check_sides(study: Study, sides: Sides) -> Study:

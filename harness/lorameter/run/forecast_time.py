@@ -51,8 +51,8 @@ unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimeForecast:
-    """Expected time of a plan and width of its intervals; a value that would be a guess is None."""
+class Forecast:
+    """Expected time, memory and disk space of a plan, and width of its intervals; a value that would be a guess is None."""
 
     time_s: float | None
     basis: str
@@ -67,6 +67,11 @@ class TimeForecast:
     """The source of the half-width."""
     sought_width_s: float | None = None
     """Seconds needed for a half-width of 3 %."""
+    memory_bytes: int | None = None
+    """The largest memory of processes that are live at the same time."""
+    disk_bytes: int | None = None
+    unknown: str | None = None
+    """Why memory or disk space is unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,7 @@ class PlanTimes:
     basis: str
 
 
-def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> TimeForecast:
+def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> Forecast:
     """Predict the time of a plan and the width of its intervals. `executor` times steps and is not started yet; None if
     steps cannot be timed."""
     protocol = plan.study.protocol
@@ -103,16 +108,16 @@ def forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor |
     if isinstance(times, str):
         replicates = protocol.replicates if limit_s is None else None
         width = None if replicates is None else half_width(sd, replicates, plan)
-        return TimeForecast(
+        return Forecast(
             time_s=limit_s, basis=times, replicates=replicates, half_width=width, noise=noise if width else ""
         )
     try:
         ends, skipped = simulate(plan, times)
     except TimeLimitTooShortError as error:
-        return TimeForecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
+        return Forecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
     each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
     wanted = next((n for n in range(2, MAX_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH), None)
-    return TimeForecast(
+    return Forecast(
         time_s=ends[-1],
         basis=times.basis,
         replicates=len(ends),
