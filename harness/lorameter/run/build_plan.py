@@ -7,6 +7,7 @@ script trains and can be stopped. A script that fails is not started again: its 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,14 +148,11 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
         ("finish_training", {"steps": 0}),
     ]
     try:
-        worker = executor.launch()
-        try:
+        with contextlib.closing(executor.launch()) as worker:
             for word, arguments in commands:
                 if record.status == "ok":
                     answer = worker.ask(word, trial, plan.study.protocol.step_timeout_s, **arguments)
                     record = record.merged(answer)
-        finally:
-            worker.close()
     except WorkerLostError as lost:
         record = record.merged(PartialRecord().failed(lost.status, lost.failure))
     executor.clear_place(trial)

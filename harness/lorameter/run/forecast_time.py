@@ -52,7 +52,7 @@ unknown."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Expected time, memory and disk space of a plan, and width of its intervals; a value that would be a guess is None."""
+    """Expected time, memory, disk space and width of the intervals of a plan; None for what would be a guess."""
 
     time_s: float | None
     basis: str
@@ -271,8 +271,7 @@ def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
     if any(slot.workload.ranks > 1 for slot in plan.slots):
         return "steps of several ranks are not timed in advance"
     try:
-        with hold_device(executor, "refuse"), scratch_folder() as folder, contextlib.ExitStack() as stack:
-            stack.callback(executor.close)
+        with hold_device(executor, "refuse"), scratch_folder() as folder, contextlib.closing(executor):
             executor.start(folder, plan.study.workload.threads)
             hello = executor.hello()
             first = {slot.variant.name: slot for slot in reversed(plan.slots)}
@@ -293,11 +292,8 @@ def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
 def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str, end: float) -> TrialTimes:
     context = RunContext(device=device, threads=slot.workload.threads, tokens_path="", tokens={})
     request = request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial))
-    worker = executor.launch()
-    try:
+    with contextlib.closing(executor.launch()) as worker:
         answer = worker.ask("times", slot.trial, max(end - time.monotonic(), 1.0), request=codec.to_json(request))
-    finally:
-        worker.close()
     if answer.failure is not None:
         raise WorkerLostError(answer.status, answer.failure)
     times, workload = answer.values, slot.workload
