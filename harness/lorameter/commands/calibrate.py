@@ -90,9 +90,7 @@ def _with_protocol(study: Study, **changes: Any) -> Study:
 
 def _measure_injected(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> Run:
     """Measure an A/B of the current interpreter with itself, with extra work in the candidate; training only."""
-    run = measure_study(study, placement, options, select=[variant], phases=("train",), sides=present_sides(rows))
-    assert run is not None  # None only with --dry-run, which this command does not have
-    return run
+    return measure_study(study, placement, options, select=[variant], phases=("train",), sides=present_sides(rows))
 
 
 def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> float:
@@ -186,6 +184,4 @@ def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: 
         plan, _ = plan_study(study, placement, runs, **planned)
         if (earlier := find_measured(plan, runs)) is not None:
             return earlier
-    run = measure_study(study, placement, options, **planned)
-    assert run is not None  # a dry run ends before this
-    return run
+    return measure_study(study, placement, options, **planned)

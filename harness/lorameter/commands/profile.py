@@ -85,7 +85,6 @@ def run_profile(options: argparse.Namespace) -> int:
 def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> RemedyResult:
     """Measure the current variant and the suggested one, like any two variants."""
     run = measure_study(make_pair(study, variant, finding), Placement(), options, phases=(phase_of(finding),))
-    assert run is not None  # None only with --dry-run, which this command does not have
     return judge_remedy(run, finding)
 
 

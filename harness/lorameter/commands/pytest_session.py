@@ -21,11 +21,10 @@ from lorameter.commands.parser import build_parser
 from lorameter.commands.report import page_of_run
 from lorameter.commands.run import (
     find_interrupted,
-    forecast_plan,
+    forecast_study,
     load_requested_study,
     measure_study,
     override,
-    plan_study,
     resume,
 )
 from lorameter.errors import LorameterError, UsageError, redact, require
@@ -38,9 +37,8 @@ from lorameter.report.blocks import Document
 from lorameter.report.comparison import describe_gate
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import view_of
-from lorameter.report.terminal import PIPED_WIDTH, console_for, text_of
+from lorameter.report.terminal import PIPED_WIDTH, text_of
 from lorameter.run.resume import study_of
-from lorameter.run.sites.gpus import check_spreadable
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
@@ -60,9 +58,9 @@ from lorameter.verdicts.same_training import REPORTED
 from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.validity import run_validity
 
-DRY = "--lorameter-dry-run: the plan is shown at the end, and nothing was measured"
+DRY = "--lorameter-dry-run: nothing was measured"
 SKIPPED = "--benchmark-skip: nothing was measured"
-NOTHING_MEASURED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
+DISABLED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
 
 
 @contextlib.contextmanager
@@ -88,8 +86,13 @@ class Session:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config, self._options = config, options_of(config)
-        self._disabled = bool(config.getoption("benchmark_disable")) and not config.getoption("benchmark_enable")
-        self._skipped = bool(config.getoption("benchmark_skip")) and not config.getoption("benchmark_only")
+        reasons = (
+            (config.getoption("benchmark_skip") and not config.getoption("benchmark_only"), SKIPPED),
+            (config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"), DISABLED),
+            (self._options.dry_run, DRY),
+        )
+        self._idle = next((reason for applies, reason in reasons if applies), "")
+        """Why this session measures nothing; empty if it measures."""
         self._gate = vars(self._options).pop("base")
         self._base: ComparisonInput | None = None
         self._interrupted: Run | None = None
@@ -128,7 +131,7 @@ class Session:
             "--lorameter-policy: there is no base to gate against. Add --lorameter-base=RUN.",
         )
         require(
-            not (self._gate and (self._disabled or self._skipped or options.dry_run)),
+            not (self._gate and self._idle),
             "--lorameter-base: this session measures nothing that could be judged. Leave one of the options out.",
         )
         self._policy = load_policy(options.policy)
@@ -160,39 +163,31 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Measure everything that the selected tests need, once, before the first test; with --benchmark-disable only
-        check whether it could be measured."""
+        """Measure everything that the selected tests need, once, before the first test."""
         items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
-        if not items or self._skipped or self._config.option.collectonly or session.testsfailed:
+        idle = self._idle not in ("", DRY)
+        if not items or idle or self._config.option.collectonly or session.testsfailed:
             return
         names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]
-        with usage_errors():
+        with usage_errors(), contextlib.redirect_stderr(BestEffortStderr(sys.stderr)):
             if self._interrupted is None:
                 self._measure(names, {phase for _, phase in items})
-            elif not self._disabled:
+            else:
                 self._prepare_gate(self._interrupted.manifest.provenance)
-                console = console_for(BestEffortStderr(sys.stderr))
-                self._run = resume(self._interrupted, self._options, console=console)
+                self._run = resume(self._interrupted, self._options)
 
     def _measure(self, names: list[str], phases: set[str]) -> None:
-        """Measure the plan of the selected tests, or only build it."""
+        """Measure the plan of the selected tests, or forecast it."""
         study, options = self._study, self._options
-        if self._disabled and study.protocol.on != HERE:  # do not query a cluster if nothing is measured
-            check_spreadable(study)
-            return
         planned = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
         with open_placement(study, options.runs_dir) as placement:
             if placement.is_remote:
                 study = self._study = self._load_study(placement.machine.kind)
-            if options.dry_run or self._disabled:
-                runs = store.runs_dir(options.runs_dir)
-                plan, notices = plan_study(study, placement, runs, **planned)
-                if options.dry_run:
-                    self._planned, _ = forecast_plan(plan, notices, placement, runs)
+            if options.dry_run:
+                self._planned, _ = forecast_study(study, placement, options, **planned)
                 return
             self._prepare_gate(collect(study, placement.facts, study.workload.threads))
-            console = console_for(BestEffortStderr(sys.stderr))
-            self._run = measure_study(study, placement, options, console=console, **planned)
+            self._run = measure_study(study, placement, options, **planned)
 
     def _prepare_gate(self, provenance: Mapping[str, Any]) -> None:
         """Read the base and compare it with the plan, because otherwise hours of measurement could end as "not
@@ -225,10 +220,8 @@ class Session:
         """Replay this test's recorded samples in pytest-benchmark; fails if a trial has no result."""
 
         def replayed() -> None:
-            if self._options.dry_run:
-                pytest.skip(DRY)
-            if self._disabled or self._skipped:
-                pytest.skip(NOTHING_MEASURED if self._disabled else SKIPPED)
+            if self._idle:
+                pytest.skip(self._idle)
             phase = _phase_of(request.node)
             if self._run is None or phase is None:
                 pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
@@ -285,8 +278,8 @@ class Session:
             terminalreporter.write(self._judged, flush=True)
         if self._planned is not None:
             _show(terminalreporter, "lorameter plan", self._planned)
-        if self._disabled:
-            terminalreporter.write_line(f"lorameter: {NOTHING_MEASURED}")
+        if self._idle:
+            terminalreporter.write_line(f"lorameter: {self._idle}")
         if self._run is None:
             return
         view = view_of(self._run)

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from kernels_check import REQUIREMENTS
 from kernels_check.terminal import print_stderr
 from lorameter.attach.launch import finalize_run, run_command
@@ -101,29 +99,19 @@ def measure_study(
     options: argparse.Namespace,
     *,
     policy: Mapping[str, Any] | None = None,
-    console: Console | None = None,
     **planned: Any,
-) -> Run | None:
-    """Plan a study and measure it, or with `--dry-run` show the plan.
+) -> Run:
+    """Plan a study and measure it.
 
     Args:
         study: the study with the options' changes.
         placement: where it is measured.
         options: options of the command.
         policy: policy of an A/B, stored with the run.
-        console: console for the progress; None for standard error.
         planned: arguments of `build_plan`.
-
-    Returns:
-        The run; None after a dry run.
     """
-    dry = vars(options).get("dry_run", False)
-    runs, console = store.runs_dir(options.runs_dir, make=not dry), console or console_for(stderr=True)
+    runs, console = store.runs_dir(options.runs_dir, make=True), console_for(stderr=True)
     plan, notices = plan_study(study, placement, runs, **planned)
-    if dry:
-        document, data = forecast_plan(plan, notices, placement, runs)
-        show_result(options, document, lambda: data)
-        return None
     with placement.hold(options.if_busy) as waited:
         if waited:
             plan, notices = plan_study(study, placement, runs, **planned)
@@ -132,12 +120,14 @@ def measure_study(
             return measure(plan, runs=runs, display=display, notices=notices, policy=policy or {}, placement=placement)
 
 
-def forecast_plan(
-    plan: Plan, notices: tuple[Notice, ...], placement: Placement, runs: Path
+def forecast_study(
+    study: Study, placement: Placement, options: argparse.Namespace, **planned: Any
 ) -> tuple[Document, dict[str, Any]]:
-    """Forecast the time, memory and disk space of a plan, as a report and as JSON."""
+    """Plan a study and forecast the time, memory and disk space of the plan, as a report and as JSON."""
     from lorameter.trial.data.records import describe_data
 
+    runs = store.runs_dir(options.runs_dir)
+    plan, notices = plan_study(study, placement, runs, **planned)
     elsewhere = any(notice.code == NOT_HERE for notice in notices)
     expected = forecast(plan, placement.machine, runs, None if elsewhere or placement.is_remote else open_executor())
     if elsewhere:  # time and memory on another machine are unknown
@@ -185,7 +175,7 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
     return read_broken_off(options.resume, store.runs_dir(options.runs_dir), study=study)
 
 
-def resume(run: Run, options: argparse.Namespace, *, console: Console | None = None) -> Run | None:
+def resume(run: Run, options: argparse.Namespace) -> Run | None:
     """Measure the rest of a run, at its original place or at that of `--on` and `--sites`.
 
     Returns:
@@ -194,7 +184,7 @@ def resume(run: Run, options: argparse.Namespace, *, console: Console | None = N
     Raises:
         UsageError, InvalidRunError: the run cannot be resumed here.
     """
-    name, study, console = run.manifest.run, study_of(run), console or console_for(stderr=True)
+    name, study = run.manifest.run, study_of(run)
     if is_finished(run):
         print_stderr(f"run {name} is complete: nothing is left to be measured.")
         return run
@@ -209,7 +199,7 @@ def resume(run: Run, options: argparse.Namespace, *, console: Console | None = N
             trials = tuple(to_line(trial, indented=False) for trial in left)
             show_result(options, trials, lambda: {"run": name, "order": left, "interleaving": plan.interleaving})
             return None
-        with placement.hold(options.if_busy), LiveDisplay(console) as display:
+        with placement.hold(options.if_busy), LiveDisplay(console_for(stderr=True)) as display:
             return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)
 
 
@@ -223,16 +213,21 @@ def run_study(options: argparse.Namespace) -> int:
     )
     with open_placement(override(load_requested_study(options), options), options.runs_dir) as placement:
         study = override(load_requested_study(options, placement.machine.kind), options)
-        run = measure_study(
-            study,
-            placement,
-            options,
-            select=options.variant,
-            phases=options.phase or study.protocol.phases,
-            interleaving=options.interleave,
-            shown_only=options.dry_run,
-        )
+        planned: dict[str, Any] = {
+            "select": options.variant,
+            "phases": options.phase or study.protocol.phases,
+            "interleaving": options.interleave,
+        }
+        if options.dry_run:
+            return _show_forecast(study, placement, options, shown_only=True, **planned)
+        run = measure_study(study, placement, options, **planned)
     return _show(run, options)
+
+
+def _show_forecast(study: Study, placement: Placement, options: argparse.Namespace, **planned: Any) -> int:
+    document, data = forecast_study(study, placement, options, **planned)
+    show_result(options, document, lambda: data)
+    return EXIT_PASS
 
 
 def load_requested_study(options: argparse.Namespace, device: str = "") -> Study:
@@ -326,14 +321,15 @@ def run_ab(options: argparse.Namespace) -> int:
     with open_placement(study, options.runs_dir) as placement:
         loaded = of_commands or load_study(options.study, device=placement.machine.kind)
         study = override(loaded, options, effort="standard")
+        planned: dict[str, Any] = {
+            "select": options.variant,
+            "sides": sides,
+            "phases": options.phase or (study.protocol.phases if study.trains_only else AB_PHASES),
+        }
+        if options.dry_run:
+            return _show_forecast(study, placement, options, **planned)
         run = measure_study(
-            study,
-            placement,
-            options,
-            policy=codec.to_json(policy) if options.policy else None,
-            select=options.variant,
-            sides=sides,
-            phases=options.phase or (study.protocol.phases if study.trains_only else AB_PHASES),
+            study, placement, options, policy=codec.to_json(policy) if options.policy else None, **planned
         )
     return _show(run, options)
 
