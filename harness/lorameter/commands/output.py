@@ -100,11 +100,9 @@ def _add_to_summary(document: Document) -> None:
     would otherwise not see a failure."""
     if not (summary := os.environ.get(ENV_SUMMARY)):
         return
-    # A pipe without a reader is refused: waiting for a reader could take forever.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     with (
         translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
-        os.fdopen(os.open(summary, flags, 0o666), "a", encoding="utf-8") as file,
+        Path(summary).open("a", encoding="utf-8") as file,
     ):
         file.write(markdown_of(document, most=SUMMARY_BYTES // 4))
 

@@ -74,10 +74,7 @@ class _Version(argparse.Action):
     """Prints the version of the distribution, which is looked up only for --version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import PackageNotFoundError, version
+        from lorameter.machine.provenance import library_version
 
-        try:
-            print(f"lorameter {version('lorameter')}")
-        except PackageNotFoundError:
-            print("lorameter, version unknown: it is not installed as a distribution")
+        print(f"lorameter {library_version('lorameter') or '(unknown version: it is not installed as a distribution)'}")
         parser.exit()
