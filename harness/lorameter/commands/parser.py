@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kernels_check.terminal import SafeParser
@@ -36,10 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class RedactingParser(SafeParser):
-    """A parser whose errors suggest the nearest command, option or choice, and never print a credential.
-
-    argparse itself suggests names from Python 3.14 on.
-    """
+    """A parser whose errors suggest the nearest option, and never print a credential."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but refuse an unknown option of the command at once."""
@@ -47,23 +43,10 @@ class RedactingParser(SafeParser):
         for word in rest:
             option = word.partition("=")[0]
             if option.startswith("--"):
-                options = [name.removeprefix("--") for name in self._option_string_actions]
-                self.error(f"unknown option {option}. {self._nearest(option.removeprefix('--'), options, '--')}")
+                near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"`{self.prog} --help` lists them."
+                self.error(f"unknown option {option}. {hint}")
         return found, rest
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is None or value in action.choices:
-            return
-        names = [str(choice) for choice in action.choices]
-        if isinstance(action, argparse._SubParsersAction):
-            self.error(f"unknown command {value!r}. {self._nearest(value, names)}")
-        if not difflib.get_close_matches(value, names):
-            super()._check_value(action, value)
-        raise argparse.ArgumentError(action, f"invalid choice: {value!r}. {self._nearest(value, names)}")
-
-    def _nearest(self, word: str, names: Sequence[str], prefix: str = "") -> str:
-        near = difflib.get_close_matches(word, names, n=1)
-        return f"Did you mean {prefix}{near[0]}?" if near else f"`{self.prog} --help` lists them."
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
