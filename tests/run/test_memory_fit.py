@@ -69,7 +69,7 @@ def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, ke
     """The size is limited by memory, the model or the study."""
     one = fitter(model, card)
     workload = Workload(batch_size=2, sequence_length=512)
-    found = (one.largest_batch if key == "batch_size" else one.largest_length)(variant, workload)
+    found = one.largest(variant, workload, key)
 
     def status(size):
         return one.status(one.needs(variant, dataclasses.replace(workload, **{key: size})))

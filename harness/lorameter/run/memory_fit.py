@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import Machine
@@ -35,6 +35,7 @@ from lorameter.studies.variant import Variant
 from lorameter.studies.workload import MAX_BATCH, MIN_LENGTH, Workload
 
 FitStatus = Literal["fits", "may-not-fit", "does-not-fit"]
+SizeKey = Literal["batch_size", "sequence_length"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class Largest:
     """The largest value of one size of the workload for which it and all smaller values fit; the other size is
     unchanged."""
 
-    key: Literal["batch_size", "sequence_length"]
+    key: SizeKey
     value: int | None
     """The largest value; None if not even `least` fits."""
     least: int
@@ -141,40 +142,33 @@ class Fitter:
             return "fits"
         return "may-not-fit" if needs.low_bytes <= self.device.usable_bytes else "does-not-fit"
 
-    def largest_batch(self, variant: Variant, workload: Workload) -> Largest:
-        """The largest `batch_size` at the workload's length for which it and all smaller ones fit."""
-        value = self._largest(variant, workload, "batch_size", range(1, MAX_BATCH + 1))
-        return Largest(key="batch_size", value=value, least=1, bound="study" if value == MAX_BATCH else "memory")
-
-    def largest_length(self, variant: Variant, workload: Workload) -> Largest:
-        """The largest `sequence_length` at the workload's batch size, limited by the model's context and by the number
-        of tokens that a study may prepare."""
-        sequences = max(workload.train_sequences, workload.held_out_sequences)
-        most = min(self.shape.context, protocol.MAX_TOKENS // sequences)
-        value = self._largest(variant, workload, "sequence_length", range(MIN_LENGTH, most + 1))
-        limit: Literal["context", "study"] = "context" if most == self.shape.context else "study"
-        return Largest(key="sequence_length", value=value, least=MIN_LENGTH, bound=limit if value == most else "memory")
-
-    def _largest(self, variant: Variant, workload: Workload, key: str, sizes: range) -> int | None:
-        """The last value of a key of the workload up to which all fit. An estimate grows with it, but decreases once on
-        a CPU."""
+    def largest(self, variant: Variant, workload: Workload, key: SizeKey) -> Largest:
+        """The largest `batch_size` or `sequence_length` for which it and all smaller ones fit, with the other size of
+        the workload. A length is limited by the model's context and by the number of tokens that a study may prepare.
+        """
+        least, most, other = 1, MAX_BATCH, workload.sequence_length
+        limit: Literal["context", "study"] = "study"
+        if key == "sequence_length":
+            sequences = max(workload.train_sequences, workload.held_out_sequences)
+            least, most, other = MIN_LENGTH, protocol.MAX_TOKENS // sequences, workload.batch_size
+            if self.shape.context <= most:
+                most, limit = self.shape.context, "context"
 
         def exceeds(size: int) -> bool:
             changed: dict[str, Any] = {key: size}
             return self.status(self.needs(variant, dataclasses.replace(workload, **changed))) != "fits"
 
-        other = workload.sequence_length if key == "batch_size" else workload.batch_size
+        pieces = [range(least, most + 1)]
         falls_at = math.ceil(mapped_from_tokens(variant, self.shape) / other)
-        pieces = [sizes]
-        if self.device.machine.device == "cpu" and falls_at in sizes:
-            pieces = [range(sizes.start, falls_at), range(falls_at, sizes.stop)]
+        if self.device.machine.device == "cpu" and falls_at in pieces[0]:  # an estimate decreases there
+            pieces = [range(least, falls_at), range(falls_at, most + 1)]
         best: int | None = None
         for piece in filter(None, pieces):
             fitting = bisect.bisect_left(piece, True, key=exceeds)
             best = piece[fitting - 1] if fitting else best
             if fitting < len(piece):
                 break
-        return best
+        return Largest(key=key, value=best, least=least, bound=limit if best == most else "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +248,7 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
             freed_bytes=before.expected_bytes - after.expected_bytes, status=fitter.status(after),
         )  # fmt: skip
     order = sorted(options, key=lambda change: -options[change].freed_bytes)
-    status, largest = fitter.status(before), (fitter.largest_batch, fitter.largest_length)
+    status = fitter.status(before)
     return Advice(
         device=fitter.device,
         needs=before,
@@ -262,7 +256,7 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
         options=tuple(options[change] for change in order),
         skipped=tuple(skipped),
         turn=() if status == "fits" else _find_fewest(fitter, variant, workload, order),
-        largest=tuple(find(variant, workload) for find in largest) if with_largest else (),
+        largest=tuple(fitter.largest(variant, workload, key) for key in get_args(SizeKey)) if with_largest else (),
     )
 
 
@@ -306,7 +300,7 @@ def _changes(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_
         yield _Change("optimizer", "paged_adamw_8bit")
 
     if workload.batch_size > 1:
-        most = fitter.largest_batch(variant, workload).value or 1
+        most = fitter.largest(variant, workload, "batch_size").value or 1
         yield _Change("batch_size", most if most < workload.batch_size else workload.batch_size // 2)
 
 
@@ -326,7 +320,7 @@ def _find_fewest(
                 continue
             if fitter.status(fitter.needs(changed, smaller)) != "fits":
                 continue
-            most = fitter.largest_batch(changed, workload).value or 1  # with other changes the batch can be larger
+            most = fitter.largest(changed, workload, "batch_size").value or 1  # it can be larger with the other changes
             rows = f"batch_size = {min(most, workload.batch_size - 1)}"
             return tuple(rows if one.table == "workload" else one.writes for one in chosen)
     return None
