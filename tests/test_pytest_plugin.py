@@ -1,7 +1,8 @@
 """Tests of the pytest plugin: what pytest-benchmark saves, compares and refuses.
 
-The session is real; a fake executor with exact numbers replaces the processes, so that no test depends on a clock.
-`run/workers/test_local.py` and `contract/test_measured.py` show that the real executor gives such records.
+The sessions are real and run in this process; a fake executor with exact numbers replaces the processes of trials, so
+that no test depends on a clock. `run/workers/test_local.py` and `contract/test_measured.py` show that the real executor
+gives such records.
 """
 
 from __future__ import annotations
@@ -10,91 +11,66 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
+from lorameter.commands import pytest_session
+from lorameter.commands.setup import FILES
 from lorameter.machine.processes import cores_of
+from lorameter.records.record import Failure, PartialRecord
+from tests.run import fakes
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 """Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
-FAKE = """
-import os
-from pathlib import Path
-import lorameter.run.workers.local
-from lorameter.pytest_plugin import attach
-from lorameter.records.record import BaseSummary, WorkerInfo, TokenSummary
-from lorameter.records.record import Failure, PartialRecord
-from lorameter.run.workers import TrialFiles
-from lorameter.run.workers.local import LocalExecutor
+STEP_S = {"plain": 0.1, "nf4": 0.123456789012345678}
 
-STEP = {"plain": 0.1, "nf4": float(os.environ.get("NF4_STEP", "0.123456789012345678"))}
 
-class Worker:
-    start_latency_s = 0.01
-    prefix = ""
-    def cpus(self):
-        return ()
+class FakeExecutor(fakes.FakeExecutor):
+    """An executor with exact times; `asked` has the commands of all trials."""
+
+    asked: ClassVar[list[str]] = []
+    step_s: ClassVar[dict[str, float]] = STEP_S
+    control: ClassVar[float] = 1.0
+    """Factor of the control's time."""
+    failing: ClassVar[str] = ""
+    """A variant that cannot be built."""
+
+    def __init__(self, **about):
+        super().__init__(**about)
+        self.merged = set()
+
     def ask(self, command, trial, timeout_s, **arguments):
+        self.asked.append(command)
         replicate, name = trial.split("-")[:2]
-        if command == "times":
-            return PartialRecord(values=dict.fromkeys(("load", "step", "evaluate", "request"), 0.1))
-        if name == os.environ.get("FAILING") and command == "build":
+        if name == self.failing and command == "build":
             return PartialRecord().failed("oom", Failure(phase="build", kind="MemoryError", message="no memory left"))
-        slow = 1.5 if "control" in trial and os.environ.get("BAD_CONTROL") else 1.0
-        step = STEP[name] * slow * (1 + int(replicate[1:]) / 7)
-        if command == "turn":
-            count = arguments["steps"]
-            return PartialRecord(samples={
-                "step_time_s": (step,) * count, "step_cpu_time_s": (step,) * count, "timed_loss": (2.0,) * count,
-                "turn_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,),
-            })
+        time_s = self.step_s[name] * (self.control if "control" in trial else 1.0) * (1 + int(replicate[1:]) / 7)
         if command == "merge":
-            self.prefix = "merged_"
+            self.merged.add(trial)
+        if command == "turn":
+            times = dict.fromkeys(("step_time_s", "step_cpu_time_s"), (time_s,) * arguments["steps"])
+            counts = {"turn_tokens": (64.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (2.0,)}
+            return PartialRecord(samples=times | counts | {"timed_loss": (2.0,) * arguments["steps"]})
         if command == "request":
             names = ("request_time_s", "first_token_time_s", "time_per_output_token_s")
-            return PartialRecord(samples={self.prefix + name: (step,) for name in names})
-        if command == "finish_training":
-            return PartialRecord(values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**20})
-        if command == "cold":
-            return PartialRecord(values={"cold_after_import_time_s": 1.0})
-        if command == "verify":
-            check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
-            return PartialRecord(checks=(check,))
-        return PartialRecord()
-    def close(self):
-        pass
+            prefix = "merged_" if trial in self.merged else ""
+            return PartialRecord(samples={f"{prefix}{name}": (time_s,) for name in names})
+        check = {"path": "base.bits", "required": 4, "observed": 4, "status": "active", "reason": "seen"}
+        return {
+            "verify": PartialRecord(checks=(check,)),
+            "finish_training": PartialRecord(values={"held_out_loss": 3.0}, memory={"host_peak_train_bytes": 2**20}),
+            "cold": PartialRecord(values={"cold_after_import_time_s": 1.0}),
+        }.get(command, PartialRecord())
 
-class Executor(LocalExecutor):
-    def start(self, folder, threads):
-        pass
-    def make_place(self, trial, log):
-        return TrialFiles(scratch=trial, log_path=log)
-    def clear_place(self, trial): pass
-    def hello(self):
-        return WorkerInfo(harness="1.0", import_time_s=1.0, device="cpu", torch="0")
-    def max_parallel(self, threads):
-        return 1
+    def time_imports(self, log_path, timeout_s):
+        return PartialRecord(values={"cold_import_time_s": 1.0})
 
-    def prepare_base(self, request):
-        return BaseSummary(path="b", hash="b" * 64, base="b", bytes=1, conversions=0, quantisations=0, seconds=0.0)
-    def prepare_tokens(self, workload, *, keep=True):
-        Path("measured").open("a").write("x")
-        return TokenSummary(path="t", hash="abc", data="synthetic", synthetic=True, real_tokens=1, padded_tokens=0,
-                            tokenizer_substituted=False, train_sequences=1, records=1)
-    def launch(self):
-        return Worker()
     def cold_start(self, request):
         return PartialRecord(values={"cold_start_time_s": 2.0})
-    def time_imports(self, log, timeout_s):
-        return PartialRecord(values={"cold_import_time_s": 1.0})
-    def close(self): pass
 
-def pytest_configure(config):
-    if not os.environ.get("REAL"):
-        lorameter.run.workers.local.LocalExecutor = Executor
-    attach(config)
-"""
 
 STUDY = """
 [workload]
@@ -122,49 +98,51 @@ name = "nf4"
 quantization = "nf4"
 """
 
-TESTS = """
-import pytest
-
-@pytest.mark.lorameter("train")
-def test_train_step(replay):
-    replay()
-
-@pytest.mark.lorameter("generate")
-def test_generate_warm(replay):
-    replay()
-
-@pytest.mark.lorameter("cold")
-def test_cold_start(replay):
-    replay()
-"""
-
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
-    """A benchmark folder with the fake executor; returns a function that runs pytest on it."""
-    pytester.makeconftest(FAKE)
-    pytester.makepyfile(test_variants=TESTS)
+    """A benchmark folder as `lorameter init` writes it, with the fake executor; returns a function that runs pytest on
+    it."""
+    for name, text in FILES.items():
+        (pytester.path / name).write_text(text)
     (pytester.path / "small.toml").write_text(STUDY)
-    for name in ("NF4_STEP", "FAILING", "BAD_CONTROL", "REAL"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(local_executor, "LocalExecutor", FakeExecutor)
+    monkeypatch.setattr(FakeExecutor, "asked", [])
 
     def run(*options):
-        return pytester.runpytest_subprocess("--lorameter-study=small.toml", *LEAN, *options)
-
-    def refuse(*options):
-        """Run a session that is refused before anything is measured in this process, without the fake executor."""
-        monkeypatch.setenv("REAL", "1")
         return pytester.runpytest_inprocess("--lorameter-study=small.toml", *LEAN, *options)
 
-    run.refuse = refuse
-    run.path = pytester.path
-    run.measured = lambda: (pytester.path / "measured").is_file()
+    def start(*options):
+        """Run a session in a process of its own, with the real executor."""
+        return pytester.runpytest_subprocess("--lorameter-study=small.toml", *LEAN, *options)
+
+    run.path, run.start = pytester.path, start
     return run
 
 
 def saved(suite, pattern):
     (path,) = suite.path.glob(f".benchmarks/*/{pattern}.json")
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory):
+    """The folder in which the first test that needs a base stores its run for the other tests."""
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture
+def base(suite, measured_once):
+    """The run of the suite, measured once, and a policy that accepts inconclusive comparisons."""
+    if not any(measured_once.iterdir()):
+        suite("--benchmark-save=base").assert_outcomes(passed=6)
+        for folder in (".lorameter", ".benchmarks"):
+            shutil.copytree(suite.path / folder, measured_once / folder)
+        FakeExecutor.asked.clear()
+    shutil.copytree(measured_once, suite.path, dirs_exist_ok=True)
+    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
+    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
+    return run
 
 
 def test_the_plan_runs_once_for_all_tests_and_is_on_disk(suite, base):
@@ -191,7 +169,7 @@ def test_k_selects_and_keeps_the_reference(suite):
 
 def test_comparing_two_runs_works_as_pytest_benchmark_documents(suite, base, monkeypatch):
     """--benchmark-compare shows both runs, and --benchmark-compare-fail fails on a slower one."""
-    monkeypatch.setenv("NF4_STEP", "0.2")
+    monkeypatch.setattr(FakeExecutor, "step_s", STEP_S | {"nf4": 0.2})
     slower = suite("--benchmark-compare", "--benchmark-compare-fail=mean:10%")
     slower.stderr.fnmatch_lines(["*Performance has regressed*"])
     for line in ("*Training*", "*test_train_step*nf4*(0001*", "*test_train_step*nf4*(NOW)*"):
@@ -214,22 +192,22 @@ def test_disable_measures_nothing_and_stores_nothing(suite):
     result.stdout.fnmatch_lines(["lorameter: --benchmark-disable: nothing*", "SKIPPED*--benchmark-disable: nothing*"])
     assert "warning" not in result.stdout.str()
     assert "Training" not in result.stdout.str()
-    assert not suite.measured()
+    assert not FakeExecutor.asked
     assert not (suite.path / ".lorameter").exists()
     assert not [*(suite.path / ".benchmarks").rglob("*.json")]
 
 
 def test_cprofile_is_refused_with_its_reason(suite):
     """A replay executes nothing that could be profiled."""
-    result = suite.refuse("--benchmark-cprofile=tottime")
+    result = suite("--benchmark-cprofile=tottime")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--benchmark-cprofile*replay*"])
-    assert not suite.measured()
+    assert not FakeExecutor.asked
 
 
 def test_a_failed_trial_fails_its_tests_and_no_other(suite, monkeypatch):
     """The failure shows the status, the message and the log; the exit code reports it."""
-    monkeypatch.setenv("FAILING", "nf4")
+    monkeypatch.setattr(FakeExecutor, "failing", "nf4")
     result = suite("--benchmark-save=x")
     result.assert_outcomes(passed=3, failed=3)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -239,34 +217,11 @@ def test_a_failed_trial_fails_its_tests_and_no_other(suite, monkeypatch):
 
 def test_a_control_that_fails_makes_the_session_fail(suite, monkeypatch):
     """The session fails although every test passes, because the reference differs from its own control."""
-    monkeypatch.setenv("BAD_CONTROL", "1")
+    monkeypatch.setattr(FakeExecutor, "control", 1.5)
     result = suite()
     result.assert_outcomes(passed=6)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["INVALID: its control *", "*control-failed*", "INVALID: its control *"])
-
-
-@pytest.fixture(scope="module")
-def measured_once(tmp_path_factory):
-    """The folder in which the first test that needs a base stores its run for the other tests."""
-    return tmp_path_factory.mktemp("base")
-
-
-@pytest.fixture
-def base(suite, measured_once):
-    """The run of the suite, measured once, and a policy that accepts inconclusive comparisons."""
-    kept = (".lorameter", ".benchmarks")
-    if not any(measured_once.iterdir()):
-        suite("--benchmark-save=base").assert_outcomes(passed=6)
-        (suite.path / "measured").unlink()
-        for folder in kept:
-            shutil.copytree(suite.path / folder, measured_once / folder)
-    else:
-        for folder in kept:
-            shutil.copytree(measured_once / folder, suite.path / folder)
-    (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
-    (run,) = (suite.path / ".lorameter" / "runs").iterdir()
-    return run
 
 
 def test_a_base_gates_the_session(suite, base, monkeypatch):
@@ -275,7 +230,7 @@ def test_a_base_gates_the_session(suite, base, monkeypatch):
     same.assert_outcomes(passed=6)
     assert same.ret == pytest.ExitCode.TESTS_FAILED
     same.stdout.fnmatch_lines(["*lorameter gate*", "Gate failed*", f"*against {base.name}*", "*inconclusive*"])
-    monkeypatch.setenv("NF4_STEP", "2.0")
+    monkeypatch.setattr(FakeExecutor, "step_s", STEP_S | {"nf4": 2.0})
     slower = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
     slower.assert_outcomes(passed=6)
     assert slower.ret == pytest.ExitCode.TESTS_FAILED
@@ -302,10 +257,10 @@ def test_baseline_is_the_accepted_run(suite, base):
 ])  # fmt: skip
 def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options, said):
     """A bad base prints one line, exits with pytest's code 4 and measures no trial."""
-    result = suite.refuse(*(option.replace("BASE", base.name) for option in options))
+    result = suite(*(option.replace("BASE", base.name) for option in options))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([said])
-    assert not suite.measured()
+    assert not FakeExecutor.asked
 
 
 def test_a_base_of_a_different_study_is_refused_before_measuring(suite, base):
@@ -314,7 +269,7 @@ def test_a_base_of_a_different_study_is_refused_before_measuring(suite, base):
     result = suite(f"--lorameter-base={base}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*variant plain: r: 4 in the base, 8 in the candidate*"])
-    assert not suite.measured()
+    assert not FakeExecutor.asked
 
 
 def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
@@ -325,10 +280,9 @@ def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
     result.stdout.fnmatch_lines(["*nothing was measured*"])
 
 
-def test_an_exception_in_the_gate_is_no_pass(suite, base):
+def test_an_exception_in_the_gate_is_no_pass(suite, base, monkeypatch):
     """The session fails with the traceback, and the rest of the report is still printed."""
-    text = FAKE + "\nimport lorameter.commands.pytest_session\nlorameter.commands.pytest_session.compare = None\n"
-    (suite.path / "conftest.py").write_text(text)
+    monkeypatch.setattr(pytest_session, "compare", None)
     result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
     result.assert_outcomes(passed=6)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -354,19 +308,9 @@ def test_an_interrupted_session_is_resumed_and_replayed(suite, base):
 def test_a_project_that_does_not_attach_is_left_alone(pytester):
     """The plugin only adds its options; machine_info is pytest-benchmark's."""
     pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
-    result = pytester.runpytest_subprocess("--benchmark-json=out.json", *LEAN)
+    result = pytester.runpytest_inprocess("--benchmark-json=out.json", *LEAN)
     result.assert_outcomes(passed=1)
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
-
-
-def test_a_missing_fixture_of_lorameter_gets_a_hint(pytester):
-    """A missing fixture of lorameter gets a hint next to pytest's own message; another project's missing fixture gets
-    none."""
-    pytester.makeini("[pytest]\nmarkers = lorameter(phase): a phase")
-    pytester.makepyfile(TESTS + "\ndef test_of_others(replay): pass\n")
-    result = pytester.runpytest_subprocess(*LEAN)
-    result.assert_outcomes(errors=4)
-    assert result.stdout.str().count("from lorameter.pytest_plugin import attach") == 3
 
 
 def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
@@ -378,21 +322,20 @@ def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
         ["*lorameter plan*", "*order *another in each of 2 replicates*", "*level * *", "*time * *", "*memory * *"]
     )
     result.stdout.fnmatch_lines(["SKIPPED*--lorameter-dry-run: *nothing was measured"])
-    assert not suite.measured()
+    assert not FakeExecutor.asked
     assert not (suite.path / ".lorameter").exists()
 
 
 @pytest.mark.selftest
 def test_commands_are_saved_and_gated_as_benchmarks(suite, monkeypatch):
     """Commands run in real processes that take turns and are saved; a slower script fails the session by name."""
-    monkeypatch.setenv("REAL", "1")
     monkeypatch.setenv("MARK", str(suite.path / "mark"))
     shutil.copy(Path(__file__).parent / "run" / "scripted.py", suite.path)
     protocol = "[protocol]\nreplicates = 2\nturns = 2\nwarmup_steps_max = 4\nallow_disturbed = true\n"
     variant = '[[variant]]\nname = "{0}"\ncommand = "python scripted.py {0}"\n'
     (suite.path / "small.toml").write_text(protocol + "".join(variant.format(name) for name in ("plain", "slow")))
     (suite.path / "open.toml").write_text("inconclusive = 'pass'\n")
-    first = suite("--benchmark-save=first", "--lorameter-runs-dir=runs")
+    first = suite.start("--benchmark-save=first", "--lorameter-runs-dir=runs")
     first.assert_outcomes(passed=2)
     by_name = {entry["name"]: entry for entry in saved(suite, "*first")["benchmarks"]}
     assert by_name["test_train_step[slow]"]["stats"]["data"] == [2e-3] * 8
@@ -402,7 +345,7 @@ def test_commands_are_saved_and_gated_as_benchmarks(suite, monkeypatch):
     script = suite.path / "scripted.py"
     script.write_text(script.read_text().replace('2e-3 if HOW == "slow"', '3e-3 if HOW == "slow"'))
     base = by_name["test_train_step[slow]"]["extra_info"]["run"]
-    slower = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml", "--lorameter-runs-dir=runs")
+    slower = suite.start(f"--lorameter-base={base}", "--lorameter-policy=open.toml", "--lorameter-runs-dir=runs")
     assert slower.ret == pytest.ExitCode.TESTS_FAILED
     slower.stdout.fnmatch_lines(["Gate failed (exit 1)*1 regressed*", "*slow*step time*regressed*"])
     assert not (suite.path / "mark").exists()
@@ -419,7 +362,7 @@ def test_replicates_are_measured_on_several_sites_and_replayed(suite, monkeypatc
     monkeypatch.setenv("PYTHONPATH", pretended, prepend=os.pathsep)
     monkeypatch.setenv("LORAMETER_EXECUTOR", "pretending")
     (suite.path / "small.toml").write_text(STUDY.replace("[protocol]", '[protocol]\nsites = ["0", "1"]'))
-    suite("-k", "train", "--benchmark-save=spread").assert_outcomes(passed=2)
+    suite.start("-k", "train", "--benchmark-save=spread").assert_outcomes(passed=2)
     (run,) = (suite.path / ".lorameter" / "runs").iterdir()
     assert sites_of(run) == {"cpus-0", "cpus-1"}
     assert len(saved(suite, "*spread")["benchmarks"]) == 2

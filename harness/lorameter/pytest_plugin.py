@@ -14,19 +14,11 @@ A marker selects the phase of a test, and the study defines its variants:
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 import pytest
 
 from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX, add_arguments, argument, shared
 
 PLUGIN = "lorameter-session"
-HINT = (
-    "The fixtures of lorameter come with three lines in the conftest.py of the suite:\n\n"
-    "    from lorameter.pytest_plugin import attach\n\n"
-    "    def pytest_configure(config):\n"
-    "        attach(config)\n"
-)
 OPTIONS = (
     argument("--lorameter-study", metavar="STUDY", help=f"built-in study or TOML file; default: {DEFAULT_STUDY}"),
     *shared("profile", prefix=PYTEST_PREFIX),
@@ -53,17 +45,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     config.addinivalue_line("markers", "lorameter(phase): replays the samples of one phase: train, generate or cold")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """If a test has our marker but its suite is not attached, add the missing step to pytest's error message."""
-    report = yield
-    if report.failed and item.get_closest_marker("lorameter") and not item.config.pluginmanager.has_plugin(PLUGIN):
-        missing = (f"fixture '{name}' not found" for name in ("replay", "variant_name"))
-        if any(one in report.longreprtext for one in missing):
-            report.sections.append(("lorameter", HINT))
-    return report
 
 
 def attach(config: pytest.Config) -> None:
