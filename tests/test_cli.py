@@ -172,9 +172,9 @@ def test_a_mistyped_option_gets_the_nearest(capsys, words, said):
 STARTER = """
 import os, subprocess, sys
 from lorameter.run.workers.local import worker_environment
-what, descriptor = sys.argv[1], int(sys.argv[2])
+descriptor = int(sys.argv[1])
 child = subprocess.Popen(
-    [sys.executable, "-m", "lorameter.worker", what, str(descriptor)],
+    [sys.executable, "-m", "lorameter.worker", "zygote", str(descriptor)],
     pass_fds=[descriptor], stdin=descriptor, env=worker_environment(1), start_new_session=True,
 )
 print(child.pid, flush=True)
@@ -183,14 +183,13 @@ child.wait()
 """Starts a measuring process as an executor does, and is then killed by the test."""
 
 
-@pytest.mark.parametrize("what", ["zygote", "tokens"])
-def test_a_measuring_process_ends_with_its_parent(what):
+def test_a_measuring_process_ends_with_its_parent():
     """The parent is killed while the child imports or waits; this process keeps the connection open, so that the child
     cannot notice its end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
-            command = [sys.executable, "-c", STARTER, what, str(theirs.fileno())]
+            command = [sys.executable, "-c", STARTER, str(theirs.fileno())]
             starter = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True)
         with starter:
             child = psutil.Process(int(starter.stdout.readline()))

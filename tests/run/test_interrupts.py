@@ -107,30 +107,19 @@ with hold_device(On(), "wait"):
 """
 
 
-@pytest.fixture
-def holder(tmp_path, monkeypatch):
-    """A process that holds the device until its stdin is closed or it is killed."""
+def test_a_lock_is_of_one_device_and_ends_with_its_process(tmp_path, monkeypatch):
+    """Another device is free, and sharing takes no lock; the kernel removes the lock of a killed process, whose file
+    locks nothing."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", HOLDER, "GPU-1"], **streams) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
-def test_a_killed_process_holds_no_lock(holder):
-    """The kernel holds the lock; the remaining file locks nothing."""
-    holder.kill()
-    holder.wait()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, "GPU-1"], **streams) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as shared:
+            assert not waited
+            assert not shared
+        holder.kill()
     with hold_device(OnDevice("GPU-1"), "refuse") as waited:
         assert not waited
-
-
-def test_another_device_is_free_and_sharing_takes_no_lock(holder):
-    """Each device has its own lock."""
-    with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as shared:
-        assert not waited
-        assert not shared
 
 
 def test_a_lock_file_is_in_the_folder_for_any_device_name(tmp_path, monkeypatch):

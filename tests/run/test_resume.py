@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,22 @@ def runs(tmp_path, machine, monkeypatch):
     return tmp_path / "runs"
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """Folders of whole runs, by their options; each is measured once and copied for every test."""
+    return {}
+
+
 @pytest.fixture
-def broken_off(runs, tmp_path, capsys):
-    """A function that measures a run and restores its state after some of its records."""
+def broken_off(runs, whole, tmp_path, tmp_path_factory, capsys):
+    """A function that restores the state of a run after some of its records."""
 
     def make(records=4, *options):
-        main(["run", str(tmp_path / "small.toml"), "--phase", "train", *options, "--runs-dir", str(runs), "--json"])
-        path = Path(json.loads(capsys.readouterr().out)["path"])
+        if options not in whole:
+            study, folder = str(tmp_path / "small.toml"), str(tmp_path_factory.mktemp("whole"))
+            main(["run", study, "--phase", "train", *options, "--runs-dir", folder, "--json"])
+            whole[options] = Path(json.loads(capsys.readouterr().out)["path"])
+        path = shutil.copytree(whole[options], runs / whole[options].name)
         lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
         (path / "trials.jsonl").write_text("".join(lines[:records]))
         change(path, status="running")
