@@ -60,7 +60,7 @@ def request_cold(executor, small_study):
     """The request for a cold start of a trained trial."""
     plan = make_plan(small_study)
     slot = plan.slots[0]
-    site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
+    site = RunContext(device="cpu")
     return request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))
 
 

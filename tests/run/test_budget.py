@@ -111,7 +111,7 @@ def measured(small_study):
         executor = Timed(costs or {})
         budget = Budget(limit_s, clock=executor.clock, replicates=replicates)
         budget.import_s, budget.load_s = executor.costs["imports"], executor.costs["cold"]
-        site = RunContext(device="cpu", threads=1, tokens_path="t", tokens={})
+        site = RunContext(device="cpu")
         found = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet(), budget=budget)
         assert {record.status for record in found.records} == {"ok"}
         executor.budget = budget

@@ -97,7 +97,7 @@ def conduct(plan, script=None):
     return executor, {record.trial: record for record in records}
 
 
-SITE = RunContext(device="cpu", threads=1, tokens_path="t", tokens={"hash": "h"})
+SITE = RunContext(device="cpu")
 
 
 def lost(status="crashed"):

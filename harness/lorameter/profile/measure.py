@@ -50,7 +50,7 @@ from lorameter.records.store import new_run_id
 from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, make_plan
-from lorameter.run.prepare import begin_record, context_of, request_of, validate_worker
+from lorameter.run.prepare import RunContext, begin_record, request_of, validate_worker
 from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.study import Study
@@ -223,7 +223,7 @@ def open_trial(
         tokens = executor.prepare_tokens(study.workload, keep=False)
         if not tokens.synthetic:
             progress(f"data {tokens.data}")
-        context = context_of(study.workload, tokens, validate_worker(executor, [variant]).device)
+        context = RunContext(device=validate_worker(executor, [variant]).device, tokens={study.workload: tokens})
         try:
             worker = executor.launch()
         except WorkerLostError as lost:
@@ -233,7 +233,9 @@ def open_trial(
         yield TrialSession(
             study=study.name,
             request=request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial)),
-            record=record.replaced(started_unix_s=time.time(), tokens=context.tokens, notices=notices),
+            record=record.replaced(
+                started_unix_s=time.time(), tokens=context.token_facts(study.workload), notices=notices
+            ),
             executor=executor,
             worker=worker,
             machine=machine,

@@ -168,7 +168,7 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
     }
     executor.now_s += times.import_s + sum(loads.values())
     budget.import_s, budget.load_s = times.import_s, sum(loads.values()) / max(1, len(loads))
-    context = RunContext(device="cpu", threads=0, tokens_path="", tokens={}, max_parallel=times.parallel)
+    context = RunContext(device="cpu", max_parallel=times.parallel)
     ends: dict[int, float] = {}
 
     def save(record: TrialRecord) -> None:
@@ -290,7 +290,7 @@ def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
 
 
 def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str, end: float) -> TrialTimes:
-    context = RunContext(device=device, threads=slot.workload.threads, tokens_path="", tokens={})
+    context = RunContext(device=device)
     request = request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial))
     with contextlib.closing(executor.launch()) as worker:
         answer = worker.ask("times", slot.trial, max(end - time.monotonic(), 1.0), request=codec.to_json(request))

@@ -88,7 +88,7 @@ class GroupRecords:
     def add(self, trial: str, fragment: PartialRecord, **changes: Any) -> None:
         """Add the answer of a command, and `changes` of fields of the record."""
         record = self.records[trial].merged(fragment)
-        changes["tokens"] = record.tokens | self._run.context.of(self.slots[trial].workload).tokens
+        changes["tokens"] = record.tokens | self._run.context.token_facts(self.slots[trial].workload)
         if trial in self._begun:
             started_unix_s, begin = self._begun[trial]
             changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
@@ -437,7 +437,7 @@ class GroupRunner:
         """Pin all processes to one CPU while they are timed, if each computes in a single thread: a slow CPU then
         affects all of them alike. Each replicate uses another CPU."""
         context, workers = self._run.context, set(self._workers.values())
-        single = context.threads == 1 == max(slot.workload.ranks for slot in self._group.slots)
+        single = all(slot.workload.threads == slot.workload.ranks == 1 for slot in self._group.slots)
         cpus: set[int] = set()
         if command.timed and context.device == "cpu" and single and len(workers) > 1:
             cpus = set.intersection(*(set(worker.cpus()) for worker in workers))

@@ -29,7 +29,7 @@ from lorameter.run.build_plan import probe_memory
 from lorameter.run.display import Display, shield
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan, executor_of, variants_of
-from lorameter.run.prepare import Ready, prepare_run
+from lorameter.run.prepare import RunContext, prepare_run
 from lorameter.run.resume import check_same, continue_manifest, is_finished, mark_complete
 from lorameter.run.runner import Measured, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
@@ -40,7 +40,7 @@ from lorameter.run.workers.sides import DECLARED, open_side
 from lorameter.studies.workload import Workload
 
 
-def describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
+def _describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
     """The tokens of a run for its manifest: those of the study's workload and, under `own`, those of other workloads of
     variants."""
     described = {
@@ -118,22 +118,22 @@ def _measure_here(
         for name, executor in executors.items():
             stack.callback(executor.close)
             executor.start(folder, threads[name])
-        ready, context = prepare_run(rest, executors, shown)
+        context = prepare_run(rest, executors, shown)
         facts = _facts(plan, executors)
-        budget.import_s, budget.load_s = ready.hello.import_time_s, ready.bases.load_s
-    notices = (*notices, *ready.bases.notices)
+        budget.import_s, budget.load_s = context.hello.import_time_s, context.bases.load_s
+    notices = (*notices, *context.bases.notices)
     if plan.provisional:
         with stops.interruptible():
             plan, failures = probe_memory(plan, executors, context, shown)
         shown.rehearsed(plan, failures)
         notices = (*notices, *failures)
-    manifest = _new_manifest(plan, folder.name, ready, facts, notices, policy)
+    manifest = _new_manifest(plan, folder.name, context, facts, notices, policy)
     if earlier is not None:
         again = continue_manifest(earlier.manifest, manifest, minutes)
         manifest = msgspec.structs.replace(
             again,
-            bases=(*again.bases, *ready.bases.summaries),
-            notices=tuple(dict.fromkeys((*again.notices, *ready.bases.notices))),
+            bases=(*again.bases, *context.bases.summaries),
+            notices=tuple(dict.fromkeys((*again.notices, *context.bases.notices))),
         )
     writer = RunWriter(folder.parent, manifest)
     stack.enter_context(writer.refusals())
@@ -168,11 +168,11 @@ def _facts(plan: Plan, executors: Mapping[str, Executor]) -> dict[str, MachineFa
 
 
 def _new_manifest(
-    plan: Plan, run_id: str, ready: Ready, facts: Mapping[str, MachineFacts], notices: tuple[Notice, ...],
+    plan: Plan, run_id: str, context: RunContext, facts: Mapping[str, MachineFacts], notices: tuple[Notice, ...],
     policy: Mapping[str, Any],
 ) -> Manifest:  # fmt: skip
     first = next(iter(facts.values()))
-    collected = provenance.collect(plan.study, first, plan.study.workload.threads, ready.hello, plan.own_workloads)
+    collected = provenance.collect(plan.study, first, plan.study.workload.threads, context.hello, plan.own_workloads)
     declared = sorted({name for side in plan.sides.values() for name in DECLARED[side.kind]})
     return Manifest(
         run=run_id,
@@ -187,12 +187,12 @@ def _new_manifest(
         created_unix_s=time.time(),
         provenance=collected,
         fingerprint=provenance.fingerprint(collected, without=declared),
-        tokens=describe_tokens(plan, ready.tokens),
-        bases=ready.bases.summaries,
+        tokens=_describe_tokens(plan, context.tokens),
+        bases=context.bases.summaries,
         notices=notices,
         sides={
             name: side.to_json()
-            | {"declared": list(DECLARED[side.kind]), "worker": ready.hellos[name].harness, "facts": facts[name].host}
+            | {"declared": list(DECLARED[side.kind]), "worker": context.hellos[name].harness, "facts": facts[name].host}
             for name, side in plan.sides.items()
         },
         policy=dict(policy),

@@ -8,7 +8,6 @@ has used for a month are removed from the disk, and the least recently used ones
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,31 +25,45 @@ from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bases:
+    """The bases that were prepared."""
+
+    folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
+    """Folders by executor and base."""
+    summaries: tuple[BaseSummary, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    """Notices on bases that could not be prepared."""
+
+    @property
+    def load_s(self) -> float:
+        """Mean seconds that a process needs to make its own base."""
+        return sum(one.load_s for one in self.summaries) / max(1, len(self.summaries))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """The data that all requests of a run share; paths are on the machine that measures."""
 
     device: str
-    threads: int
-    tokens_path: str
-    tokens: dict[str, Any]
-    bases: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
-    """Folders of the prepared bases, by executor and base."""
+    tokens: Mapping[Workload, TokenSummary] = field(default_factory=dict)
+    """Prepared tokens; without those of its workload a trial can only be simulated or timed."""
+    hellos: Mapping[str, WorkerInfo] = field(default_factory=dict)
+    """First messages by executor; the executor that makes the tokens comes first."""
+    bases: Bases = field(default_factory=Bases)
     max_parallel: int = 1
     """Processes that may work at once while nothing is timed."""
-    own: Mapping[Workload, RunContext] = field(default_factory=dict)
-    """Contexts of workloads other than the study's."""
 
-    def of(self, workload: Workload) -> RunContext:
-        """The context of requests on this workload."""
-        return self.own.get(workload, self)
+    @property
+    def hello(self) -> WorkerInfo:
+        """The first message of the first executor."""
+        return next(iter(self.hellos.values()))
 
-
-def context_of(workload: Workload, tokens: TokenSummary, device: str) -> RunContext:
-    """The context of trials on one workload."""
-    known: dict[str, Any] = {}
-    if workload.data != OWN:  # scripts report their own tokens
-        known = {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
-    return RunContext(device=device, threads=workload.threads, tokens_path=tokens.path, tokens=known)
+    def token_facts(self, workload: Workload) -> dict[str, Any]:
+        """Facts about the tokens of a workload for the records of its trials; scripts report their own."""
+        tokens = self.tokens.get(workload)
+        if tokens is None or workload.data == OWN:
+            return {}
+        return {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
 
 
 def begin_record(slot: Slot, status: Status) -> TrialRecord:
@@ -74,7 +87,7 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
 
 def request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> TrialRequest:
     """The request with which a worker prepares a trial of a variant that lorameter builds."""
-    base = context.bases.get((slot.executor, base_key(slot.arm.built, slot.workload)), "")
+    base = context.bases.folders.get((slot.executor, base_key(slot.arm.built, slot.workload)), "")
     return TrialRequest(variant=slot.arm.built, base=base, **_common_request(plan, slot, context, place))
 
 
@@ -85,7 +98,7 @@ def script_request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialF
 
 
 def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> dict[str, Any]:
-    study, context = plan.study, context.of(slot.workload)
+    study, tokens = plan.study, context.tokens.get(slot.workload)
     return {
         "trial": slot.trial,
         "role": slot.role,
@@ -97,29 +110,13 @@ def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFil
         "measures": slot.measures,
         "slowdown_rows": slot.arm.slowdown_rows,
         "device": context.device,
-        "threads": context.threads,
-        "tokens_path": context.tokens_path,
+        "threads": slot.workload.threads,
+        "tokens_path": tokens.path if tokens else "",
         "scratch": place.scratch,
         "log_path": place.log_path,
         "allow_fallback": study.allow_fallback,
         "requirements": study.requirements,
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bases:
-    """The bases that were prepared."""
-
-    folders: Mapping[tuple[str, BaseKey], str] = field(default_factory=dict)
-    """Folders by executor and base."""
-    summaries: tuple[BaseSummary, ...] = ()
-    notices: tuple[Notice, ...] = ()
-    """Notices on bases that could not be prepared."""
-
-    @property
-    def load_s(self) -> float:
-        """Mean seconds that a process needs to make its own base."""
-        return sum(one.load_s for one in self.summaries) / max(1, len(self.summaries))
 
 
 def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, listener: Display) -> Bases:
@@ -160,22 +157,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """The answers of the executors of a plan."""
-
-    hellos: dict[str, WorkerInfo]
-    """First messages by executor; the executor that makes the tokens comes first."""
-    tokens: dict[Workload, TokenSummary]
-    bases: Bases
-
-    @property
-    def hello(self) -> WorkerInfo:
-        """The first message of the first executor."""
-        return next(iter(self.hellos.values()))
-
-
-def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display) -> tuple[Ready, RunContext]:
+def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display) -> RunContext:
     """Prepare everything that the trials of a plan need, with executors that are already started; the first one
     prepares all tokens.
 
@@ -197,15 +179,13 @@ def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display)
     variants = [slot.variant for slot in plan.slots]
     hellos = {name: validate_worker(executor, variants) for name, executor in executors.items()}
     device = next(iter(hellos.values())).device
-    bases = prepare_bases(plan, executors, device, display)
-    contexts = {workload: context_of(workload, found, device) for workload, found in tokens.items()}
-    context = dataclasses.replace(
-        contexts.pop(plan.study.workload),
-        own=contexts,
-        bases=bases.folders,
+    return RunContext(
+        device=device,
+        tokens=tokens,
+        hellos=hellos,
+        bases=prepare_bases(plan, executors, device, display),
         max_parallel=max_parallel(plan, executors),
     )
-    return Ready(hellos=hellos, tokens=tokens, bases=bases), context
 
 
 def max_parallel(plan: Plan, executors: Mapping[str, Executor]) -> int:

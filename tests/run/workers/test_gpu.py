@@ -8,7 +8,7 @@ import pytest
 
 from lorameter.records import codec
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import context_of, request_of
+from lorameter.run.prepare import RunContext, request_of
 from lorameter.run.workers.local import LocalExecutor
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ def test_a_step_is_as_fast_after_the_check_as_before(small_study, tmp_path):
     try:
         assert executor.hello().device == "cuda"
         tokens = executor.prepare_tokens(small_study.workload)
-        site = context_of(small_study.workload, tokens, "cuda")
+        site = RunContext(device="cuda", tokens={small_study.workload: tokens})
         plan = make_plan(small_study, phases=["train"])
         slot = plan.slots[0]
         worker = executor.launch()

@@ -11,7 +11,7 @@ import pytest
 
 from lorameter.errors import InvalidRunError
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import context_of
+from lorameter.run.prepare import RunContext
 from lorameter.run.runner import run_plan
 from lorameter.run.workers.local import ForkedWorker, LocalExecutor
 
@@ -58,7 +58,7 @@ def measure(executor, tokens_of):
     def run(study, *, phases=("train",), listener=None, executor=executor):
         protocol = dataclasses.replace(study.protocol, replicates=1)
         plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
-        site = context_of(study.workload, tokens_of(study.workload), "cpu")
+        site = RunContext(device="cpu", tokens={study.workload: tokens_of(study.workload)})
         measured = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=listener or Quiet())
         return {record.trial: record for record in measured.records}
 

@@ -9,7 +9,7 @@ import pytest
 
 from lorameter.records.metrics import samples_of
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import context_of
+from lorameter.run.prepare import RunContext
 from lorameter.run.runner import run_plan
 from tests.run.fakes import Quiet
 
@@ -28,7 +28,7 @@ def test_trials_of_ranks_take_turns(executor, tokens_of, small_study):
     study = dataclasses.replace(small_study, workload=workload, protocol=protocol, variants=small_study.variants[:1])
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
     plan = dataclasses.replace(plan, groups=plan.groups[:1])
-    context = context_of(study.workload, tokens_of(small_study.workload), "cpu")
+    context = RunContext(device="cpu", tokens={study.workload: tokens_of(small_study.workload)})
     measured = run_plan(plan, {"": executor}, context, save=lambda record: None, listener=Quiet())
     records = [record for record in measured.records if record.trial in {slot.trial for slot in plan.slots}]
     assert len(records) == 2

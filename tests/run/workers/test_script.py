@@ -26,7 +26,7 @@ from lorameter.records import codec
 from lorameter.run.build_plan import build_plan
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import context_of, request_of
+from lorameter.run.prepare import RunContext, request_of
 from lorameter.run.runner import run_plan
 from lorameter.run.workers import WorkerLostError, script
 from lorameter.run.workers.script import ScriptExecutor, ScriptProcess
@@ -264,7 +264,7 @@ RANKS = (LoraVariant(name="r4", r=4, quantization="nf4"), LoraVariant(name="r8",
 
 def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
     """While one process of a lockstep trains, the other blocks on its socket."""
-    site = context_of(small_study.workload, tokens_of(small_study.workload), "cpu")
+    site = RunContext(device="cpu", tokens={small_study.workload: tokens_of(small_study.workload)})
     plan = make_plan(small_study, interleaving="lockstep", phases=["train"])
     workers = {}
     for slot in plan.groups[0].slots[:2]:
@@ -290,7 +290,7 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
     for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
         study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
-        site = context_of(study.workload, tokens_of(study.workload), "cpu")
+        site = RunContext(device="cpu", tokens={study.workload: tokens_of(study.workload)})
         records = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet()).records
         by_name = {record.name: record for record in records}
         assert by_name["r4"].status == "ok"
