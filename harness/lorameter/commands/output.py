@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels_check.terminal import escape_control_chars, print_stderr
-from lorameter.errors import UsageError, require
+from lorameter.errors import require
 from lorameter.records import codec
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import Document, Span, to_line
@@ -52,9 +52,11 @@ def check_page(path: str | None, option: str = "--html") -> None:
     if path is None:
         return
     folder = Path(path).absolute().parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written into"
-        raise UsageError(f"{option} {path}: {what}. Name a file in a folder that is there.")
+    what = "is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written into"
+    require(
+        not Path(path).is_dir() and folder.is_dir() and os.access(folder, os.W_OK),
+        f"{option} {path}: {what}. Name a file in a folder that is there.",
+    )
 
 
 def show_result(

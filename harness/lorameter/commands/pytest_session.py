@@ -27,7 +27,7 @@ from lorameter.commands.run import (
     override,
     resume,
 )
-from lorameter.errors import LorameterError, UsageError, redact, require
+from lorameter.errors import LorameterError, redact, require
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
@@ -114,9 +114,11 @@ class Session:
                 "--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.",
             )
             self._interrupted = find_interrupted(options, prefix=PYTEST_PREFIX)
-            if self._interrupted.manifest.sides:
-                name = self._interrupted.manifest.run
-                raise UsageError(f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}")
+            name = self._interrupted.manifest.run
+            require(
+                not self._interrupted.manifest.sides,
+                f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}",
+            )
         options.study = options.study or DEFAULT_STUDY
         self._study = self._load_study("")
         if self._study.protocol.on == HERE:  # otherwise the remote machine determines the profile
@@ -304,9 +306,9 @@ class Session:
         """Refuse to compare different machines, libraries or workloads, and name the differences."""
         option = "--benchmark-compare"
         with usage_errors():
-            if different := unlike(self._study, machine_info["lorameter"], compared_benchmark, option):
-                why = f"{option}: not comparable: {'; '.join(different)}."
-                raise UsageError(f"{why} Measure the base again on this machine.")
+            different = unlike(self._study, machine_info["lorameter"], compared_benchmark, option)
+            why = f"{option}: not comparable: {'; '.join(different)}."
+            require(not different, f"{why} Measure the base again on this machine.")
 
     def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
         """Keep raw samples, which `--benchmark-save` alone would drop."""

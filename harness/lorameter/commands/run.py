@@ -166,8 +166,8 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
         for name, value in vars(options).items()
         if name not in ON_RESUME and value not in (None, False, [])
     ]
-    if given:
-        raise UsageError(
+    require(
+        not given,
             f"{prefix}resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the "
             "option out, or measure a new run."
         )
@@ -297,9 +297,8 @@ def run_ab(options: argparse.Namespace) -> int:
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:
         interrupted = find_interrupted(options)
-        if not interrupted.manifest.sides:
-            name = interrupted.manifest.run
-            raise UsageError(f"run {name} is no A/B. Resume: lorameter run --resume {name}")
+        name = interrupted.manifest.run
+        require(interrupted.manifest.sides, f"run {name} is no A/B. Resume: lorameter run --resume {name}")
         return _show(resume(interrupted, options), options)
     of_commands = study_of_commands(options)
     require(
@@ -356,11 +355,11 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
         one is None or (base is None and candidate is None),
         "--command is for both sides, but each side also has its own command. Give one of the two.",
     )
-    if one is None and (base is None or candidate is None):
-        missing = "--base-command" if base is None else "--candidate-command"
-        raise UsageError(
-            f"ab: {missing} COMMAND is missing. Give it, or one --command on the sides --base and --candidate."
-        )
+    missing = "--base-command" if base is None else "--candidate-command"
+    require(
+        one is not None or (base is not None and candidate is not None),
+        f"ab: {missing} COMMAND is missing. Give it, or one --command on the sides --base and --candidate.",
+    )
     require(
         one is not None or (not options.base and not options.candidate),
         "--base and --candidate are sides for one --command. Two commands are the sides themselves: leave them out.",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from lorameter.errors import UsageError, redact
+from lorameter.errors import UsageError, redact, require
 from lorameter.machine.provenance import probe_machine, run_git
 from lorameter.records import codec, store
 from lorameter.records.store import Run
@@ -222,13 +222,16 @@ def find_measured(plan: Plan, runs: Path) -> Run | None:
 
 
 def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> tuple[Candidate, ...]:
-    if first == last:
-        raise UsageError(f"bisect: {good} and {bad} are the same commit. Name two.")
-    if run_git(repository, "merge-base", "--is-ancestor", first, last).returncode:
-        raise UsageError(f"bisect: {good} is no ancestor of {bad}. Name a good end that the bad one was made from.")
+    require(first != last, f"bisect: {good} and {bad} are the same commit. Name two.")
+    require(
+        run_git(repository, "merge-base", "--is-ancestor", first, last).returncode == 0,
+        f"bisect: {good} is no ancestor of {bad}. Name a good end that the bad one was made from.",
+    )
     listed = run_git(repository, "log", "--reverse", "--first-parent", "--format=%H %h %s", f"{first}..{last}")
-    if listed.returncode or not listed.stdout:
-        raise UsageError(f"bisect: git lists nothing between {good} and {bad}: {listed.stderr.strip()}.")
+    require(
+        listed.returncode == 0 and listed.stdout,
+        f"bisect: git lists nothing between {good} and {bad}: {listed.stderr.strip()}.",
+    )
     steps = [line.split(" ", 1) for line in listed.stdout.splitlines()]
     candidates = (Candidate(spec=commit, label=redact(label)) for commit, label in steps)
     return (Candidate(spec=first, label=f"{good} ({first[:9]})"), *candidates)
@@ -236,12 +239,14 @@ def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> 
 
 def _releases(good: tuple[str, ...], bad: tuple[str, ...]) -> tuple[Candidate, ...]:
     differing = [(one, other) for one, other in zip(sorted(good), sorted(bad), strict=False) if one != other]
-    if len(good) != len(bad) or len(differing) != 1:
-        both = f"{' '.join(good)} and {' '.join(bad)}"
-        raise UsageError(f"bisect: {both} must differ in the version of one package. Name two of its releases.")
+    both = f"{' '.join(good)} and {' '.join(bad)}"
+    require(
+        len(good) == len(bad) and len(differing) == 1,
+        f"bisect: {both} must differ in the version of one package. Name two of its releases.",
+    )
     (name, first), (other, last) = (_exact(word) for word in differing[0])
-    if name != other or first >= last:
-        raise UsageError(
+    require(
+        name == other and first < last,
             f"bisect: {' and '.join(differing[0])} are not two releases of one package in order. "
             "The good one comes first."
         )

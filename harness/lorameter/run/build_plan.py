@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorameter.errors import UsageError
+from lorameter.errors import require
 from lorameter.machine.provenance import Machine
 from lorameter.models.catalogue import RANDOM_PREFIX
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
@@ -90,12 +90,12 @@ def build_plan(
 def _check_sides(study: Study, sides: Sides) -> Study:
     """Refuse a study that an A/B cannot compare. Returns the study with absolute paths, because a relative path would
     differ in the worktree of a revision."""
-    if sides["candidate"].slowdown_rows and study.of_scripts:
-        raise UsageError(
+    require(
+        not (sides["candidate"].slowdown_rows and study.of_scripts),
             f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
         )
-    if study.own_workloads:
-        raise UsageError(
+    require(
+        not study.own_workloads,
             f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
             f"one variant on one workload. Measure it with `lorameter run {study.name}`."
         )

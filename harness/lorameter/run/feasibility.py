@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, require, shorten
 from lorameter.machine.nvml import VARIABLE, describe_gpus, shared_boards, visible_devices, visible_gpus
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
@@ -61,8 +61,7 @@ def check_feasible(
         UsageError: the message names study, variant, key, value and remedy.
     """
     obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
-    if obstacle and not shown_only:
-        raise UsageError(f"study {study.name}: {obstacle}.")
+    require(not obstacle or shown_only, f"study {study.name}: {obstacle}.")
     remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
     elsewhere = (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
     if study.of_scripts:
@@ -151,8 +150,8 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
             workload.open_ended_prompt_tokens + workload.open_ended_tokens,
         ),
     ):
-        if length > shape.context:
-            raise UsageError(
+        require(
+            length <= shape.context,
                 f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
                 f"{shape.context} tokens. Use {shape.context} or fewer."
             )
@@ -169,8 +168,8 @@ def _check_requirements(study: Study) -> None:
             f"study {study.name}, [requirements]: {shorten(str(error), 1000)}. Write a known path in quotes."
         ) from None
     for path in study.engine.proof if study.engine is not None else ():
-        if path not in PATHS:
-            raise UsageError(
+        require(
+            path in PATHS,
                 f"study {study.name}, [engine.proof]: {shorten(path, 60)}: no path of kernels_check, so nothing would "
                 f"prove that the engine runs. Known: {', '.join(PATHS)}."
             )
@@ -222,8 +221,7 @@ def _less_memory(expected: MemoryEstimate) -> str:
 def _refuse(where: str, refusals: Iterable[tuple[bool, str, str, str]]) -> None:
     """Raise `UsageError` for the first refusal that applies; each has what is refused, why, and the remedy."""
     for applies, what, why, remedy in refusals:
-        if applies:
-            raise UsageError(f"{where}: {what}: {why}. {remedy}")
+        require(not applies, f"{where}: {what}: {why}. {remedy}")
 
 
 def _check_kernels(where: str, variant: Variant, machine: Machine) -> None:
@@ -259,8 +257,8 @@ def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machi
         "heads × head_dim": shape.heads * shape.head_dim,
     }
     for name, width in widths.items():
-        if width in taken and width % NF4_BLOCK:
-            raise UsageError(
+        require(
+            width not in taken or width % NF4_BLOCK == 0,
                 f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
                 "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
                 f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".'
@@ -271,8 +269,8 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
     """A notice about target modules that the model lacks. Raises `UsageError` if it lacks all of them: PEFT would
     refuse."""
     missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
-    if missing and len(missing) == len(variant.target_modules):
-        raise UsageError(
+    require(
+        not missing or len(missing) < len(variant.target_modules),
             f"{where}: target_modules = {list(missing)}: the model {model} has no such module. Its linear layers are "
             f"{layers}."
         )
@@ -366,8 +364,8 @@ def _check_gpus(where: str, ranks: int) -> None:
     if known is None and listed is None:
         return
     gpus = len(listed or ()) if known is None else len(known)
-    if gpus < ranks:
-        raise UsageError(
+    require(
+        gpus >= ranks,
             f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} available here, and ranks that "
             "share one measure each other. Use fewer ranks, or make more GPUs visible."
         )

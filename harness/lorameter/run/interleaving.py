@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.models.methods import facts_of
 from lorameter.records.record import Interleaving
 from lorameter.records.units import format_bytes
@@ -73,8 +73,10 @@ def choose_interleaving(
     if requested is not None:
         if requested not in LEVELS:
             raise UsageError(f"interleave = {requested!r}: not known. Use one of {', '.join(LEVELS)}.")
-        if requested == "shared-base" and obstacle is not None:
-            raise UsageError(f"interleave = 'shared-base': {obstacle}. Use lockstep, or leave the choice to lorameter.")
+        require(
+            requested != "shared-base" or obstacle is None,
+            f"interleave = 'shared-base': {obstacle}. Use lockstep, or leave the choice to lorameter.",
+        )
         return requested, "asked for"
     on_one_base = "the variants differ in their adapters only"
     if obstacle is None and not one_heap:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.machine.provenance import Machine
 from lorameter.models.costs.lora import width
 from lorameter.models.costs.memory import (
@@ -223,8 +223,8 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
         UsageError: the trial has several ranks, for which memory is not estimated.
         UnknownLayersError: the layers of the model type are unknown.
     """
-    if workload.ranks > 1:
-        raise UsageError(
+    require(
+        workload.ranks == 1,
             f"workload: ranks = {workload.ranks}: the fit is estimated for one process on one device, and the memory "
             "of each rank is not known. Leave --gpu and --max-batch out, or set ranks = 1."
         )
@@ -234,12 +234,11 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
     for change in _changes(fitter, variant, workload):
         try:
             changed, smaller = change.apply(variant, workload)
-            if cpu and changed.optimizer.startswith("paged"):
-                raise UsageError("nothing is paged on a CPU, and its trials would be invalid")
+            paged = cpu and changed.optimizer.startswith("paged")
+            require(not paged, "nothing is paged on a CPU, and its trials would be invalid")
             check_widths(f"variant {variant.name!r}", changed, fitter.shape, fitter.device.machine)
             after = fitter.needs(changed, smaller)
-            if after.expected_bytes >= before.expected_bytes:
-                raise UsageError("it frees nothing at the peak")
+            require(after.expected_bytes < before.expected_bytes, "it frees nothing at the peak")
         except UsageError as error:
             skipped.append(SkippedOption(writes=change.writes, why=str(error).rstrip(".")))
             continue

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from lorameter.errors import UsageError, redact
+from lorameter.errors import UsageError, redact, require
 from lorameter.records.metrics import PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
 from lorameter.studies.protocol import MAX_ROUNDS, Protocol
@@ -270,16 +270,15 @@ def make_plan(
     """
     arms = tuple(arms) or arms_of(study)
     for phase in phases:
-        if phase not in PHASES:
-            raise UsageError(f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
+        require(phase in PHASES, f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
     checked = tuple(phase for phase in PHASES if phase in phases)
-    if study.of_scripts and checked != ("train",):
-        raise UsageError(
+    require(
+        not study.of_scripts or checked == ("train",),
             f"study {study.name}: phases {', '.join(checked)}: its variants are commands, of which training is "
             "measured and nothing else. Leave the phase out."
         )
-    if study.trains_only and checked != ("train",):
-        raise UsageError(
+    require(
+        not study.trains_only or checked == ("train",),
             f"study {study.name}: phases {', '.join(checked)}: of several ranks, and of methods other than LoRA in its "
             'short form, training is measured and nothing else. Write phases = ["train"] and leave --phase out.'
         )

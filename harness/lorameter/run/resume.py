@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.machine import provenance
 from lorameter.machine.provenance import OF_A_KIND, MachineFacts, git_state
 from lorameter.records import codec, store
@@ -70,8 +70,8 @@ def read_plan(written: PlanSpec) -> Plan:
         return dataclasses.replace(plan, groups=tuple(groups))
 
     plan = keep(written.order)  # a resumed run no longer has the replicates that were not needed
-    if tuple(slot.trial for slot in plan.slots) != written.order:
-        raise UsageError(
+    require(
+        tuple(slot.trial for slot in plan.slots) == written.order,
             f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
             "that version, or measure a new run."
         )
@@ -214,8 +214,8 @@ def continue_manifest(manifest: Manifest, begun: Manifest, max_minutes: float | 
     """
     now, facts = _hashes(begun.tokens), begun.provenance
     for which, before in _hashes(manifest.tokens).items():
-        if now.get(which) != before:
-            raise UsageError(
+        require(
+            now.get(which) == before,
                 f"run {manifest.run}: {which} have the hash {str(now.get(which))[:12]} now and had {before[:12]}: "
                 "the data or the tokenizer has changed. Restore it, or measure a new run."
             )
