@@ -39,9 +39,9 @@ def record_of(slot, step_s=None, status="ok"):
     failure = Failure(phase="build", kind="X", message="no memory [/b]") if status != "ok" else None
     samples = {} if step_s is None else {"step_time_s": (step_s,) * 4, "step_cpu_time_s": (step_s / 2,) * 4}
     return TrialRecord(
-        trial=slot.trial, status=status, name=slot.variant.name, variant=slot.variant.id, role=slot.role,
+        trial=slot.trial, status=status, name=slot.variant.name, variant=slot.variant.id, role=slot.arm.role,
         replicate=slot.replicate, position=slot.position, interleaving="replicates", seed=0, started_unix_s=0.0,
-        wall_time_s=1.0, failure=failure, samples=samples, side=slot.side,
+        wall_time_s=1.0, failure=failure, samples=samples, side=slot.arm.side,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_each_variant_has_a_row_of_trials_value_ratio_and_phase(plan):
     for record in measured(plan, 2):
         display.trial_ended(record)
     later = next(
-        slot for slot in plan.slots if slot.replicate == 2 and (slot.variant.name, slot.role) == ("plain", "variant")
+        slot for slot in plan.slots if slot.replicate == 2 and (slot.variant.name, slot.arm.role) == ("plain", "variant")
     )
     display.trial_phase(later, "turn")
     failed = next(slot for slot in plan.slots if slot.replicate == 2 and slot.variant.name == "nf4")

@@ -53,7 +53,7 @@ def test_every_replicate_holds_both_sides_and_the_base_once_more(plan):
     for replicate in range(5):
         groups = [group for group in made.groups if group.replicate == replicate and group.turns]
         arms = {
-            group.slots[0].variant.name: sorted((slot.side, slot.role, slot.executor) for slot in group.slots)
+            group.slots[0].variant.name: sorted((slot.arm.side, slot.arm.role, slot.executor) for slot in group.slots)
             for group in groups
         }
         sides = [("base", "variant", "base"), ("candidate", "variant", "candidate")]
@@ -67,7 +67,7 @@ def test_processes_that_do_not_fit_run_one_at_a_time(plan):
     made = plan(free=3 * GIB)
     assert made.interleaving == "replicates"
     assert all(len(group.slots) == 1 for group in made.groups)
-    assert Counter((slot.side, slot.role) for slot in made.slots if slot.replicate == 0) == {
+    assert Counter((slot.arm.side, slot.arm.role) for slot in made.slots if slot.replicate == 0) == {
         ("base", "variant"): 2, ("candidate", "variant"): 2, ("base", "control"): 1,
     }  # fmt: skip
     assert all({"steps", "peaks"} <= set(slot.measures) for slot in made.slots)

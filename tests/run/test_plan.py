@@ -41,7 +41,7 @@ def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
     """Replicates are complete blocks, so that drift affects all variants alike."""
     plan = make_plan(small_study)
     for replicate in range(small_study.protocol.replicates):
-        members = Counter((s.variant.name, s.role) for s in plan.slots if s.replicate == replicate)
+        members = Counter((s.variant.name, s.arm.role) for s in plan.slots if s.replicate == replicate)
         assert members == {("plain", "variant"): 1, ("nf4", "variant"): 1, ("plain", "control"): 1}
     assert len({slot.trial for slot in plan.slots}) == len(plan.slots)
 

@@ -82,8 +82,8 @@ class LiveDisplay(Display):
 
     def _take(self, plan: Plan) -> None:
         self._plan, self._rows = plan, {}
-        for slot in sorted(plan.slots, key=lambda one: (one.role == "control", one.replicate)):
-            self._rows.setdefault((slot.side, slot.variant.name, slot.role), []).append(slot)
+        for slot in sorted(plan.slots, key=lambda one: (one.arm.role == "control", one.replicate)):
+            self._rows.setdefault((slot.arm.side, slot.variant.name, slot.arm.role), []).append(slot)
 
     def tokens_prepared(self, data: str) -> None:
         """Print the data of the training."""
@@ -100,7 +100,7 @@ class LiveDisplay(Display):
         """Show the trial's new phase."""
         words = COMMANDS[phase].label if phase in COMMANDS else phase  # must not raise
         self._phases[slot.trial] = words
-        name = f"{slot.side} {slot.variant.name}".strip() + (" (control)" if slot.role == "control" else "")
+        name = f"{slot.arm.side} {slot.variant.name}".strip() + (" (control)" if slot.arm.role == "control" else "")
         self._now = f"replicate {slot.replicate + 1}/{self._plan.study.protocol.replicates}  {name}: {words}"
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)

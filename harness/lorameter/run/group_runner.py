@@ -282,7 +282,7 @@ class GroupRunner:
 
     def _checks_sum(self, slot: Slot) -> bool:
         """Whether a whole cold start of this trial is compared with the sum of its parts."""
-        return slot.replicate == 0 and slot.role == "variant" and slot.variant.name == self._run.plan.study.reference
+        return slot.replicate == 0 and slot.arm.role == "variant" and slot.variant.name == self._run.plan.study.reference
 
     def _add_cold(self, trial: str, measure: Callable[[Slot, TrialRequest], PartialRecord]) -> None:
         """Add a cold start. Its answer must equal that of the trained process; otherwise the trial is invalid."""
@@ -302,7 +302,7 @@ class GroupRunner:
         """A cold start as the sum of two parts: the imports of a new interpreter, which depend on the environment and
         not on the variant, and are timed once per replicate and side; and loading plus the first answer, in a fresh
         child of a process that has imported the libraries. Raises `WorkerLostError`."""
-        executor, key = self._run.executors[slot.executor], (slot.replicate, slot.side)
+        executor, key = self._run.executors[slot.executor], (slot.replicate, slot.arm.side)
         imports = self._run.imports.get(key)
         if imports is None:
             imports = self._run.imports[key] = executor.time_imports(request.log_path, self._timeout_s)
@@ -333,7 +333,7 @@ class GroupRunner:
         once_s = 0.0
         if part == "cold":
             load_s = budget.load_s + self._request_s
-            sides = len({slot.side for slot in self._group.slots})
+            sides = len({slot.arm.side for slot in self._group.slots})
             seconds = measuring * load_s + sides * budget.import_s
             once_s = sum(map(self._checks_sum, self._group.slots)) * (budget.import_s + load_s)
         elif part == "open_ended":  # complete answers are also requested before training

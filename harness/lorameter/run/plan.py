@@ -173,16 +173,6 @@ class Slot:
         return self.arm.variant
 
     @property
-    def role(self) -> Role:
-        """Whether the trial belongs to the control."""
-        return self.arm.role
-
-    @property
-    def side(self) -> Side:
-        """Its side of an A/B."""
-        return self.arm.side
-
-    @property
     def workload(self) -> Workload:
         """Its workload."""
         return self.arm.workload
@@ -273,15 +263,10 @@ def make_plan(
         require(phase in PHASES, f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
     checked = tuple(phase for phase in PHASES if phase in phases)
     require(
-        not study.of_scripts or checked == ("train",),
-            f"study {study.name}: phases {', '.join(checked)}: its variants are commands, of which training is "
-            "measured and nothing else. Leave the phase out."
-        )
-    require(
         not study.trains_only or checked == ("train",),
-            f"study {study.name}: phases {', '.join(checked)}: of several ranks, and of methods other than LoRA in its "
-            'short form, training is measured and nothing else. Write phases = ["train"] and leave --phase out.'
-        )
+        f"study {study.name}: phases {', '.join(checked)}: of commands, of several ranks, and of methods other than "
+        "LoRA in its short form, training is measured and nothing else. Leave the phases out.",
+    )
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
     if (total := len(arms) * protocol.replicates * rounds) > MAX_ROUNDS:  # it would take minutes to make and to read

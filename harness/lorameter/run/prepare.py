@@ -73,11 +73,11 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
         status=status,
         name=slot.variant.name,
         variant=slot.variant.id,
-        role=slot.role,
+        role=slot.arm.role,
         replicate=slot.replicate,
         position=slot.position,
         interleaving=slot.interleaving,
-        side=slot.side,
+        side=slot.arm.side,
         seed=slot.seed,
         started_unix_s=0.0,
         wall_time_s=0.0,
@@ -101,7 +101,7 @@ def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFil
     study, tokens = plan.study, context.tokens.get(slot.workload)
     return {
         "trial": slot.trial,
-        "role": slot.role,
+        "role": slot.arm.role,
         "replicate": slot.replicate,
         "seed": slot.seed,
         "workload": slot.workload,
