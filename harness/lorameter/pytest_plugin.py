@@ -60,7 +60,6 @@ def attach(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "pytest-xdist: trials that are measured at the same time disturb each other. Run without -n."
         )
-    from lorameter.commands.pytest_session import Output, Session
+    from lorameter.commands.pytest_session import Session
 
     config.pluginmanager.register(Session(config), PLUGIN)
-    config.pluginmanager.register(Output())

@@ -100,6 +100,8 @@ class Session:
         self._judged: GateResult | str | None = None
         """The result of the gate, or why there is no result."""
         self._planned: Document | None = None
+        self._session: pytest.Session | None = None
+        self._output: CapturedStdout | None = None
         with usage_errors():
             self._load()
 
@@ -143,6 +145,26 @@ class Session:
         if self._interrupted is not None:
             return study_of(self._interrupted).with_overrides(on=options.on, sites=options.sites)
         return override(load_requested_study(options, device), options)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Replace the stream of pytest's reporter before its first line, so that a session whose reader goes away
+        (`pytest | head -1`) still completes its measurement."""
+        screen = getattr(session.config.pluginmanager.get_plugin("terminalreporter"), "_tw", None)
+        if screen is not None and hasattr(screen, "_file"):
+            self._session, self._output = session, CapturedStdout(screen._file)
+            screen._file = self._output
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        """If output was lost, say so by the exit code: pytest's own would be 1, which means a regression."""
+        if self._session is None or self._output is None:
+            return
+        self._output.flush()
+        if self._output.lost is not None:
+            self._output.drain()
+            closed = self._output.lost.errno == errno.EPIPE
+            self._session.exitstatus = EXIT_CLOSED_PIPE if closed else EXIT_UNWRITABLE
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Generate a test for each variant of the study, or of the resumed run."""
@@ -345,35 +367,3 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
 
 def _nothing() -> None:
     """The call of a replayed round; the actual work was measured before."""
-
-
-class Output:
-    """Replaces the output stream of pytest's reporter, so that a session whose reader goes away (`pytest | head -1`)
-    still completes its measurement; the exit code then says that output was lost.
-
-    Otherwise pytest would exit with code 1, which means a regression.
-    """
-
-    def __init__(self) -> None:
-        self._session: pytest.Session | None = None
-        self._stream: CapturedStdout | None = None
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Replace the stream before the first line is written."""
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        screen = getattr(reporter, "_tw", None)
-        if screen is not None and hasattr(screen, "_file"):
-            self._session, self._stream = session, CapturedStdout(screen._file)
-            screen._file = self._stream
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_unconfigure(self) -> None:
-        """Restore the stream after the last line, and set the exit code that pytest returns."""
-        if self._session is None or self._stream is None:
-            return
-        self._stream.flush()
-        if self._stream.lost is not None:
-            self._stream.drain()
-            closed = self._stream.lost.errno == errno.EPIPE
-            self._session.exitstatus = EXIT_CLOSED_PIPE if closed else EXIT_UNWRITABLE
