@@ -119,7 +119,7 @@ def probe_memory(
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """Determine the level of interleaving that the scripts of a plan allow; returns the plan, and notices to show
     first."""
-    free = next(iter(executors.values())).free_bytes()
+    free = next(iter(executors.values())).free_bytes() or 0
     records: dict[str, TrialRecord] = {}
     for slot in plan.slots:
         if _key(slot.arm) not in records:
@@ -167,11 +167,9 @@ def _needed_bytes(record: TrialRecord) -> int | None:
     return max((size for kind, size in record.memory.items() if kind.startswith("host_peak_")), default=None)
 
 
-def _choose_level(records: Sequence[TrialRecord], free: int | None) -> tuple[Interleaving, str]:
+def _choose_level(records: Sequence[TrialRecord], free: int) -> tuple[Interleaving, str]:
     """Lockstep if the memory of all scripts together fits; a script that failed counts as 0."""
     sizes = [size for record in records if (size := _needed_bytes(record)) is not None]
-    if free is None:
-        return "replicates", "how much memory is free cannot be known"
     if not sizes:
         return "replicates", "none of the scripts took a step, so the memory of all together is not known"
     why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
