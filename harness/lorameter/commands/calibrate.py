@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     study, variant = _load_calibrated(options)
     with open_placement(study, options.runs_dir) as placement:
         if rows is None:
-            pilot = _with_protocol(study, replicates=3)
+            pilot = study.with_protocol(replicates=3)
             ratios = [_measure_pilot(pilot, variant, count, placement, options) for count in PILOT_ROWS]
             rows = rows_for(INJECTED_SHARE, *ratios)
         return _show_calibration(_measure_injected(study, variant, rows, placement, options), options)
@@ -81,11 +80,7 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
     )
     variant = study.variant(options.variant[0] if options.variant else study.reference)
     # All replicates are needed: a run that stopped at its precision would have too few for subsets.
-    return _with_protocol(study, precision=None), variant.name
-
-
-def _with_protocol(study: Study, **changes: Any) -> Study:
-    return dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, **changes))
+    return study.with_protocol(precision=None), variant.name
 
 
 def _measure_injected(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> Run:
@@ -153,7 +148,7 @@ def run_bisect(options: argparse.Namespace) -> int:
 
     def compare(side: str, replicates: int) -> Comparison:
         try:
-            run = _measure_sides(_with_protocol(study, replicates=replicates), variant, (good, side), options)
+            run = _measure_sides(study.with_protocol(replicates=replicates), variant, (good, side), options)
         except LorameterError as error:
             if side in (good, bad):
                 raise

@@ -153,8 +153,8 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
     Raises:
         TimeLimitTooShortError: not one replicate fits into the time limit.
     """
-    protocol = dataclasses.replace(plan.study.protocol, precision=None)  # the scatter is not simulated
-    plan = dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
+    plan = dataclasses.replace(plan, study=plan.study.with_protocol(precision=None))  # the scatter is not simulated
+    protocol = plan.study.protocol
     executor = _SimulatedExecutor(plan, times)
     budget = Budget(
         None if protocol.max_minutes is None else 60 * protocol.max_minutes,

@@ -180,8 +180,7 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
     )
     if max_minutes is None:
         return plan
-    protocol = dataclasses.replace(plan.study.protocol, max_minutes=max_minutes)
-    return dataclasses.replace(plan, study=dataclasses.replace(plan.study, protocol=protocol))
+    return dataclasses.replace(plan, study=plan.study.with_protocol(max_minutes=max_minutes))
 
 
 def _hashes(tokens: Mapping[str, Any]) -> dict[str, str]:

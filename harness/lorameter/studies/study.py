@@ -260,6 +260,10 @@ class Study:
         require_known(f"study {self.name}: variant {name!r}", name, list(variants))
         return variants[name]
 
+    def with_protocol(self, **changes: Any) -> Study:
+        """The same study with other values of its protocol."""
+        return dataclasses.replace(self, protocol=dataclasses.replace(self.protocol, **changes))
+
     def with_overrides(
         self,
         *,

@@ -8,7 +8,6 @@ lost, another job measures its current replicate from the beginning.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import time
@@ -356,7 +355,7 @@ class _Jobs:
         study = self._plan.study
         if (minutes := study.protocol.max_minutes) is not None:  # less for the rest of a lost job
             limit = minutes * min(1, len(replicates) / self._each)
-            study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, max_minutes=limit))
+            study = study.with_protocol(max_minutes=limit)
         plan = PlanSpec(
             study=codec.to_json(study),
             phases=self._plan.phases,
