@@ -77,6 +77,7 @@ class Budget:
         self.clock = clock
         self.limit_s = limit_s
         self.replicates = replicates
+        self._target = min(TARGET_REPLICATES, replicates)
         self.import_s = self.load_s = 0.0
         """Seconds in which a cold start imports the libraries and loads a base, as far as known."""
         self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
@@ -100,11 +101,6 @@ class Budget:
         self._measured_s: dict[str, float] = {}
 
     @property
-    def is_limited(self) -> bool:
-        """Whether there is a limit."""
-        return self.limit_s is not None
-
-    @property
     def spent_s(self) -> float:
         """Seconds since the budget was opened."""
         return self.clock() - self._begin
@@ -122,11 +118,7 @@ class Budget:
     @property
     def is_judging(self) -> bool:
         """Whether the first replicate is running, in which the budget decides which parts are measured."""
-        return self.is_limited and not self._past
-
-    @property
-    def _target_replicates(self) -> int:
-        return min(TARGET_REPLICATES, self.replicates)
+        return self.limit_s is not None and not self._past
 
     def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = MIN_ROUNDS) -> float:
         """Seconds of a replicate with this many rounds of each measured part."""
@@ -153,7 +145,7 @@ class Budget:
         each = self._replicate_s(first)
         fitting = min(max(1, self.replicates - 1), int(self.left_s / each)) if each else 0
         round_s = self._replicate_s(first, MIN_ROUNDS + 1) - each
-        if fitting and round_s and 1 + fitting >= self._target_replicates:
+        if fitting and round_s and 1 + fitting >= self._target:
             self._rounds = MIN_ROUNDS + int((self.left_s / fitting - each) / round_s)
 
     def enter(self, group: Group) -> None:
@@ -201,7 +193,7 @@ class Budget:
             return part not in self.skipped
         share = self._begun / self._trials
         each = (self._replicate_s(self._costs) + seconds + self._dropped_s) / share
-        needed_s = self._entered - self._begin + self._once_s + once_s + self._target_replicates * each
+        needed_s = self._entered - self._begin + self._once_s + once_s + self._target * each
         if self._dropped_s or needed_s > self.limit_s:
             self._dropped_s += seconds
             self._skip(part, needed_s)
@@ -232,7 +224,7 @@ class Budget:
         self._costs = {}  # a group that is measured again is not part of a replicate
         if self.limit_s is None or len(self._past) > 1:
             return
-        (first,), later = self._past, self._target_replicates - 1
+        (first,), later = self._past, self._target - 1
         needed_s = self.spent_s + later * self._replicate_s(first)
         for part in reversed(DROPPABLE):
             if part in first and later * self._replicate_s(first) > self.left_s:
@@ -256,7 +248,7 @@ class Budget:
             limit_s=self.limit_s,
             wall_s=self.spent_s,
             measured_s=dict(self._measured_s),
-            turns=tuple(self._turns.values()) if self.is_limited else (),
+            turns=tuple(self._turns.values()) if self.limit_s is not None else (),
         )
 
 

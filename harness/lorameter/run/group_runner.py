@@ -196,7 +196,7 @@ class GroupRunner:
             steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
             budget.require_one(steps * sum(self._records.values("build_step_time_s")))
         self._run_untimed("verify")
-        self._run_untimed("warm_up", arguments={"steps": 1} if budget.is_limited else {})
+        self._run_untimed("warm_up", arguments={"steps": 1} if budget.limit_s is not None else {})
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")) / self._parallel)
 
     def _train(self) -> None:
@@ -216,7 +216,8 @@ class GroupRunner:
         self._take_rounds("epochs", tuple(turns[number % len(turns)] for number in range(epochs)),
                           steps=protocol.steps_per_turn)  # fmt: skip
         arguments = {}
-        if timed and self._budget.is_limited and not epochs:  # all end after the longest warm-up and the timed steps
+        if timed and self._budget.limit_s is not None and not epochs:
+            # All trials end after the longest warm-up and the timed steps.
             longest = max(len(records.records[trial].samples.get(WARM, ())) for trial in timed)
             arguments["steps"] = 1 + longest + taken * steps
         finish_s = self._run_untimed("finish_training", arguments=arguments)

@@ -215,7 +215,7 @@ def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
 
 def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *, stopped: str | None) -> None:
     notices: tuple[Notice, ...] = ()
-    if budget.is_limited and not measured.interrupted:
+    if budget.limit_s is not None and not measured.interrupted:
         count = len({record.replicate for record in measured.records if record.status == "ok"})
         planned = plan.study.protocol.replicates
         notices = skipped_notice(budget.skipped, count, planned, budget.needed_s, budget.training_s)
