@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -72,20 +71,14 @@ def usage_errors() -> Iterator[None]:
         raise pytest.UsageError(escape_control_chars(f"lorameter: {error}")) from None
 
 
-def options_of(config: pytest.Config) -> argparse.Namespace:
-    """The options of a session, in the form of those of `lorameter run`."""
-    options = build_parser().parse_args(["run"])
-    for name, value in vars(config.option).items():
-        if name.startswith("lorameter_"):
-            setattr(options, name.removeprefix("lorameter_"), value)
-    return options
-
-
 class Session:
     """One pytest session over one study: measures once after collection, replays in each test, reports at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._config, self._options = config, options_of(config)
+        self._config, self._options = config, build_parser().parse_args(["run"])
+        for name, value in vars(config.option).items():
+            if name.startswith("lorameter_"):
+                setattr(self._options, name.removeprefix("lorameter_"), value)
         reasons = (
             (config.getoption("benchmark_skip") and not config.getoption("benchmark_only"), SKIPPED),
             (config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"), DISABLED),

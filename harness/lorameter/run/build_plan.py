@@ -117,15 +117,19 @@ def _check_sides(study: Study, sides: Sides) -> Study:
 def probe_memory(
     plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: Display
 ) -> tuple[Plan, tuple[Notice, ...]]:
-    """Determine the level of interleaving that the scripts of a plan allow; returns the plan, and notices to show
-    first."""
+    """Determine the level of interleaving that the scripts of a plan allow: lockstep if the memory of all together
+    fits; a script that failed counts as 0. Returns the plan, and notices to show first."""
     free = next(iter(executors.values())).free_bytes() or 0
     records: dict[str, TrialRecord] = {}
     for slot in plan.slots:
         if _key(slot.arm) not in records:
             listener.trial_phase(slot, "rehearsing")
             records[_key(slot.arm)] = _rehearse(plan, slot, executors[slot.executor], context)
-    level, why = _choose_level([records[_key(arm)] for arm in plan.arms], free)
+    sizes = [size for arm in plan.arms if (size := _needed_bytes(records[_key(arm)])) is not None]
+    level: Interleaving = "lockstep" if sizes and fits(sum(sizes), free) else "replicates"
+    why = "none of the scripts took a step, so the memory of all together is not known"
+    if sizes:
+        why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
     settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why, sides=plan.sides)
     failed = {arm.name: record for arm in plan.arms if (record := records[_key(arm)]).status != "ok"}
     return dataclasses.replace(settled, failed=failed), tuple(dict.fromkeys(map(_failure_notice, failed.values())))
@@ -165,15 +169,6 @@ def _needed_bytes(record: TrialRecord) -> int | None:
     if reserved is not None:
         return reserved + CUDA_CONTEXT_BYTES
     return max((size for kind, size in record.memory.items() if kind.startswith("host_peak_")), default=None)
-
-
-def _choose_level(records: Sequence[TrialRecord], free: int) -> tuple[Interleaving, str]:
-    """Lockstep if the memory of all scripts together fits; a script that failed counts as 0."""
-    sizes = [size for record in records if (size := _needed_bytes(record)) is not None]
-    if not sizes:
-        return "replicates", "none of the scripts took a step, so the memory of all together is not known"
-    why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
-    return ("lockstep" if fits(sum(sizes), free) else "replicates"), why
 
 
 def _failure_notice(record: TrialRecord) -> Notice:
