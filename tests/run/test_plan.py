@@ -499,7 +499,8 @@ def test_sizes_are_counted_by_peft_and_noted_as_unconfirmed(tmp_path, capsys):
     """Sizes are counted without a formula, and a note says that no formula confirmed them."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 320}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    line = ["list", "sizes", "llama2-lora-parameters", "--model", f"random:{tmp_path}"]
+    (tmp_path / "own.toml").write_text('[[variant]]\nname = "r64"\nr = 64\ntarget_modules = []\n')
+    line = ["list", "sizes", str(tmp_path / "own.toml"), "--model", f"random:{tmp_path}"]
     assert main(line) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "32,768" in shown  # r 64, two blocks, 64 in and 192 out
