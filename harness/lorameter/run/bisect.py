@@ -23,8 +23,9 @@ import msgspec
 
 from lorameter.errors import UsageError, redact, require
 from lorameter.machine.provenance import probe_machine, run_git
-from lorameter.records import codec, store
+from lorameter.records import codec
 from lorameter.records.store import Run
+from lorameter.run.forecast_time import latest_runs
 from lorameter.run.plan import Plan, variants_of
 from lorameter.run.workers.environment import parse_requirements
 from lorameter.run.workers.sides import find_commit
@@ -200,24 +201,15 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
 
 
 def find_measured(plan: Plan, runs: Path) -> Run | None:
-    """The newest complete A/B run of this plan on this machine; None if there is none.
-
-    Args:
-        plan: the plan to look for.
-        runs: the folder of runs; unreadable runs are skipped.
-    """
+    """The newest complete A/B run of this plan among the latest runs on this machine; None if there is none."""
     wanted = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.arms)))
-    device, sides = probe_machine().device_name, {name: side.to_json() for name, side in plan.sides.items()}
-    for path in reversed(store.list_runs(runs)):
-        try:
-            manifest = store.read_manifest(path)
-        except UsageError:
-            continue
+    specs = {name: side.to_json()["spec"] for name, side in plan.sides.items()}
+    for run in latest_runs(probe_machine(), runs):
+        manifest = run.manifest
         measured = (manifest.study, tuple(manifest.phases), manifest.selection)
-        same_sides = all(manifest.sides.get(name, {}).get("spec") == side["spec"] for name, side in sides.items())
-        here = manifest.provenance.get("device_name") == device
-        if manifest.status == "complete" and here and same_sides and measured == wanted:
-            return store.read_run(str(path), runs)
+        same_sides = {name: side.get("spec") for name, side in manifest.sides.items()} == specs
+        if manifest.status == "complete" and same_sides and measured == wanted:
+            return run
     return None
 
 

@@ -28,7 +28,6 @@ from lorameter.run.prepare import RunContext, begin_record, request_of, script_r
 from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, RoundKind, TrialRequest
 
-WARM = "warmup_step_time_s"
 PART_OF: dict[RoundKind, Part] = {
     "steps": "training", "epochs": "training", "requests": "requests", "open_ended": "open_ended", "merged": "merged",
 }  # fmt: skip
@@ -218,7 +217,7 @@ class GroupRunner:
         arguments = {}
         if timed and self._budget.limit_s is not None and not epochs:
             # All trials end after the longest warm-up and the timed steps.
-            longest = max(len(records.records[trial].samples.get(WARM, ())) for trial in timed)
+            longest = max(len(records.records[trial].samples.get("warmup_step_time_s", ())) for trial in timed)
             arguments["steps"] = 1 + longest + taken * steps
         finish_s = self._run_untimed("finish_training", arguments=arguments)
         if turns and records.values("held_out_loss_initial"):
