@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import textwrap
 import types
 import typing
@@ -143,7 +144,7 @@ def _kind(hint: Any) -> str:
     """The possible values of a key, as text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return ", ".join(f"`{_toml(one)}`" for one in args)
+        return ", ".join(f"`{json.dumps(one, ensure_ascii=False)}`" for one in args)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(_kind(one) for one in args if one is not type(None)))
     if origin is tuple:
@@ -161,12 +162,6 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "not set"
     if dataclasses.is_dataclass(value) or value in ({}, ()):
         return "empty"
-    return f"`{_toml(value)}`"
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, tuple) else str(value)
