@@ -90,7 +90,7 @@ def test_a_claim_about_two_scripts_is_not_judged_without_proof(scripted, tmp_pat
     assert code == 0
     assert "whether torch.compile ran is unknown" in " ".join(out.replace("│", " ").split())
     code, out, err = scripted("run", "--resume", run, "--steps", "8")
-    assert (code, "--steps would change the study" in err) == (2, True)
+    assert (code, "--steps cannot be given" in err) == (2, True)
 
 
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"

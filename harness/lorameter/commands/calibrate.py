@@ -108,9 +108,7 @@ def _resume_calibration(options: argparse.Namespace) -> int:
         study_of(run).protocol.replicates >= MIN_TO_CALIBRATE,
         f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.",
     )
-    whole = resume(find_interrupted(options), options)
-    assert whole is not None  # None only with --dry-run, which this command does not have
-    return _show_calibration(whole, options)
+    return _show_calibration(resume(find_interrupted(options), options), options)
 
 
 def _require_whole(run: Run, then: str) -> None:

@@ -104,10 +104,6 @@ class Session:
         options = self._options
         check_page(options.html, "--lorameter-html")
         if options.resume:
-            require(
-                not options.dry_run,
-                "--lorameter-dry-run: a run that is resumed has its plan. Leave one of the two out.",
-            )
             self._interrupted = find_interrupted(options, prefix=PYTEST_PREFIX)
             name = self._interrupted.manifest.run
             require(

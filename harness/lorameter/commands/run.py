@@ -23,7 +23,7 @@ from lorameter.records import codec, store
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
-from lorameter.report.blocks import Document, to_line
+from lorameter.report.blocks import Document
 from lorameter.report.estimate import describe_plan
 from lorameter.report.live import LiveDisplay
 from lorameter.report.phrases import warn_before_run
@@ -53,9 +53,9 @@ from lorameter.verdicts.calibrate import MAX_ROWS
 from lorameter.verdicts.gate import load_policy
 
 ON_RESUME = frozenset(
-    "calls study resume runs_dir json max_minutes sites on if_busy dry_run verbose policy format markdown html".split()
+    "calls study resume runs_dir json max_minutes sites on if_busy verbose policy format markdown html".split()
 )
-"""Options that are allowed with --resume; all others would change the study or the plan."""
+"""Options that are allowed with --resume; the run holds its study and plan."""
 
 
 def override(
@@ -159,7 +159,7 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
     """The interrupted run that the option `resume` names.
 
     Raises:
-        UsageError, InvalidRunError: the run does not exist or cannot be resumed, or options would change its plan.
+        UsageError, InvalidRunError: the run does not exist or cannot be resumed, or an option cannot be given with it.
     """
     given = [
         f"{prefix}{'command' if name == 'script' else name.replace('_', '-')}"
@@ -168,18 +168,15 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
     ]
     require(
         not given,
-            f"{prefix}resume: {', '.join(given)} would change the study or the plan, which the run holds. Leave the "
-            "option out, or measure a new run."
-        )
+        f"{prefix}resume: {', '.join(given)} cannot be given, since the run holds its study and plan. Leave the "
+        "option out, or measure a new run.",
+    )
     study = load_study(options.study).name if options.study else None
     return read_broken_off(options.resume, store.runs_dir(options.runs_dir), study=study)
 
 
-def resume(run: Run, options: argparse.Namespace) -> Run | None:
-    """Measure the rest of a run, at its original place or at that of `--on` and `--sites`.
-
-    Returns:
-        The run afterwards, also if nothing was left to measure; None with `--dry-run`, which shows the rest.
+def resume(run: Run, options: argparse.Namespace) -> Run:
+    """Measure the rest of a run, if there is any, at its original place or at that of `--on` and `--sites`.
 
     Raises:
         UsageError, InvalidRunError: the run cannot be resumed here.
@@ -195,10 +192,6 @@ def resume(run: Run, options: argparse.Namespace) -> Run | None:
         left = [slot.trial for group in unfinished for slot in group.slots]
         kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
         print_stderr(f"run {name}: {kept}, {len(left)} are left to be measured.")
-        if vars(options).get("dry_run"):
-            trials = tuple(to_line(trial, indented=False) for trial in left)
-            show_result(options, trials, lambda: {"run": name, "order": left, "interleaving": plan.interleaving})
-            return None
         with placement.hold(options.if_busy), LiveDisplay(console_for(stderr=True)) as display:
             return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)
 
@@ -263,10 +256,8 @@ def _refuse_without(needed: str, options: argparse.Namespace, *names: str) -> No
         require(getattr(options, name) in (None, False), f"--{name}: it belongs to {needed}. Leave it out.")
 
 
-def _show(run: Run | None, options: argparse.Namespace) -> int:
-    """Print the report of a run, if one was measured, in the same way as its command."""
-    if run is None:
-        return EXIT_PASS
+def _show(run: Run, options: argparse.Namespace) -> int:
+    """Print the report of a run, in the same way as its command."""
     if run.manifest.sides:
         return show_ab(run, options)
     view = view_of(run)

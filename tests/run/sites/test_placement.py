@@ -330,7 +330,7 @@ def test_ratios_are_those_of_each_site(spread, run, tmp_path):
     lines = (last.path / "trials.jsonl").read_text().splitlines(keepends=True)
     (last.path / "trials.jsonl").write_text(lines[0])
     for words, refusal in (
-        (("--on", "here"), "mixed: there is one site here"), (("--mixed",), "--mixed would change the study"),
+        (("--on", "here"), "mixed: there is one site here"), (("--mixed",), "--mixed cannot be given"),
     ):  # fmt: skip
         code, _, output = run("run", "--resume", name, *words)
         assert (code, refusal in output) == (2, True), output
