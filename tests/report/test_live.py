@@ -70,7 +70,9 @@ def test_each_variant_has_a_row_of_trials_value_ratio_and_phase(plan):
     for record in measured(plan, 2):
         display.trial_ended(record)
     later = next(
-        slot for slot in plan.slots if slot.replicate == 2 and (slot.variant.name, slot.arm.role) == ("plain", "variant")
+        slot
+        for slot in plan.slots
+        if slot.replicate == 2 and (slot.variant.name, slot.arm.role) == ("plain", "variant")
     )
     display.trial_phase(later, "turn")
     failed = next(slot for slot in plan.slots if slot.replicate == 2 and slot.variant.name == "nf4")

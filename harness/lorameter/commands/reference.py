@@ -163,5 +163,3 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if dataclasses.is_dataclass(value) or value in ({}, ()):
         return "empty"
     return f"`{json.dumps(value, ensure_ascii=False)}`"
-
-

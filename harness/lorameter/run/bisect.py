@@ -239,9 +239,8 @@ def _releases(good: tuple[str, ...], bad: tuple[str, ...]) -> tuple[Candidate, .
     (name, first), (other, last) = (_exact(word) for word in differing[0])
     require(
         name == other and first < last,
-            f"bisect: {' and '.join(differing[0])} are not two releases of one package in order. "
-            "The good one comes first."
-        )
+        f"bisect: {' and '.join(differing[0])} are not two releases of one package in order. The good one comes first.",
+    )
     between = [version for version in _versions(name, first, last) if first < version < last]
     others = [word for word in good if word != differing[0][0]]
     return tuple(

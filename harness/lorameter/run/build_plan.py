@@ -92,13 +92,13 @@ def _check_sides(study: Study, sides: Sides) -> Study:
     differ in the worktree of a revision."""
     require(
         not (sides["candidate"].slowdown_rows and study.of_scripts),
-            f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them."
-        )
+        f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them.",
+    )
     require(
         not study.own_workloads,
-            f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
-            f"one variant on one workload. Measure it with `lorameter run {study.name}`."
-        )
+        f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
+        f"one variant on one workload. Measure it with `lorameter run {study.name}`.",
+    )
     if study.of_scripts:
         if any(side.kind in ("interpreter", "requirements") for side in sides.values()):
             for variant in study.scripts:

@@ -152,9 +152,9 @@ def _check_lengths(study: str, workload: Workload, shape: ModelShape) -> None:
     ):
         require(
             length <= shape.context,
-                f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
-                f"{shape.context} tokens. Use {shape.context} or fewer."
-            )
+            f"study {study}, [workload]: {key} = {length}: longer than the context of {workload.model}, "
+            f"{shape.context} tokens. Use {shape.context} or fewer.",
+        )
 
 
 def _check_requirements(study: Study) -> None:
@@ -170,9 +170,9 @@ def _check_requirements(study: Study) -> None:
     for path in study.engine.proof if study.engine is not None else ():
         require(
             path in PATHS,
-                f"study {study.name}, [engine.proof]: {shorten(path, 60)}: no path of kernels_check, so nothing would "
-                f"prove that the engine runs. Known: {', '.join(PATHS)}."
-            )
+            f"study {study.name}, [engine.proof]: {shorten(path, 60)}: no path of kernels_check, so nothing would "
+            f"prove that the engine runs. Known: {', '.join(PATHS)}.",
+        )
 
 
 def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
@@ -259,10 +259,10 @@ def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machi
     for name, width in widths.items():
         require(
             width not in taken or width % NF4_BLOCK == 0,
-                f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
-                "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
-                f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".'
-            )
+            f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
+            "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
+            f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".',
+        )
 
 
 def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelShape) -> Iterator[Notice]:
@@ -271,9 +271,9 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
     missing, layers = unknown_targets(variant, shape), ", ".join(linear_layers(shape))
     require(
         not missing or len(missing) < len(variant.target_modules),
-            f"{where}: target_modules = {list(missing)}: the model {model} has no such module. Its linear layers are "
-            f"{layers}."
-        )
+        f"{where}: target_modules = {list(missing)}: the model {model} has no such module. Its linear layers are "
+        f"{layers}.",
+    )
     if missing:
         yield Notice(
             code="target-unknown",
@@ -366,9 +366,9 @@ def _check_gpus(where: str, ranks: int) -> None:
     gpus = len(listed or ()) if known is None else len(known)
     require(
         gpus >= ranks,
-            f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} available here, and ranks that "
-            "share one measure each other. Use fewer ranks, or make more GPUs visible."
-        )
+        f"{where}: ranks = {ranks}: {gpus} GPU{'s are' if gpus != 1 else ' is'} available here, and ranks that "
+        "share one measure each other. Use fewer ranks, or make more GPUs visible.",
+    )
     for shared in shared_boards((known or ())[:ranks]):
         raise UsageError(
             f"{where}: ranks = {ranks}: {describe_gpus(shared)} are parts of one GPU, and ranks that share one measure "

@@ -282,7 +282,9 @@ class GroupRunner:
 
     def _checks_sum(self, slot: Slot) -> bool:
         """Whether a whole cold start of this trial is compared with the sum of its parts."""
-        return slot.replicate == 0 and slot.arm.role == "variant" and slot.variant.name == self._run.plan.study.reference
+        return (
+            slot.replicate == 0 and slot.arm.role == "variant" and slot.variant.name == self._run.plan.study.reference
+        )
 
     def _add_cold(self, trial: str, measure: Callable[[Slot, TrialRequest], PartialRecord]) -> None:
         """Add a cold start. Its answer must equal that of the trained process; otherwise the trial is invalid."""

@@ -225,9 +225,9 @@ def advise(fitter: Fitter, variant: Variant, workload: Workload, *, with_largest
     """
     require(
         workload.ranks == 1,
-            f"workload: ranks = {workload.ranks}: the fit is estimated for one process on one device, and the memory "
-            "of each rank is not known. Leave --gpu and --max-batch out, or set ranks = 1."
-        )
+        f"workload: ranks = {workload.ranks}: the fit is estimated for one process on one device, and the memory "
+        "of each rank is not known. Leave --gpu and --max-batch out, or set ranks = 1.",
+    )
     before, cpu = fitter.needs(variant, workload), fitter.device.machine.device == "cpu"
     options: dict[_Change, MemoryOption] = {}
     skipped: list[SkippedOption] = []

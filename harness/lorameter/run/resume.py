@@ -72,9 +72,9 @@ def read_plan(written: PlanSpec) -> Plan:
     plan = keep(written.order)  # a resumed run no longer has the replicates that were not needed
     require(
         tuple(slot.trial for slot in plan.slots) == written.order,
-            f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
-            "that version, or measure a new run."
-        )
+        f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
+        "that version, or measure a new run.",
+    )
     return keep(written.trials)
 
 
@@ -215,9 +215,9 @@ def continue_manifest(manifest: Manifest, begun: Manifest, max_minutes: float | 
     for which, before in _hashes(manifest.tokens).items():
         require(
             now.get(which) == before,
-                f"run {manifest.run}: {which} have the hash {str(now.get(which))[:12]} now and had {before[:12]}: "
-                "the data or the tokenizer has changed. Restore it, or measure a new run."
-            )
+            f"run {manifest.run}: {which} have the hash {str(now.get(which))[:12]} now and had {before[:12]}: "
+            "the data or the tokenizer has changed. Restore it, or measure a new run.",
+        )
     harness = facts["worker"]["harness"]
     earlier = [manifest.provenance.get("worker", {}).get("harness"), *(one.harness for one in manifest.resumed)]
     again = Resumption(unix_s=time.time(), harness=harness, commit=facts["git"]["commit"], max_minutes=max_minutes)
