@@ -15,7 +15,7 @@ bench: $(STAMP)
 	$(BIN)/pytest benchmarks/ --benchmark-save=$(NAME)
 
 # Three processes for two cores, since many tests wait for processes that they start; each file in one process, so that
-# its module fixtures are made once. In the order of the tree, after one long file (tests/conftest.py): the first files
+# its module fixtures are made once. In the order of the tree: the first files
 # start real processes and take longest.
 # LORAMETER_TRACES names a folder with recordings of GPU runs (of torch.profiler or nsys), whose sums must agree with the
 # published ones; without it that test is skipped.

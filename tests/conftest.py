@@ -56,8 +56,6 @@ def pytest_collection_modifyitems(config, items):
             config.hook.pytest_deselected(items=list(long))
             items[:] = [item for item in items if item not in long]
 
-    # A file is run by one process, and this one takes a tenth of all time: last, it would run alone at the end.
-    items.sort(key=lambda item: item.path.name != "test_pytest_plugin.py")
     for_gpus = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpus and not _has_gpu():
         for item in for_gpus:

@@ -7,6 +7,7 @@ gives such records.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -22,6 +23,9 @@ from lorameter.commands.setup import FILES
 from lorameter.machine.processes import cores_of
 from lorameter.records.record import Failure, PartialRecord
 from tests.run import fakes
+
+for name in ("numpy", "scipy.special", "scipy.stats"):
+    importlib.import_module(name)  # pytester unloads what a session imports, and these cannot be loaded twice
 
 LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
 """Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
