@@ -39,8 +39,9 @@ from lorameter.run.device_lock import hold_device
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
+from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_variant
-from lorameter.studies.variant import LoraVariant
+from lorameter.studies.variant import LoraVariant, Variant
 
 
 def run_profile(options: argparse.Namespace) -> int:
@@ -68,9 +69,7 @@ def run_profile(options: argparse.Namespace) -> int:
     tried = None
     try:
         if options.attempt is not None:
-            finding = choose_finding(findings, options.attempt or None)
-            pair, phases = make_pair(study, variant, finding), (phase_of(finding),)
-            tried = judge_remedy(measure_study(pair, Placement(), options, phases=phases), finding)
+            tried = _try(study, variant, choose_finding(findings, options.attempt or None), options)
     finally:  # a failing remedy must not lose the profile
         if options.json:
             print_json({"path": str(folder), **document, "tried": tried})
@@ -81,6 +80,12 @@ def run_profile(options: argparse.Namespace) -> int:
     if not tried.valid:
         return EXIT_INVALID
     return EXIT_INCONCLUSIVE if tried.comparison and tried.comparison.verdict == "inconclusive" else EXIT_PASS
+
+
+def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> RemedyResult:
+    """Measure the current variant and the suggested one, like any two variants."""
+    pair, phases = make_pair(study, variant, finding), (phase_of(finding),)
+    return judge_remedy(measure_study(pair, Placement(), options, phases=phases), finding)
 
 
 _ProfileResult = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
