@@ -203,7 +203,7 @@ def with_prompts(study: Study, *, prompts: int | None, epochs: float | None) -> 
     if prompts is not None:
         study = dataclasses.replace(study, workload=dataclasses.replace(study.workload, held_out_records=prompts))
     if epochs is not None:
-        study = dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, epochs=epochs))
+        study = study.with_protocol(epochs=epochs)
     return study
 
 
