@@ -59,7 +59,7 @@ def pretended(monkeypatch, tmp_path):
     the executors of jobs."""
     folder = str(Path(__file__).parent / "pretended")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setitem(EXECUTORS, "pretending", "pretending")
+    monkeypatch.setitem(EXECUTORS, "pretending", "pretending:Fake")
     monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
     monkeypatch.setenv("LORAMETER_EXECUTOR", "pretending")
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))

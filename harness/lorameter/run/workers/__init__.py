@@ -4,15 +4,15 @@ An executor starts workers. A worker hosts one or more trials and answers one co
 the answer: the harness does not run while a step is timed.
 
 The executor also provides the facts about the machine, its free memory and the paths of a trial's files. To add an
-executor, write a module with a function `open_executor` and add a line to `EXECUTORS`.
+executor, write a class and add a line to `EXECUTORS`.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import importlib
 import os
+import pkgutil
 import shutil
 import signal
 import time
@@ -33,8 +33,11 @@ from lorameter.run.workers.environment import Host, describe
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.workload import Workload
 
-EXECUTORS = {"local": "lorameter.run.workers.local", "script": "lorameter.run.workers.script"}
-"""The module of each executor, by name."""
+EXECUTORS = {
+    "local": "lorameter.run.workers.local:LocalExecutor",
+    "script": "lorameter.run.workers.script:ScriptExecutor",
+}
+"""The class of each executor, by name."""
 SCRIPTS = "script"
 """The executor of variants that are commands."""
 MAX_OUTPUT = 8000
@@ -284,5 +287,5 @@ def open_executor(name: str | None = None, *, host: Host | None = None, label: s
     name = name or os.environ.get("LORAMETER_EXECUTOR") or "local"
     if name not in EXECUTORS:
         raise UsageError(f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
-    made: Executor = importlib.import_module(EXECUTORS[name]).open_executor(host=host, label=label)
+    made: Executor = pkgutil.resolve_name(EXECUTORS[name])(host=host, label=label)
     return made

@@ -285,11 +285,6 @@ def _last_line(log: Path) -> str:
     return "".join(log.read_text(errors="replace").strip().splitlines()[-1:])
 
 
-def open_executor(*, host: Host | None = None, label: str = "") -> Executor:
-    """Called by `lorameter.run.workers.open_executor`."""
-    return LocalExecutor(host=host, label=label)
-
-
 class ForkedWorker(Worker):
     """A process that the zygote of an executor has forked."""
 

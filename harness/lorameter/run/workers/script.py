@@ -299,7 +299,8 @@ class ScriptWorker(Worker):
 class ScriptExecutor(Executor):
     """Implements `Executor`, except for bases and cold starts, which plans of scripts do not have."""
 
-    def __init__(self, *, host: Host | None = None) -> None:
+    def __init__(self, *, host: Host | None = None, label: str = "") -> None:
+        """`label` is not used: no file of a script has its side in the name."""
         self._side = host or Host()
         self._snapshots: dict[Path, Path] = {}
         self._homes: dict[str, Path] = {}
@@ -376,9 +377,3 @@ class ScriptExecutor(Executor):
         )
         words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)
-
-
-def open_executor(*, host: Host | None = None, label: str = "") -> ScriptExecutor:
-    """Open the executor for `lorameter.run.workers.open_executor`. No file of a script has its side in the name, so
-    `label` is not used."""
-    return ScriptExecutor(host=host)

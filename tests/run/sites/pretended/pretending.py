@@ -79,8 +79,3 @@ class Fake(FakeExecutor):
         time.sleep(setting("turn_s", 0.0))
         slow = [factor for on, part, factor in setting("slow", []) if on == cpus() and part in trial]
         return PartialRecord(samples={"step_time_s": ((slow or [1.0])[0] * 0.1,) * arguments["steps"]})
-
-
-def open_executor(*, host=None, label=""):
-    """Open the fake with the signature of `lorameter.run.workers.EXECUTORS`."""
-    return Fake(host=host, label=label)

@@ -5,4 +5,4 @@ import contextlib
 with contextlib.suppress(ImportError):
     from lorameter.run.workers import EXECUTORS
 
-    EXECUTORS["pretending"] = "pretending"
+    EXECUTORS["pretending"] = "pretending:Fake"
