@@ -26,7 +26,7 @@ from typing import Any
 
 from lorameter.attach.observer import print_notice
 from lorameter.errors import UsageError, redact, shorten
-from lorameter.machine.processes import exit_words
+from lorameter.machine.processes import exit_words, explain_kill
 from lorameter.records import store
 from lorameter.records.record import Failure, Notice, TrialRecord
 from lorameter.records.store import RunWriter
@@ -210,25 +210,25 @@ def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
 def _why_nothing(code: int, hooked: Path) -> str:
     if not hooked.exists():
         return NOT_HOOKED
-    ended = f"the command ended with {_exit_words(code)}" if code else "the command has ended"
+    ended = f"the command ended with {exit_words(_exit_status(code))}" if code else "the command has ended"
     return read_missing_packages(hooked) or (
         f"{ended}, and no Trainer and no optimizer of torch had begun to train; an update that torch.compile compiles "
         "is not seen"
     )
 
 
-def _exit_words(code: int) -> str:
-    return exit_words(128 - code) if code > 128 and code - 128 in set(signal.Signals) else exit_words(code)
+def _exit_status(code: int) -> int:
+    """The exit status of the command's process; a shell gives a signal as 128 plus its number."""
+    return 128 - code if code > 128 and code - 128 in set(signal.Signals) else code
 
 
 def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
     """The record of a training whose command ended with this code; unchanged if there is nothing to add."""
-    ended = f"the command ended with {_exit_words(code)}"
+    status = _exit_status(code)
+    ended = f"the command ended with {exit_words(status)}"
     if record.under_way:
-        message = f"{ended} before its training did"
-        if code == 128 + signal.SIGKILL:
-            message += ": killed from outside, or by the kernel for want of memory (see dmesg)"
-        stopped = code - 128 in STOPPING
+        message = f"{ended} before its training did{explain_kill(status)}"
+        stopped = -status in STOPPING
         return record.replaced(
             status="interrupted" if stopped else "crashed",
             failure=Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message),

@@ -121,6 +121,11 @@ def exit_words(code: int | None) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {-code} ({names.get(-code, 'no name')})"
 
 
+def explain_kill(code: int | None) -> str:
+    """The probable causes of this exit status, to be appended to a message; empty unless it is SIGKILL."""
+    return ": killed from outside, or by the kernel for want of memory (see dmesg)" if code == -signal.SIGKILL else ""
+
+
 ATTEMPTS = 5
 """A process that starts during one search is found by the next one."""
 

@@ -255,7 +255,7 @@ class _SimulatedWorker(Worker):
         self._executor.now_s = max(self._executor.now_s, self._ready_s)
         return self._answer
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Do nothing: there is no process."""
 
 

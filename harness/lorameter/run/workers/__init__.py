@@ -14,7 +14,6 @@ import contextlib
 import os
 import pkgutil
 import shutil
-import signal
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 from lorameter import wire
 from lorameter.errors import LorameterError, UsageError, redact
 from lorameter.machine import provenance
-from lorameter.machine.processes import cpus_of, exit_words, pin_to_cpus
+from lorameter.machine.processes import cpus_of, exit_words, explain_kill, pin_to_cpus
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, Status, TokenSummary, WorkerInfo
@@ -42,9 +41,6 @@ SCRIPTS = "script"
 """The executor of variants that are commands."""
 MAX_OUTPUT = 8000
 """Maximum characters of a process's output before its death that a record keeps; the log has all."""
-
-
-KILLED = ": killed from outside, or by the kernel for want of memory (see dmesg)"
 
 
 class WorkerLostError(Exception):
@@ -78,8 +74,8 @@ class Worker(abc.ABC):
     """CPUs on which it may run, after they have been read."""
 
     @abc.abstractmethod
-    def end(self) -> int | None:
-        """Close the connection and kill the process; returns its exit status if known."""
+    def close(self) -> int | None:
+        """End the process if it has not ended, and close the connection; returns its exit status if known."""
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Execute a command. Raises `WorkerLostError` if the process dies or does not answer within `timeout_s`."""
@@ -104,26 +100,20 @@ class Worker(abc.ABC):
         try:
             yield
         except TimeoutError:
-            self.end()
+            self.close()
             raise silence(phase, timeout_s) from None
         except wire.ClosedError:
             raise self.death(phase) from None
         except (wire.GarbledError, LorameterError) as error:
-            self.end()
+            self.close()
             message = f"the trial's process gave no answer that can be read, and was killed: {error}"
             raise WorkerLostError("crashed", Failure(phase=phase, kind="Garbled", message=message)) from None
 
     def death(self, phase: str) -> WorkerLostError:
         """The error for a process that has closed its connection."""
-        code = self.end()
-        message = f"the trial's process ended with {exit_words(code)} during {phase}"
-        if code == -signal.SIGKILL:
-            message += KILLED
+        code = self.close()
+        message = f"the trial's process ended with {exit_words(code)} during {phase}{explain_kill(code)}"
         return WorkerLostError("crashed", Failure(phase=phase, kind="ProcessDied", message=message))
-
-    def close(self) -> None:
-        """End the process; does nothing if it has already ended."""
-        self.end()
 
     def cpus(self) -> tuple[int, ...]:
         """CPUs on which it may run if it is not pinned; empty if it has ended."""

@@ -294,7 +294,7 @@ class ForkedWorker(Worker):
         self._ended = False
         self._code: int | None = None
 
-    def end(self) -> int | None:
+    def close(self) -> int | None:
         """Close the connection, and kill the process and all processes that it started."""
         self.connection.close()
         if not self._ended:

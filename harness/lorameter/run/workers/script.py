@@ -15,7 +15,6 @@ import functools
 import os
 import secrets
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -39,6 +38,7 @@ from lorameter.machine.processes import (
     delay_signals,
     end_with_parent,
     exit_words,
+    explain_kill,
     has_children,
     kill_group,
     kill_marked,
@@ -49,7 +49,7 @@ from lorameter.records import codec
 from lorameter.records.os_errors import mentions_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.interrupts import SIGNALS
-from lorameter.run.workers import KILLED, MAX_OUTPUT, Executor, Worker, WorkerLostError
+from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.script_sandbox import folder_of, take_snapshot, variables_of, words_of
 from lorameter.studies.request import ScriptRequest
@@ -237,7 +237,7 @@ class ScriptWorker(Worker):
             else:
                 record = super().ask(command, trial, timeout_s, **arguments)
         except WorkerLostError:
-            self.end()
+            self.close()
             raise
         if command == "finish_training" or record.status != "ok":  # the script must not continue after its last step
             process.kill()
@@ -278,12 +278,10 @@ class ScriptWorker(Worker):
         code = self._process.wait()
         output = self._process.output()
         status, last = _judge_output(output)
-        message = f"the script's process is gone ({exit_words(code)}) during {phase}{last}"
-        if code == -signal.SIGKILL:
-            message += KILLED
+        message = f"the script's process is gone ({exit_words(code)}) during {phase}{last}{explain_kill(code)}"
         return WorkerLostError(status, Failure(phase=phase, kind="ProcessDied", message=message, traceback=output))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End all processes that were started."""
         if self._process is not None:
             self._process.close()
