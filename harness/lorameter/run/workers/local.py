@@ -96,10 +96,8 @@ class LocalExecutor(Executor):
         """Start the zygote, which begins its imports."""
         super().start(folder, threads)
         self._control, theirs = Pipe()
-        with theirs, contextlib.ExitStack() as stack:
-            stack.callback(self._control.close)
+        with theirs:
             self._zygote = self._spawn("zygote", theirs.fileno(), self._zygote_log)
-            stack.pop_all()
 
     def _spawn(self, what: str, descriptor: int, log: Path, *, threads: int = 0) -> subprocess.Popen[bytes]:
         """Start a measuring process of the host, which answers on a descriptor and prints into a log.
@@ -141,19 +139,12 @@ class LocalExecutor(Executor):
         return hello.worker
 
     def launch(self) -> Worker:
-        """Fork a worker from the zygote. Raises `InvalidRunError` if the zygote has ended, and `WorkerLostError` if it
-        refuses or the process ends before its first message."""
+        """Fork a worker from the zygote. Raises `InvalidRunError` if the zygote has ended or cannot fork, and
+        `WorkerLostError` if the process ends before its first message."""
         ours, theirs = Pipe()
         begin = time.monotonic()
-        try:
-            with theirs:
-                pid = self._ask_zygote(wire.Command("fork"), int, theirs)
-        except BaseException as error:
-            ours.close()
-            if not isinstance(error, LorameterError) or isinstance(error, InvalidRunError):
-                raise
-            # No trial caused this, and none has begun.
-            raise WorkerLostError("not_run", Failure(phase="start", kind="CannotFork", message=str(error))) from None
+        with theirs:
+            pid = self._ask_zygote(wire.Command("fork"), int, theirs)
         worker = ForkedWorker(pid, ours, self)
         with worker.losses("start", START_TIMEOUT_S):
             worker.start_latency_s = wire.receive(ours, wire.Hello, START_TIMEOUT_S).started_monotonic_s - begin
@@ -261,10 +252,7 @@ class LocalExecutor(Executor):
                     f"the base {base_words(request.variant, request.workload)}: {fragment.failure.message}"
                 )
             raise WorkerLostError(fragment.status, fragment.failure)
-        try:
-            return codec.from_json(BaseSummary, fragment.tokens.get("base"), "summary of a base")
-        except UsageError as error:
-            raise WorkerLostError("crashed", Failure(phase="base", kind="Garbled", message=str(error))) from None
+        return codec.from_json(BaseSummary, fragment.tokens["base"], "summary of a base")
 
     def close(self) -> None:
         """End the zygote; its children die with it. A zygote that is still importing, or does not answer, is killed."""

@@ -23,8 +23,7 @@ from pathlib import Path
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, impossible, redact
 from lorameter.machine.provenance import run_git
-from lorameter.records import fileio
-from lorameter.records.fileio import scratch_folder
+from lorameter.records.fileio import is_file, scratch_folder
 from lorameter.records.record import Side
 from lorameter.run.plan import PRESENT, SideKind, Sides, SideSpec
 from lorameter.run.workers.environment import Host, inspect, layered_environment, parse_requirements, site_packages
@@ -110,7 +109,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
     """
     if not word.strip() or "\0" in word:
         raise _refusal(word, "it names nothing", _REMEDY)
-    if os.sep in word and fileio.is_file(word) and os.access(word, os.X_OK):
+    if os.sep in word and is_file(word) and os.access(word, os.X_OK):
         return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
     # No revision contains an address, and git must not receive one, which may contain a credential.
     commit, refusal = (None, "no revision holds '://'") if "://" in word else find_commit(word, repository)
@@ -121,7 +120,12 @@ def name_side(word: str, repository: Path) -> SideSpec:
         return SideSpec(kind="interpreter", spec=str(Path(program).absolute()), label=word)
     if requirements := parse_requirements(word):
         return SideSpec(kind="requirements", spec=word, label=redact(" ".join(requirements)))
-    raise _refusal(word, _unknown(word, repository, refusal), _REMEDY)
+    why = (
+        "not an interpreter (no executable file of that path, no Python of that name on PATH), not a revision of "
+        f"{repository} (git: {refusal}), and not requirements (a name without a version counts only for a package that "
+        "is installed: write NAME>=0 to mean another)"
+    )
+    raise _refusal(word, why, _REMEDY)
 
 
 def command_sides(base: str, candidate: str) -> Sides:
@@ -171,18 +175,6 @@ def open_side(
             yield host
         else:
             yield Host()
-
-
-def _unknown(spec: str, repository: Path, refusal: str) -> str:
-    """All interpretations that were tried, for the message."""
-    if os.sep in spec and fileio.is_there(spec):
-        path = "it exists but is a folder" if fileio.is_folder(spec) else "the file is not executable"
-    else:
-        path = "no executable file of that path" if os.sep in spec else "no Python of that name on PATH"
-    return (
-        f"not an interpreter ({path}), not a revision of {repository} (git: {refusal}), and not requirements "
-        "(a name without a version counts only for a package that is installed: write NAME>=0 to mean another)"
-    )
 
 
 # --- a revision -------------------------------------------------------------------------------------------------------
