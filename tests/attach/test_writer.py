@@ -6,13 +6,14 @@ Tests of several ranks: the slowest rank of each timed step counts.
 """
 
 import dataclasses
+import json
 import sys
 
 import pytest
 
 from kernels_check import Check
 from lorameter.attach import measures
-from lorameter.attach.launch import RUN, WRAP, finalize_run
+from lorameter.attach.launch import REQUIRE, RUN, WRAP, finalize_run
 from lorameter.attach.observer import ErrorGuard, NotFollowedError, StepReading, TrainingInfo
 from lorameter.attach.sources import UnendedError
 from lorameter.attach.writer import Writer
@@ -48,7 +49,8 @@ def write(tmp_path, monkeypatch):
         monkeypatch.setenv(RUN, str(path))
         monkeypatch.setenv(WRAP, str(tmp_path))
         (tmp_path / "command").write_text("python train.py --r 8")
-        writer = Writer(require=require or {})
+        monkeypatch.setenv(REQUIRE, json.dumps(require or {}))
+        writer = Writer()
         answers = [writer.begin(facts or training())]
         answers += [writer.step(one) for one in readings]
         if end:
@@ -125,12 +127,12 @@ def test_an_unseen_end_rests_on_the_exit_code(write, source, code):
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_an_observed_end_counts_with_any_exit_code(write, code):
-    """An exit code other than 0 gives a notice."""
+    """An exit code other than 0 does not change the record."""
     run, _, _ = write(steps(12))
     assert not finalize_run(run.path, code, run.path.parent, required=False)
     (record,) = store.read_run(str(run.path), run.path.parent).records
     assert (record.status, "ended_unseen" in record.values) == ("ok", False)
-    assert [notice.code for notice in record.notices] == (["exit-code"] if code else [])
+    assert not record.notices
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
     """Memory of training, evaluation or saving counts only for its own phase."""
     path = tmp_path / "phases"
     monkeypatch.setenv(RUN, str(path))
-    writer = Writer(require={})
+    writer = Writer()
     writer.begin(training())
     for one in steps(12):
         writer.step(one)
@@ -200,14 +202,14 @@ def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
     run, _, _ = write(steps(12))
     monkeypatch.setenv(RUN, str(run.path))
     with pytest.raises(Exception, match="another process of this command is followed"):
-        Writer(require={}).begin(training())
+        Writer().begin(training())
 
 
 def test_a_command_that_is_invalid_in_a_study_is_followed(tmp_path, monkeypatch):
     """The run is named after the command, and the manifest stores only its program."""
     monkeypatch.delenv(RUN, raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", ">", "it's"])
-    writer = Writer(runs_dir=tmp_path, require={}, report=False)
+    writer = Writer(runs_dir=tmp_path)
     for call, argument in ((writer.begin, training()), *((writer.step, one) for one in steps(12)), (writer.end, None)):
         call(argument)
     (path,) = store.list_runs(tmp_path)
@@ -267,7 +269,7 @@ def measure(tmp_path, monkeypatch):
             source="loop", model=None, planned_steps=None, trainable_parameters=6,
             total_parameters=6, accumulation=1, ranks=2,
         )  # fmt: skip
-        writers = [Writer(require={}), Writer(require={})]
+        writers = [Writer(), Writer()]
         for rank, writer in enumerate(writers):
             writer.begin(dataclasses.replace(training, rank=rank))
             for number in range(1, (steps if other is None or not rank else other) + 1):

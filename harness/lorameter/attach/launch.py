@@ -28,7 +28,7 @@ from lorameter.attach.observer import print_notice
 from lorameter.errors import UsageError, redact, shorten
 from lorameter.machine.processes import exit_words, explain_kill
 from lorameter.records import store
-from lorameter.records.record import Failure, Notice, TrialRecord
+from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import RunWriter
 from lorameter.studies.script import hide_credentials
 
@@ -224,24 +224,15 @@ def _exit_status(code: int) -> int:
 
 def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
     """The record of a training whose command ended with this code; unchanged if there is nothing to add."""
-    status = _exit_status(code)
-    ended = f"the command ended with {exit_words(status)}"
-    if record.under_way:
-        message = f"{ended} before its training did{explain_kill(status)}"
-        stopped = -status in STOPPING
-        return record.replaced(
-            status="interrupted" if stopped else "crashed",
-            failure=Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message),
-            wall_time_s=max(0.0, time.time() - record.started_unix_s),
-        )
-    if record.status != "ok" or not code:
+    maybe_broken_off = record.status == "ok" and code and record.values.get(UNSEEN_END)
+    if not record.under_way and not maybe_broken_off:
         return record
-    if record.values.get(UNSEEN_END):
-        message = f"{ended}, and its training was not seen to end: it may have been broken off"
-        return record.replaced(status="crashed", failure=Failure(phase="train", kind="ProcessDied", message=message))
-    notice = Notice(
-        code="exit-code",
-        message=f"{ended} after its training had ended well.",
-        remedy="What was measured is whole; look at what the script does afterwards.",
+    status = _exit_status(code)
+    cause = f"the command ended with {exit_words(status)}{explain_kill(status)}"
+    stopped = -status in STOPPING
+    message = f"the training was not seen to end: {cause}"
+    return record.replaced(
+        status="interrupted" if stopped else "crashed",
+        failure=Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message),
+        wall_time_s=max(0.0, time.time() - record.started_unix_s),
     )
-    return record.replaced(notices=(*record.notices, notice))

@@ -16,8 +16,8 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import importlib
 import os
+import pkgutil
 import sys
 import weakref
 from collections import Counter
@@ -65,7 +65,7 @@ class Attachment:
         source: object,
         kind: Source,
         model: Any,
-        make: MakeObserver | None = None,
+        make: MakeObserver,
         *,
         parameters: Sequence[torch.nn.Parameter] = (),
         **facts: Any,
@@ -76,7 +76,7 @@ class Attachment:
             source: the source of its steps; if its training has begun and not ended, this is the same training.
             kind: kind of the source.
             model: the trained model; None if unknown.
-            make: makes the observer; None for the one named in the environment.
+            make: makes the observer.
             parameters: trained parameters, if the model is unknown.
             facts: further fields of the training (`TrainingInfo`).
 
@@ -94,7 +94,7 @@ class Attachment:
         if rank and not writes:
             return None  # the observer uses the steps of rank 0
         self._pid, self._source, guard = os.getpid(), source, ErrorGuard()
-        observer = guard.run(make or named_observer)
+        observer = guard.run(make)
         if observer is None:
             return None
         trainable, total = count_parameters(model)
@@ -166,8 +166,7 @@ def named_observer() -> TrainingObserver:
         ImportError: the module does not exist.
         AttributeError: the module has no such name.
     """
-    module, _, name = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER).partition(":")
-    make: MakeObserver = getattr(importlib.import_module(module), name)
+    make: MakeObserver = pkgutil.resolve_name(os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER))
     return make()
 
 
@@ -218,7 +217,7 @@ class OptimizerSource:
     process (`hook/sitecustomize.py`) calls it before and after the update of every optimizer."""
 
     def __init__(self, make: MakeObserver | None = None) -> None:
-        self._make = make
+        self._make = make or named_observer
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
         self._calls = Patches()

@@ -90,7 +90,7 @@ class RunFile:
             provenance=facts,
             fingerprint=provenance.fingerprint(facts),
         )
-        self._steps = self._held.enter_context((path / STEPS).open("ab", buffering=0))
+        self.steps = self._held.enter_context((path / STEPS).open("ab", buffering=0))
         failure = Failure(phase="train", kind=UNDER_WAY, message="under way when this was written")
         begun = self.record(status="interrupted", failure=failure, values=values)
         RunWriter(path.parent, self._manifest).append(begun)
@@ -112,10 +112,6 @@ class RunFile:
             log=f"logs/{trial}.log",
             **measured,
         )
-
-    def add(self, step: Step) -> None:
-        """Append a step to the record."""
-        self._steps.write(step_line_of(step))
 
     def finish(self, record: TrialRecord, notes: Sequence[str]) -> None:
         """Write the last record, the number of timed steps, and notes on the numbers."""
@@ -164,26 +160,18 @@ AT_ONCE = ObserverReply()
 
 
 class Writer:
-    """A `TrainingObserver` that writes a run. Arguments default to the environment's configuration."""
+    """A `TrainingObserver` that writes a run."""
 
-    def __init__(
-        self,
-        *,
-        runs_dir: str | Path | None = None,
-        require: Mapping[str, Any] | None = None,
-        report: bool | None = None,
-    ) -> None:
+    def __init__(self, *, runs_dir: str | Path | None = None, report: bool = False) -> None:
         """Nothing is written before the training begins.
 
         Args:
             runs_dir: where the run is written; None: from the environment.
-            require: paths of kernels_check that the watched step must have; None: from the environment.
-            report: whether the report is printed at the end; None: unless the process is wrapped.
+            report: whether the report is printed at the end.
         """
-        self._named = os.environ.get(RUN)
         self._runs_dir = None if runs_dir is None else str(runs_dir)
-        self._require = dict(json.loads(os.environ.get(REQUIRE, "{}")) if require is None else require)
-        self._report = self._named is None if report is None else report
+        self._require: dict[str, Any] = json.loads(os.environ.get(REQUIRE, "{}"))
+        self._report = report
         self._training: TrainingInfo | None = None
         self._file: RunFile | None = None
         self._last: TrialRecord | None = None
@@ -226,8 +214,8 @@ class Writer:
 
     def _path(self) -> Path:
         """The directory of the run."""
-        if self._named is not None:
-            return Path(self._named)
+        if named := os.environ.get(RUN):
+            return Path(named)
         runs = store.runs_dir(self._runs_dir, make=True).absolute()
         return runs / store.new_run_id(name_of_words(shlex.split(read_command())), runs)
 
@@ -242,7 +230,7 @@ class Writer:
             self._checks = tuple(codec.to_json(check) for check in reading.checks)
         was_warm = self._samples.warm
         columns = self._samples.add(reading)
-        self._file.add(Step(samples=columns, **self._so_far()))
+        self._file.steps.write(step_line_of(Step(samples=columns, **self._so_far())))
         if self._samples.warm and (not was_warm or self._watch_again(reading)):
             return ObserverReply(watch=self._require)
         if not was_warm:
@@ -358,12 +346,7 @@ SEEN_BY: Mapping[Source, str] = {
     "loop": "steps are those that the loop names",
     "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
 }
-FORWARD = "forward lasts from the wait for data, or the last update or backward pass, until backward begins"
-NO_TOKENS: Mapping[Source, str] = {
-    "trainer": "no tokens are known: the Trainer's batches hold no token ids",
-    "loop": "no tokens are known: the loop's batches hold no token ids",
-    "optimizer": "no tokens are known: no DataLoader of torch yielded batches with token ids",
-}
+NO_TOKENS = "no tokens are known: no batch that was seen holds token ids"
 PHASES = {"train": "training", "evaluate": "evaluating", "save": "saving"}
 
 
@@ -373,8 +356,7 @@ def describe_measuring(
     """Notes on the measurement: how steps are delimited, how tokens are counted, the checks of the watched step, and
     the peak memory of each phase if there are several."""
     notes = [SEEN_BY[source]]
-    notes += [FORWARD] if "forward_time_s" in record.samples else []
-    notes += [NO_TOKENS[source]] if record.samples and "turn_tokens" not in record.samples else []
+    notes += [NO_TOKENS] if record.samples and "turn_tokens" not in record.samples else []
     notes += samples.conventions
     where = "device_peak_allocated" if "device_peak_allocated_train_bytes" in record.memory else "host_peak"
     sizes = {word: record.memory.get(f"{where}_{phase}_bytes") for phase, word in PHASES.items()}
