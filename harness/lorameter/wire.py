@@ -129,8 +129,8 @@ def check_schema(hello: Hello, whose: str) -> None:
 _REPLY: Any = Answer | Refused
 
 
-def call(connection: Connection, command: Command, kind: type[T], timeout_s: float | None = None) -> T:
-    """Send a command and wait for its result.
+def receive_answer(connection: Connection, kind: type[T], timeout_s: float | None = None) -> T:
+    """The result of the last command.
 
     Raises:
         TimeoutError: no result arrived within `timeout_s`.
@@ -138,12 +138,6 @@ def call(connection: Connection, command: Command, kind: type[T], timeout_s: flo
         GarbledError: the received message is not an answer of this type.
         LorameterError: the other end refused the command; the message is its reason.
     """
-    send(connection, command)
-    return receive_answer(connection, kind, timeout_s)
-
-
-def receive_answer(connection: Connection, kind: type[T], timeout_s: float | None = None) -> T:
-    """The result of the last command; raises as `call` does."""
     reply: Answer | Refused = receive(connection, _REPLY, timeout_s)
     if isinstance(reply, Refused):
         raise InvalidRunError(reply.message) if reply.exit_code == EXIT_INVALID else UsageError(reply.message)

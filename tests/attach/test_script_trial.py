@@ -71,7 +71,8 @@ def parent(listener, monkeypatch, tmp_path):
         assert wire.receive(connection, wire.Hello, 30.0).pid == os.getpid()
 
         def ask(name, **arguments):
-            return wire.call(connection, wire.Command(name, arguments=arguments), PartialRecord, 60.0)
+            wire.send(connection, wire.Command(name, arguments=arguments))
+            return wire.receive_answer(connection, PartialRecord, 60.0)
 
         ask("prepare", request=codec.to_json(request))
         return SimpleNamespace(ask=ask, join=lambda: (connection.close(), child.join(60)))
