@@ -118,19 +118,67 @@ def test_the_cold_model_is_the_trained_one(measure, small_study):
         assert record.tokens["completion"] == record.tokens["cold_completion"]
 
 
-def test_a_killed_trial_is_a_row(measure, executor, small_study):
-    """A trial that is killed during its turns is recorded as crashed, with the signal and its earlier turns."""
+FAILED = {"killed": signal.SIGKILL, "hung": signal.SIGSTOP, "bad": None}
+"""Variants that fail, with the signal that each receives during its training."""
+IMPATIENCE_S = 0.5
 
-    def kill(slot, phase):
-        if slot.trial == "r0-nf4" and phase == "finish_training":
+
+@pytest.fixture(scope="module")
+def failed(measure, executor, small_study):
+    """The records of one study in which one trial is killed, one stopped and one cannot be built.
+
+    The stopped process has a shorter time limit than the protocol's, which no other process could keep on a busy
+    machine.
+    """
+    plain = small_study.variants[0]
+    variants = {name: dataclasses.replace(plain, name=name) for name in FAILED}
+    variants["bad"] = dataclasses.replace(variants["bad"], target_modules=("no_such_module",))
+    ask, limits = ForkedWorker.ask, set()
+
+    def impatient(worker, command, trial, timeout_s, **arguments):
+        limits.add(timeout_s)
+        stopped = (trial, command) == ("r0-hung", "finish_training")
+        return ask(worker, command, trial, IMPATIENCE_S if stopped else timeout_s, **arguments)
+
+    def act(slot, phase):
+        number = FAILED.get(slot.variant.name)
+        if number is not None and phase == "finish_training":
             for child in children_of(executor):
-                child.kill()
+                os.kill(child.pid, number)
 
-    records = measure(small_study, listener=Quiet(kill))
-    assert records["r0-nf4"].status == "crashed"
-    assert "SIGKILL" in records["r0-nf4"].failure.message
-    assert records["r0-nf4"].samples["step_time_s"]
-    assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ForkedWorker, "ask", impatient)
+        study = dataclasses.replace(small_study, variants=(plain, *variants.values()))
+        records = measure(study, listener=Quiet(act))
+    assert limits == {small_study.protocol.step_timeout_s}
+    assert not children_of(executor)
+    return records
+
+
+def test_a_failed_trial_costs_no_other(failed):
+    """The other trials of the study are measured."""
+    assert {r.status for t, r in failed.items() if t.removeprefix("r0-") not in FAILED} == {"ok"}
+
+
+def test_a_killed_trial_is_a_row(failed):
+    """A trial that is killed after its turns is recorded as crashed, with the signal and its turns."""
+    assert failed["r0-killed"].status == "crashed"
+    assert "SIGKILL" in failed["r0-killed"].failure.message
+    assert failed["r0-killed"].samples["step_time_s"]
+
+
+def test_a_hanging_trial_is_killed_and_a_row(failed):
+    """A stopped process is recorded as timeout after the limit."""
+    assert failed["r0-hung"].status == "timeout"
+    assert f"{IMPATIENCE_S} s" in failed["r0-hung"].failure.message
+
+
+def test_an_exception_is_a_row(failed, folder):
+    """Targets that match no module are recorded as crashed with PEFT's message."""
+    assert failed["r0-bad"].status == "crashed"
+    assert "no_such_module" in failed["r0-bad"].failure.message
+    assert failed["r0-bad"].failure.phase == "build"
+    assert "Traceback" in (folder / failed["r0-bad"].log).read_text()
 
 
 def test_a_dead_zygote_ends_the_run_and_costs_the_trial_under_way(measure, own_executor, small_study):
@@ -152,53 +200,14 @@ def test_a_dead_zygote_ends_the_run_and_costs_the_trial_under_way(measure, own_e
     assert kept[second].samples["step_time_s"]
 
 
-def test_a_hanging_trial_is_killed_and_a_row(measure, executor, small_study, monkeypatch):
-    """A stopped process is recorded as timeout after the limit and is killed.
-
-    The limit is the protocol's, shortened for the stopped process only, since no other process could keep it on a busy
-    machine.
-    """
-    ask, limits = ForkedWorker.ask, set()
-
-    def impatient(worker, command, trial, timeout_s, **arguments):
-        limits.add(timeout_s)
-        stopped = (trial, command) == ("r0-nf4", "warm_up")
-        return ask(worker, command, trial, 0.5 if stopped else timeout_s, **arguments)
-
-    monkeypatch.setattr(ForkedWorker, "ask", impatient)
-
-    def stop(slot, phase):
-        if slot.trial == "r0-nf4" and phase == "warm_up":
-            for child in children_of(executor):
-                os.kill(child.pid, signal.SIGSTOP)
-
-    records = measure(small_study, listener=Quiet(stop))
-    assert limits == {small_study.protocol.step_timeout_s}
-    assert records["r0-nf4"].status == "timeout"
-    assert "0.5 s" in records["r0-nf4"].failure.message
-    assert {r.status for t, r in records.items() if t != "r0-nf4"} == {"ok"}
-    assert not children_of(executor)
-
-
 def test_running_out_of_memory_is_a_row(measure, executor, small_study, folder):
     """A trial that exceeds its address-space limit is recorded as oom, with the traceback in record and log."""
     limit = psutil.Process(executor._zygote.pid).memory_info().vms + 64 * 2**20
     protocol = dataclasses.replace(small_study.protocol, memory_limit_bytes=limit)
     workload = dataclasses.replace(small_study.workload, batch_size=64, sequence_length=512, train_sequences=64)
-    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload))
+    variants = small_study.variants[:1]
+    records = measure(dataclasses.replace(small_study, protocol=protocol, workload=workload, variants=variants))
     assert {record.status for record in records.values()} == {"oom"}
     record = records["r0-plain"]
     assert "Traceback" in record.failure.traceback
     assert "Traceback" in (folder / record.log).read_text()
-
-
-def test_an_exception_is_a_row(measure, small_study, folder):
-    """Targets that match no module are recorded as crashed with PEFT's message, and the reference is still measured."""
-    plain = small_study.variants[0]
-    bad = dataclasses.replace(plain, name="bad", target_modules=("no_such_module",))
-    records = measure(dataclasses.replace(small_study, variants=(plain, bad)))
-    assert records["r0-bad"].status == "crashed"
-    assert "no_such_module" in records["r0-bad"].failure.message
-    assert records["r0-bad"].failure.phase == "build"
-    assert "Traceback" in (folder / records["r0-bad"].log).read_text()
-    assert records["r0-plain"].status == "ok"
