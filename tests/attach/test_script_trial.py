@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import secrets
@@ -86,7 +87,7 @@ def training(**fields):
 
 
 def reading(number, **fields):
-    return StepReading(number=number, step_time_s=0.1, cpu_time_s=0.1, loss=2.0, **fields)
+    return StepReading(**{"number": number, "step_time_s": 0.1, "cpu_time_s": 0.1, "loss": 2.0, **fields})
 
 
 def test_a_script_describes_its_training_and_its_requirements_are_checked(parent):
@@ -133,6 +134,43 @@ def test_the_recorded_error_is_short_and_holds_no_credential(parent):
     assert trial_parent.ask("turn", steps=2).failure.kind == "OSError"
     trial_parent.join()
     assert not continued
+
+
+ENDS = {
+    "early": (lambda trial: trial.end(None), "invalid", "ended by itself after 1 step, and more are measured"),
+    "again": (lambda trial: trial.begin(training()), "invalid", "a second training began in the same process"),
+    "nan": (lambda trial: trial.step(reading(2, loss=math.nan)), "invalid", "the loss is nan in step 2"),
+    "memory": (lambda trial: trial.end(MemoryError("no room")), "oom", "MemoryError in step 2: no room"),
+}
+
+
+@pytest.mark.parametrize(("act", "status", "message"), ENDS.values(), ids=ENDS)
+def test_a_training_that_cannot_be_measured_is_answered_with_its_reason(parent, act, status, message):
+    """The training ends or begins again before its steps were taken, diverges, or needs too much memory."""
+
+    def script():
+        trial = ScriptTrial()
+        trial.begin(training())
+        trial.step(reading(1))
+        act(trial)
+
+    trial_parent = parent(script)
+    trial_parent.ask("build")
+    record = trial_parent.ask("verify")
+    assert record.status == status
+    assert message in record.failure.message
+    trial_parent.join()
+
+
+def test_a_training_with_too_few_steps_is_refused_before_the_first(parent):
+    """The number of steps that a Trainer plans is known."""
+    protocol = study_of_command("python train.py").protocol
+    least = 2 + protocol.warmup_steps_min + protocol.turns * protocol.steps_per_turn
+    trial_parent = parent(lambda: ScriptTrial().begin(training(planned_steps=4)))
+    record = trial_parent.ask("build")
+    assert record.status == "invalid"
+    assert f"the script trains 4 steps, and at least {least} are measured" in record.failure.message
+    trial_parent.join()
 
 
 FORKING = """

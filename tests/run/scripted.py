@@ -21,14 +21,6 @@ def fault(number):
     if number == FAULTY:
         if HOW == "crash":
             raise RuntimeError("the tensor does not fit")
-        if HOW == "leak":
-            print("password=hunter2 WANDB_API_KEY=" + 5 * "0123abcd")
-            raise RuntimeError(
-                "401 for https://me:hunter2@host/x?token=hunter2: password=hunter2, {'api_key': 'hunter2'}, "
-                "hf_hunter2hunter2hunter2 ghp_hunter2hunter2hunter2 glpat-hunter2hunter2hunter2"
-            )
-        if HOW == "oom":
-            raise MemoryError("no room for 2 GiB")
         if HOW == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if HOW == "hang":
@@ -41,14 +33,14 @@ def fault(number):
             os.write(TURNS._connection.fileno(), b"what is this\n")
 
 
-def train(steps, planned=None):
+def train(steps):
     """Run one training."""
     TOTAL["trained"] += 1
     TURNS.begin(
         TrainingInfo(
             source="loop",
             model=None,
-            planned_steps=planned,
+            planned_steps=None,
             trainable_parameters=32,
             total_parameters=1000,
             accumulation=1,
@@ -58,7 +50,7 @@ def train(steps, planned=None):
     while number < steps:
         number += 1
         fault(number)
-        loss = float("nan") if HOW == "nan" and number == FAULTY else 2.0 / number ** (0.05 if HOW == "worse" else 0.1)
+        loss = 2.0 / number ** (0.05 if HOW == "worse" else 0.1)
         TURNS.step(
             StepReading(
                 number=number,
@@ -83,11 +75,8 @@ if HOW == "hang-before":
     time.sleep(600)
 if HOW == "never":
     sys.exit(0)
-if HOW == "nested":
-    TURNS.begin(TrainingInfo(source="loop", model=None, planned_steps=None, trainable_parameters=1, total_parameters=1,
-                         accumulation=1))  # fmt: skip
 try:
-    train(STEPS, STEPS if HOW == "planned" else None)
+    train(STEPS)
 except BaseException as error:
     TURNS.end(error)
     raise
