@@ -153,49 +153,6 @@ def test_unusual_scripts_are_measured(ends, how):
     assert checks.get("mode") == (None if how == "wrapped" else "train")
 
 
-SWEEP = """
-import sys
-import torch
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedded, self.head = torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32)
-        self.metrics = open("metrics.txt", "a")
-
-    def forward(self, ids):
-        return self.head(self.embedded(ids))
-
-def train(rate):
-    global model
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    for ids in torch.utils.data.DataLoader(torch.randint(0, 32, (60, 6)), batch_size=2):
-        loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.metrics.write(f"{loss.item()}\\n")
-    print(rate, loss.item().hex())
-
-for rate in (0.1, 0.2, 0.3):
-    train(rate)
-"""
-
-
-def test_only_the_first_training_of_a_sweep_is_measured(tmp_path):
-    """A notice names the other trainings. The output of each is complete, also the part that is flushed at exit."""
-    (tmp_path / "train.py").write_text(SWEEP)
-    done = wrap(tmp_path, sys.executable, "train.py")
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 3), done.stderr
-    assert len((tmp_path / "metrics.txt").read_text().splitlines()) == 3 * 30
-    record = record_of(tmp_path)
-    assert (record.status, record.values["training_steps"]) == ("ok", 29)
-    assert [notice.code for notice in record.notices] == ["second-training"]
-    assert {"forward_time_s", "step_tokens"} <= set(record.samples)
-
-
 COMPILED = """
 import torch
 

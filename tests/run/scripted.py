@@ -35,7 +35,6 @@ def fault(number):
 
 def train(steps):
     """Run one training."""
-    TOTAL["trained"] += 1
     TURNS.begin(
         TrainingInfo(
             source="loop",
@@ -66,7 +65,6 @@ def train(steps):
         )
 
 
-TOTAL = {"trained": 0}
 TURNS = ScriptTrial()
 Path("came").write_text("here")  # written into the copy of its folder
 if HOW == "crash-before":
