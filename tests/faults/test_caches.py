@@ -179,26 +179,27 @@ def swallowed(line):
     return line[: len(line) // 2]
 
 
-@pytest.mark.parametrize("spoil", [flipped, swallowed])
-def test_records_that_are_corrupt_are_measured_again(spoil, whole, reported, only_run, resumed):
-    """With a corrupt line in the middle the report exits with 4, neighbouring records are unchanged, and its trial is
-    measured again with its whole group."""
+def test_records_that_are_corrupt_are_measured_again(whole, reported, only_run, resumed):
+    """With corrupt lines in the middle the report exits with 4, neighbouring records are unchanged, and their trials
+    are measured again with their whole groups."""
     run, lines = whole
     assert len(lines) > STUDY_TRIALS
-    place = next(i for i, line in enumerate(lines) if b'"r1-b"' in line and b'"status":"ok"' in line.replace(b" ", b""))
-    (run.path / TRIALS).write_bytes(b"".join((*lines[:place], spoil(lines[place]), *lines[place + 1 :])))
+    for trial, spoil in (("r0-b", flipped), ("r1-b", swallowed)):
+        marks = f'"trial":"{trial}"'.encode(), b'"status":"ok"'
+        place = next(i for i, line in enumerate(lines) if all(mark in line.replace(b" ", b"") for mark in marks))
+        lines[place] = spoil(lines[place])
+    (run.path / TRIALS).write_bytes(b"".join(lines))
     done = reported(run.manifest.run)
     assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stdout + done.stderr
     assert "damaged" in done.stdout
     found = only_run()
-    assert found.damaged_lines == 1
+    assert found.damaged_lines == 2
     before = {record.trial: record for record in run.records}
     assert all(before[record.trial] == record for record in found.records)
     mended = resumed()
     assert (mended.state, mended.damaged_lines, len(mended.records)) == ("complete", 0, len(run.records))
     again = {record.trial for record in mended.records if record != before[record.trial]}
-    assert again
-    assert {trial.partition("-")[0] for trial in again} == {"r1"}
+    assert {trial.partition("-")[0] for trial in again} == {"r0", "r1"}
     assert reported(run.manifest.run).returncode == 0
 
 

@@ -173,30 +173,24 @@ def test_an_ignored_sighup_does_not_end_the_run(command, stopped, only_run):
     assert process.returncode == 4
 
 
-def test_a_killed_run_is_resumed(command, stopped, only_run, resumed):
-    """Trials before SIGKILL are kept, the group under way is measured again, and the rest is measured."""
-    with stopped(command(stop="r1-a:turn")) as process:
-        process.kill()
-        process.communicate()
-    killed = only_run()
-    assert (killed.state, {record.replicate for record in killed.records}) == ("killed", {0})
-    whole = resumed()
-    assert (whole.state, len(whole.records)) == ("complete", len(whole.manifest.order))
-    assert whole.records[: len(killed.records)] == killed.records
-
-
-def test_a_killed_run_leaves_a_folder_and_the_next_one_removes_it(command, stopped, temporary):
-    """SIGKILL prevents the cleanup; folders of a live process and foreign folders stay."""
+def test_a_killed_run_is_resumed(command, stopped, only_run, resumed, temporary, tmp_path):
+    """Trials before SIGKILL are kept, the group under way is measured again, and the rest is measured. SIGKILL prevents
+    the cleanup: the next run removes the folder, but none of a live process and no foreign one."""
     foreign = temporary / "lorameter-foreign"
     foreign.mkdir()
     with stopped(command(stop="r1-a:turn")) as process:
         (left,) = set(temporary.iterdir()) - {foreign}
-        subprocess.run([*command(), "--if-busy", "share"], check=True, capture_output=True)
+        elsewhere = ["--if-busy", "share", "--runs-dir", str(tmp_path / "elsewhere")]
+        subprocess.run([*command(), *elsewhere], check=True, capture_output=True)
         assert left.is_dir(), "its process lives"
         process.kill()
         process.communicate()
+    killed = only_run()
+    assert (killed.state, {record.replicate for record in killed.records}) == ("killed", {0})
     assert left.is_dir()
-    subprocess.run(command(), check=True, capture_output=True)
+    whole = resumed()
+    assert (whole.state, len(whole.records)) == ("complete", len(whole.manifest.order))
+    assert whole.records[: len(killed.records)] == killed.records
     assert list(temporary.iterdir()) == [foreign]
 
 
