@@ -47,14 +47,11 @@ def break_off(run, *, keep):
     (run.path / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
 
 
-def test_a_study_names_its_sites_and_a_run_is_resumed_there(placed, run):
+def test_a_study_names_its_sites(placed, run):
     """The study alone sets the sites, and the manifest records them."""
     _, first, _ = run("run", placed('sites = ["0", "1"]'))
     assert sites_of_whole(first) == {"cpus-0", "cpus-1"}
     assert first.manifest.study["protocol"]["sites"] == ["0", "1"]
-    break_off(first, keep=1)
-    _, again, _ = run("run", "--resume", first.manifest.run)
-    assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
 
 
 def test_a_slower_site_is_named_in_the_report(placed, run, pretended, monkeypatch):
