@@ -235,15 +235,12 @@ class Peaks:
     """The peak memory of each phase so far, in this process."""
 
     def __init__(self, device: str) -> None:
-        """Measures nothing before `begin`; the first phase is training."""
+        """Start measuring; the first phase is training."""
         self._gauge = PeakMemoryTracker(device)
+        self._gauge.begin()
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
         """The current phase."""
-
-    def begin(self) -> None:
-        """Start measuring peaks."""
-        self._gauge.begin()
 
     def enter(self, phase: Phase) -> None:
         """End the current phase, and begin this one."""

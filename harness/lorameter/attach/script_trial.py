@@ -129,8 +129,6 @@ class ScriptTrial:
 
     def _run(self) -> Generator[ObserverReply, StepReading, NoReturn]:
         """Send the first message, and execute one command after the other; a yield lets the training run a step."""
-        device = device_in_use()
-        self._peaks = Peaks(device)
         commands: dict[str, Callable[..., Command | PartialRecord]] = {
             "prepare": self._prepare,
             "build": self._build,
@@ -140,7 +138,7 @@ class ScriptTrial:
             "finish_training": self._finish,
         }
         try:
-            wire.send(self._connection, wire.Hello(pid=os.getpid(), device=device))
+            wire.send(self._connection, wire.Hello(pid=os.getpid(), device=device_in_use()))
             while True:
                 command = wire.receive(self._connection, wire.Command)
                 self._phase = command.name
@@ -173,7 +171,7 @@ class ScriptTrial:
         tokens: dict[str, Any] = {"source": training.source}
         tokens |= {"trainable_dtype": ", ".join(sorted(dtypes))} if dtypes else {}
         memory = {"host_peak_load_bytes": host_bytes("VmHWM")}
-        self._peaks.begin()
+        self._peaks = Peaks(device_in_use())
         values = training.counts | {"threads": float(torch.get_num_threads())}
         return PartialRecord(values=values, tokens=tokens, memory=memory, software=own_software(torch.version.cuda))
 

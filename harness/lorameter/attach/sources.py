@@ -257,7 +257,7 @@ class OptimizerSource:
             return
         self._others[id(optimizer)] += 1
         if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
-            self.end(seen=False)
+            self.end()
             this_process().report_another("optimizer")
 
     def _begin(self, optimizer: Any) -> None:
@@ -297,12 +297,12 @@ class OptimizerSource:
         if self._steps is not None:
             self._steps.remove_hooks()
 
-    def end(self, *, seen: bool = True) -> None:
-        """Stop measuring the training."""
+    def end(self) -> None:
+        """Stop measuring the training, whose end was not seen."""
         self._over = True
         self._remove_hooks()
         if self._steps is not None:
-            self._steps.end(None, seen=seen)
+            self._steps.end(None, seen=False)
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:

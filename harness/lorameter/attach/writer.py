@@ -209,7 +209,6 @@ class Writer:
         self._file = RunFile(path, device=device, requirements=self._require, values=dict(self._values))
         self._peaks, self._telemetry, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
         self._read_s = time.monotonic()
-        self._peaks.begin()
         return AT_ONCE
 
     def _path(self) -> Path:

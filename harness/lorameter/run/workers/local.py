@@ -95,6 +95,7 @@ class LocalExecutor(Executor):
     def start(self, folder: Path, threads: int) -> None:
         """Start the zygote, which begins its imports."""
         super().start(folder, threads)
+        self._zygote_log = self.logs / f"zygote{self._suffix}.log"
         self._control, theirs = Pipe()
         with theirs:
             self._zygote = self._spawn("zygote", theirs.fileno(), self._zygote_log)
@@ -115,10 +116,6 @@ class LocalExecutor(Executor):
                 cwd=self.host.cwd,
                 start_new_session=True,
             )
-
-    @property
-    def _zygote_log(self) -> Path:
-        return self.logs / f"zygote{self._suffix}.log"
 
     def hello(self) -> WorkerInfo:
         """Wait until the zygote has imported. Raises `InvalidRunError`, also if it uses another schema."""
