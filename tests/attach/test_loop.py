@@ -19,9 +19,8 @@ from lorameter.attach.meter import Meter
 from lorameter.attach.observer import ErrorGuard, ObserverReply, StepReading, TrainingInfo, weak_reference
 from lorameter.attach.steps import Steps, make_watch
 from lorameter.machine.reading import Reading
-from lorameter.models.costs.flops import StepTokens, training_flops
-from lorameter.models.shapes import shape_of_config
-from lorameter.studies.variant import LoraVariant
+from lorameter.models.costs.flops import StepTokens
+from lorameter.models.costs.modules import count_products
 
 
 @pytest.fixture
@@ -252,13 +251,11 @@ def work(model):
 TOKENS = StepTokens(positions=20, pairs=110, passes=1)
 
 
-def test_an_adapter_is_counted_as_that_of_a_variant(make_model, gathered):
-    """The count uses shape, ranks and targets of the given model; the peak is that of the dtype of its products."""
+def test_flops_are_counted_from_the_modules(make_model, gathered):
+    """The peak is that of the dtype of the products."""
     model = make_model()
-    shape = shape_of_config(model.config.to_dict(), "model")
     values = work(model).values(gathered, H100)
-    variant = LoraVariant(r=8, target_modules=("q_proj", "v_proj"))
-    assert values["model_flops_per_step"] == training_flops(shape, variant, TOKENS).model
+    assert values["model_flops_per_step"] == count_products(model).flops(TOKENS).model
     assert values["peak_flops_per_s"] == pytest.approx(66.9e12)
     assert work(model.to(torch.bfloat16)).values(gathered, H100)["peak_flops_per_s"] == pytest.approx(989.4e12)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,19 @@ import msgspec
 from lorameter.attach.batches import sum_known
 from lorameter.attach.launch import WRAP
 from lorameter.attach.observer import NotFollowedError, Phase, StepReading, TrainingInfo
-from lorameter.errors import LorameterError, UsageError
+from lorameter.errors import LorameterError
 from lorameter.machine.host import PeakMemoryTracker
 from lorameter.machine.nvml import NvmlDevice
 from lorameter.machine.reading import Reading
 from lorameter.machine.telemetry import energy_between, open_torch_gpu
-from lorameter.models.costs.flops import StepTokens, six_n, training_flops
-from lorameter.models.costs.modules import count_products
+from lorameter.models.costs.flops import StepTokens
+from lorameter.models.costs.modules import StepProducts, count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
-from lorameter.models.shapes import ModelShape, shape_of_config
 from lorameter.records.fileio import write_whole
 from lorameter.records.os_errors import describe_error
 from lorameter.records.record import Failure, Notice, Status
 from lorameter.stats import is_steady, is_warm
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import LoraVariant
 
 Columns = dict[str, list[float | None]]
 """Samples by their names in a record; None for a step without a value."""
@@ -302,69 +300,40 @@ class Energy:
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
-# The counts are those of a variant (`lorameter.models.costs.flops`), taken from the actual model: its configuration
-# gives the shape, its adapter the ranks and targets. A model without an adapter trains all its weights, which is 6 N. A
-# family with unknown layers is counted from its modules (`lorameter.models.costs.modules`). Pairs of a query and a key
-# are those of rows with the mean real length, so slightly too few if lengths differ.
+# Pairs of a query and a key are those of rows with the mean real length, so slightly too few if lengths differ.
 
 RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 class Work:
-    """The FLOPs of a training step, computed from the model before the first step. It keeps no reference to the
-    model."""
+    """The FLOPs of a training step, counted from the model's modules before the first step. It keeps no reference to
+    the model."""
 
     def __init__(self, training: TrainingInfo) -> None:
         """Reads the model of a training; if it cannot be counted, nothing is known."""
         model = getattr(training.module, "module", training.module)  # inside a distributed wrapper
         self._passes = training.accumulation or 1
-        self._flops: Callable[[StepTokens], int] | None = None
+        self._products: StepProducts | None = None
         self._rate: Rate = "float32"
         if getattr(model, "config", None) is not None:
             self._rate = _rate_of(model)
             with contextlib.suppress(LorameterError, AttributeError, TypeError):
-                self._flops = _flops_of(model)
+                self._products = count_products(model)
 
     def values(self, samples: Mapping[str, tuple[float, ...]], device_name: str) -> dict[str, float]:
         """`model_flops_per_step`, the mean over the timed steps, and `peak_flops_per_s` of a device that is listed.
 
-        Empty if the model, its adapter or its tokens are unknown.
+        Empty if the model or its tokens are unknown.
         """
         real, rows = samples.get("turn_tokens"), samples.get("turn_sequences")
-        if not real or not rows or self._flops is None:
+        if not real or not rows or self._products is None:
             return {}
         positions, mean_rows = sum(real) / len(real), sum(rows) / len(rows)
         length = positions / mean_rows
         pairs = round(mean_rows * length * (length + 1) / 2)
-        with contextlib.suppress(LorameterError, AttributeError, TypeError):
-            flops = self._flops(StepTokens(positions=round(positions), pairs=pairs, passes=self._passes))
-            peak = stated_peak(device_name, self._rate)
-            return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
-        return {}
-
-
-def _flops_of(model: Any) -> Callable[[StepTokens], int]:
-    """In closed form if the layers of the model are known, else counted from its modules."""
-    config = model.config
-    try:
-        shape = shape_of_config(config.to_dict(), getattr(config, "name_or_path", "") or "the model")
-        known = _closed_form(shape, model)
-        known(StepTokens(positions=1, pairs=1, passes=1))  # raises for unknown layers
-        return known
-    except UsageError:
-        products = count_products(model)
-        return lambda tokens: products.flops(tokens).model
-
-
-def _closed_form(shape: ModelShape, model: Any) -> Callable[[StepTokens], int]:
-    adapters = getattr(model, "peft_config", None)
-    if not adapters:
-        return lambda tokens: six_n(shape, tokens)
-    adapter = adapters.get(getattr(model, "active_adapter", "default")) or next(iter(adapters.values()))
-    targets = adapter.target_modules
-    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-    variant = LoraVariant(r=adapter.r, target_modules=names, use_dora=bool(getattr(adapter, "use_dora", False)))
-    return lambda tokens: training_flops(shape, variant, tokens).model
+        flops = self._products.flops(StepTokens(positions=round(positions), pairs=pairs, passes=self._passes)).model
+        peak = stated_peak(device_name, self._rate)
+        return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
 
 
 def _rate_of(model: Any) -> Rate:
