@@ -45,7 +45,7 @@ r = 8
 def study(tmp_path):
     """A function that writes the study and returns its path."""
 
-    def write(*, replicates=3, turns=2):
+    def write(*, replicates=2, turns=2):
         path = tmp_path / "small.toml"
         path.write_text(STUDY.format(replicates=replicates, turns=turns))
         return path

@@ -58,7 +58,7 @@ def test_a_slower_site_is_named_in_the_report(placed, run, pretended, monkeypatc
     """The third of three sites is slower by half."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6})
     pretended(slow=[("6", "", 1.5)])
-    _, last, output = run("run", placed('sites = ["0", "1", "2"]'))
+    _, last, output = run("run", placed('sites = ["0", "1", "2"]', replicates=3))
     assert sites_of(last) == {"cpus-0", "cpus-1", "cpus-2"}
     for text in (output, run("report", last.manifest.run)[2]):
         assert "site cpus-2 is 50% slower than the median of its like" in text
@@ -162,7 +162,7 @@ def test_a_site_that_differs_from_the_first_ends_the_run(placed, run, pretended)
 def test_results_of_a_killed_processs_jobs_are_kept(placed, pretended, run, tmp_path, monkeypatch):
     """Resuming the run merges the results of the jobs and measures the rest."""
     pretended(turn_s=0.5)
-    study = placed('sites = ["0", "1"]', replicates=6)
+    study = placed('sites = ["0", "1"]', replicates=3)
     runs = tmp_path / "runs"
     words = [sys.executable, "-m", "lorameter.cli", "run", str(study)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], *filter(None, sys.path)]))

@@ -82,7 +82,7 @@ def wait_for(condition):
 
 def test_replicates_are_spread_over_jobs(placed, run, queue):
     """Each job measures one replicate, two jobs run concurrently, and the sites are their nodes."""
-    code, last, output = run("run", placed('on = "slurm:sites=2,partition=p"', replicates=2), "--if-busy", "share")
+    code, last, output = run("run", placed('on = "slurm:sites=2,partition=p"'), "--if-busy", "share")
     assert code == 0, output
     assert sites_of_whole(last) == {"n0", "n1"}
     assert len(list(queue.iterdir())) == 1 + 2  # the first job describes its node
@@ -100,7 +100,7 @@ def test_a_job_that_is_lost_is_run_again(placed, run, pretended, queue):
         os.kill(int((queue / "2").read_text()), signal.SIGKILL)
 
     threading.Thread(target=cancel, daemon=True).start()
-    code, last, output = run("run", placed('on = "slurm"', replicates=2))
+    code, last, output = run("run", placed('on = "slurm"'))
     assert code == 0, output
     assert {record.replicate for record in last.records} == {0, 1}
     sites_of_whole(last)
