@@ -14,14 +14,15 @@ import sys
 import pytest
 
 from lorameter.run.device_lock import hold_device
-from lorameter.run.interrupts import SIGNALS, InterruptHandler, StopRequested
+from lorameter.machine.processes import STOP_SIGNALS
+from lorameter.run.interrupts import InterruptHandler, StopRequested
 
 
 @pytest.fixture(autouse=True)
 def heard_before():
     """Restore the signal handlers after each test; SIGHUP and SIGTERM would otherwise end the tests."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -32,7 +33,7 @@ def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_interrupts_an_interruptible_block_at_once(number):
     """Each signal raises KeyboardInterrupt inside an interruptible block, whose rest is not executed."""
     done = []

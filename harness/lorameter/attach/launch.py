@@ -26,7 +26,7 @@ from typing import Any
 
 from lorameter.attach.observer import print_notice
 from lorameter.errors import UsageError, redact, shorten
-from lorameter.machine.processes import exit_words, explain_kill
+from lorameter.machine.processes import STOP_SIGNALS, exit_words, explain_kill
 from lorameter.records import store
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import RunWriter
@@ -59,11 +59,9 @@ NOT_HOOKED = (
 UNSEEN_END = "ended_unseen"
 """Key in the values of a record: no source observed the end of the training, and its process has ended."""
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a program."""
 FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 """Signals that a terminal sends to all of its processes, including the command."""
-PASSED_ON = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+PASSED_ON = (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 
 def child_environment(
@@ -229,7 +227,7 @@ def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
         return record
     status = _exit_status(code)
     cause = f"the command ended with {exit_words(status)}{explain_kill(status)}"
-    stopped = -status in STOPPING
+    stopped = -status in STOP_SIGNALS
     message = f"the training was not seen to end: {cause}"
     return record.replaced(
         status="interrupted" if stopped else "crashed",

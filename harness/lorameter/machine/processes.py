@@ -33,6 +33,8 @@ CPUS = "LORAMETER_CPUS"
 """The variable with the CPU numbers to which a measuring process is pinned; not set: any CPU."""
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """Signals that report a crash of the process itself."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a program to end."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -178,7 +180,7 @@ class OrphanReaper:
 
 def reap(marker: str) -> None:
     """Wait for the end of the parent, which closes standard input, and kill the marked processes."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.read(0, 1)
     kill_marked(marker.encode())

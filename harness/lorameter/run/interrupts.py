@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from lorameter.machine.processes import STOP_SIGNALS
+
 
 
 class StopRequested(KeyboardInterrupt):
@@ -37,7 +38,7 @@ class InterruptHandler:
 
     def __enter__(self) -> InterruptHandler:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):  # None: set outside of Python, which cannot restore it
                     self._before[number] = before

@@ -34,6 +34,7 @@ from lorameter.machine import provenance
 from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
 from lorameter.machine.processes import (
+    STOP_SIGNALS,
     OrphanReaper,
     delay_signals,
     end_with_parent,
@@ -48,7 +49,6 @@ from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
 from lorameter.records.os_errors import mentions_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
-from lorameter.run.interrupts import SIGNALS
 from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.script_sandbox import folder_of, take_snapshot, variables_of, words_of
@@ -107,7 +107,7 @@ class ScriptProcess:
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         parent = os.getpid()
         with contextlib.ExitStack() as stack:
-            with delay_signals(SIGNALS):  # a signal waits until the process is registered and can be killed
+            with delay_signals(STOP_SIGNALS):  # a signal waits until the process is registered and can be killed
                 self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 stack.callback(OrphanReaper(self._marker).close)
                 self._listener.bind(address(turns))
