@@ -93,7 +93,7 @@ class Process:
     def __init__(self, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if wrapped:
-            variables = child_environment(variables, variables={RUN: str(folder / "runs" / "run")})
+            variables = child_environment(variables, {RUN: str(folder / "runs" / "run")})
         command = [
             sys.executable,
             str(METER_SCRIPT),

@@ -168,9 +168,7 @@ def wrapped(tmp_path):
         inherited = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable if word == "python" else word for word in command],
-            env=child_environment(
-                inherited, follower="listening:Follower", variables={"EVENTS": str(events), **variables}
-            ),
+            env=child_environment(inherited, {"EVENTS": str(events), **variables}, follower="listening:Follower"),
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         lines = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []

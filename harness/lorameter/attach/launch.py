@@ -65,28 +65,18 @@ PASSED_ON = (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, sign
 
 
 def child_environment(
-    inherited: Mapping[str, str],
-    *,
-    follower: str = DEFAULT_FOLLOWER,
-    measured: bool = False,
-    hooked: Path | None = None,
-    variables: Mapping[str, str] | None = None,
+    inherited: Mapping[str, str], variables: Mapping[str, str], *, follower: str = DEFAULT_FOLLOWER
 ) -> dict[str, str]:
     """The environment variables of a process whose first training is measured.
 
     Args:
         inherited: variables that it would have otherwise.
+        variables: further variables.
         follower: factory of the observer, as `package.module:callable`; it is called without arguments when the
             training begins.
-        measured: whether the script is started to be measured, and saves, reports and publishes nothing.
-        hooked: a file that the hook writes when an interpreter has loaded it.
-        variables: further variables.
     """
     path = os.pathsep.join(filter(None, [str(HOOK), inherited.get("PYTHONPATH", "")]))
-    own = {"PYTHONPATH": path, ENV_FOLLOWER: follower}
-    own |= {MEASURED: "1"} if measured else {}
-    own |= {HOOKED: str(hooked)} if hooked is not None else {}
-    return {**inherited, **own, **(variables or {})}
+    return {**inherited, "PYTHONPATH": path, ENV_FOLLOWER: follower, **variables}
 
 
 def address(name: str) -> str:
@@ -129,10 +119,10 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
         UsageError: there is no such program.
     """
     (folder / "command").write_bytes(os.fsencode(write_command(words)))
-    variables = {RUN: str(path), REQUIRE: json.dumps(dict(require)), WRAP: str(folder)}
-    environment = child_environment(os.environ, hooked=folder / HOOKED_FILE, variables=variables)
+    hooked = folder / HOOKED_FILE
+    variables = {RUN: str(path), REQUIRE: json.dumps(dict(require)), WRAP: str(folder), HOOKED: str(hooked)}
     try:
-        process = subprocess.Popen(list(words), env=environment)
+        process = subprocess.Popen(list(words), env=child_environment(os.environ, variables))
     except OSError as error:
         program = shorten(shlex.quote(words[0]))
         raise UsageError(

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from lorameter import wire
-from lorameter.attach.script_trial import SOCKET, address
+from lorameter.attach.launch import HOOKED, SOCKET, address
 from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec
 from lorameter.run.build_plan import build_plan
@@ -200,7 +200,7 @@ def start(tmp_path):
 
     def started_with(*words, turns=""):
         turns = turns or f"@lorameter-test-{secrets.token_hex(8)}"
-        variables = {**os.environ, SOCKET: turns}
+        variables = {**os.environ, SOCKET: turns, HOOKED: str(tmp_path / "hooked")}
         started.append(ScriptProcess(words, variables, folder=tmp_path, log=tmp_path / "log", turns=turns))
         return started[-1]
 

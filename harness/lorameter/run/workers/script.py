@@ -102,7 +102,7 @@ class ScriptProcess:
             log: the file to which its output is appended.
             turns: name of the socket (`lorameter.attach.launch.address`).
         """
-        self._hooked = Path(variables[HOOKED]) if HOOKED in variables else None
+        self._hooked = Path(variables[HOOKED])
         self._marker = f"{SOCKET}={turns}".encode()
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
         parent = os.getpid()
@@ -147,9 +147,9 @@ class ScriptProcess:
 
     def _without_training(self, timeout_s: float) -> WorkerLostError:
         code, output = self._process.poll(), self.output()
-        lacking = read_missing_packages(self._hooked) if self._hooked else ""
+        lacking = read_missing_packages(self._hooked)
         status: Status = "invalid"
-        if self._hooked and not self._hooked.exists() and not code:
+        if not self._hooked.exists() and not code:
             kind, message = "NotHooked", NOT_HOOKED
         elif lacking:
             kind, message = "Lacking", f"nothing can be measured: {lacking}"

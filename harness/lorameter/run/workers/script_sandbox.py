@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn
 
-from lorameter.attach.launch import SOCKET, child_environment
+from lorameter.attach.launch import HOOKED, MEASURED, SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
 from lorameter.records import fileio
 from lorameter.records.fileio import is_scratch
@@ -166,13 +166,8 @@ def variables_of(
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
     if in_front := variant.python or side:
         given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
-    return child_environment(
-        given,
-        follower=FOLLOWER,
-        measured=True,
-        hooked=scratch / "hooked",
-        variables={SOCKET: socket},
-    )
+    variables = {SOCKET: socket, MEASURED: "1", HOOKED: str(scratch / "hooked")}
+    return child_environment(given, variables, follower=FOLLOWER)
 
 
 def words_of(
