@@ -91,14 +91,17 @@ class Meter(TrainerCallback):
         facts = {"planned_steps": state.max_steps or None, "accumulation": args.gradient_accumulation_steps}
         steps = self._follow("trainer", model, **facts)
         if steps is not None:
-            trainer = find_trainer(state)
-            fetch = getattr(trainer, BATCHES, None)
-            if callable(fetch):  # until `detach`
-                self._trainer = weakref.ref(trainer)
-                setattr(trainer, BATCHES, functools.wraps(fetch)(functools.partial(_fetch_batches, steps, fetch)))
+            self.attach(steps, find_trainer(state))
             if getattr(args, "eval_on_start", False):
                 steps.phase("evaluate")
         return steps
+
+    def attach(self, steps: Steps, trainer: Any) -> None:
+        """Time how this trainer fetches its batches, until `detach`."""
+        fetch = getattr(trainer, BATCHES, None)
+        if callable(fetch):
+            self._trainer = weakref.ref(trainer)
+            setattr(trainer, BATCHES, functools.wraps(fetch)(functools.partial(_fetch_batches, steps, fetch)))
 
     def detach(self) -> None:
         """Restore the trainer."""
