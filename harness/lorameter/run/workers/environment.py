@@ -100,8 +100,7 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> InterpreterFacts:
     for line in reversed(printed.splitlines() if process.returncode == 0 else []):
         with contextlib.suppress(msgspec.MsgspecError):
             return msgspec.json.decode(line, type=InterpreterFacts)
-    lines = (printed.strip() or "nothing").splitlines()
-    output = shorten(lines[-1 if "Traceback" in lines[0] else 0])
+    output = shorten((printed.strip() or "nothing").splitlines()[-1])
     why = f"no Python that can be asked what it has installed; it printed: {output}"
     raise impossible("interpreter", "python", host.python, why, _REMEDY)
 
