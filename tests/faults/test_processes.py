@@ -210,7 +210,8 @@ def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped,
 # --- an A/B -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", ONE_SIGNAL)
+@pytest.mark.faults
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, stopped, temporary, only_run):
     """The two worktrees and all folders are removed, and the earlier results are saved."""
     with stopped(ab(stop="r1-a-base:turn")) as process:
@@ -227,7 +228,8 @@ def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, stopped
 
 
 def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, stopped, temporary):
-    """The next A/B removes its worktrees but not a user's worktree or those of a running A/B."""
+    """The next A/B removes its worktrees but not a user's worktree or those of a running A/B; a stopped A/B removes its
+    own."""
     git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
     with stopped(ab(stop="r1-a-base:turn")) as process:
         process.kill()
@@ -240,6 +242,7 @@ def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, stop
         assert len(git(repository, "worktree", "list")) == 4
         process.terminate()
         process.communicate()
+    assert process.returncode == 4
     assert len(git(repository, "worktree", "list")) == 2
     assert not list(temporary.iterdir())
 

@@ -109,7 +109,7 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs
 # --- in a measuring process -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command_word", ["turn", "save_adapter"])
+@pytest.mark.parametrize("command_word", ["save_adapter", pytest.param("turn", marks=pytest.mark.faults)])
 def test_a_full_disk_during_a_trial_ends_the_run(command_word, tmp_path, command, only_run, resumed):
     """The next trial would fail as well: the run ends with the trial and the remedy named, no trial is crashed, and
     with free space the run can be completed."""
