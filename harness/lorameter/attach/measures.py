@@ -316,7 +316,10 @@ class Work:
         self._products: StepProducts | None = None
         self._rate: Rate = "float32"
         if getattr(model, "config", None) is not None:
-            self._rate = _rate_of(model)
+            # The dtype of most products: the compute dtype of a 4-bit base, else that of the weights.
+            quantization = getattr(model.config, "quantization_config", None)
+            dtype = getattr(quantization, "bnb_4bit_compute_dtype", None) or getattr(model, "dtype", None)
+            self._rate = RATES.get(str(dtype).removeprefix("torch."), "float32")
             with contextlib.suppress(LorameterError, AttributeError, TypeError):
                 self._products = count_products(model)
 
@@ -334,10 +337,3 @@ class Work:
         flops = self._products.flops(StepTokens(positions=round(positions), pairs=pairs, passes=self._passes)).model
         peak = stated_peak(device_name, self._rate)
         return {"model_flops_per_step": float(flops)} | ({} if peak is None else {"peak_flops_per_s": peak.per_s})
-
-
-def _rate_of(model: Any) -> Rate:
-    """The dtype of most matrix products: the compute dtype of a 4-bit base, else that of the weights."""
-    computes = getattr(getattr(model.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
-    named = str(computes or getattr(model, "dtype", "float32")).removeprefix("torch.")
-    return RATES.get(named, "float32")

@@ -228,7 +228,15 @@ class ScriptTrial:
         except TrainingOverError as over:
             if over.failure.kind != "EndedEarly":
                 raise
-            notices = (self._ended_early(),)
+            notices = (
+                Notice(
+                    code="training-ended-early",
+                    message=f"{self._request.trial}: the script's training ended by itself after "
+                    f"{format_count(self._steps, 'step')}, when all timed ones had been taken.",
+                    remedy="Have it train longer where losses are to be compared: it is stopped when it has taken its "
+                    "steps.",
+                ),
+            )
         values = {"training_steps": float(self._steps)}
         values |= {} if steps is None else {"training_steps_planned": float(planned + 1)}
         record = PartialRecord(
@@ -238,14 +246,6 @@ class ScriptTrial:
             notices=notices,
         )
         return _judge_losses(record, taken)
-
-    def _ended_early(self) -> Notice:
-        return Notice(
-            code="training-ended-early",
-            message=f"{self._request.trial}: the script's training ended by itself after "
-            f"{format_count(self._steps, 'step')}, when all timed ones had been taken.",
-            remedy="Have it train longer where losses are to be compared: it is stopped when it has taken its steps.",
-        )
 
 
 TRAIN_LONGER = "Have it train longer (it is stopped when it has taken them), or ask for fewer turns in [protocol]."
