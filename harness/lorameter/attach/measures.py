@@ -188,12 +188,14 @@ class Ranks:
                 found.append(value)
         columns["step_tokens"] = columns["turn_tokens"]
         if missing:
-            message = (
-                f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what is given, "
-                "and tokens of all ranks are not known."
+            notices.append(
+                Notice(
+                    code="rank-unseen",
+                    message=f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what is "
+                    "given, and tokens of all ranks are not known.",
+                    remedy="Let all ranks end by themselves, and on one machine or with a runs directory that they share.",
+                )
             )
-            remedy = "Let all ranks end by themselves, and on one machine or with a runs directory that they share."
-            notices.append(Notice(code="rank-unseen", message=message, remedy=remedy))
         of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")
         return {name: one for name, one in samples.items() if name not in of_rank_0} | whole_columns(columns)
 

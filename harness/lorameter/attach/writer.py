@@ -187,12 +187,14 @@ class Writer:
     def begin(self, training: TrainingInfo) -> ObserverReply:
         """Claim the run; a second training in the same process is only noted."""
         if self._training is not None:
-            message = (
-                f"a second training began in the same process (seen by its {training.source}); the first one is what "
-                "was measured."
+            self._notices.append(
+                Notice(
+                    code="second-training",
+                    message=f"a second training began in the same process (seen by its {training.source}); the first one is "
+                    "what was measured.",
+                    remedy="Measure each training in a process of its own.",
+                )
             )
-            remedy = "Measure each training in a process of its own."
-            self._notices.append(Notice(code="second-training", message=message, remedy=remedy))
             if self._last is not None and self._file is not None:
                 self._file.write_last(self._last.replaced(notices=tuple(self._notices)))
             return AT_ONCE
@@ -290,9 +292,13 @@ class Writer:
         if self._ranks is not None:
             samples = self._ranks.merge(samples, self._samples.timed, self._notices)
         if (steps := int(self._samples.values["training_steps"])) > MAX_TIMED:
-            message = f"the training had {steps} steps; its first {MAX_TIMED} timed ones are kept."
-            remedy = "Nothing is wrong; later steps are in the script's own log."
-            self._notices.append(Notice(code="timed-steps-truncated", message=message, remedy=remedy))
+            self._notices.append(
+                Notice(
+                    code="timed-steps-truncated",
+                    message=f"the training had {steps} steps; its first {MAX_TIMED} timed ones are kept.",
+                    remedy="Nothing is wrong; later steps are in the script's own log.",
+                )
+            )
         values = self._values | self._samples.values | self._energy.values() | ({} if seen else {UNSEEN_END: 1.0})
         record = self._file.record(
             status=status,
