@@ -405,7 +405,7 @@ def test_a_script_that_never_trains_is_unchanged(wrapped, script, tmp_path):
 
 def test_an_interpreter_without_the_needed_packages_is_not_measured(wrap, tmp_path, capfd):
     """The command runs unchanged, and the message names the missing package and how to install it."""
-    for name in ("__init__.py", "optim/__init__.py", "optim/optimizer.py"):  # in place of torch, which loads for seconds
+    for name in ("__init__.py", "optim/__init__.py", "optim/optimizer.py"):  # torch loads for seconds
         (tmp_path / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "torch" / name).touch()
     text = "import sys\nsys.modules['msgspec'] = None  # as if it were not installed\nimport torch.optim.optimizer\n"

@@ -191,9 +191,10 @@ class Ranks:
             notices.append(
                 Notice(
                     code="rank-unseen",
-                    message=f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what is "
-                    "given, and tokens of all ranks are not known.",
-                    remedy="Let all ranks end by themselves, and on one machine or with a runs directory that they share.",
+                    message=f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what "
+                    "is given, and tokens of all ranks are not known.",
+                    remedy="Let all ranks end by themselves, and on one machine or with a runs directory that they "
+                    "share.",
                 )
             )
         of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")

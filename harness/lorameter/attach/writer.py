@@ -190,8 +190,8 @@ class Writer:
             self._notices.append(
                 Notice(
                     code="second-training",
-                    message=f"a second training began in the same process (seen by its {training.source}); the first one is "
-                    "what was measured.",
+                    message=f"a second training began in the same process (seen by its {training.source}); the first "
+                    "one is what was measured.",
                     remedy="Measure each training in a process of its own.",
                 )
             )
