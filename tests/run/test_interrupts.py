@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from lorameter.run.device_lock import hold_device
 from lorameter.machine.processes import STOP_SIGNALS
+from lorameter.run.device_lock import hold_device
 from lorameter.run.interrupts import InterruptHandler, StopRequested
 
 

@@ -20,7 +20,6 @@ from typing import Any
 from lorameter.machine.processes import STOP_SIGNALS
 
 
-
 class StopRequested(KeyboardInterrupt):
     """This process received a signal to end."""
 
