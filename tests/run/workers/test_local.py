@@ -131,7 +131,7 @@ def failed(measure, executor, small_study):
     machine.
     """
     plain = small_study.variants[0]
-    variants = {name: dataclasses.replace(plain, name=name) for name in FAILED}
+    variants = {name: dataclasses.replace(plain, name=name, r=r) for r, name in enumerate(FAILED, 5)}
     variants["bad"] = dataclasses.replace(variants["bad"], target_modules=("no_such_module",))
     ask, limits = ForkedWorker.ask, set()
 
