@@ -145,6 +145,7 @@ def test_a_baseline_that_cannot_be_written_keeps_the_previous_one(command, runs,
     assert not list(runs.glob("*.tmp"))
 
 
+@pytest.mark.faults
 def test_a_run_is_complete_if_pytest_cannot_save_its_file(session, only_run, tmp_path):
     """If pytest-benchmark's file does not fit, the session does not pass, and the measured run is complete."""
     (tmp_path / "full.json").symlink_to("/dev/full")
