@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import UsageError, format_error, impossible
 from lorameter.records import fileio
 
 RANDOM_PREFIX = "random:"
@@ -146,11 +146,8 @@ class ModelSource:
 
 def cache_dir() -> Path:
     """$LORAMETER_CACHE, else $XDG_CACHE_HOME/lorameter, else ~/.cache/lorameter; not created here."""
-    if own := os.environ.get("LORAMETER_CACHE"):
-        return _expand(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return _expand(shared) / "lorameter"
-    return _expand("~/.cache/lorameter")
+    own, shared = os.environ.get("LORAMETER_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return _expand(own or f"{shared}/lorameter")
 
 
 def _expand(path: str) -> Path:
@@ -246,11 +243,9 @@ def config_file(source: ModelSource) -> Path:
         return Path(source.location)
     if source.kind == "directory":
         return Path(source.location) / "config.json"
-    if source.kind == "gguf":
-        raise ValueError(f"{source.location}: a GGUF file has no config.json")
-    for entry in CATALOGUE.values():
-        if entry.hub_id == source.location:
-            return entry.config
+    packaged = next((entry.config for entry in CATALOGUE.values() if entry.hub_id == source.location), None)
+    if packaged is not None:
+        return packaged
     import huggingface_hub
 
     try:
@@ -287,13 +282,12 @@ def hub_has(source: ModelSource) -> bool:
 
 def hub_failure(source: ModelSource, error: Exception) -> UsageError:
     """The error for a model of the hub that cannot be loaded."""
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    why = cause if hub_has(source) else "the model hub cannot be reached and its cache does not hold this model"
+    unreachable = "the model hub cannot be reached and its cache does not hold this model"
     return impossible(
         "catalogue",
         "model",
         source.label,
-        why,
+        format_error(error) if hub_has(source) else unreachable,
         "Check the id, the connection, HF_HUB_OFFLINE and (for gated models) HF_TOKEN; name a local directory; "
         f"or use {RANDOM_PREFIX}NAME with a catalogue name ({', '.join(CATALOGUE)}).",
     )

@@ -48,26 +48,22 @@ LORA = MethodFacts(keeps_base=True, several=True, mixes=True, merges=True, reloa
 """The facts about LoRA in its short form; fields that are exceptions are checked separately."""
 
 
-def is_plain(variant: Variant) -> bool:
-    """Whether a variant needs no probe: LoRA in its short form with a short-named optimizer."""
-    return isinstance(variant, LoraVariant) and variant.optimizer in (*ADAMW, *PAGED) and not variant.optimizer_args
-
-
 def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
-    """The facts about each variant's method, by the variant's name; unknown methods are probed now.
+    """The facts about each variant's method, by the variant's name; unknown methods are probed now. LoRA in its short
+    form with a short-named optimizer needs no probe.
 
     Raises:
         InvalidRunError: the probing process ends without an answer.
     """
-    found = {one.name: LORA for one in variants if is_plain(one)}
+    short = [one for one in variants if isinstance(one, LoraVariant) and one.optimizer in (*ADAMW, *PAGED)]
+    found = {one.name: LORA for one in short if not one.optimizer_args}
     places = {one.name: _place(one) for one in variants if one.name not in found}
     found |= {name: facts for name, place in places.items() if (facts := _read(place)) is not None}
     missing = [one for one in variants if one.name not in found]
-    if missing:
-        for variant, facts in zip(missing, _probe(missing), strict=True):
-            found[variant.name] = facts
-            places[variant.name].parent.mkdir(parents=True, exist_ok=True)
-            fileio.write_document(places[variant.name], facts)
+    for variant, facts in zip(missing, _probe(missing) if missing else (), strict=True):
+        found[variant.name] = facts
+        places[variant.name].parent.mkdir(parents=True, exist_ok=True)
+        fileio.write_document(places[variant.name], facts)
     return found
 
 

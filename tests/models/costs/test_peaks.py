@@ -154,7 +154,7 @@ def test_every_gpu_is_found_by_each_of_its_names():
     """Each GPU of the table is found by each of its names and by its label."""
     for device in DEVICES:
         for name in (*device.names, device.label):
-            assert find_card(name).total_bytes == device.memory_bytes, name
+            assert find_card(name).total_bytes == device.memory_mib * 2**20, name
 
 
 @pytest.mark.parametrize(("text", "choices"), [

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from lorameter.errors import impossible
 from lorameter.models.costs.lora import adapted_widths, lora_of
-from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_layers, linear_widths
+from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_elements, linear_layers, linear_widths
 from lorameter.studies.variant import ALL_LINEAR, Variant
 from lorameter.studies.workload import Workload
 
@@ -174,22 +174,16 @@ def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
     return frozenset(adapted_widths(variant, shape))
 
 
-def product_weights(shape: ModelShape) -> int:
-    """N: weights by which every position is multiplied, with the head and without the embedding (a table look-up).
+def six_n(shape: ModelShape, tokens: StepTokens) -> int:
+    """6 N for each position, without attention: the FLOPs of training all weights, for comparison only. N counts the
+    head, but not the embedding (a table look-up).
+
+    Published figures for LoRA often use it, and are 1.5 times the true count.
 
     Raises:
         UsageError: the layers of the model type are unknown.
     """
-    linear = shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    return linear + shape.vocab_size * shape.hidden_size
-
-
-def six_n(shape: ModelShape, tokens: StepTokens) -> int:
-    """6 N for each position, without attention: the FLOPs of training all weights, for comparison only.
-
-    Published figures for LoRA often use it, and are 1.5 times the true count.
-    """
-    return 6 * product_weights(shape) * tokens.positions
+    return 6 * (linear_elements(shape) + shape.vocab_size * shape.hidden_size) * tokens.positions
 
 
 def mean_context(workload: Workload) -> int:

@@ -36,7 +36,15 @@ from lorameter.models.costs.lora import (
     weight_bytes,
     width,
 )
-from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_layers, linear_widths, read_config
+from lorameter.models.shapes import (
+    STAGES,
+    ModelShape,
+    family_of,
+    linear_elements,
+    linear_layers,
+    linear_widths,
+    read_config,
+)
 from lorameter.records.record import MEMORY_PHASES, MemoryPhase, in_order
 from lorameter.studies.variant import LoraVariant, Variant, form_keys
 from lorameter.studies.workload import Workload
@@ -163,7 +171,7 @@ def estimate_memory(
     kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
         # Embeddings and norms are still pages of the file, which keeps all of it in memory.
-        kinds["checkpoint_pages"] = _linear(shape) * width(variant.dtype)
+        kinds["checkpoint_pages"] = linear_elements(shape) * width(variant.dtype)
     if repacks and phase == "generate" and variant.is_4bit:
         kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
         kinds["quantization_state"] = _constants(variant, shape, repacked=True)
@@ -192,7 +200,7 @@ def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device:
     two moments of full fine-tuning."""
     lora = lora_like(variant)
     expected = estimate_peak(lora, workload, shape, answers=False, device=device, process_bytes=process_bytes)
-    weights = _linear(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    weights = linear_elements(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
     return expected.needed_bytes + 3 * weights * width(variant.dtype)
 
 
@@ -220,10 +228,6 @@ def stored_dtype(source: ModelSource) -> str | None:
     config = read_config(source)
     dtype = config.get("dtype") or config.get("torch_dtype")
     return str(dtype) if dtype else None
-
-
-def _linear(shape: ModelShape) -> int:
-    return shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
 
 
 def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
@@ -432,16 +436,14 @@ class Activations:
         """Bytes for the attention, with the query and key norms of each head in families that have them."""
         shape, size = self._shape, self._attention
         heads = (shape.heads, shape.kv_heads) if self._family.normed_heads else ()
-        return self._scored(shape, size) + sum(self._normed(self._tokens * count, shape.head_dim) for count in heads)
-
-    def _scored(self, shape: ModelShape, size: int) -> int:
+        total = sum(self._normed(self._tokens * count, shape.head_dim) for count in heads)
         query = self._tokens * shape.heads * shape.head_dim * size
         key = self._tokens * shape.kv_heads * shape.head_dim * size
         pairs = self._rows * self._length**2
         if self._variant.attention == "eager":  # scores in float32, and again in the dtype of the values
-            return 3 * query + pairs * shape.heads * (4 + (size if size < 4 else 0))
-        logarithms = self._tokens * shape.heads * 4
+            return total + 3 * query + pairs * shape.heads * (4 + (size if size < 4 else 0))
+        total += 2 * query + self._tokens * shape.heads * 4  # the last is a logarithm per row
         if self._variant.attention == "sdpa":  # packed or padded: a mask, and keys repeated for each query head
             repeats = shape.kv_heads > 1 or self._casts  # with a single key/value head they are views
-            return 2 * query + 2 * (query if repeats else key) + logarithms + pairs * size
-        return 2 * query + 2 * key + logarithms
+            return total + 2 * (query if repeats else key) + pairs * size
+        return total + 2 * key

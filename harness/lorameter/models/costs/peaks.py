@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import require, shorten
 from lorameter.models.costs.flops import StepTokens
 from lorameter.stats import Estimate
 from lorameter.studies.variant import Variant
@@ -74,11 +74,6 @@ class DevicePeaks:
         """The common name with the memory, without the form factor."""
         words = self.names[0].removeprefix("GeForce ").replace("-", " ").split()
         return f"{' '.join(words[: 2 if words[0] == 'RTX' else 1])} {self.sold_gb}GB"
-
-    @property
-    def memory_bytes(self) -> int:
-        """Total memory shown by NVML."""
-        return self.memory_mib * 2**20
 
 
 def _dense(half: float, tf32: float | None, float32: float, *, bfloat16: bool = True) -> dict[Rate, float]:
@@ -194,7 +189,6 @@ UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
-_MEMORY = re.compile(r"\d{1,3}(?:gb|gib)?", re.ASCII)
 _REMEDY = "Give a size with its unit, as 24GiB or 24GB (of 10^9 bytes)"
 
 
@@ -229,21 +223,17 @@ def find_card(text: str) -> GpuSpec:
     size, where = _SIZE.fullmatch(text.strip()), f"--gpu {shorten(repr(text), 60)}"
     if size is not None and size[2].lower() in UNITS:
         total = int(float(size[1]) * UNITS[size[2].lower()])
-        if not total:
-            raise UsageError(f"{where}: no memory. {_REMEDY}.")
+        require(total, f"{where}: no memory. {_REMEDY}.")
         return GpuSpec(name=" ".join(text.split()), device_name="", total_bytes=total, source="as given")
     matches = [device for device in DEVICES if _is_called(device, text)]
-    if not matches:
-        why = "a size without a known unit" if size is not None else "no known GPU"
-        raise UsageError(f"{where}: {why}. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
-    if len({device.memory_mib for device in matches}) > 1:
-        raise UsageError(f"{where}: there are several, of different memory. Name one: {_list(matches)}.")
-    return GpuSpec(
-        name=matches[0].label,
-        device_name=matches[0].names[0],
-        total_bytes=matches[0].memory_bytes,
-        source=MEMORY_SOURCE,
+    require(matches, f"{where}: no known GPU or unit. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
+    require(
+        len({device.memory_mib for device in matches}) == 1,
+        f"{where}: there are several, of different memory. Name one: {_list(matches)}.",
     )
+    first = matches[0]
+    total = first.memory_mib * 2**20
+    return GpuSpec(name=first.label, device_name=first.names[0], total_bytes=total, source=MEMORY_SOURCE)
 
 
 def _list(devices: Iterable[DevicePeaks]) -> str:
@@ -251,12 +241,9 @@ def _list(devices: Iterable[DevicePeaks]) -> str:
 
 
 def _is_called(device: DevicePeaks, text: str) -> bool:
-    """Whether all words of the text are in one of the device's names; a memory size alone names no GPU."""
-    words = _words(text)
-    memory = {f"{device.sold_gb}{unit}" for unit in ("", "gb", "gib")}
-    if all(_MEMORY.fullmatch(word) for word in words):
-        return False
-    return any(words <= _words(name) | memory for name in device.names)
+    """Whether all words of the text are in one of the device's names, or its memory size, which alone names no GPU."""
+    words = _words(text) - {f"{device.sold_gb}{unit}" for unit in ("", "gb", "gib")}
+    return bool(words) and any(words <= _words(name) for name in device.names)
 
 
 def _words(text: str) -> set[str]:
