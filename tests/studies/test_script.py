@@ -99,7 +99,7 @@ def test_an_invalid_command_is_refused(fields, said):
         (TOML + "\n[protocol]\nepochs = 1.0\n", "whose data is not known"),
         (TOML.replace('"liger"', '"plain"'), "used twice"),
         (TOML + "\n[controls]\nr = 8\n", "r = 8: the variant is a command"),
-        ('[[variant]]\nname = "one"\ncwd = "/x"\n', "cwd = '/x': only a variant that is a command has it"),
+        ('[[variant]]\nname = "one"\ncwd = "/x"\n', "cwd = '/x': the variant is LoRA"),
     ],
 )
 def test_a_study_of_commands_refuses_settings_of_the_scripts(tmp_path, text, said):

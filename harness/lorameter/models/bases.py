@@ -39,7 +39,7 @@ from lorameter.records.os_errors import extract_os_error
 ENV_BASES = "LORAMETER_BASES"
 DESCRIPTION = "lorameter.json"
 """Written last; its modification time is the time of the last use."""
-TENSORS = "base.safetensors"
+TENSORS = "base.pt"
 UNUSED_DAYS = 30
 MAX_BYTES = 64 * 2**30
 """Maximum total size of all bases."""

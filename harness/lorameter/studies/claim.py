@@ -164,11 +164,10 @@ def check_limits(part: Mapping[str, Any], where: str) -> None:
     record has all limits, with their defaults."""
     rule = part.get("rule")
     own = _LIMITED.get(rule) if rule in RULES else None
-    for name in dict.fromkeys(_LIMITED.values()) if rule in RULES else ():
-        if name in part and name != own:
-            has, remedy = (f"its limit is {own!r}", f"Write {own} = ..., or ") if own else ("it has no limit", "")
-            why = f"rule {rule!r} does not go by it: {has}"
-            raise impossible(where, name, part[name], why, f"{remedy}leave it out.".capitalize())
+    for name in ("tolerance", "margin", "by"):
+        if rule in RULES and name in part and name != own:
+            why = f"rule {rule!r} does not go by it: its limit is {own!r}" if own else f"rule {rule!r} has no limit"
+            raise impossible(where, name, part[name], why, "Leave it out.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

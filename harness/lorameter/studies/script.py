@@ -29,8 +29,6 @@ OWN = "script"
 """Model and data of a workload that the scripts define themselves."""
 
 _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
-_SHELL_OPTION = re.compile(r"-[a-z]*c")
-"""An option before a command line, as in `sh -c` and `bash -lc`."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 """Names of Python interpreters."""
@@ -129,15 +127,11 @@ def split_command(label: str, command: str) -> list[str]:
 
 def name_of_words(words: Sequence[str]) -> str:
     """A name for the program of a command: the script's name without suffix, a module's, or the program's. It becomes
-    part of the run's folder name, so it contains only the script of a shell line, and no credential."""
+    part of the run's folder name, so it contains no credential."""
     words = hide_credentials(words)
-    parts: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
-        of_shell = _SHELL_OPTION.fullmatch(before) is not None
-        parts += [part.strip("'\"();&|") for part in word.split()] if of_shell else [word]
-    named = [PurePath(part).stem for part in parts if part.endswith(".py") and "=" not in part]
-    if not named and "-m" in parts[1:-1]:
-        named = [parts[parts.index("-m") + 1]]
+    named = [PurePath(word).stem for word in words if word.endswith(".py") and "=" not in word]
+    if not named and "-m" in words[1:-1]:
+        named = [words[words.index("-m") + 1]]
     program = next((word for word in words if not PYTHON.fullmatch(PurePath(word).name)), words[0])
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", named[0] if named else PurePath(program).name).strip("-")
     return name[: protocol.NAME_BYTES] or "command"

@@ -48,6 +48,7 @@ from lorameter.studies.study import OF_WORKLOAD, Study, unknown
 from lorameter.studies.variant import KEYS as VARIANT_KEYS
 from lorameter.studies.variant import (
     AnyVariant,
+    FullVariant,
     LoraVariant,
     PeftVariant,
     ScriptVariant,
@@ -94,6 +95,13 @@ OTHER_NAMES: Mapping[str, str] = {
 """Keys of a study by other names in PEFT, transformers and TRL."""
 _METHODS = ("peft_type", "peft_method", "use_vera", "use_adalora", "use_loha", "use_lokr", "use_ia3", "use_oft")
 """Keys that select another method than LoRA."""
+_FORMS: Mapping[type[AnyVariant], str] = {
+    ScriptVariant: "a command, and its script says what is trained",
+    PeftVariant: "a method of PEFT, whose own fields are written as peft.KEY",
+    FullVariant: "full fine-tuning, which has no adapter",
+    LoraVariant: "LoRA in its short form, and neither a command nor in the form of PEFT",
+}
+"""Why a variant of a form has no other keys."""
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
 _LISTS = ("axes", "sweeps", "variant")
 _OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
@@ -406,19 +414,9 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
     form = AnyVariant.class_for(content)
     known = form_keys(form)
     for key in [key for key in content if key not in known]:
-        if form is ScriptVariant:
-            why = "the variant is a command, and its script says what is trained"
-            remedy = "Give it to the script as an argument, and take it out here."
-        elif key in form_keys(ScriptVariant):
-            why = "only a variant that is a command has it"
-            remedy = 'Add command = "python train.py", or take it out.'
-        elif key not in own:
-            continue
-        elif form is PeftVariant:
-            why, remedy = "the variant has a configuration of PEFT", f"Write it there, as peft.{key}, or take it out."
-        else:
-            why, remedy = "full fine-tuning has no adapter", "Take it out."
-        raise impossible(where, key, content[key], why, remedy)
+        # Controls are for all variants, so a form ignores those of another one; but a command never uses any.
+        if key in own or form is ScriptVariant or key in form_keys(ScriptVariant):
+            raise impossible(where, key, content[key], f"the variant is {_FORMS[form]}", "Take it out.")
     if form is PeftVariant and isinstance(path := content["peft"], str):
         content["peft"] = read_config(where, Path(path))
     return codec.from_json(form, {key: content[key] for key in known if key in content}, where, strict=True)

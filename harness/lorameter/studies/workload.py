@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -294,48 +293,30 @@ def _folder(path: Path, split: str, where: str) -> DataSource:
         names = sorted(entry.name for entry in os.scandir(path))
     except OSError as error:
         raise UsageError(f"{where}: cannot be read: {error.strerror}. {REMEDY}") from None
-    if "dataset_dict.json" in names:
-        chosen = _choose(sorted(state.parent.name for state in path.glob("*/state.json")), split, where)
-        return _saved(path, path / chosen, chosen)
-    if {"state.json", "dataset_info.json"} <= set(names):
-        require(not split, f"{where}: it was saved without splits. Leave [{split}] out.")
-        return _saved(path, path, "")
-    data = [name for name in names if name.endswith(ENDINGS) and name not in _NO_DATA and (path / name).is_file()]
-    return _files(path, data, split, where)
-
-
-def _saved(path: Path, folder: Path, split: str) -> DataSource:
-    files = tuple(sorted(file for file in folder.glob("*.arrow") if file.is_file()))
-    return DataSource(kind="saved", name=str(path), split=split, files=files)
-
-
-def _files(path: Path, names: Sequence[str], split: str, where: str) -> DataSource:
-    require(names, f"{where}: no file in it is of a known kind ({', '.join(ENDINGS)}). {REMEDY}")
-    splits = {name: set(_splits_in(name)) for name in names}
-    known = sorted(set().union(*splits.values()))
-    chosen = _choose(known, split, where) if known or split else ""
+    files: dict[str, list[Path]] = {}
+    """By split; "" for files without one."""
+    saved = bool({"dataset_dict.json", "state.json"} & set(names))
+    if saved:
+        for file in sorted([*path.glob("*.arrow"), *path.glob("*/*.arrow")]):
+            files.setdefault("" if file.parent == path else file.parent.name, []).append(file)
+    else:
+        data = [name for name in names if name.endswith(ENDINGS) and name not in _NO_DATA and (path / name).is_file()]
+        for name in data:
+            words = re.split(r"[^a-z]+", name.lower())
+            for word in [one for one in _SPLIT_WORDS if one in words] or [""]:
+                files.setdefault(word, []).append(path / name)
+    require(files, f"{where}: no file in it is of a known kind ({', '.join(ENDINGS)}). {REMEDY}")
+    known = sorted(filter(None, files))
+    require(not split or split in files, f"{where}: no split {split!r}. It has {', '.join(known) or 'none'}.")
+    chosen = split or (DEFAULT_SPLIT if DEFAULT_SPLIT in files else next(iter(files)))
+    listed = ", ".join([*known, *(["others"] if "" in files else [])])
     require(
-        not chosen or split or chosen == DEFAULT_SPLIT or all(chosen in words for words in splits.values()),
-        f"{where}: files of {chosen} and others are in it. Name the split, as in …[{chosen}], or a file.",
+        split or chosen == DEFAULT_SPLIT or len(files) == 1,
+        f"{where}: files of {listed} are in it. Name the split, as in FOLDER[{DEFAULT_SPLIT}], or a file.",
     )
-    taken = [name for name in names if not chosen or chosen in splits[name]]
-    kinds = sorted({ending for name in taken if (ending := Path(name.removesuffix(PACKED)).suffix)})
+    kinds = sorted({Path(file.name.removesuffix(PACKED)).suffix for file in files[chosen]})
     different = f"files of different kinds are in it: {', '.join(kinds)}"
-    require(len(kinds) < 2, f"{where}: {different}. Name one file, or separate them.")
-    return DataSource(kind="folder", name=str(path), split=chosen, files=tuple(path / name for name in taken))
-
-
-def _splits_in(name: str) -> Iterator[str]:
-    ending = next(ending for ending in reversed(ENDINGS) if name.endswith(ending))
-    words = re.split(r"[^a-z]+", name.removesuffix(ending).lower())
-    return (word for word in _SPLIT_WORDS if word in words)
-
-
-def _choose(splits: Sequence[str], requested: str, where: str) -> str:
-    listed = f"There {'are' if splits else 'is'} {', '.join(splits) or 'none'}."
-    require(not requested or requested in splits, f"{where}: no split {requested!r}. {listed}")
-    require(splits, f"{where}: it has no split. Save it again.")
-    only = requested or (DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0])
-    several = f"{where}: it has the splits {', '.join(splits)}. Name one, as in …[{splits[0]}]."
-    require(requested or only == DEFAULT_SPLIT or len(splits) == 1, several)
-    return only
+    require(len(kinds) == 1, f"{where}: {different}. Name one file, or separate them.")
+    return DataSource(
+        kind="saved" if saved else "folder", name=str(path), split=chosen, files=tuple(files[chosen])
+    )

@@ -205,7 +205,7 @@ def test_a_trial_whose_base_is_missing_makes_its_own(saved):
 def test_a_full_disk_is_reported_with_its_remedy(saved, home, monkeypatch):
     """No file of the base is left."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(base_cache, "_write_tensors", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(base_cache.torch, "save", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space") as refused:
         base_cache.prepare(base_request(saved(), PLAIN))
     assert "Free space" in find_system_error(refused.value)

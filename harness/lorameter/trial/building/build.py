@@ -11,9 +11,10 @@ are exact, for a model of any size on any machine, and of any type that PEFT can
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -36,7 +37,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ADAMW, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_cache import base_of, safetensors_header
+from lorameter.trial.building.base_cache import base_of
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.peft_methods import (
     activate,
@@ -343,8 +344,6 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
     # PEFT also saves the initial adapter if it changed the base: twice the rank.
     if isinstance(variant, LoraVariant) and variant.rewrites_base:
         model = _attached(dataclasses.replace(variant, r=2 * variant.r), source)
-    saved = peft_methods.saved_tensors(model)
-    order = sorted(saved, key=lambda name: (-saved[name].itemsize, name))  # as the library writes them
     size = sum(parameter.nbytes for parameter in trained)
     return Sizes(
         variant=variant.name,
@@ -355,8 +354,27 @@ def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
         optimizer_state_bytes=optimizer_state_bytes(
             variant.optimizer, [(parameter.numel(), parameter.element_size()) for parameter in trained]
         ),
-        saved_bytes=len(safetensors_header(saved, order)) + sum(tensor.nbytes for tensor in saved.values()),
+        saved_bytes=safetensors_bytes(peft_methods.saved_tensors(model)),
     )
+
+
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Size of the safetensors file (format version 1) of these tensors: the header with its length, padded to a
+    multiple of 8 bytes, and the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # the order of the library
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = _TYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    written = 8 + len(json.dumps(header, separators=(",", ":")))
+    return written + -written % 8 + end
 
 
 def _attached(variant: Variant, source: ModelSource) -> Any:
