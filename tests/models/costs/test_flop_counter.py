@@ -12,16 +12,16 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorameter.errors import LorameterError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import StepTokens, computed_tokens, training_flops
-from lorameter.models.costs.modules import count_products, from_values, to_values
+from lorameter.models.costs.modules import UncountedError, count_products, from_values, to_values
 from lorameter.models.shapes import FAMILIES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.build import SharedBase, build
+from lorameter.trial.profiling.phases import watch_gradients
 from lorameter.trial.step import TrainStep
 
 ROWS, LENGTH = 2, 32
@@ -169,41 +169,96 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "attn_pdrop": 0.0,
 }  # fmt: skip
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "n_group": 1,
+    "topk_group": 1, "num_key_value_heads": 4,
+}  # fmt: skip
 UNKNOWN = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "falcon": {"n_head": 4},
     "cohere": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": LATENT,
 }
-"""Small models of families without a closed form: a Conv1D, parallel attention and feed-forward, and one layer for
-query, key and value."""
+"""Small models of families without a closed form: a Conv1D, parallel attention and feed-forward, one layer for
+query, key and value, experts, and keys and values of different widths."""
 STEP = StepTokens(positions=ROWS * LENGTH, pairs=ROWS * LENGTH**2)
-LORA = "all-linear"
+LORA, EXPERTS = "all-linear", ["q_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"]
 
 
 def built(model_type, targets, **extra):
     """Build a model of a family, with an adapter or fully trained, and a step of it."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **extra})
-    model = AutoModelForCausalLM.from_config(config)
+    attention = "sdpa" if model_type != "deepseek_v3" else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     if targets:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     tokens = torch.randint(3, 120, (ROWS, LENGTH))
     return model.train(), lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
 
-@pytest.mark.parametrize(("model_type", "targets"), [*((name, LORA) for name in UNKNOWN), ("gpt2", None)])
-def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, targets):
-    """The count is within 5 % for two blocks, with an adapter or full training; the inputs of the first block are
-    counted in excess."""
-    model, step = built(model_type, targets, **UNKNOWN[model_type])
+@pytest.mark.parametrize(
+    ("model_type", "whole"), [*((name, False) for name in UNKNOWN), ("gpt2", True), ("mixtral", True)]
+)
+def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, whole):
+    """The count is within 1 % for models with a router of experts and within 0.2 % for others, with an adapter or full
+    training."""
+    experts = model_type in ("mixtral", "deepseek_v3")
+    model, step = built(model_type, None if whole else EXPERTS if experts else LORA, **UNKNOWN[model_type])
     total, fused = count_flops(step)
-    assert count_products(model).flops(STEP, fused=fused).hardware == pytest.approx(total, rel=0.05)
+    flops = count_products(model, watch_gradients(model, step)).flops(STEP, fused=fused)
+    assert flops.hardware == pytest.approx(total, rel=0.01 if experts else 0.002)
 
 
-def test_the_excess_falls_with_the_number_of_blocks():
-    """It is at most 5 % with two blocks, and a third of that with eight."""
+class Towers(torch.nn.Module):
+    """A text model with a vision tower, and a layer whose weight is used without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        block = [torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU()]
+        self.text = torch.nn.ModuleList([torch.nn.Sequential(*block), torch.nn.Linear(8, 4, bias=False)])
+        self.picture = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        self.inner = Inner()
+
+    def forward(self, hidden):
+        for one in (self.text[0][0], self.text[1]):  # the parts of a ModuleList are called, not the list
+            hidden = one(hidden)
+        return self.inner(hidden).sum()
+
+
+class Inner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = torch.nn.Linear(4, 4, bias=False)
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.used.weight)
+
+
+def test_modules_that_a_step_does_not_use_are_not_counted():
+    """A vision tower is not counted; a part of a called module is counted, whether it was called itself or not."""
+    model = Towers()
+    wanted = watch_gradients(model, lambda: model(torch.ones(3, 8)).backward())
+    counted = count_products(model, wanted)
+    assert counted.plain == counted.weights == 8 * 8 + 8 * 4 + 4 * 4
+    assert counted.inputs == 8 * 4 + 4 * 4
+    assert count_products(model).plain == counted.plain + 64 * 64
+
+
+def test_experts_with_an_adapter():
+    """The count is within 5 %, because PEFT computes the whole update twice in each pass and a step needs it once."""
+    model, step = built("mixtral", LORA, **UNKNOWN["mixtral"])
+    flops = count_products(model, watch_gradients(model, step)).flops(STEP)
+    assert flops.hardware == pytest.approx(count_flops(step)[0], rel=0.05)
+
+
+def test_a_step_that_was_not_watched_is_counted_in_the_order_of_the_modules():
+    """The inputs of the first block are counted in excess: at most 5 % with two blocks, and a third of that with
+    eight."""
     errors = []
     for layers in (2, 8):
         model, step = built("llama", LORA, num_hidden_layers=layers)
@@ -213,23 +268,27 @@ def test_the_excess_falls_with_the_number_of_blocks():
 
 @pytest.mark.parametrize("options", [{"target_modules": QV, "quantization": "nf4"}, {"use_dora": True}], ids=" ".join)
 def test_a_known_family_counted_from_its_modules_equals_its_closed_form(options):
-    """The count and the closed form agree within 5 %."""
+    """The count and the closed form agree within 2 %."""
     variant = LoraVariant(r=4, **options)
     step, shape, workload = train_step(variant)
     model, tokens = step._trainee.model, computed_tokens(variant, workload)
-    found = count_products(model)
-    assert found.flops(tokens).model == pytest.approx(training_flops(shape, variant, tokens).model, rel=0.05)
+    found = count_products(model, watch_gradients(model, step))
+    assert found.flops(tokens).model == pytest.approx(training_flops(shape, variant, tokens).model, rel=0.02)
     assert from_values(to_values(found)) == found
     assert from_values({}) is None
 
 
 def test_adapters_of_other_trials_are_not_counted():
-    """Only the active adapter is counted; a model with experts is refused."""
+    """Only the active adapter is counted; a model without linear layers, or with an unknown number of experts for each
+    token, is an error."""
     model, _ = built("opt", LORA, **UNKNOWN["opt"])
     alone = count_products(model)
     model.add_adapter("other", LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.set_adapter("default")
     assert count_products(model) == alone
-    model, _ = built("mixtral", None, num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(LorameterError, match="without experts"):
+    with pytest.raises(UncountedError, match="no linear layer"):
+        count_products(torch.nn.Embedding(4, 4))
+    model, _ = built("mixtral", None, **UNKNOWN["mixtral"])
+    model.config = SimpleNamespace(num_attention_heads=4, hidden_size=64)
+    with pytest.raises(UncountedError, match="how many of 4 experts"):
         count_products(model)

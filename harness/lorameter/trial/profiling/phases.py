@@ -235,6 +235,24 @@ def _record(bordered: BorderedStep | BorderedRequest, device: str, trace: Path) 
     return tuple(times[1:]), () if results is None else results.events()
 
 
+def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
+    """Run the step and return the modules that it calls, by their names in transformers' model, and whether autograd
+    computes the gradient of their first input (layers of the first block that take the embeddings have none); None if
+    that input is not a tensor."""
+    gradients: dict[str, bool | None] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, part in peft_methods.wrapped(model).named_modules():
+
+            def look(_: Any, args: tuple[Any, ...], name: str = name) -> None:
+                gradients.setdefault(
+                    name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None
+                )
+
+            hooks.callback(part.register_forward_pre_hook(look).remove)
+        step()
+    return gradients
+
+
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 

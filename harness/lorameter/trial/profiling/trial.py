@@ -17,7 +17,7 @@ from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.host import PeakMemoryTracker
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import computed_tokens, training_flops
-from lorameter.models.costs.modules import count_products, to_values
+from lorameter.models.costs.modules import UncountedError, count_products, to_values
 from lorameter.models.costs.peaks import Peak, Rate
 from lorameter.records import codec
 from lorameter.records.activity import (
@@ -45,6 +45,7 @@ from lorameter.trial.profiling.phases import (
     pair_times,
     profiled,
     request_samples,
+    watch_gradients,
     weights_by_shape,
 )
 from lorameter.trial.trial import Trial
@@ -89,13 +90,16 @@ class ProfiledTrial(Trial):
         return BorderedStep(self._trainee, self._stream, self._request)
 
     def _count(self) -> dict[str, float]:
-        """The matrix products of a step, counted from the modules if there is no closed form."""
-        variant, workload = self._request.variant, self._request.workload
+        """The matrix products of a step, counted from the modules if there is no closed form. An additional step is
+        observed for that, unless steps are compiled: hooks would trigger recompilation."""
+        variant, workload, model = self._request.variant, self._request.workload, self._trainee.model
         with contextlib.suppress(UsageError):
             training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
             return {}
-        with contextlib.suppress(LorameterError):
-            return to_values(count_products(self._trainee.model))
+        with contextlib.suppress(UncountedError):
+            return to_values(
+                count_products(model, None if variant.compile else watch_gradients(model, self._take_step))
+            )
         return {}
 
     def peak(self, rates: Sequence[Rate]) -> PartialRecord:
