@@ -40,8 +40,6 @@ GRACE_S = 5.0
 """Seconds for the other ranks after one has failed: a rank that waits for it fails at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
 """Matches the error of a rank that waited in vain for another one."""
-IMBALANCED = 1.4
-"""Minimum ratio of the slowest rank's own time to the mean of all for which the imbalance is reported."""
 SUMMED = ("device_energy_train_j", "energy_tokens")
 """Values that are summed over all ranks."""
 ONE_RANK = ("build", "warm_up", "turn")
@@ -77,9 +75,14 @@ class TrialOfRanks:
             return fragment
         alone = alone if one_first else self._ask_one(command, arguments)
         self._losses["ranks"] += losses_of_steps(fragment)
-        notices = [*fragment.notices, *alone.notices, *(_imbalance(fragment.values) if command == "verify" else ())]
-        fragment = msgspec.structs.replace(fragment, samples=fragment.samples | alone.samples, notices=tuple(notices))
-        return self._compare(fragment) if command == "finish_training" else fragment
+        fragment = msgspec.structs.replace(
+            fragment, samples=fragment.samples | alone.samples, notices=(*fragment.notices, *alone.notices)
+        )
+        if command == "finish_training" and self._one is not None:
+            variant, ranks = self._request.variant, self._request.workload.ranks
+            check = compare_losses(self._losses["ranks"], self._losses["one"], variant, ranks)
+            return judge_checks(fragment, [check], self._request)
+        return fragment
 
     def _ask(
         self, members: Sequence[RankProcess], command: str, arguments: dict[str, Any], share: float
@@ -108,14 +111,6 @@ class TrialOfRanks:
         self._losses["one"] += losses_of_steps(fragment)
         times = fragment.samples.get("step_time_s", ())
         return PartialRecord(samples={"one_rank_step_time_s": times} if times else {})
-
-    def _compare(self, fragment: PartialRecord) -> PartialRecord:
-        """Add the comparison of losses to the fragment, if a single rank has trained on the same batches."""
-        if self._one is None:
-            return fragment
-        variant, ranks = self._request.variant, self._request.workload.ranks
-        check = compare_losses(self._losses["ranks"], self._losses["one"], variant, ranks)
-        return judge_checks(fragment, [check], self._request)
 
     def end(self) -> None:
         """End all processes."""
@@ -237,22 +232,6 @@ def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
         else:
             merged[key] = readings[0]
     return merged
-
-
-def _imbalance(values: Mapping[str, float]) -> list[Notice]:
-    """A notice if one rank makes the others wait, judged by the own time of each rank in a profiled step."""
-    own = [values[key] for rank in range(len(values)) if (key := f"rank{rank}_own_step_time_s") in values]
-    if values.get("rank_imbalance", 1.0) < IMBALANCED:
-        return []
-    slowest = max(own)
-    mean = (sum(own) - slowest) / (len(own) - 1)
-    notice = Notice(
-        code="ranks-imbalanced",
-        message=f"rank {own.index(slowest)} takes {slowest:.3g} s of its own in a step and the others {mean:.3g} s: "
-        "they wait for it.",
-        remedy="Check other processes on its GPU, the GPU's clocks, and how many tokens its part of a batch holds.",
-    )
-    return [notice]
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
