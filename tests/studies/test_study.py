@@ -350,7 +350,7 @@ def answer(tmp_path, capsys):
         (f"[profile.a.controls]\nlr = 1\n{ONE}", "[profile.a.controls]: lr = 1: unknown key. Did you mean"),
         (f"[controls]\nxyzzy = 8\n{ONE}", "[controls]: xyzzy = 8: unknown key. `lorameter list keys` prints all keys."),
         (f"xyzzy = 8\n{ONE}", "mine.toml: xyzzy = 8: unknown key. `lorameter list keys` prints all keys."),
-        (f"{ONE}r = -1", "mine.toml, variant 'b': r = -1: too small. Use 1 or more"),
+        (f"{ONE}r = -1", "mine.toml, variant 'b': r = -1: too small, or not a finite number. Use 1 or more"),
         (f"[protocol]\nreplicates = 0\n{ONE}", "mine.toml, [protocol]: replicates = 0: too small"),
     ],
 )

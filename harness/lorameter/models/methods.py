@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from lorameter.errors import InvalidRunError, LorameterError, UsageError
+from lorameter.errors import InvalidRunError, LorameterError, require
 from lorameter.models import catalogue
 from lorameter.records import codec, fileio
 from lorameter.studies.variant import ADAMW, PAGED, LoraVariant, Variant
@@ -70,8 +70,7 @@ def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
 def check_methods(where: str, variants: Sequence[Variant]) -> None:
     """Raise `UsageError` for a variant that PEFT or its optimizer refuses for every model."""
     for name, facts in facts_of(variants).items():
-        if facts.refused:
-            raise UsageError(f"{where}: variant {name!r}: {facts.refused}")
+        require(not facts.refused, f"{where}: variant {name!r}: {facts.refused}")
 
 
 def _place(variant: Variant) -> Path:

@@ -63,8 +63,8 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
         raise impossible("run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy)
     names = {path: f"{path.parent.name}/{path.name}" for path in paths}
     for glob in select:
-        if not fnmatch.filter(names.values(), glob.removeprefix("!")):
-            raise UsageError(f"run: --select = {glob!r}: {unknown(glob, list(names.values()))}")
+        matching = fnmatch.filter(names.values(), glob.removeprefix("!"))
+        require(matching, f"run: --select = {glob!r}: {unknown(glob, list(names.values()))}")
     included = [glob for glob in select if not glob.startswith("!")] or ["*"]
     excluded = [glob[1:] for glob in select if glob.startswith("!")]
     chosen = [path for path, name in names.items() if _matches(name, included) and not _matches(name, excluded)]

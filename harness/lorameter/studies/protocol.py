@@ -247,13 +247,12 @@ def check_least(where: str, owner: object, least: Mapping[str, float], *, positi
     """Raise `UsageError` for a field below its minimum, or not above zero; None is a field that is not given."""
     for key, bound in least.items():
         value = getattr(owner, key)
-        if value is not None and not bound <= value < float("inf"):
-            why = "too small" if value < bound else "not a finite number"
-            raise UsageError(f"{where}: {key} = {value!r}: {why}. Use {bound:g} or more.")
+        fits = value is None or bound <= value < float("inf")
+        require(fits, f"{where}: {key} = {value!r}: too small, or not a finite number. Use {bound:g} or more.")
     for key in positive:
         value = getattr(owner, key)
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{where}: {key} = {value!r}: must be positive and finite. Use a number above 0.")
+        fits = value is None or 0 < value < float("inf")
+        require(fits, f"{where}: {key} = {value!r}: must be positive and finite. Use a number above 0.")
 
 
 def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
@@ -267,13 +266,15 @@ def check_fraction(where: str, key: str, value: float | None, *, zero: bool = Fa
 def check_name(what: str, name: str, forbidden: str = "/") -> None:
     """Raise `UsageError` for a name that cannot be a part of a file name."""
     size = len(name.encode("utf-8", errors="replace"))
-    if size > NAME_BYTES:
-        raise UsageError(f"{what} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of the names of files. "
-                         f"Use {NAME_BYTES} or fewer.")  # fmt: skip
-    if not name or not name.isprintable() or any(character in forbidden for character in name):
-        raise UsageError(
-            f"{what} {name!r}: a name is part of test ids and file names. Use letters, digits, '-', '_', '.', '='."
-        )
+    require(
+        size <= NAME_BYTES,
+        f"{what} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of the names of files. Use {NAME_BYTES} "
+        "or fewer.",
+    )
+    require(
+        name and name.isprintable() and not set(forbidden) & set(name),
+        f"{what} {name!r}: a name is part of test ids and file names. Use letters, digits, '-', '_', '.', '='.",
+    )
 
 
 def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
@@ -281,7 +282,5 @@ def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
     `lines` allows line breaks and tabs."""
     control = "[\0\ud800-\udfff]" if lines else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
     if len(text) > TEXT_CHARACTERS or re.search(control, text):
-        raise UsageError(
-            f"{where}: {key} = {shorten(ascii(text), 80)}: too long, no UTF-8, or with control characters in it. "
-            "Correct it."
-        )
+        why = "too long, no UTF-8, or with control characters in it"
+        raise UsageError(f"{where}: {key} = {shorten(ascii(text), 80)}: {why}. Correct it.")

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import require, shorten
 from lorameter.records import codec
 from lorameter.studies import protocol, script
 
@@ -298,8 +298,7 @@ class LoraVariant(Variant):
         Variant.__post_init__(self)
         for module in self.target_modules:
             protocol.check_word(label, "target_modules", module)
-            if not module:
-                raise UsageError(f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
+            require(module, f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
 
     @property
     def rewrites_base(self) -> bool:
@@ -325,8 +324,8 @@ class PeftVariant(Variant):
 
     def __post_init__(self) -> None:
         label = _label(self.name)
-        if not isinstance(self.peft.get("peft_type"), str):
-            raise UsageError(f'{label}: peft: no peft_type in it. Write peft = {{ peft_type = "LORA", … }}.')
+        named = isinstance(self.peft.get("peft_type"), str)
+        require(named, f'{label}: peft: no peft_type in it. Write peft = {{ peft_type = "LORA", … }}.')
         Variant.__post_init__(self)
 
     @property
@@ -396,5 +395,4 @@ def _check(label: str, variant: AnyVariant, *checks: tuple[bool, str, str, str])
     """Raise `UsageError` for the first check that does not hold; a check has a condition, the key, the reason, and a
     remedy."""
     for holds, key, why, remedy in checks:
-        if not holds:
-            raise UsageError(f"{label}: {key} = {getattr(variant, key)!r}: {why}. {remedy}")
+        require(holds, f"{label}: {key} = {getattr(variant, key)!r}: {why}. {remedy}")

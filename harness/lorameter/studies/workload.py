@@ -274,11 +274,10 @@ def resolve(data: str) -> DataSource:
         ends = f"its name ends in none of {', '.join(ENDINGS)}"
         require(name.endswith(ENDINGS), f"{where}: a file of no known kind: {ends}. {REMEDY}")
         return DataSource(kind="file", name=name, files=(Path(name),))
-    if name.endswith(ENDINGS) or name.startswith((".", "/", "~")):
-        raise UsageError(f"{where}: no such file or folder. {REMEDY}")
-    if found := _HUB.fullmatch(name):
-        return DataSource(kind="hub", name=found["name"], config=found["config"] or "", split=split or DEFAULT_SPLIT)
-    raise UsageError(f"{where}: no such file or folder, and no id of the hub. {REMEDY}")
+    hub = None if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) else _HUB.fullmatch(name)
+    if hub is None:
+        raise UsageError(f"{where}: no such file or folder, and no id of the hub. {REMEDY}")
+    return DataSource(kind="hub", name=hub["name"], config=hub["config"] or "", split=split or DEFAULT_SPLIT)
 
 
 def make_absolute(data: str) -> str:

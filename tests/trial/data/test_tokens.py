@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.studies.workload import Workload
-from lorameter.trial.data.tokens import IGNORED, Encoder, hash_tensors, load_tokenizer, mark_tokens, prepare
+from lorameter.trial.data.tokens import IGNORED, Encoder, load_tokenizer, mark_tokens, prepare
 
 SMALL = Workload(sequence_length=64, train_sequences=12, held_out_records=6, held_out_sequences=4, prompt_tokens=8)
 
@@ -61,7 +61,7 @@ def test_joined_rows_have_the_tokens_of_packed_ones_without_isolation(tmp_path):
 def test_the_hash_is_that_of_the_content(tmp_path):
     """Equal workloads have equal hashes; another seed, layout or length changes the hash."""
     first = prepare(SMALL, tmp_path)
-    assert prepare(SMALL, tmp_path).hash == first.hash == hash_tensors(load_file(first.path))
+    assert prepare(SMALL, tmp_path).hash == first.hash
     for change in ({"data_seed": 1}, {"prompt_format": "write-instruction"}, {"sequence_length": 32}):
         assert prepare(dataclasses.replace(SMALL, **change), tmp_path).hash != first.hash
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, require, shorten
 
 Message = dict[str, str]
 """A message with `role` and `content`, as templates expect it."""
@@ -48,11 +48,11 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
         UsageError: the cell has another type, a text or the answer is missing, or a part is not text.
     """
     if not isinstance(value, list) or not value:
-        shown = "null" if value is None else shorten(repr(value), 60)
-        raise UsageError(f"{place}: {column} = {shown}: a list of messages is expected. {REPAIR}")
+        raise UsageError(f"{place}: {column} = {_show(value)}: a list of messages is expected. {REPAIR}")
     messages = tuple(_read_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
-    if not _answers(messages):
-        raise UsageError(f"{place}: {column}: no message is the assistant's, so there is no answer. {REPAIR}")
+    require(
+        _answers(messages), f"{place}: {column}: no message is the assistant's, so there is no answer. {REPAIR}"
+    )
     return Conversation(place=place, messages=messages)
 
 
@@ -60,17 +60,15 @@ def _read_message(value: Any, place: str) -> Message:
     table = value if isinstance(value, Mapping) else {}
     present = {key: item for key, item in table.items() if item is not None}  # Arrow adds the other keys as nulls
     for key in ("tool_calls", "function_call"):
-        if present.get(key):
-            raise UsageError(f"{place}: {key}: tool calls are not supported. Take the record out.")
+        require(not present.get(key), f"{place}: {key}: tool calls are not supported. Take the record out.")
     keys = next((keys for keys in _KEYS if keys[0] in present), None)
     if keys is None:
-        shown = shorten(repr(value), 60)
-        raise UsageError(f"{place} = {shown}: role and content, or from and value, are expected. {REPAIR}")
+        raise UsageError(f"{place} = {_show(value)}: role and content, or from and value, are expected. {REPAIR}")
     speaker = present[keys[0]]
     role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
-        raise UsageError(f"{place}: {keys[0]} = {shorten(repr(speaker), 60)}: not known. Known: {known}.")
+        raise UsageError(f"{place}: {keys[0]} = {_show(speaker)}: not known. Known: {known}.")
     return {"role": role, "content": check_text(table.get(keys[1]), f"{place}: {keys[1]}")}
 
 
@@ -78,8 +76,11 @@ def check_text(value: Any, place: str) -> str:
     """The value, if it is a text that UTF-8 can encode (no lone surrogates). Raises `UsageError` otherwise."""
     if isinstance(value, str) and (value.isascii() or not _HALF.search(value)):
         return value
-    shown = "null" if value is None else shorten(repr(value), 60)
-    raise UsageError(f"{place} = {shown}: a text is expected. {REPAIR}")
+    raise UsageError(f"{place} = {_show(value)}: a text is expected. {REPAIR}")
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else shorten(repr(value), 60)
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -137,10 +138,7 @@ class ChatTemplate:
     def prompt(self, conversation: Conversation) -> tuple[str, str]:
         """The text before the last answer, with the generation prompt, and that answer."""
         last = _answers(conversation.messages)[-1]
-        if not last:
-            raise UsageError(
-                f"{conversation.place}: the assistant begins, so there is no prompt. Take that message out."
-            )
+        require(last, f"{conversation.place}: the assistant begins, so there is no prompt. Take that message out.")
         before = conversation.messages[:last]
         text: str = self._render(conversation, before, tokenize=False, add_generation_prompt=True)
         return text, conversation.messages[last]["content"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lorameter.errors import UsageError, format_error, shorten
+from lorameter.errors import UsageError, format_error, require, shorten
 from lorameter.models import catalogue
 from lorameter.studies.workload import PACKED, REMEDY, DataColumns, DataSource, Workload, resolve
 from lorameter.trial.data.chat import REPAIR, Conversation, check_text, read_conversation
@@ -78,11 +78,11 @@ def describe_data(workload: Workload) -> str:
     count, title = len(pairs), pairs[0][0].title
     if count == PREVIEW_RECORDS:
         return f"{source.label}, records of {title}; the first {count} were checked"
-    if count <= workload.held_out_records:
-        raise UsageError(
-            f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is "
-            "left to train on. Hold out fewer, or use more data."
-        )
+    require(
+        count > workload.held_out_records,
+        f"data {workload.data!r}: {count} records, and held_out_records = {workload.held_out_records}: none is left to "
+        "train on. Hold out fewer, or use more data.",
+    )
     return f"{source.label}, {count} records of {title}"
 
 
@@ -161,13 +161,12 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
     else:
         fitting = [one for one in _KNOWN if all(name in names for part, name in one.items() if part != OPTIONAL)]
         fitting = [one for one in fitting if "text" not in one] or fitting  # a text column repeats the others
-        if len(fitting) > 1:
-            kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
-            raise UsageError(f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
+        kinds = " and as ".join("/".join(column for column in one.values() if column in names) for one in fitting)
+        require(len(fitting) < 2, f"{place}: its columns can be read as {kinds}. {_MAP_THEM}")
         parts = max(fitting or _KNOWN, key=lambda one: sum(column in names for column in one.values()))
         needed = [column for part, column in parts.items() if part != OPTIONAL]
-        if not set(needed) & set(names):
-            raise UsageError(f"{place}: no known columns. {there} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
+        known = set(needed) & set(names)
+        require(known, f"{place}: no known columns. {there} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
     if missing := [column for column in needed if column not in names]:
         need = f"which records of {', '.join(parts.values())} need"
         raise UsageError(f"{place}: no column {_quote(missing[0])}, {need}. {there} {remedy}")
@@ -181,18 +180,21 @@ def _quote(name: str) -> str:
 
 def _check_use(form: RecordForm, workload: Workload) -> None:
     """Raise `UsageError` for records that do not suit the workload."""
-    if "text" in form.columns and workload.loss == "answer":
-        raise UsageError(f"workload: loss = 'answer': {form.title} has no separate answer. Use loss = \"all\".")
-    if "text" in form.columns and workload.open_ended_tokens:
-        raise UsageError(
-            f"workload: open_ended_tokens = {workload.open_ended_tokens}: {form.title} has no prompts that a model "
-            "could answer. Use open_ended_tokens = 0."
-        )
-    if "instruction" not in form.columns and workload.prompt_format != "answer-instruction":
-        raise UsageError(
-            f"workload: prompt_format = {workload.prompt_format!r}: it is for instructions with responses, and the "
-            f"data has {form.title}. Leave it out."
-        )
+    has_parts = "text" not in form.columns
+    require(
+        has_parts or workload.loss == "all",
+        f"workload: loss = 'answer': {form.title} has no separate answer. Use loss = \"all\".",
+    )
+    require(
+        has_parts or not workload.open_ended_tokens,
+        f"workload: open_ended_tokens = {workload.open_ended_tokens}: {form.title} has no prompts that a model could "
+        "answer. Use open_ended_tokens = 0.",
+    )
+    require(
+        "instruction" in form.columns or workload.prompt_format == "answer-instruction",
+        f"workload: prompt_format = {workload.prompt_format!r}: it is for instructions with responses, and the data "
+        f"has {form.title}. Leave it out.",
+    )
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorameter.errors import UsageError, format_error, impossible
+from lorameter.errors import format_error, impossible, require
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import naming
@@ -63,28 +63,31 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
     tokens = Encoder(tokenizer, workload)
 
     train, skipped = _sequences(records, tokens, workload, workload.train_sequences)
-    if not train and not skipped:
-        raise UsageError(
-            f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens and "
-            f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data."
-        )
+    require(
+        train or skipped,
+        f"data {workload.data!r}: not enough records for one sequence of {workload.sequence_length} tokens and "
+        f"{workload.held_out_records} held-out records. Use a shorter sequence_length or more data.",
+    )
     if workload.layout == "bucketed":
         train = _bucketed(train, workload.batch_size)
     test, _ = _sequences(iter(held_out), tokens, workload, workload.held_out_sequences, partial=True)
     for which, rows in (("training", train), ("held-out", test)):
-        if not rows:
-            raise UsageError(
-                f"workload: sequence_length = {workload.sequence_length}, loss = {workload.loss!r}: no {which} "
-                "sequence holds a token of an answer. Use a longer sequence_length, more held_out_records, or "
-                'loss = "all".'
-            )
+        require(
+            rows,
+            f"workload: sequence_length = {workload.sequence_length}, loss = {workload.loss!r}: no {which} sequence "
+            'holds a token of an answer. Use a longer sequence_length, more held_out_records, or loss = "all".',
+        )
     tensors = {**_stack("train", train), **_stack("held_out", test), "prompts": _prompts(held_out, tokens, workload)}
     examples: tuple[Example, ...] = ()
     if workload.open_ended_tokens:
         examples, whole = _whole_prompts(held_out, tokens, workload)
         tensors |= {f"open_ended.{key}": value for key, value in whole.items()}
 
-    digest = hash_tensors(tensors)
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        hashed.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
+        hashed.update(tensors[name].tobytes())
+    digest = hashed.hexdigest()
     path = folder / f"tokens-{digest[:16]}.safetensors"
     with naming(path):
         save_file(tensors, path)
@@ -103,15 +106,6 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
         without_loss=skipped,
         examples=examples,
     )
-
-
-def hash_tensors(tensors: dict[str, NDArray[np.int64]]) -> str:
-    """SHA-256 over names, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return digest.hexdigest()
 
 
 Row = dict[str, list[int]]
@@ -200,12 +194,12 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
         prompts = [joined[:length]]
     if batch > 1:
         prompts = _distinct(prompts, joined, length, batch)
-    if len(prompts) < batch:
-        raise UsageError(
-            f"workload: request_batch = {batch}, prompt_tokens = {length}: the held-out records hold {len(joined)} "
-            f"tokens, of which {format_count(len(prompts), 'different prompt')} could be cut. Use a smaller "
-            "request_batch, a shorter prompt_tokens or more held_out_records."
-        )
+    require(
+        len(prompts) >= batch,
+        f"workload: request_batch = {batch}, prompt_tokens = {length}: the held-out records hold {len(joined)} tokens, "
+        f"of which {format_count(len(prompts), 'different prompt')} could be cut. Use a smaller request_batch, a "
+        "shorter prompt_tokens or more held_out_records.",
+    )
     return np.array(prompts, dtype=np.int64)
 
 
@@ -231,12 +225,11 @@ def _whole_prompts(
     """Prompts of the first held-out records that are short enough, padded at the end, with their lengths."""
     encoded = [tokens.example(record) for record in records]
     chosen = [pair for pair in encoded if len(pair[0]) <= workload.open_ended_prompt_tokens][:WHOLE_PROMPTS]
-    if not chosen:
-        raise UsageError(
-            f"workload: open_ended_prompt_tokens = {workload.open_ended_prompt_tokens}: the shortest prompt of the "
-            f"held-out records has {min(len(ids) for ids, _ in encoded)} tokens. "
-            "Raise it, or use more held_out_records."
-        )
+    require(
+        chosen,
+        f"workload: open_ended_prompt_tokens = {workload.open_ended_prompt_tokens}: the shortest prompt of the "
+        f"held-out records has {min(len(ids) for ids, _ in encoded)} tokens. Raise it, or use more held_out_records.",
+    )
     lengths = np.array([len(ids) for ids, _ in chosen], dtype=np.int64)
     padded = np.array([ids + [tokens.pad] * (int(lengths.max()) - len(ids)) for ids, _ in chosen], dtype=np.int64)
     return tuple(example for _, example in chosen), {"input_ids": padded, "length": lengths}
@@ -253,11 +246,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, workload: Workload) -> None:
-        if workload.loss == "answer" and not getattr(tokenizer, "is_fast", False):  # MistralCommonBackend is not fast
-            raise UsageError(
-                f"workload: loss = 'answer': the tokenizer of {workload.model} does not report which characters a "
-                'token holds. Use loss = "all", or save a tokenizer.json next to it.'
-            )
+        require(
+            workload.loss == "all" or getattr(tokenizer, "is_fast", False),  # MistralCommonBackend is not fast
+            f"workload: loss = 'answer': the tokenizer of {workload.model} does not report which characters a token "
+            'holds. Use loss = "all", or save a tokenizer.json next to it.',
+        )
         self._tokenizer = tokenizer
         self._workload = workload
         self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
