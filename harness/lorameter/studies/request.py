@@ -1,7 +1,6 @@
 """Requests to workers (for trials and bases), the commands of a trial, and the modes of serving an adapter.
 
-The parent sends the names in `COMMANDS`, and the trial's process refuses all others. The row of a command defines the
-telemetry that is read around it.
+The parent sends the names in `COMMANDS`. The row of a command defines the telemetry that is read around it.
 
 The reference mode of serving a trained adapter is the unmerged adapter on the base on which it was trained. The other
 modes merge it, put it on the 16-bit weights, or quantise the base. A 4-bit base allows two merges, and both are
@@ -178,11 +177,6 @@ ROUNDS: dict[RoundKind, Command] = {
 }
 """The command that a round of each kind sends to its trials, in the order of a group's rounds: timed turns, untimed
 turns for the rest of the epochs, requests of a fixed length, requests until EOS, requests with the adapter merged."""
-
-
-def commands_by(doer: Doer) -> tuple[str, ...]:
-    """The names of the commands that are executed there."""
-    return tuple(word for word, command in COMMANDS.items() if command.by == doer)
 
 
 # --- ways to serve an adapter -----------------------------------------------------------------------------------------

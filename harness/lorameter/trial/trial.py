@@ -27,7 +27,7 @@ from lorameter.machine.host import PeakMemoryTracker, host_bytes
 from lorameter.machine.nvml import GENERATIONS
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
-from lorameter.studies.request import COMMANDS, TrialRequest, commands_by
+from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import is_packed, unpack_4bit
 from lorameter.trial.building.build import SharedBase, build, judge_checks, requirements_of
@@ -49,7 +49,6 @@ class Trial:
     and `begin_generate` the server.
     """
 
-    COMMANDS: ClassVar[tuple[str, ...]] = commands_by("trial")
     STEP: ClassVar[type[TrainStep]] = TrainStep
 
     def __init__(
@@ -82,9 +81,7 @@ class Trial:
         """Watches its first two steps; None afterwards, and if the check runs additional steps."""
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
-        """Execute a command with this trial's adapter. Raises ValueError for an unknown command."""
-        if command not in self.COMMANDS:
-            raise ValueError(f"unknown command {command!r}")
+        """Execute a command with this trial's adapter."""
         method: Callable[..., PartialRecord] = getattr(self, command)
         if command == "build":
             return method(**arguments)

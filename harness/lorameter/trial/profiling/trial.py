@@ -9,7 +9,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -33,7 +32,7 @@ from lorameter.records.activity import (
 )
 from lorameter.records.record import MemoryPhase, PartialRecord
 from lorameter.records.units import format_count
-from lorameter.studies.request import TrialRequest, commands_by
+from lorameter.studies.request import TrialRequest
 from lorameter.trial.building.base_model import unpack_4bit
 from lorameter.trial.building.build import SharedBase
 from lorameter.trial.memory import measure_breakdown, read_pages
@@ -53,8 +52,6 @@ from lorameter.trial.trial import Trial
 
 class ProfiledTrial(Trial):
     """An isolated trial that profiles its training and its requests."""
-
-    COMMANDS: ClassVar[tuple[str, ...]] = (*Trial.COMMANDS, *commands_by("profiled trial"))
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         super().__init__(request, shared)
