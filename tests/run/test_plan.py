@@ -383,10 +383,10 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ('peft = { peft_type = "VERRA" }', "has no such method. Did you mean VERA?"),
+        ('peft = { peft_type = "VERRA" }', "has no such method. Did you mean 'VERA'?"),
         ('peft = { peft_type = "VERA", rr = 4 }', "VeraConfig of PEFT "),
         ('peft = { peft_type = "ADALORA", init_r = 12 }\nmerge_adapter = 3', "merge_adapter"),
-        ('optimizer = "Adafactr"', "Did you mean Adafactor?"),
+        ('optimizer = "Adafactr"', "Did you mean 'Adafactor'?"),
         ('method = "full"\nquantization = "nf4"', "quantised weights do not train"),
         ('method = "full"\nr = 8', "the variant is full fine-tuning"),
         ('peft = { peft_type = "IA3" }\nr = 8', "r = 8: the variant is a method of PEFT"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -337,5 +337,11 @@ def require_known(where: str, name: str, known: Sequence[str]) -> None:
 
 def unknown(word: str, known: Sequence[str]) -> str:
     """The message about an unknown word, with the nearest known one."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"not known. Did you mean {near[0]!r}?" if near else f"not known. Known: {', '.join(known)}."
+    return f"not known. {suggest(word, known)}"
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown word: the nearest known one in any case, or all of them."""
+    lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1)
+    return f"Did you mean {lower[near[0]]!r}?" if near else f"Known: {', '.join(lower.values())}."

@@ -10,9 +10,8 @@ Full fine-tuning has no adapter: its model is the base, and functions about adap
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +30,7 @@ from kernels_check.observe.adapter import adapter_attributes
 from kernels_check.observe.modules import find_enclosing
 from lorameter.errors import UsageError, format_error, impossible
 from lorameter.models import catalogue, shapes
+from lorameter.studies.study import suggest
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building.base_model import unpack_4bit
 from lorameter.trial.data.tokens import load_tokenizer
@@ -54,7 +54,7 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     known = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in known:
         why = f"PEFT {peft.__version__} has no such method"
-        raise impossible(where, "peft.peft_type", given["peft_type"], why, _did_you_mean(name, known))
+        raise impossible(where, "peft.peft_type", given["peft_type"], why, suggest(name, sorted(known)))
     fields = {one.name for one in dataclasses.fields(known[name]) if one.init}
     off = [key for key, value in given.items() if key not in fields and value in (None, False, {}, [])]
     for key in off:  # files of another version have these keys, which have no effect if off
@@ -62,7 +62,7 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     for key, value in given.items():
         if key not in fields:
             why = f"{known[name].__name__} of PEFT {peft.__version__} has no such field"
-            raise impossible(where, f"peft.{key}", value, why, _did_you_mean(key, fields))
+            raise impossible(where, f"peft.{key}", value, why, suggest(key, sorted(fields)))
     given |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
     given["task_type"] = given.get("task_type") or "CAUSAL_LM"
     if "total_step" in fields and given.get("total_step") is None and steps is not None:
@@ -270,7 +270,7 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
     for key, value in variant.optimizer_args.items():
         if key not in takes and not open_ended:
             why = f"{variant.optimizer} takes no such argument"
-            raise impossible(where, f"optimizer_args.{key}", value, why, _did_you_mean(key, takes))
+            raise impossible(where, f"optimizer_args.{key}", value, why, suggest(key, sorted(takes)))
     try:
         return cast(torch.optim.Optimizer, found(*arguments, **{**options, **variant.optimizer_args}))
     except (TypeError, ValueError) as error:
@@ -296,15 +296,8 @@ def find_optimizer(variant: Variant) -> Callable[..., Any]:
     found = known.get(name) or known.get(plain)
     if found is None:
         why = f"neither torch, bitsandbytes nor PEFT {peft.__version__} has such an optimizer"
-        raise impossible(f"variant {variant.name!r}", "optimizer", name, why, _did_you_mean(name, known))
+        raise impossible(f"variant {variant.name!r}", "optimizer", name, why, suggest(name, sorted(known)))
     return found
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(word.lower(), lower, n=1)
-    return f"Did you mean {lower[near[0]]}?" if near else f"Known: {', '.join(known)}."
 
 
 def _prepare(base: Any, variant: Variant) -> Any:
