@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from lorameter.errors import UsageError, format_error, impossible, shorten
 from lorameter.models.catalogue import ModelSource, config_file
-from lorameter.records import fileio
+from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 
 
@@ -67,11 +67,8 @@ def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) and text else config
     architecture = str(config.get("model_type", "unknown"))
-    tied: bool | None = None
-    if "tie_word_embeddings" in config:
-        tied = bool(config["tie_word_embeddings"])
-    elif architecture in FAMILIES:
-        tied = FAMILIES[architecture].tied
+    family = FAMILIES.get(architecture)
+    tied = config.get("tie_word_embeddings", None if family is None else family.tied)
     values = {key: _first(config, names) for key, names in _SYNONYMS.items()}
     return _complete(values, tied=tied, architecture=architecture, label=label)
 
@@ -80,12 +77,9 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     """The content of a model's config.json. Raises `UsageError` if it cannot be loaded or read."""
     path = config_file(source)
     try:
-        config = fileio.read_json(path)
-    except NotReadableError as error:
+        return codec.from_json(dict[str, Any], fileio.read_json(path), str(path))
+    except (NotReadableError, UsageError) as error:
         raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
-    if not isinstance(config, dict):
-        raise impossible("catalogue", "model", source.label, f"{path} holds no table", "Repair it.")
-    return config
 
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from lorameter.errors import impossible
 from lorameter.models.costs.lora import adapted_widths, lora_of
 from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_elements, linear_layers, linear_widths
-from lorameter.studies.variant import ALL_LINEAR, Variant
+from lorameter.studies.variant import ALL_LINEAR, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 
@@ -108,16 +108,16 @@ class _Block:
     def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
         variant = lora_of(variant, shape)
         self._layers, widths = linear_layers(shape), linear_widths(shape)
-        self._adapted = adapted_layers(shape, variant)
-        biased = family_of(shape).biased if variant.bias == "all" else frozenset()
-        self._training = self._adapted | biased
+        _check_targets(variant, shape)
+        self._adapted = adapted_widths(variant, shape)
+        self._training = {*self._adapted, *(family_of(shape).biased if variant.bias == "all" else ())}
         self._fused = variant.attention != "eager"
         self._dora = variant.use_dora
         self._twice = variant.use_dora and variant.lora_dropout > 0  # PEFT multiplies by the frozen weights again
         rows, r = 2 * tokens.positions, variant.r
         self._through = {name: rows * inputs * outputs for name, (inputs, outputs) in widths.items()}
-        self._a = {name: rows * widths[name][0] * r for name in self._adapted}
-        self._b = {name: rows * r * widths[name][1] for name in self._adapted}
+        self._a = {name: rows * inputs * r for name, (inputs, _) in self._adapted.items()}
+        self._b = {name: rows * r * outputs for name, (_, outputs) in self._adapted.items()}
         self._pairs = 2 * tokens.pairs * shape.heads * shape.head_dim  # grouped keys are repeated for each query head
         self.forward = sum(self._through.values()) + sum(self._a.values()) + sum(self._b.values()) + 2 * self._pairs
         """FLOPs that a forward pass needs."""
@@ -126,7 +126,7 @@ class _Block:
         if self._twice:
             self.forward += sum(self._through[name] for name in self._adapted)
         if self._dora:
-            sizes = [widths[name] for name in self._adapted]
+            sizes = self._adapted.values()
             self.forward += tokens.passes * sum(2 * inputs * r * outputs for inputs, outputs in sizes)
             self.identity = tokens.passes * sum(2 * inputs * inputs * r for inputs, _ in sizes)
 
@@ -156,22 +156,16 @@ class _Block:
         return plain + (0 if self._dora else sum(self._b[name] for name in last if name in self._adapted))
 
 
-def adapted_layers(shape: ModelShape, variant: Variant) -> frozenset[str]:
-    """Names of the linear layers of a block that have an adapter.
-
-    Raises:
-        UsageError: a target is not one of them, such as the head, or selects layers of some blocks only.
-    """
-    variant = lora_of(variant, shape)
-    widths, parents_known = linear_widths(shape), family_of(shape).parents
+def _check_targets(variant: LoraVariant, shape: ModelShape) -> None:
+    """Raise `UsageError` for a target that is not a linear layer of every block, such as the head."""
+    widths, known = linear_widths(shape), family_of(shape).parents
     for target in variant.target_modules if variant.target_modules != (ALL_LINEAR,) else ():
         *parents, name = target.split(".")
-        if name not in widths or any(parent not in parents_known for parent in parents):
+        if name not in widths or not set(parents) <= set(known):
             raise impossible(
                 "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
                 'Name these, or use ("all-linear",).',
             )  # fmt: skip
-    return frozenset(adapted_widths(variant, shape))
 
 
 def six_n(shape: ModelShape, tokens: StepTokens) -> int:

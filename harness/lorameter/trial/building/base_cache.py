@@ -118,8 +118,6 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     tensors = torch.load(folder / bases.TENSORS, map_location="cpu", mmap=True)
     _fill(model, tensors, frozenset(description.frozen), device)
     model.tie_weights()
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
     if quantization is not None:
         mark_quantised(model, quantization)
     for name in description.marks.keys() - vars(model).keys():

@@ -207,10 +207,9 @@ def _distinct(prompts: list[list[int]], joined: list[int], length: int, wanted: 
     """Distinct prompts: the given ones, and further pieces of the joined records, up to `wanted`."""
     distinct = dict.fromkeys(map(tuple, prompts))
     places = len(joined) - length + 1
-    for step in dict.fromkeys((max(1, places // wanted), 1)):  # at large distances, then at every position
-        for start in range(0, places, step):
-            if len(distinct) >= wanted:
-                break
+    # At large distances, then at every position.
+    for start in itertools.chain(range(0, places, max(1, places // wanted)), range(places)):
+        if len(distinct) < wanted:
             distinct.setdefault(tuple(joined[start : start + length]))
     return [list(prompt) for prompt in distinct]
 

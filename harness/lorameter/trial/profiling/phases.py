@@ -87,11 +87,7 @@ class Phases:
         """Begin this phase, and end the current one at exit. After an exception the device is not used, because it may
         hang."""
         self.turn(phase)
-        try:
-            yield
-        except BaseException:
-            self._leave()
-            raise
+        yield
         self.turn("")
 
     def _leave(self) -> None:
