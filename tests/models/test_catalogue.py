@@ -216,7 +216,7 @@ def keep(name, content=b"weights", *, used_days_ago=0.0):
     folder = bases.bases_dir() / name
     with bases.draft_of(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
-        write_document(draft / bases.DESCRIPTION, BaseDescription(digest="0", bytes=len(content), name_or_path="m"))
+        write_document(draft / bases.DESCRIPTION, BaseDescription(digest="0", bytes=len(content)))
     used = time.time() - used_days_ago * 24 * 3600
     os.utime(folder / bases.DESCRIPTION, (used, used))
     return folder

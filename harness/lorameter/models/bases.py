@@ -25,7 +25,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,6 @@ class BaseDescription:
     """XXH3 of the tensor file; SHA-256 would take half a minute for 14 GB."""
     bytes: int
     """Size of the tensor file."""
-    name_or_path: str
-    """`name_or_path` of the model's configuration."""
-    frozen: tuple[str, ...] = ()
-    """Names of parameters that require no gradient after loading."""
-    device_map: dict[str, str] | None = None
-    """The attribute `hf_device_map` of the model; None if it has none."""
-    marks: dict[str, bool] = field(default_factory=dict)
-    """Other boolean attributes that transformers sets on a loaded model."""
-    generation: dict[str, Any] = field(default_factory=dict)
-    """The model's generation settings."""
     load_s: float = 0.0
     """Seconds spent on reading, converting and quantising."""
 

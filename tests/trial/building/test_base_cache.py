@@ -85,9 +85,10 @@ def load_both_ways(model, variant):
 
 def tensors_of(model):
     """Return all tensors of a model by name: parameters, buffers, quantisation constants."""
-    return base_cache._tensors(model) | {
-        name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
-    }
+    found = dict(model.named_buffers()) | {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{name}.{key}": value for key, value in base_model.constants_of(parameter).items()}
+    return found | {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def plain_attributes(thing):

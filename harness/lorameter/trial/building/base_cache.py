@@ -1,9 +1,10 @@
 """Prepares the base of a run once, in a file that every process of the run maps.
 
-The cache holds the tensors of the model that `load_base` made: parameters, buffers, and the constants that bitsandbytes
-stores with each quantised weight. `take` builds the architecture without storage and inserts these tensors. On a CPU
-they are not copied: the file is mapped privately, so that all processes share its pages, and a process
-that writes to a weight gets its own copy. A base from the cache is bit-equal to a loaded one; tests verify this.
+The cache holds the tensors of the model that `load_base` made (parameters, buffers, and the constants that bitsandbytes
+stores with each quantised weight) and the attributes that transformers sets on a loaded model. `take` builds the
+architecture without storage and inserts them. On a CPU tensors are not copied: the file is mapped privately, so that
+all processes share its pages, and a process that writes to a weight gets its own copy. A base from the cache is
+bit-equal to a loaded one; tests verify this.
 
 4-bit weights are saved in their stored layout. On CPUs with AVX512-BF16 bitsandbytes repacks them at the first forward
 pass in eval mode, separately in each process; no such pass has run when they are saved.
@@ -19,7 +20,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,6 @@ from lorameter.trial.building.base_model import (
     quantised_names,
     skeleton,
 )
-
-_MARK = "|"
-"""Separates a weight's name from the name of one of its constants; module names never contain it."""
 
 
 def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
@@ -103,83 +101,61 @@ def prepare(request: BaseRequest) -> BaseSummary:
 
 def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
     """The base in a folder, mapped, on `device`; None if its file does not have its original size."""
-    description = bases.read_description(folder)
-    if description is None:
+    if bases.read_description(folder) is None:
         return None
+    saved = torch.load(folder / bases.TENSORS, map_location="cpu", mmap=True)
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):  # quantised layers are inserted below
         del config.quantization_config
-    config.name_or_path = description.name_or_path
+    config.name_or_path = saved["name_or_path"]
     quantization = bnb_config(variant)
     with no_init_weights():  # random initialisation without storage would take longer than everything else here
         model = skeleton(config, variant)
         for name in quantised_names(model) if quantization is not None else ():
             model.set_submodule(name, empty_layer(model.get_submodule(name), quantization))
-    tensors = torch.load(folder / bases.TENSORS, map_location="cpu", mmap=True)
-    _fill(model, tensors, frozenset(description.frozen), device)
+    for name, stored in saved["weights"].items():
+        place, _, key = name.rpartition(".")
+        module, weight = model.get_submodule(place), stored.to(device)
+        if key in module._buffers:
+            module._buffers[key] = weight
+        elif constants := saved["constants"].get(name):
+            fill_layer(module, weight, {part: constant.to(device) for part, constant in constants.items()})
+        else:
+            module.register_parameter(key, nn.Parameter(weight, requires_grad=name not in saved["frozen"]))
     model.tie_weights()
     if quantization is not None:
         mark_quantised(model, quantization)
-    for name in description.marks.keys() - vars(model).keys():
-        setattr(model, name, description.marks[name])
-    if description.device_map is not None:
-        model.hf_device_map = dict(description.device_map)
-    model.generation_config = transformers.GenerationConfig.from_dict(description.generation)
+    for name in saved["marks"].keys() - vars(model).keys():
+        setattr(model, name, saved["marks"][name])
+    if saved["device_map"] is not None:
+        model.hf_device_map = saved["device_map"]
+    model.generation_config = transformers.GenerationConfig.from_dict(saved["generation"])
     return model.eval()
 
 
 def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
+    places, parameters = getattr(model, "hf_device_map", None), dict(model.named_parameters())  # tied ones appear once
+    saved = {
+        "weights": dict(model.named_buffers()) | {name: one.data for name, one in parameters.items()},
+        "constants": {name: constants_of(one) for name, one in parameters.items()},
+        "frozen": [name for name, one in parameters.items() if not one.requires_grad],
+        "marks": {name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
+        "name_or_path": model.config.name_or_path,
+        "device_map": None if places is None else {name: str(place) for name, place in places.items()},
+        "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
+    }
     with bases.draft_of(folder) as draft:
         with (draft / bases.TENSORS).open("w+b") as file:
-            torch.save(_tensors(model), file)
+            torch.save(saved, file)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
             file.seek(0)
             digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
         model.config.to_json_file(draft / "config.json", use_diff=False)
-        places = getattr(model, "hf_device_map", None)
-        description = BaseDescription(
-            digest=digest,
-            bytes=size,
-            name_or_path=model.config.name_or_path,
-            frozen=tuple(name for name, one in model.named_parameters() if not one.requires_grad),
-            device_map=None if places is None else {name: str(place) for name, place in places.items()},
-            marks={name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
-            generation=json.loads(model.generation_config.to_json_string(use_diff=False)),
-            load_s=load_s,
-        )
+        description = BaseDescription(digest=digest, bytes=size, load_s=load_s)
         write_document(draft / bases.DESCRIPTION, description)  # completes the base
     return description
-
-
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a model by name; tied parameters appear once."""
-    tensors: dict[str, torch.Tensor] = dict(model.named_buffers())
-    for name, parameter in model.named_parameters():
-        tensors[name] = parameter.data
-        tensors |= {f"{name}{_MARK}{key}": value for key, value in constants_of(parameter).items()}
-    return tensors
-
-
-def _fill(model: Any, tensors: Mapping[str, torch.Tensor], frozen: frozenset[str], device: str) -> None:
-    """Assign tensors to a model without storage."""
-    weights, constants = dict[str, torch.Tensor](), dict[str, dict[str, torch.Tensor]]()
-    for name, tensor in tensors.items():
-        owner, _, key = name.partition(_MARK)
-        if key:
-            constants.setdefault(owner, {})[key] = tensor.to(device)
-        else:
-            weights[name] = tensor.to(device)
-    for name, weight in weights.items():
-        place, _, key = name.rpartition(".")
-        module = model.get_submodule(place)
-        if key in module._buffers:
-            module._buffers[key] = weight
-        elif name in constants:
-            fill_layer(module, weight, constants[name])
-        else:
-            module.register_parameter(key, nn.Parameter(weight, requires_grad=name not in frozen))
 
 
 def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
