@@ -157,11 +157,18 @@ class TrialTelemetry:
 
     def around(self, command: Command, call: Callable[[], PartialRecord]) -> PartialRecord:
         """The fragment of `call`, with the readings before and after it."""
-        fragment = (
-            call()
-            if command.telemetry_phase is None
-            else self._watched(command, self._watches[command.telemetry_phase], call)
-        )
+        if command.telemetry_phase is None:
+            fragment = call()
+        else:
+            tokens, watch = self._real_tokens(), self._watches[command.telemetry_phase]
+            watch.begin()
+            fragment = call()
+            values = watch.end()
+            if command is ROUNDS["steps"] and self._energy:
+                self._steps += len(fragment.samples["step_time_s"])
+                self._tokens += self._real_tokens() - tokens
+                values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
+            fragment = msgspec.structs.replace(fragment, values=fragment.values | values)
         if command.ends is None:
             return fragment
         if command.ends == "train" and self._needs_steps and fragment.status == "ok":
@@ -172,17 +179,6 @@ class TrialTelemetry:
     def look(self) -> None:
         """Read the GPU's clocks while a timed step runs on it."""
         self._watches["train"].look()
-
-    def _watched(self, command: Command, watch: Telemetry, call: Callable[[], PartialRecord]) -> PartialRecord:
-        tokens = self._real_tokens()
-        watch.begin()
-        fragment = call()
-        values = watch.end()
-        if command is ROUNDS["steps"] and self._energy:
-            self._steps += len(fragment.samples["step_time_s"])
-            self._tokens += self._real_tokens() - tokens
-            values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
-        return msgspec.structs.replace(fragment, values=fragment.values | values)
 
     def _measure_energy(self, fragment: PartialRecord) -> PartialRecord:
         """Run steps for the energy of a training that has ended."""
