@@ -43,9 +43,6 @@ _KNOWN: tuple[dict[str, str], ...] = (
 _KNOWN_WORDS = "; ".join(", ".join(columns.values()) for columns in _KNOWN)
 _MAP_THEM = 'Map them in the study: [workload] columns = { instruction = "question", response = "answer" }.'
 
-PlacedRow = tuple[str, Any]
-"""The file and number of a row, as text, and the row."""
-
 
 def read_records(workload: Workload) -> tuple[Iterator[AnyRecord], str]:
     """The records of a workload in an order fixed by `data_seed`, and a description of them.
@@ -95,11 +92,10 @@ def _records(source: DataSource, workload: Workload) -> Iterator[tuple[RecordFor
         for row_place, row in rows:
             if form is None:
                 form = recognise(_columns_of(row, row_place), workload.columns, place)
-                if first is None:
-                    _check_use(form, workload)
-                    first = place, form
-                if form != first[1]:
-                    raise UsageError(f"{place}: {form.title}, and {first[0]} has {first[1].title}. Use one at a time.")
+                _check_use(form, workload)
+                first = first or (place, form)
+                different = f"{form.title}, and {first[0]} has {first[1].title}"
+                require(form == first[1], f"{place}: {different}. Use one at a time.")
             yield form, form.read(row, row_place)
     if first is None:
         raise UsageError(f"{where}: it has no records. Known are records of {_KNOWN_WORDS}.")
@@ -200,8 +196,8 @@ def _check_use(form: RecordForm, workload: Workload) -> None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[PlacedRow]]]:
-    """Each file, or the data set, by name, with its rows."""
+def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[tuple[str, Any]]]]:
+    """Each file, or the data set, by name, with its rows and their places."""
     if source.kind in ("hub", "saved"):
         yield where, _place_rows(where, "row", 1, _read_data_set(source, where))
     for path in source.files if source.kind in ("file", "folder") else ():
@@ -210,7 +206,7 @@ def _tables(source: DataSource, where: str) -> Iterator[tuple[str, Iterator[Plac
         yield place, _place_rows(place, unit, number, read(path))
 
 
-def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Iterator[PlacedRow]:
+def _place_rows(where: str, unit: str, first: int, rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
     """Each row with its place. An exception of the reader is reported with the row at which it occurred."""
     for number in itertools.count(first):
         place = f"{where}, {unit} {number}"
