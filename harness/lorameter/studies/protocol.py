@@ -26,7 +26,7 @@ LIMITED_REPLICATES = 12
 """Default maximum of the replicates if a time limit is given."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
-_LEAST = {
+_MINIMUM = {
     "replicates": 1, "warmup_steps_min": 1, "turns": 1, "steps_per_turn": 1, "generate_warmup": 0,
     "generate_requests": 1, "open_ended_requests": 1, "peak_replicates": 0, "cold_replicates": 1, "retries": 0,
     "seed": 0, "memory_limit_bytes": 1, "epochs": 0,
@@ -101,7 +101,7 @@ class Protocol:
     with a precision or in a profile."""
 
     def __post_init__(self) -> None:
-        check_least("protocol", self, _LEAST, positive=("max_minutes", "step_timeout_s"))
+        check_minimum("protocol", self, _MINIMUM, positive=("max_minutes", "step_timeout_s"))
         check_fraction("protocol", "precision", self.precision)
         require(
             self.warmup_steps_max >= self.warmup_steps_min,
@@ -243,9 +243,9 @@ TEXT_CHARACTERS = 4096
 """Maximum length of a path or a model name; the kernel accepts no longer path."""
 
 
-def check_least(where: str, owner: object, least: Mapping[str, float], *, positive: Collection[str] = ()) -> None:
+def check_minimum(where: str, owner: object, minimum: Mapping[str, float], *, positive: Collection[str] = ()) -> None:
     """Raise `UsageError` for a field below its minimum, or not above zero; None is a field that is not given."""
-    for key, bound in least.items():
+    for key, bound in minimum.items():
         value = getattr(owner, key)
         fits = value is None or bound <= value < float("inf")
         require(fits, f"{where}: {key} = {value!r}: too small, or not a finite number. Use {bound:g} or more.")

@@ -184,8 +184,8 @@ class Variant(AnyVariant):
 
     def __post_init__(self) -> None:
         label = _label(self.name)
-        least = {"warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1}
-        protocol.check_least(label, self, least, positive=("learning_rate",))
+        minimum = {"warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1}
+        protocol.check_minimum(label, self, minimum, positive=("learning_rate",))
         _check(
             label,
             self,
@@ -277,7 +277,7 @@ class LoraVariant(Variant):
 
     def __post_init__(self) -> None:
         label = _label(self.name)
-        protocol.check_least(label, self, {"r": 1, "lora_dropout": 0}, positive=("lora_alpha",))
+        protocol.check_minimum(label, self, {"r": 1, "lora_dropout": 0}, positive=("lora_alpha",))
         _check(
             label,
             self,

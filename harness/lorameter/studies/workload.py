@@ -48,7 +48,7 @@ MIN_LENGTH = 8
 """Minimum tokens of a sequence."""
 MAX_BATCH = 2**20
 """Maximum sequences of a step in the search for the largest batch that fits."""
-_LEAST = {
+_MINIMUM = {
     "sequence_length": MIN_LENGTH, "batch_size": 1, "train_sequences": 1, "held_out_records": 1,
     "held_out_sequences": 1, "data_seed": 0, "prompt_tokens": 1, "new_tokens": 2, "request_batch": 1, "adapters": 1,
     "open_ended_tokens": 0, "open_ended_prompt_tokens": 1, "threads": 1, "ranks": 1,
@@ -173,7 +173,7 @@ class Workload:
     efficiency and losses. It needs a device that holds the whole model."""
 
     def __post_init__(self) -> None:
-        protocol.check_least("workload", self, _LEAST)
+        protocol.check_minimum("workload", self, _MINIMUM)
         for key, sequences in (("train", self.train_sequences), ("held_out", self.held_out_sequences)):
             tokens = sequences * self.sequence_length
             require(

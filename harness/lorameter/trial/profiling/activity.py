@@ -239,7 +239,7 @@ _CASTING = (
 """Operators that copy from one dtype to another, and operators on two tensors, which cast if the dtypes differ."""
 _COMPUTED = frozenset(("float", "c10::BFloat16", "c10::Half"))
 """Dtypes in which models compute, by the profiler's names; a Python number is a double."""
-_LEAST = 2**16
+MIN_WEIGHT_ELEMENTS = 2**16
 """Minimum elements of a weight whose copies are reported."""
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::mv")
 """Matrix-product operators; none of them calls another."""
@@ -257,7 +257,7 @@ def _copies(
     groups: dict[tuple[str, tuple[int, ...], bool], list[Any]] = {}
     for operator, *_ in _outermost(host, _COPYING):
         shape: list[int] = next(iter(operator.shapes()), [])
-        if math.prod(shape) < _LEAST or len(shape) < 2:
+        if math.prod(shape) < MIN_WEIGHT_ELEMENTS or len(shape) < 2:
             continue
         place = bisect_right(products, operator.start_ns(), key=lambda one: one.start_ns()) - 1
         within = products[place] if place >= 0 and operator.end_ns() <= products[place].end_ns() else None
