@@ -191,10 +191,7 @@ TWO = '[[variant]]\nname = "a"\nr = 4\n[[variant]]\nname = "b"\nr = 8\n'
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (
-            "request_batch = [1, 2]",
-            "request_batch = [1, 2]: one value is expected. Write workload.request_batch = [ ... ] in [axes].",
-        ),
+        ("request_batch = [1, 2]", "request_batch = [1, 2]: int is expected"),
         (
             'adapters = 2\nranks = 2\nstrategy = "ddp"',
             "adapters = 2, ranks = 2: several adapters are measured in requests",

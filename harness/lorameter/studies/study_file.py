@@ -297,10 +297,6 @@ def _parse(path: Path, data: Table) -> Study:
     own_protocol = {"phases": ["train"]} if trained_only else {}
     for section in ("workload", "protocol"):
         check_keys(f"{where}, [{section}]", section, getattr(file, section))
-    for key, value in file.workload.items():
-        if isinstance(value, list) and key in OF_VARIANTS:
-            why = "one value is expected"
-            raise impossible(f"{where}, [workload]", key, value, why, f"Write workload.{key} = [ ... ] in [axes].")
     title = " ".join((file.title or path.stem).split())  # one line, because it is the header of every report
     claims = [_claim(f"{where}, claim number {index + 1}", claim) for index, claim in enumerate(file.claim)]
     engine = None if file.engine is None else codec.from_json(Engine, file.engine, f"{where}, [engine]", strict=True)

@@ -316,15 +316,11 @@ _VERBS = tuple("crosses holds guards feeds lights follows carries hides opens me
 
 
 def synthetic_records(seed: int) -> Iterator[Record]:
-    """Endless records with keys instruction, context, response, category; equal seeds give equal records."""
+    """Endless records of an instruction, in some with a context, and a response; equal seeds give equal records."""
     source = random.Random(seed)
     makers: tuple[Callable[[random.Random], Record], ...] = (_addition, _ordering, _closed, _summary, _list)
     while True:
         yield source.choice(makers)(source)
-
-
-def _record(instruction: str, response: str, category: str, context: str = "") -> Record:
-    return {"instruction": instruction, "context": context, "response": response, "category": category}
 
 
 def _sentence(source: random.Random) -> str:
@@ -338,34 +334,30 @@ def _length(source: random.Random, median: float, most: int) -> int:
 
 def _addition(source: random.Random) -> Record:
     left, right = source.randrange(100), source.randrange(100)
-    return _record(f"What is {left} plus {right}?", f"{left} plus {right} is {left + right}.", "open_qa")
+    return {"instruction": f"What is {left} plus {right}?", "response": f"{left} plus {right} is {left + right}."}
 
 
 def _ordering(source: random.Random) -> Record:
     words = source.sample(_NOUNS, min(len(_NOUNS), 2 + _length(source, 3, 12)))
-    return _record(
-        f"Put these words in alphabetical order: {', '.join(words)}.", ", ".join(sorted(words)) + ".", "classification"
-    )
+    question = f"Put these words in alphabetical order: {', '.join(words)}."
+    return {"instruction": question, "response": ", ".join(sorted(words)) + "."}
 
 
 def _closed(source: random.Random) -> Record:
     sentences = [_sentence(source) for _ in range(_length(source, 3, 14))]
     answer = source.choice(sentences).split()
-    return _record(
-        f"What does the {answer[1]} {answer[2]} do?", " ".join(answer), "closed_qa", context=" ".join(sentences)
-    )
+    question = f"What does the {answer[1]} {answer[2]} do?"
+    return {"instruction": question, "context": " ".join(sentences), "response": " ".join(answer)}
 
 
 def _summary(source: random.Random) -> Record:
     sentences = [_sentence(source) for _ in range(2 + _length(source, 4, 20))]
     nouns = sorted({sentence.split()[2] for sentence in sentences})
-    return _record(
-        "Name what this passage is about.", f"It is about the {', the '.join(nouns)}.", "summarization",
-        context=" ".join(sentences),
-    )  # fmt: skip
+    answer = f"It is about the {', the '.join(nouns)}."
+    return {"instruction": "Name what this passage is about.", "context": " ".join(sentences), "response": answer}
 
 
 def _list(source: random.Random) -> Record:
     trait = source.choice(_TRAITS)
     items = [f"a {trait} {noun}" for noun in source.sample(_NOUNS, 1 + _length(source, 4, 16))]
-    return _record(f"List {len(items)} things that can be {trait}.", "; ".join(items) + ".", "brainstorming")
+    return {"instruction": f"List {len(items)} things that can be {trait}.", "response": "; ".join(items) + "."}
