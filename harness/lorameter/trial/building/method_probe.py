@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lorameter.errors import LorameterError, UsageError, shorten
+from lorameter.errors import UsageError, shorten
 from lorameter.models import catalogue
 from lorameter.models.methods import MethodFacts
 from lorameter.records import codec
@@ -126,9 +126,6 @@ def _can(action: Callable[[], object]) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        variants = codec.from_json(tuple[BuiltVariant, ...], json.load(sys.stdin), "variants")
-    except LorameterError as error:
-        sys.exit(str(error))
+    variants = codec.from_json(tuple[BuiltVariant, ...], json.load(sys.stdin), "variants")
     facts = [probe(one) for one in variants]
     print("\n\n" + json.dumps(codec.to_json(facts)))  # after anything that libraries have printed
