@@ -29,6 +29,7 @@ import transformers
 import xxhash
 from torch import nn
 from transformers.initialization import no_init_weights
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from lorameter.errors import impossible
 from lorameter.models import bases, catalogue
@@ -43,12 +44,11 @@ from lorameter.trial.building import base_model
 from lorameter.trial.building.base_model import (
     bnb_config,
     constants_of,
-    empty_layer,
     fill_layer,
     load_base,
     mark_quantised,
-    quantised_names,
     skeleton,
+    unquantised_modules,
 )
 
 
@@ -111,8 +111,8 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     quantization = bnb_config(variant)
     with no_init_weights():  # random initialisation without storage would take longer than everything else here
         model = skeleton(config, variant)
-        for name in quantised_names(model) if quantization is not None else ():
-            model.set_submodule(name, empty_layer(model.get_submodule(name), quantization))
+        if quantization is not None:
+            replace_with_bnb_linear(model, unquantised_modules(model), quantization)
     for name, stored in saved["weights"].items():
         place, _, key = name.rpartition(".")
         module, weight = model.get_submodule(place), stored.to(device)

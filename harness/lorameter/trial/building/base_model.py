@@ -6,9 +6,8 @@ module in float32 from a separate seed (run seed and module name), and the resul
 the seed and the name: two builds are bit-equal, an NF4 variant quantises the same weights as an unquantised variant
 has, and float32 and bfloat16 differ only by rounding. CPU and CUDA generate different numbers.
 
-Linear layers are replaced by bitsandbytes layers as transformers does it, with every attribute that `from_pretrained`
-sets, because PEFT and transformers choose their code paths by these attributes. A layer is made from weights, which are
-then quantised, or without storage (`empty_layer`) for weights that are already quantised.
+Linear layers are replaced by bitsandbytes layers by the function of transformers, with every attribute that
+`from_pretrained` sets, because PEFT and transformers choose their code paths by these attributes.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -251,9 +251,15 @@ def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, devi
         mark_quantised(model, config)
 
 
+def unquantised_modules(model: transformers.PreTrainedModel) -> list[str]:
+    """Names of the modules that transformers does not quantise."""
+    names: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return names
+
+
 def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
     """Names of the linear layers that transformers would quantise."""
-    excluded = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    excluded = unquantised_modules(model)
     return [
         name
         for name, module in model.named_modules()
@@ -261,50 +267,19 @@ def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
     ]
 
 
-def empty_layer(module: Any, config: transformers.BitsAndBytesConfig) -> Any:
-    """The bitsandbytes layer for a linear layer, with its weight on the meta device and the original bias."""
-    shape = module.weight.shape
-    out_features, in_features = reversed(shape) if isinstance(module, Conv1D) else shape  # GPT-2 stores (in, out)
-    layer: Any
-    if config.load_in_8bit:
-        layer = bnb.nn.Linear8bitLt(
-            in_features,
-            out_features,
-            bias=module.bias is not None,
-            has_fp16_weights=config.llm_int8_has_fp16_weight,
-            threshold=config.llm_int8_threshold,
-            device="meta",
-        )
-    else:
-        layer = bnb.nn.Linear4bit(
-            in_features,
-            out_features,
-            bias=module.bias is not None,
-            compute_dtype=config.bnb_4bit_compute_dtype,
-            compress_statistics=config.bnb_4bit_use_double_quant,
-            quant_type=config.bnb_4bit_quant_type,
-            quant_storage=config.bnb_4bit_quant_storage,
-            device="meta",
-        )
-    if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
-    layer.source_cls = type(module)  # transformers reads it for dequantisation
-    return layer
-
-
 def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
     """The bitsandbytes layer of a materialised linear layer, on `device`."""
     weight = module.weight.data
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
         weight = weight.T.contiguous()
-    layer = empty_layer(module, config)
+    layer: Any = replace_with_bnb_linear(nn.Sequential(module), None, config)[0]
     if config.load_in_8bit:
         packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
         packed = bnb.nn.Params4bit(weight, requires_grad=False, **layer.weight.__dict__)
     layer.weight = packed.to(device)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
+    if module.bias is not None:
+        layer.bias = nn.Parameter(module.bias.data.to(device), requires_grad=False)
     return layer
 
 
@@ -321,7 +296,7 @@ def constants_of(weight: Any) -> dict[str, torch.Tensor]:
 
 
 def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tensor]) -> None:
-    """Give an `empty_layer` an already quantised weight with its constants, without copying them."""
+    """Give a bitsandbytes layer an already quantised weight with its constants, without copying them."""
     if isinstance(layer, bnb.nn.Linear4bit):
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             weight, constants, requires_grad=False, device=weight.device, module=layer
@@ -336,7 +311,7 @@ def mark_quantised(model: transformers.PreTrainedModel, config: transformers.Bit
     """Set the attributes that `from_pretrained` sets; PEFT chooses its layers and `save_pretrained` its format by
     them."""
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.modules_to_not_convert = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    quantizer.modules_to_not_convert = unquantised_modules(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.hf_quantizer = quantizer
