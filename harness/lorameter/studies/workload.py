@@ -316,6 +316,4 @@ def _folder(path: Path, split: str, where: str) -> DataSource:
     kinds = sorted({Path(file.name.removesuffix(PACKED)).suffix for file in files[chosen]})
     different = f"files of different kinds are in it: {', '.join(kinds)}"
     require(len(kinds) == 1, f"{where}: {different}. Name one file, or separate them.")
-    return DataSource(
-        kind="saved" if saved else "folder", name=str(path), split=chosen, files=tuple(files[chosen])
-    )
+    return DataSource(kind="saved" if saved else "folder", name=str(path), split=chosen, files=tuple(files[chosen]))

@@ -50,9 +50,7 @@ def read_conversation(value: Any, place: str, column: str) -> Conversation:
     if not isinstance(value, list) or not value:
         raise UsageError(f"{place}: {column} = {_show(value)}: a list of messages is expected. {REPAIR}")
     messages = tuple(_read_message(one, f"{place}: {column}, message {number}") for number, one in enumerate(value, 1))
-    require(
-        _answers(messages), f"{place}: {column}: no message is the assistant's, so there is no answer. {REPAIR}"
-    )
+    require(_answers(messages), f"{place}: {column}: no message is the assistant's, so there is no answer. {REPAIR}")
     return Conversation(place=place, messages=messages)
 
 
