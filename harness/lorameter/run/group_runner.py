@@ -63,9 +63,9 @@ class GroupRecords:
         self._begun: dict[str, tuple[float, float]] = {}
         """The start of each trial's process: Unix time and monotonic clock."""
 
-    def begin(self, launch: Iterable[Slot]) -> None:
-        """Record the start of their process."""
-        self._begun |= dict.fromkeys((slot.trial for slot in launch), (time.time(), time.monotonic()))
+    def begin(self, launch: Iterable[Slot], begun: tuple[float, float]) -> None:
+        """Record the start of their process, as Unix time and monotonic clock."""
+        self._begun |= {slot.trial: begun for slot in launch}
 
     def is_ok(self, trial: str) -> bool:
         """Whether the trial has not failed so far."""
@@ -167,13 +167,14 @@ class GroupRunner:
         if failed := self._run.plan.failed.get(first.arm.name):  # in a rehearsal of scripts
             records.add(first.trial, PartialRecord(status=failed.status, failure=failed.failure), log=failed.log)
             return
-        executor = self._run.executors[first.executor]
-        records.begin(launch)
+        executor, begun = self._run.executors[first.executor], (time.time(), time.monotonic())
         try:
             worker = executor.launch()
         except WorkerLostError as lost:
+            records.begin(launch, begun)
             records.add_loss([slot.trial for slot in launch], lost)
             return
+        records.begin(launch, begun)
         for slot in launch:  # all of them before the first command, so that each has a record if the process dies
             self._workers[slot.trial] = worker
             started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
