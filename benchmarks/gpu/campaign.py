@@ -21,15 +21,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import forecast, page, report
-from benchmarks.gpu.attempt import Ended, attempt
+from benchmarks.gpu import page, report
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.evidence import Evidence, newest_run
-from benchmarks.gpu.journal import Entry, Journal, OtherMachineError, Outcome, hash_of_sources
-from benchmarks.gpu.loop import REPORT_S, is_left, take_steps
+from benchmarks.gpu.journal import Entry, Journal, Outcome
+from benchmarks.gpu.loop import REPORT_S, is_left, run_process, take_steps
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
-from lorameter.machine.provenance import device_id, origin_of, probe_machine
+from lorameter.machine.provenance import device_id, harness_identity, origin_of, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"
@@ -51,34 +50,34 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
     rehearsing = machine.device != "cuda"
     if rehearsing:
         state = state.with_name("rehearsal")
-    try:
-        journal = Journal(state, machine.device_name)
-    except OtherMachineError as error:
-        print(f"campaign: {error}", file=sys.stderr)
+    journal = Journal(state)
+    if others := {entry.device for entry in journal.entries} - {machine.device_name}:
+        here = f"this is {machine.device_name}: give another folder with --state"
+        print(f"campaign: {state} is of {', '.join(others)}, and {here}", file=sys.stderr)
         return EXIT_OTHER
     everything = rehearsing or ALL in options.again
     journal.forget([one.name for one in STEPS] if everything else options.again)
-    unit, sources = device_id(), hash_of_sources(ROOT)
+    unit, sources = device_id(), harness_identity()
     chosen = [one for one in STEPS if not options.only or one.name in options.only]
 
     def left_s() -> float:
         return options.minutes * 60 - (time.monotonic() - begin) - REPORT_S
 
     def run(step: Step, limit_s: float) -> Entry:
-        last = journal.last(step.name)
+        last, started = journal.last(step.name), time.time()
         stopped = last is not None and last.outcome == "stopped" and bool(step.resumes)
         words = command(
             step, python=sys.executable, state=state, rehearsing=rehearsing,
             resumed_run=newest_run(step.name, state) if stopped else None, newest=newest_run("sweep", state),
         )  # fmt: skip
-        limit_s = max(limit_s, REHEARSAL_S) if rehearsing else limit_s
-        ended = attempt(
-            words, limit_s=limit_s, outputs=state / "outputs", name=step.name, folder=ROOT, variables=variables
-        )
+        code, last_line = run_process(
+            words, limit_s=max(limit_s, REHEARSAL_S) if rehearsing else limit_s, outputs=state / "outputs",
+            name=step.name, folder=ROOT, variables=variables,
+        )  # fmt: skip
         return Entry(
-            step=step.name, outcome=_outcome(step, ended, rehearsing=rehearsing), code=ended.code, took_s=ended.took_s,
-            begun_unix_s=time.time() - ended.took_s, device=machine.device_name, unit=unit, sources=sources,
-            last_line=ended.last_line,
+            step=step.name, outcome=_outcome(step, code, rehearsing=rehearsing), code=code,
+            took_s=time.time() - started, begun_unix_s=started, device=machine.device_name, unit=unit, sources=sources,
+            last_line=last_line,
         )  # fmt: skip
 
     take_steps(chosen, journal, left_s=left_s, run=run)
@@ -88,11 +87,10 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         decisions=decisions,
     )  # fmt: skip
     print(report.text(campaign), end="")
-    if rehearsing:
-        print(f"\nWhat each call of ten minutes decides:\n\n{forecast.table(STEPS, CLAIMS)}")
     if not rehearsing:
         print(f"written to {report.write(campaign, page.REPORTS, state)}", file=sys.stderr)
-        page.rewrite(CLAIMS)
+        text = page.rewritten(page.PAGE.read_text(encoding="utf-8"), CLAIMS, page.campaigns(page.REPORTS))
+        page.PAGE.write_text(text, encoding="utf-8")
     if out := os.environ.get("OUT"):
         print(f"packed into {pack_results(Path(out), state, page.REPORTS, page.PAGE)}", file=sys.stderr)
     return exit_code(chosen, journal, [decision.verdict for _, decision in decisions])
@@ -108,10 +106,10 @@ def exit_code(steps: Sequence[Step], journal: Journal, verdicts: Sequence[str]) 
     return EXIT_LEFT if left else 0
 
 
-def _outcome(step: Step, ended: Ended, *, rehearsing: bool) -> Outcome:
-    if ended.code is None:
+def _outcome(step: Step, code: int | None, *, rehearsing: bool) -> Outcome:
+    if code is None:
         return "stopped"
-    if ended.code not in ((0,) if rehearsing and step.rehearsal else step.answers):
+    if code not in ((0,) if rehearsing and step.rehearsal else step.answers):
         return "failed"
     return "rehearsed" if rehearsing else "done"
 

@@ -119,30 +119,25 @@ def step_is_explained(evidence: Evidence, *, variant: str) -> Decision:
 
 def kernels_are_known(evidence: Evidence) -> Decision:
     """Judge that the profiles' GPU time is in named kernels."""
-    text, worst = [], 0.0
+    shares = {}
     for variant in BASES:
         categories = evidence.document(f"profile-{variant}", "categories_s")
-        seconds = {category: sum(phases.values()) for category, phases in categories.items()}
-        busy = sum(value for category, value in seconds.items() if category != "idle")
-        if not busy:
+        seconds = {category: sum(phases.values()) for category, phases in categories.items() if category != "idle"}
+        if not any(seconds.values()):
             return undecided(f"{variant}: no kernel was recorded")
-        share = seconds.get("other", 0.0) / busy
-        worst = max(worst, share)
-        text.append(f"{variant}: {100 * share:.2f} % of the kernels' time without a name")
-    return decided(worst <= MAX_UNKNOWN, "; ".join(text))
+        shares[variant] = seconds.get("other", 0.0) / sum(seconds.values())
+    text = "; ".join(f"{name}: {100 * share:.2f} % of the kernels' time without a name" for name, share in shares.items())
+    return decided(max(shares.values()) <= MAX_UNKNOWN, text)
 
 
 def peak_is_not_exceeded(evidence: Evidence) -> Decision:
     """Judge that a step's share of the stated peak is below 1."""
-    text, holds = [], True
-    for variant in BASES:
-        trained = evidence.document(f"profile-{variant}", "ceilings").get("train")
-        if not trained:
-            return undecided("the device has no stated peak")
-        used = trained["hfu"]
-        text.append(f"{variant}: HFU {100 * used['value']:.1f} %, MFU {100 * trained['mfu']['value']:.1f} %")
-        holds = holds and 0 < used["value"] < 1
-    return decided(holds, "; ".join(text))
+    trained = {variant: evidence.document(f"profile-{variant}", "ceilings").get("train") for variant in BASES}
+    if not all(trained.values()):
+        return undecided("the device has no stated peak")
+    shares = {variant: (one["hfu"]["value"], one["mfu"]["value"]) for variant, one in trained.items()}
+    text = "; ".join(f"{name}: HFU {100 * hfu:.1f} %, MFU {100 * mfu:.1f} %" for name, (hfu, mfu) in shares.items())
+    return decided(all(0 < hfu < 1 for hfu, _ in shares.values()), text)
 
 
 def study_is_valid(evidence: Evidence, *, step: str) -> Decision:

@@ -1,16 +1,29 @@
-"""Takes the steps of a campaign in order, as far as they fit into the time of the call."""
+"""Takes the steps of a campaign in order, each in its own process, as far as they fit into the time of the call.
+
+At its limit a process gets SIGINT, upon which a run saves its trials and pytest writes its results; a process that
+ignores it is killed with its children.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from benchmarks.gpu.attempt import GRACE_S
-from benchmarks.gpu.journal import MAX_ATTEMPTS, Entry, Journal
+from benchmarks.gpu.journal import Entry, Journal
 from benchmarks.gpu.steps import Step
 
+GRACE_S = 25.0
+"""The time to save the results and exit."""
 REPORT_S = 20.0
 """The time of a call that is reserved for judging and writing."""
+MAX_ATTEMPTS = 2
+"""For a step that cannot be resumed and reached its limit."""
+MAX_CHARACTERS = 300
 
 
 def spent_s(step: Step, journal: Journal) -> float:
@@ -21,10 +34,8 @@ def spent_s(step: Step, journal: Journal) -> float:
 def is_left(step: Step, journal: Journal) -> bool:
     """Return whether a step is to be started or resumed; a step that failed or has used its time is not."""
     last = journal.last(step.name)
-    if last is None:
-        return True
-    if last.outcome != "stopped":
-        return False
+    if last is None or last.outcome != "stopped":
+        return last is None
     if step.resumes:
         return step.total_s - spent_s(step, journal) >= step.least_s
     return len(journal.attempts(step.name)) < MAX_ATTEMPTS
@@ -56,3 +67,36 @@ def take_steps(
         journal.add(entry)
         reason = f": {entry.last_line}" if entry.outcome in ("failed", "stopped") and entry.last_line else ""
         print(f"  {entry.outcome} after {entry.took_s:.0f} s{reason}", file=sys.stderr, flush=True)
+
+
+def run_process(
+    words: Sequence[str], *, limit_s: float, outputs: Path, name: str, folder: Path, variables: Mapping[str, str]
+) -> tuple[int | None, str]:
+    """Run a command to its end or to its limit; its output goes to NAME.out and NAME.err in `outputs`.
+
+    Returns:
+        The exit code, or None where the limit ended the process; and the last line of its standard error, or of its
+        output if standard error is empty.
+    """
+    outputs.mkdir(parents=True, exist_ok=True)
+    written = [outputs / f"{name}.{stream}" for stream in ("out", "err")]
+    with written[0].open("wb") as out, written[1].open("wb") as err:
+        process = subprocess.Popen(
+            words, cwd=folder, env=dict(variables), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            start_new_session=True,
+        )  # fmt: skip
+        code = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(limit_s)
+        finally:
+            if code is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    output, errors = (path.read_text(encoding="utf-8", errors="replace").strip() for path in written)
+    lines = (errors or output).splitlines() or [""]
+    return code, lines[-1].strip()[:MAX_CHARACTERS]

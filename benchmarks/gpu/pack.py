@@ -18,9 +18,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import tomllib
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -51,34 +49,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def pack(folder: Path, *, python_version: str, cuda: str) -> None:
-    """Fill `folder/site` from scratch. Raises CalledProcessError where pip cannot download a package."""
+    """Fill `folder/site` from scratch. Raises CalledProcessError where pip cannot download a package, and
+    FileNotFoundError where bitsandbytes has no library for this version of CUDA."""
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
-    site.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(prefix="gpu-pack-") as wheels:
-        platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", wheels,
-             "--python-version", python_version, "--implementation", "cp", *platforms, "--requirement", str(CARRIED)],
-            check=True,
-        )  # fmt: skip
-        for wheel in sorted(Path(wheels).glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(site)
-    slim(site, cuda)
-    describe(site)
-
-
-def slim(site: Path, cuda: str) -> None:
-    """Remove libraries for other CUDA versions, and tests. Raises FileNotFoundError if no library is left."""
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--only-binary=:all:",
+         "--python-version", python_version, "--implementation", "cp", *platforms, "--target", str(site),
+         "--requirement", str(CARRIED)],
+        check=True,
+    )  # fmt: skip
     wanted = f"libbitsandbytes_cuda{cuda}.so"
     if not (site / "bitsandbytes" / wanted).exists():
         raise FileNotFoundError(f"bitsandbytes has no {wanted}: give the CUDA of the other torch with --cuda")
     for library in (site / "bitsandbytes").glob("libbitsandbytes_*.so"):
         if library.name not in (wanted, "libbitsandbytes_cpu.so"):
             library.unlink()
-    for folder in sorted(site.rglob("tests"), reverse=True):
-        shutil.rmtree(folder)
+    for tests in sorted(site.rglob("tests"), reverse=True):
+        shutil.rmtree(tests)
+    describe(site)
 
 
 def describe(site: Path) -> None:

@@ -7,78 +7,52 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import forecast
 from benchmarks.gpu.claim import Claim
-from benchmarks.gpu.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 REPORTS = ROOT / "reports"
 BEGIN, END = "<!-- written by `make gpu` from here -->", "<!-- up to here -->"
-FORECAST = """## What each call decides
-
-A rehearsal by a clock, without a GPU: each step takes what is expected of it on an H100, or 1.5 times that. What is
-expected is assumed; `make gpu GPU_OPTIONS=--list` prints it."""
 WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
 
 
 def campaigns(reports: Path) -> list[dict[str, Any]]:
-    """Return the documents of all campaigns in a folder of reports, the oldest first, each with its folder's name."""
-    found = [
-        {**json.loads(path.read_text(encoding="utf-8")), "folder": path.parent.name}
-        for path in sorted(reports.glob("*_gpu/campaign.json"))
-    ]
+    """Return the documents of all campaigns in a folder of reports, the oldest first, each with its folder's name and
+    the `verdicts` on its claims by name."""
+    found = []
+    for path in sorted(reports.glob("*_gpu/campaign.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        verdicts = {claim["name"]: claim["verdict"] for claim in document["claims"]}
+        found.append({**document, "folder": path.parent.name, "verdicts": verdicts})
     return sorted(found, key=lambda one: (one["date"], one["folder"]))
 
 
 def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     """Return the table with a row for each claim and a column for each campaign."""
     heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in found]
-    heads = heads or ["no GPU yet"]
-    lines = [_row(["claim", *heads]), _row(["---"] * (1 + len(heads)))]
+    rows = [["claim", *(heads or ["no GPU yet"])]]
+    rows.append(["---"] * len(rows[0]))
     for claim in claims:
-        verdicts = [_verdict(claim, one) for one in found] or ["not decided"]
-        lines.append(_row([claim.says, *verdicts]))
-    return "\n".join(lines)
+        verdicts = [WORDS.get(one["verdicts"].get(claim.name), "–") for one in found]
+        rows.append([claim.says, *(verdicts or ["not decided"])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     """Summarise the table in one sentence."""
     if not found:
         return f"No GPU has been measured: of {len(claims)} claims none is confirmed and none refuted."
-    names = {claim.name for claim in claims}
-    verdicts = [
-        {decision["name"]: decision["verdict"] for decision in one["claims"] if decision["name"] in names}
-        for one in found
-    ]
-    confirmed, refuted = (
-        {name for one in verdicts for name, verdict in one.items() if verdict == wanted}
-        for wanted in ("confirmed", "refuted")
-    )
+    verdicts = [{one["verdicts"].get(claim.name) for one in found} for claim in claims]
+    refuted = sum("refuted" in one for one in verdicts)
+    confirmed = sum("confirmed" in one and "refuted" not in one for one in verdicts)
     return (
-        f"Of {len(claims)} claims {len(confirmed - refuted)} are confirmed and nowhere refuted, {len(refuted)} refuted "
-        f"somewhere, {len(names - confirmed - refuted)} not decided anywhere."
+        f"Of {len(claims)} claims {confirmed} are confirmed and nowhere refuted, {refuted} refuted somewhere, "
+        f"{len(claims) - confirmed - refuted} not decided anywhere."
     )
 
 
 def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     """Return the page with its generated part replaced. Raises ValueError where the page has no place for it."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{PAGE.name}: the lines {BEGIN!r} and {END!r} are expected once each")
     before, rest = page.split(BEGIN)
-    parts = (BEGIN, summary(claims, found), table(claims, found), FORECAST, forecast.table(STEPS, claims), END)
-    return before + "\n\n".join(parts) + rest.split(END)[1]
-
-
-def rewrite(claims: Sequence[Claim]) -> None:
-    """Update the page from the reports."""
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), claims, campaigns(REPORTS)), encoding="utf-8")
-
-
-def _verdict(claim: Claim, campaign: dict[str, Any]) -> str:
-    found = next((one for one in campaign["claims"] if one["name"] == claim.name), None)
-    return "–" if found is None else WORDS[found["verdict"]]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    _, after = rest.split(END)
+    return before + "\n\n".join((BEGIN, summary(claims, found), table(claims, found), END)) + after

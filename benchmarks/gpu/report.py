@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from benchmarks.gpu.claim import Claim, Decision, Verdict
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.steps import Step, runs_of
+from benchmarks.gpu.steps import Step
 from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
@@ -106,19 +106,13 @@ def write(campaign: Campaign, reports: Path, state: Path) -> Path:
     (folder / "outputs").mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(text(campaign), encoding="utf-8")
     (folder / "campaign.json").write_text(json.dumps(document(campaign), indent=1) + "\n", encoding="utf-8")
-    for path in sorted((state / "outputs").glob("*")):
-        _keep(path, folder / "outputs" / path.name)
-    for one in campaign.steps:
-        for path in sorted(runs_of(one.name, state).glob("*/*")):
-            if path.name in KEPT_OF_A_RUN:
-                _keep(path, folder / "runs" / one.name / path.parent.name / path.name)
+    runs = [path for path in (state / "runs").glob("*/*/*") if path.name in KEPT_OF_A_RUN]
+    for path in [*(state / "outputs").glob("*"), *runs]:
+        if 0 < path.stat().st_size <= MAX_KEPT_BYTES:
+            place = folder / path.relative_to(state)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
     return folder
-
-
-def _keep(path: Path, to: Path) -> None:
-    if 0 < path.stat().st_size <= MAX_KEPT_BYTES:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, to)
 
 
 def decide(claims: Sequence[Claim], evidence: Any, *, rehearsed: bool) -> tuple[tuple[Claim, Decision], ...]:

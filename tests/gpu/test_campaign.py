@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import campaign, loop
-from benchmarks.gpu.attempt import GRACE_S, Ended
 from benchmarks.gpu.journal import Entry, Journal
+from benchmarks.gpu.loop import GRACE_S
 from benchmarks.gpu.steps import STEPS, Step, command
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
@@ -35,7 +35,7 @@ def entry(name, outcome="done", took_s=10.0, **more):
 
 @pytest.fixture
 def kept(tmp_path):
-    return Journal(tmp_path, "card")
+    return Journal(tmp_path)
 
 
 class Call:
@@ -64,7 +64,7 @@ def test_a_call_starts_only_steps_that_fit_in_its_time(kept, tmp_path):
     first = Call(steps, kept, 350, {"a": 90, "b": 100})
     assert first.names == ["a", "b", "c"]
     assert not loop.is_left(steps[0], kept)
-    again = Journal(tmp_path, "card")
+    again = Journal(tmp_path)
     assert Call(steps, again, 400, {}).names == ["long"]
     assert Call(steps, again, 400, {}).names == []
 
@@ -153,11 +153,10 @@ def test_without_a_gpu_a_step_is_rehearsed_and_no_claim_is_decided(tmp_path, mon
     page, reports = ROOT / "docs" / "gpu.md", ROOT / "reports"
     before = (page.read_text(), sorted(reports.iterdir()))
     monkeypatch.setattr(campaign, "probe_machine", lambda: dataclasses.replace(probe_machine(), device="cpu"))
-    monkeypatch.setattr(campaign, "attempt", lambda words, **options: Ended(code=0, took_s=1.0, last_line=""))
+    monkeypatch.setattr(campaign, "run_process", lambda words, **options: (0, ""))
     assert campaign.main({}, ["--state", str(tmp_path / "state"), "--only", "study"]) == 0
     printed = capsys.readouterr().out
     assert "There is no GPU here" in printed
     assert "planned, not measured" in printed
-    assert "What each call of ten minutes decides" in printed
     assert "0 confirmed; 0 refuted" in printed
     assert (page.read_text(), sorted(reports.iterdir())) == before

@@ -71,7 +71,7 @@ class Found:
     def decide(self, name):
         outputs = self.folder / "outputs"
         outputs.mkdir(exist_ok=True)
-        journal = Journal(self.folder, "card")
+        journal = Journal(self.folder)
         for one in STEPS:
             journal.add(Entry(
                 step=one.name, outcome="done", code=0, took_s=1.0, begun_unix_s=0.0, device="card", unit="u",

@@ -22,7 +22,7 @@ def campaign(tmp_path, machine):
     """A function that writes a GPU campaign with the same verdict for every claim."""
 
     def make(verdict, *, device="NVIDIA H100", units=("u",), rehearsed=False):
-        journal = Journal(tmp_path / device / "state", device)
+        journal = Journal(tmp_path / device / "state")
         for unit in units:
             journal.add(Entry(
                 step="probe", outcome="rehearsed" if rehearsed else "done", code=0, took_s=12.0, begun_unix_s=1.8e9,
@@ -55,7 +55,7 @@ def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
     assert f"0 are confirmed and nowhere refuted, {len(CLAIMS)} refuted somewhere" in text
     row = next(line for line in text.splitlines() if line.startswith(f"| {CLAIMS[0].says}"))
     assert row.endswith("| confirmed | **refuted** |")
-    found[0]["claims"] = []
+    found[0]["verdicts"] = {}
     assert "| – | **refuted** |" in page.table(CLAIMS, found)
     assert "none is confirmed and none refuted" in page.summary(CLAIMS, [])
 
