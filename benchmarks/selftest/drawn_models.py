@@ -1,8 +1,8 @@
 """Random models for `random_models.py`: attention, storage and adapter, with the true value of each checked path.
 
 The truth is recorded where a choice is made and never read from the model. The kind of an attention follows from its
-code: on a CPU torch's scaled dot product is its flash kernel, unless the context forbids it or the weights have
-dropout; a softmax between two products is eager; attention of elementwise operations has no name.
+code: on a CPU torch's scaled dot product is its flash kernel, unless the context forbids it; a softmax between two
+products is eager.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 WIDTH, HEADS, WORDS, PAD = 32, 2, 61, 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Values that may be required of a path with a minimum share."""
-SDPA = ("flash", "math by context", "math by dropout")
-EAGER = ("eager by matmul", "eager by bmm", "eager by einsum")
-ELEMENTWISE = "elementwise"
-KINDS = (*SDPA, *EAGER, ELEMENTWISE)
+SDPA, EAGER = ("flash", "math"), ("eager by matmul", "eager by einsum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +53,6 @@ def at_least(share: float) -> Truth:
     return true(*(one for one in SHARES if one <= share))
 
 
-def undecided(truth: Truth) -> Truth:
-    """Return a truth where the holding requirements become free."""
-    return true(free=truth.holds | truth.free, hidden=truth.hidden)
-
-
 @dataclass(frozen=True, slots=True)
 class Attending:
     """How one layer attends; masks are none, causal (by flag), and explicit: additive, filled, boolean."""
@@ -80,41 +73,21 @@ def allowed(length: int, padding: Tensor | None, segments: Tensor | None) -> Ten
     return seen
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attending, *, training: bool) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attending) -> Tensor:
     """Compute attention over [rows, heads, length, size]."""
     additive = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
     if how.kind in SDPA:
-        options: dict[str, Any] = {"attn_mask": {"additive": additive, "boolean": seen}.get(how.mask)}
-        options |= {"is_causal": how.mask == "causal"}
-        options |= {"dropout_p": 0.1 if how.kind == "math by dropout" and training else 0.0}
-        with sdpa_kernel(SDPBackend.MATH) if how.kind == "math by context" else nullcontext():
-            return functional.scaled_dot_product_attention(query, key, value, **options)
-    if how.kind == ELEMENTWISE:
-        return elementwise(query, key, value, seen if how.mask != "none" else None)
-
-    def weigh(scores: Tensor) -> Tensor:
-        mask = additive.expand(rows, heads, *seen.shape[2:]).reshape(scores.shape)
-        if how.mask == "additive":
-            scores = scores + mask
-        elif how.mask == "filled":
-            scores = scores.masked_fill(mask != 0, torch.finfo(scores.dtype).min)
-        return functional.softmax(scores, -1, dtype=torch.float32 if how.upcast else None).to(scores.dtype)
-
-    rows, heads = query.shape[:2]
-    query = query / math.sqrt(query.shape[-1])
-    if how.kind == "eager by einsum":
-        return torch.einsum("bhqk,bhkd->bhqd", weigh(torch.einsum("bhqd,bhkd->bhqk", query, key)), value)
-    if how.kind == "eager by bmm":
-        flat = [one.flatten(0, 1) for one in (query, key, value)]
-        return torch.bmm(weigh(torch.bmm(flat[0], flat[1].transpose(1, 2))), flat[2]).view(query.shape)
-    return torch.matmul(weigh(torch.matmul(query, key.transpose(-1, -2))), value)
-
-
-def elementwise(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-    """Compute attention without a matrix product and without a softmax."""
-    scores = (query.unsqueeze(3) * key.unsqueeze(2)).sum(-1) / math.sqrt(query.shape[-1])
-    weights = scores.clamp(-20, 20).exp() * (1 if seen is None else seen)
-    return ((weights / weights.sum(-1, keepdim=True)).unsqueeze(-1) * value.unsqueeze(2)).sum(3)
+        mask, causal = {"additive": additive, "boolean": seen}.get(how.mask), how.mask == "causal"
+        with sdpa_kernel(SDPBackend.MATH) if how.kind == "math" else nullcontext():
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    einsum, query = how.kind == "eager by einsum", query / math.sqrt(query.shape[-1])
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) if einsum else torch.matmul(query, key.transpose(-1, -2))
+    if how.mask == "additive":
+        scores = scores + additive
+    elif how.mask == "filled":
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    weights = functional.softmax(scores, -1, dtype=torch.float32 if how.upcast else None).to(scores.dtype)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, value) if einsum else torch.matmul(weights, value)
 
 
 class SelfAttention(nn.Module):
@@ -130,26 +103,22 @@ class SelfAttention(nn.Module):
         split = [
             one(hidden).unflatten(-1, (HEADS, -1)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
         ]
-        mixed = attend(*split, seen, self.how, training=self.training)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2).to(hidden.dtype))
+        return self.o_proj(attend(*split, seen, self.how).transpose(1, 2).flatten(2).to(hidden.dtype))
 
 
 class Block(nn.Module):
-    """A decoder layer that is recomputed in the backward pass as a whole, in its MLP, or not at all."""
+    """A decoder layer that is recomputed in the backward pass, or not."""
 
     def __init__(self, how: Attending) -> None:
         super().__init__()
         self.attention, self.before, self.between = SelfAttention(how), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-        self.recomputes, self.reentrant = "none", False
+        self.recomputes, self.reentrant = False, False
 
     def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """Transform [rows, length, width]."""
         hidden = hidden + self.attention(self.before(hidden), seen)
-        inner = self.between(hidden)
-        if self.recomputes == "mlp" and torch.is_grad_enabled():
-            return hidden + checkpoint(self.mlp, inner, use_reentrant=self.reentrant)
-        return hidden + self.mlp(inner)
+        return hidden + self.mlp(self.between(hidden))
 
 
 class Decoder(nn.Module):
@@ -174,7 +143,7 @@ class Decoder(nn.Module):
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # a reentrant checkpoint passes gradients only to inputs that require them
         for layer in self.layers:
-            if layer.recomputes == "all" and torch.is_grad_enabled():
+            if layer.recomputes and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, seen, use_reentrant=layer.reentrant)
             else:
                 hidden = layer(hidden, seen)
@@ -225,28 +194,24 @@ def _draw_kinds(draw: random.Random, kinds: tuple[str, ...]) -> list[str]:
 
 def _attention_truth(kinds: list[str], masks: list[str], dtype: str, *, upcast: bool) -> dict[str, Truth]:
     backends = {kind.split()[0] for kind in kinds}
-    if ELEMENTWISE in backends:
-        free = {"eager"} if backends <= {"eager", ELEMENTWISE} else set()
-        masked = true(free={"none", "causal", "explicit"})
-        return {"attention.backend": true(free=free), "attention.dtype": true(free={dtype}), "attention.mask": masked}
-    names = {"flash": ("flash", "fused")}.get(*backends, tuple(backends)) if len(backends) == 1 else ()
+    if backends == {"flash"}:
+        backends = {"flash", "fused"}
+    elif len(backends) > 1:
+        backends = set()
     return {
-        "attention.backend": true(*names),
+        "attention.backend": true(*backends),
         "attention.dtype": true(free={dtype, "float32"}) if upcast else true(dtype),
         "attention.mask": true(*masks[:1]) if len(set(masks)) == 1 else true(),
     }
 
 
 def _plain(draw: random.Random) -> Drawn:
-    kinds, hows = _draw_kinds(draw, KINDS), []
+    kinds, hows = _draw_kinds(draw, (*SDPA, *EAGER)), []
     first = draw.choice(("none", "additive"))
     for kind in kinds:  # its own mask in a third of the models
         masks = ("none", "causal", "additive", "boolean") if kind in SDPA else ("none", "additive", "filled")
-        hows.append(
-            Attending(
-                kind, first if len(kinds) > 1 and draw.random() < 0.7 else draw.choice(masks), draw.random() < 0.3
-            )
-        )
+        mask = first if len(kinds) > 1 and draw.random() < 0.7 else draw.choice(masks)
+        hows.append(Attending(kind, mask, draw.random() < 0.3))
     dtype = draw.choice(list(DTYPES))
     model = Decoder(hows).to(DTYPES[dtype])
     upcast = any(how.kind in EAGER and how.upcast for how in hows) and dtype == "bfloat16"
@@ -255,25 +220,19 @@ def _plain(draw: random.Random) -> Drawn:
     return Drawn(model=model, layers=list(model.layers), kinds=kinds, about=["plain torch", dtype], truths=truths)
 
 
-def _registered() -> dict[str, str]:
-    """Return the names of transformers' attention functions by kind, after registering the missing ones."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+def _by_math(*given: Any, **options: Any) -> Any:
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa_attention_forward(*given, **options)
 
-    def by_math(*given: Any, **options: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
-            return sdpa_attention_forward(*given, **options)
 
-    def by_hand(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        return elementwise(query, key, value, allowed(query.shape[2], None, None)).transpose(1, 2).contiguous(), None
-
-    transformers.AttentionInterface.register("drawn_math", by_math)
-    transformers.AttentionInterface.register("drawn_hand", by_hand)
-    return {"flash": "sdpa", "math by context": "drawn_math", "eager by matmul": "eager", ELEMENTWISE: "drawn_hand"}
+transformers.AttentionInterface.register("drawn_math", _by_math)
+IMPLEMENTATIONS = {"flash": "sdpa", "math": "drawn_math", "eager by matmul": "eager"}
+"""transformers' attention functions by kind."""
 
 
 def _transformers(draw: random.Random) -> Drawn:
-    names, family = _registered(), draw.choice(["llama", "qwen2", "mistral", "gemma", "gpt2"])
-    kinds, dtype = _draw_kinds(draw, tuple(names)), draw.choice(list(DTYPES))
+    family = draw.choice(["llama", "qwen2", "mistral", "gemma", "gpt2"])
+    kinds, dtype = _draw_kinds(draw, tuple(IMPLEMENTATIONS)), draw.choice(list(DTYPES))
     small: dict[str, Any] = {
         "vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": len(kinds), "num_attention_heads": HEADS,
         "max_position_embeddings": 32, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
@@ -290,7 +249,7 @@ def _transformers(draw: random.Random) -> Drawn:
     for layer, kind in zip(layers, kinds, strict=True):
         attention = layer.attn if family == "gpt2" else layer.self_attn
         attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation = names[kind]
+        attention.config._attn_implementation = IMPLEMENTATIONS[kind]
     # in a mixed model transformers uses sdpa's causal flag, so that eager layers have no mask
     masks = ["explicit" if eager else "causal" if kind in SDPA else "none" for kind in kinds]
     truths = _attention_truth(kinds, masks, dtype, upcast="eager by matmul" in kinds and dtype == "bfloat16")

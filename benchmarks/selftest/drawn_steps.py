@@ -1,12 +1,11 @@
 """Random training steps around a drawn model for `random_models.py`, with the true value of each checked path.
 
-The choices are inputs, precision, modes, recomputation, a copy of the model, the optimizer and compilation. Two runs
-with one seed are twins.
+The choices are inputs, precision, modes, recomputation, the optimizer and compilation. Two runs with one seed are
+twins.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -16,18 +15,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from drawn_models import (
-    ELEMENTWISE,
-    PAD,
-    SHARES,
-    WORDS,
-    Decoder,
-    Truth,
-    at_least,
-    draw_model,
-    true,
-    undecided,
-)
+from drawn_models import DTYPES, EAGER, PAD, WORDS, Decoder, Truth, at_least, draw_model, true
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,13 +40,6 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | 
     ),
 }
 """Optimizer factory, class, and whether it is fused (None: not defined)."""
-_WITHOUT_DROPOUT: dict[frozenset[str], set[str]] = {
-    frozenset(): {"flash", "math", "fused"},
-    frozenset({"flash"}): {"flash", "fused"},
-    frozenset({"math"}): {"math"},
-}
-"""Backends that may be active in eval mode, where SDPA may select flash in layers with math by dropout, by the backends
-of the other layers."""
 
 
 class DrawnRun:
@@ -69,8 +50,6 @@ class DrawnRun:
         torch.manual_seed(seed)
         self.drawn = draw_model(draw)
         self.model: Any = self.drawn.model
-        self.trained: Any = self.model
-        """The model that the step trains: the drawn model or a copy of it."""
         self.truths: dict[str, Truth] = self.drawn.truths
         self.about = self.drawn.about
         self.batch: dict[str, Any] | None = None
@@ -80,8 +59,8 @@ class DrawnRun:
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.accumulate, self.training, self.evaluates = draw.choice([1, 1, 2, 3]), True, False
         for choose in (
-            self._draw_inputs, self._draw_precision, self._draw_mode, self._draw_recomputation, self._draw_copy,
-            self._draw_optimizer, self._draw_compilation,
+            self._draw_inputs, self._draw_precision, self._draw_mode, self._draw_recomputation, self._draw_optimizer,
+            self._draw_compilation,
         ):  # fmt: skip
             choose(draw)
         self.warm = draw.randint(0, 2)
@@ -102,7 +81,7 @@ class DrawnRun:
             honest = draw.random() < 0.8
             self.inputs["attention_mask"] = mask if honest else torch.ones_like(mask)
             self.truths["padding.share"] = true(cut / (ROWS * LENGTH))
-            if not plain and honest and ELEMENTWISE not in self.drawn.kinds:
+            if not plain and honest:
                 self.truths["attention.mask"] = true("explicit")
             self.about.append("padded" if honest else "padded under a mask of ones")
         elif way == "packed":
@@ -115,19 +94,17 @@ class DrawnRun:
             if draw.random() < 0.4:
                 decoder.merges = draw.randint(1, len(bounds) - 2)
             isolated = masked and decoder.merges is None
-            # one of several layers leaks between records if its own mixing is large enough; dropout hides it
-            hidden = not masked or "math by dropout" in self.drawn.kinds
-            self.truths["packing.isolated"] = true(isolated, hidden=hidden)
+            # one of several layers leaks between records if its own mixing is large enough
+            self.truths["packing.isolated"] = true(isolated, hidden=not masked)
             self.about.append("packed" if isolated else "packed, records leak")
 
     def _draw_precision(self, draw: random.Random) -> None:
         if draw.random() < 0.2:
             self.around = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-            written, both = any(kind.startswith("e") for kind in self.drawn.kinds), {"float32", "bfloat16"}
-            if self.truths["attention.dtype"].holds or self.truths["attention.dtype"].free:
-                self.truths["attention.dtype"] = true(free=both) if written else true("bfloat16")
+            written = any(kind in EAGER for kind in self.drawn.kinds)
+            self.truths["attention.dtype"] = true(free=DTYPES) if written else true("bfloat16")
             small = self.drawn.stores(4, 8)
-            self.truths["base.compute_dtype"] = true(free=both | {"float16"}) if small else true("bfloat16")
+            self.truths["base.compute_dtype"] = true(free={*DTYPES, "float16"}) if small else true("bfloat16")
             self.about.append("autocast")
 
     def _draw_mode(self, draw: random.Random) -> None:
@@ -136,109 +113,71 @@ class DrawnRun:
         way = 1.0 if self.drawn.stores(4, 8) else draw.random()
         self.training, self.evaluates = way >= 0.08, 0.08 <= way < 0.2
         self.truths["mode"] = true("train" if self.training else "eval")
-        dropped, drops = self.truths["peft.dropout"], "math by dropout" in self.drawn.kinds
         if not self.training:
+            dropped = self.truths["peft.dropout"]
             self.truths["peft.dropout"] = true(free={0.0, *(dropped.free if not dropped.holds else ())})
-            if drops:
-                others = frozenset(kind.split()[0] for kind in self.drawn.kinds if kind != "math by dropout")
-                self.truths["attention.backend"] = true(free=_WITHOUT_DROPOUT.get(others, ()))
             self.about.append("eval mode")
         elif self.evaluates:
-            if drops:  # without dropout an evaluation selects another backend
-                self.truths["attention.backend"] = undecided(self.truths["attention.backend"])
             self.about.append("evaluates in the step")
 
     def _draw_recomputation(self, draw: random.Random) -> None:
-        self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(False), at_least(0.0)
-        if draw.random() < 0.65:
-            return
-        reentrant, layers = draw.random() < 0.4, self.drawn.layers
-        way = draw.choice(["all", "some", "mlp"]) if self.drawn.style == "plain" else "by transformers"
-        self.about.append(f"recomputes {way}")
-        recomputed = self.training or way != "by transformers"  # transformers does so in training mode only
-        self.truths["checkpointing"], self.truths["checkpointing.layers"] = (
-            true(recomputed),
-            at_least(float(recomputed)),
-        )
-        if way == "by transformers":
-            self.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            self.model.base_model.model.enable_input_require_grads()
-            return
-        for place, layer in enumerate(layers):
-            layer.reentrant, layer.recomputes = reentrant, "mlp" if way == "mlp" else "all"
-            if way == "some" and place > 0:
-                layer.recomputes = "none"
-        if way == "mlp":
-            self.truths["checkpointing"] = true(free={True})
-            self.truths["checkpointing.layers"] = true(0.0, free=SHARES[1:])
-        elif way == "some" and len(layers) > 1:
-            self.truths["checkpointing"], self.truths["checkpointing.layers"] = true(), at_least(1 / len(layers))
-
-    def _draw_copy(self, draw: random.Random) -> None:
-        """Draw whether a copy is trained in place of the model; 8-bit layers cannot be copied."""
-        if draw.random() > 0.05 or self.drawn.stores(8):
-            return
-        self.trained = copy.deepcopy(self.model)
-        stored = {path for path in self.truths if path.startswith("base.") and path != "base.gemm_path"}
-        for path, now in self.truths.items():
-            self.truths[path] = undecided(now) if path in stored | {"peft.dtype"} else true()
-        self.truths |= dict.fromkeys(("peft.attached", "peft.learning", "checkpointing"), true(free={False}))
-        self.truths |= {"mode": true(free={"train", "eval"}), "padding.share": true(free=(0.0,))}
-        self.truths |= {"peft.dropout": true(free={0.0, 0.05, 0.1}), "checkpointing.layers": true(free={0.0})}
-        if self.batch is not None:
-            self.truths["packing.isolated"] = true(free={True, False})
-        self.about.append("trains a copy")
+        """Draw the recomputed layers: all or the first of plain torch, or all by transformers, in training mode
+        only."""
+        layers, share = self.drawn.layers, 0.0
+        if draw.random() < 0.35:
+            reentrant = draw.random() < 0.4
+            if self.drawn.style == "plain":
+                chosen = draw.choice([layers, layers[:1]])
+                for layer in chosen:
+                    layer.recomputes, layer.reentrant = True, reentrant
+                share = len(chosen) / len(layers)
+            else:
+                self.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                self.model.base_model.model.enable_input_require_grads()
+                share = float(self.training)
+            self.about.append("recomputes")
+        self.truths["checkpointing"] = true(share == 1.0) if share in (0.0, 1.0) else true()
+        self.truths["checkpointing.layers"] = at_least(share)
 
     def _draw_optimizer(self, draw: random.Random) -> None:
         """Draw an optimizer of all or of all but one trainable parameters, with or without a fault."""
-        trainable = [one for one in self.trained.parameters() if one.requires_grad]
-        copied, sick = self.trained is not self.model, ""
-        if not copied and draw.random() < 0.2:
-            sick = draw.choice(["no rate", "reset", "left out", "base trains"])
-            self.about.append(f"fault: {sick}")
-        if sick == "base trains":
-            norms = [
-                one
-                for name, one in self.model.named_parameters()
-                if "norm" in name or "between" in name or "ln_" in name
-            ]
+        trainable = [one for one in self.model.parameters() if one.requires_grad]
+        one, fault = draw.choice(trainable), "none"
+        if draw.random() < 0.2:
+            fault = draw.choice(["no rate", "reset", "base trains", *(["left out"] if len(trainable) > 1 else [])])
+            self.about.append(f"fault: {fault}")
+        if fault == "base trains":
+            names = ("norm", "between", "ln_")
+            norms = [value for name, value in self.model.named_parameters() if any(part in name for part in names)]
             trainable.append(draw.choice(norms).requires_grad_())
             self.truths["base.frozen"] = true(free={False})
-        one, given = draw.choice(trainable), trainable
-        if sick == "left out" and len(trainable) > 1:
-            given = [value for value in trainable if value is not one]
-        name = draw.choice(list(OPTIMIZERS)) if sick != "base trains" else "AdamW"
+        elif fault != "none":
+            self.truths["peft.learning"] = true(free={False})
+        name = "AdamW" if fault == "base trains" else draw.choice(list(OPTIMIZERS))
         make, kind, fused = OPTIMIZERS[name]
-        self.optimizer = make(given)
+        self.optimizer = make([value for value in trainable if fault != "left out" or value is not one])
         self.truths["optimizer.fused"] = true(free={True, False}) if fused is None else true(fused)
         self.truths["optimizer.class"] = true(kind)
         self.about.append(f"optimizer {name}")
-        if sick in ("no rate", "reset", "left out") and not (sick == "left out" and len(trainable) == 1):
-            self.truths["peft.learning"] = true(free={False})
-        if sick == "no rate":
+        if fault == "no rate":
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
-        elif sick == "reset":
+        elif fault == "reset":
             kept = one.detach().clone()
             self.reset = lambda: one.data.copy_(kept)
-        elif draw.random() < 0.1 and "Adam" in name and not sick:
+        elif draw.random() < 0.1 and "Adam" in name and fault == "none":
             self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: min(1.0, done / 5))
             self.about.append("warms up from a rate of 0")
         coarse = any(value.dtype == torch.bfloat16 for value in trainable)
         if coarse and (self.schedule is not None or "Adam" not in name):
             self.truths["peft.learning"] = true(free={True, False})  # updates may round away
-        if copied:
-            self.truths["optimizer.class"] = undecided(self.truths["optimizer.class"])
-            self.truths["optimizer.fused"] = true(free={True, False})
 
     def _draw_compilation(self, draw: random.Random) -> None:
         """Draw in-place compilation of blocks; code with known graph breaks is not compiled."""
-        self.truths["compile"] = true(False)
-        self.truths["compile.share"] = true(free={0.0}) if self.trained is not self.model else at_least(0.0)
+        self.truths["compile"], self.truths["compile.share"] = true(False), at_least(0.0)
         plain = self.drawn.style == "plain" and self.training and not self.evaluates and self.batch is None
-        plain &= self.trained is self.model and not self.drawn.stores(4, 8)
-        plain &= bool({"LoRA", "rank-stabilised LoRA"} & {*self.about})
-        if not plain or any(one.startswith("recomputes") for one in self.about) or draw.random() < 0.5:
+        plain &= bool({"LoRA", "rank-stabilised LoRA"} & {*self.about}) and not self.drawn.stores(4, 8)
+        if not plain or "recomputes" in self.about or draw.random() < 0.5:
             return
         torch._dynamo.reset()  # runs of one class share the compiler's limit of recompilations
         layers = self.drawn.layers
@@ -254,27 +193,24 @@ class DrawnRun:
     def step(self) -> float:
         """Take forward and backward passes and an update, and return the loss."""
         if self.evaluates:
-            self.trained.eval()
+            self.model.eval()
             with torch.no_grad(), self.around():
-                self.trained(**self.inputs)
-        self.trained.train(self.training)
+                self.model(**self.inputs)
+        self.model.train(self.training)
         self.optimizer.zero_grad()
         total = 0.0
         for _ in range(self.accumulate):
             with self.around():
-                loss = self._loss() / self.accumulate
-            loss.backward()
+                output = self.model(**self.inputs)
+                logits = (output if torch.is_tensor(output) else output.logits).float()[:, :-1].flatten(0, 1)
+                loss = functional.cross_entropy(logits, self.labels[:, 1:].flatten(), ignore_index=-100)
+            (loss / self.accumulate).backward()
             total += float(loss.detach())
         self.optimizer.step()
         self.reset()
         if self.schedule is not None:
             self.schedule.step()
         return total
-
-    def _loss(self) -> Tensor:
-        output = self.trained(**self.inputs)
-        logits = (output if torch.is_tensor(output) else output.logits).float()
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.labels[:, 1:].flatten(), ignore_index=-100)
 
     def state(self) -> dict[str, Any]:
         """Return the state that `verify` restores bit for bit: parameters, gradients, optimizer, random state,
