@@ -1,11 +1,11 @@
 """The truth about a LoRA run of a small transformers family, found without the checks and compared with them.
 
-As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a step that
+As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a call that
 succeeds under `sdpa_kernel(FLASH_ATTENTION)` runs on flash. A torch function mode counts the attention calls, both
 scaled dot products and attention written out. Then:
 
-- flash is active exactly if all attention is scaled dot products and the step succeeds on flash only;
-- math is active exactly if all attention is scaled dot products in a step with only the math backend;
+- flash is active exactly if all attention is scaled dot products that flash accepts;
+- math is active exactly if all attention is scaled dot products, and flash refuses all or only math is allowed;
 - eager is active exactly if all attention is written out;
 - every other requirement of a healthy LoRA run is active: attached, exactly if PEFT adapts the requested layers and a
   step calls them; frozen, exactly if two steps leave the saved base unchanged; learning, exactly if a step changes
@@ -79,10 +79,6 @@ HEALTHY: dict[str, Any] = {
 }  # fmt: skip
 
 
-class UnfitError(Exception):
-    """The family is skipped."""
-
-
 @cache
 def families() -> dict[str, str]:
     """Return the class of the task of every model type that has one."""
@@ -95,18 +91,14 @@ def build(name: str) -> Any:
     """Return a model of a family with random weights.
 
     Raises:
-        UnfitError: it cannot be built, or is too large.
+        ValueError: it is too large.
     """
-    make = getattr(transformers, families()[name]).from_config
-    try:
-        config = _shrunk(CONFIG_MAPPING[name])
-        config.architectures = config.architectures or []  # None stops the choice among several classes for a task
-        with torch.device("meta"):
-            size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
-    except Exception as error:
-        raise UnfitError("cannot be built") from error
+    make, config = getattr(transformers, families()[name]).from_config, _shrunk(CONFIG_MAPPING[name])
+    config.architectures = config.architectures or []  # None stops the choice among several classes for a task
+    with torch.device("meta"):
+        size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
     if size > PARAMETERS:
-        raise UnfitError("too large")
+        raise ValueError("too large")
     torch.manual_seed(0)
     return make(config)
 
@@ -115,7 +107,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     """Return a batch for the model, by the names of its forward's arguments.
 
     Raises:
-        UnfitError: its main input is unknown.
+        ValueError: its main input is unknown.
     """
     torch.manual_seed(1)
     configs = [model.config, getattr(model.config, "vision_config", None)]
@@ -128,7 +120,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     }
     main = model.main_input_name
     if main not in known:
-        raise UnfitError("its input is of another kind")
+        raise ValueError("its input is of another kind")
     taken = inspect.signature(model.forward).parameters
     batch = {main: known[main]()}
     if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
@@ -191,7 +183,7 @@ class Run:
     """A LoRA run of one family: adapters on every linear layer that its forward calls.
 
     Raises:
-        UnfitError: it cannot be built small, or calls no linear layer.
+        ValueError: it is too large, or calls no linear layer.
     """
 
     def __init__(self, family: str) -> None:
@@ -225,7 +217,7 @@ class Run:
             found = [getattr(output, name, None) for name in ("logits", "logits_per_image", "logits_per_text")]
             logits = next((one for one in found if torch.is_tensor(one)), None)
             if logits is None:
-                raise UnfitError("no logits")
+                raise ValueError("no logits")
             logits.float().pow(2).mean().backward()
             self.optimizer.step()
 
@@ -248,7 +240,7 @@ def _called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = [linears[module] for module in called if module is not head]
     if not names:
-        raise UnfitError("no linear layer is called")
+        raise ValueError("no linear layer is called")
     return names
 
 
@@ -262,45 +254,27 @@ class Found:
     attached: bool
     frozen: bool
     learning: bool | None
-    contradiction: str
-    """That between the counts and the step on flash only; empty without one."""
 
 
 def find(family: str) -> Found:
-    """Take steps of a run of the family and return the truth about it.
-
-    Raises:
-        UnfitError: it does not train.
-    """
-    try:
-        run = Run(family)
-        before = run.base()
-        with Attentions() as seen:
-            attached = len(_calls(run.tuners, run.step)) == len(run.tuners) and run.complete
-        factors = [value.detach().clone() for value in run.trained]
-        run.step()
-    except UnfitError:
-        raise
-    except Exception as error:
-        raise UnfitError("does not train") from error
+    """Take steps of a run of the family and return the truth about it. Raises any exception of a family that cannot be
+    built small or does not train."""
+    run = Run(family)
+    before = run.base()
+    with Attentions() as seen:
+        attached = len(_calls(run.tuners, run.step)) == len(run.tuners) and run.complete
+    factors = [value.detach().clone() for value in run.trained]
+    run.step()
     changed = all(not torch.equal(old, new) for old, new in zip(factors, run.trained, strict=True))
     reached = all(value.grad is not None and value.grad.any() for value in run.trained)
     after = run.base()
     still = before.keys() == after.keys() and all(_same(value, after[name]) for name, value in before.items())
-    run.around = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
-    try:
-        run.step()
-        on_flash = True
-    except RuntimeError:
-        on_flash = False
     backend = "eager" if seen.written and not seen.scaled else None
-    if seen.scaled and not seen.written:
-        backend = "flash" if on_flash else "math" if seen.refused == seen.scaled else None
-    contradiction = f"flash refused {seen.refused} calls, a step on flash alone {'succeeds' if on_flash else 'fails'}"
+    if seen.scaled and not seen.written and seen.refused in (0, seen.scaled):
+        backend = "math" if seen.refused else "flash"
     return Found(
         backend=backend, has_math=bool(seen.scaled and not seen.written), attached=attached, frozen=still,
         learning=True if changed else None if reached else False,  # an update may be lost in rounding
-        contradiction="" if on_flash == (seen.refused == 0) else contradiction,
     )  # fmt: skip
 
 
@@ -331,23 +305,6 @@ def judge(family: str, found: Found, *, only_math: bool) -> Iterator[str]:
             yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, and is {seen}"
 
 
-def examine(family: str) -> tuple[Found, list[str]]:
-    """Return the truth about a family and the faults of the checks.
-
-    Raises:
-        UnfitError: the family is skipped.
-    """
-    found = find(family)
-    faults = [f"family {family}: {found.contradiction}"] if found.contradiction else []
-    for only_math in (False, True):
-        where = f"family {family}{', only math' if only_math else ''}"
-        try:
-            faults += [f"{where}: {fault}" for fault in judge(family, found, only_math=only_math)]
-        except Exception as error:
-            faults.append(f"{where}: raised {error!r}")
-    return found, faults
-
-
 def faults_of_families(names: Sequence[str]) -> Iterator[str]:
     """Yield the faults of the named families, or of all; print how many were examined, by backend."""
     backends, unbuildable = Counter[str](), 0
@@ -355,11 +312,17 @@ def faults_of_families(names: Sequence[str]) -> Iterator[str]:
         if family not in names and "all" not in names:
             continue
         try:
-            found, faults = examine(family)
-        except UnfitError:
+            found = find(family)
+        except Exception:
             unbuildable += 1
             continue
         backends[found.backend or "none or several"] += 1
-        yield from faults
+        for only_math in (False, True):
+            where = f"family {family}{', only math' if only_math else ''}"
+            try:
+                faults = [*judge(family, found, only_math=only_math)]
+            except Exception as error:
+                faults = [f"raised {error!r}"]
+            yield from (f"{where}: {fault}" for fault in faults)
     counted = ", ".join(f"{count} {backend}" for backend, count in backends.most_common())
     print(f"{backends.total()} families: {counted}; {unbuildable} cannot be built small or do not train", flush=True)
