@@ -28,14 +28,14 @@ replicates, which more steps do not reduce, and within one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -55,6 +55,7 @@ REPLICATES, TURNS = tuple(range(5, 13)), 10
 SD = 0.02
 """Standard deviation of a side's log time in a replicate."""
 CHUNK = 1000
+"""Runs that are drawn from the recording at a time."""
 FAMILY = 10
 SIZES = (5, 8)
 """Replicates of a run that is drawn from the recording."""
@@ -63,6 +64,9 @@ Times = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, int, int], Times]
 """A function of generator, draws and replicates that returns the log times of two identical sides, sides × draws ×
 replicates × turns."""
+Draw = Callable[[np.random.Generator, int, int], tuple[Times, Times, Times]]
+"""A function of generator, draws and replicates that returns the times of a base, of identical and of slower code, each
+draws × replicates × turns."""
 
 
 def gaussian(rng: np.random.Generator, draws: int, size: int) -> Times:
@@ -108,135 +112,78 @@ NOISES: tuple[tuple[str, Noise, Pairing, float, float, float], ...] = (
 """Name, noise, pairing, least and most coverage, and the share of the draws."""
 
 
-def chunks(draws: int) -> Iterator[int]:
-    """Yield parts of the draws that fit into memory."""
-    for start in range(0, draws, CHUNK):
-        yield min(CHUNK, draws - start)
-
-
 def coverage(draws: int) -> Iterator[Share]:
     """Yield how often the interval covers the true ratio, by noise and number of replicates."""
     for name, simulate, pairing, least, most, part in NOISES:
         for size in REPLICATES:
-            rng, inside, count = np.random.default_rng([2, size]), 0, math.ceil(part * draws)
-            for chunk in chunks(count):
-                base, candidate = simulate(rng, chunk, size)
-                for ours, theirs in zip(np.exp(base), RATIO * np.exp(candidate), strict=True):
-                    found = compare_trials(ours, theirs, pairing=pairing)
-                    inside += found.low is not None and found.high is not None and found.low <= RATIO <= found.high
+            count = math.ceil(part * draws)
+            times = np.exp(simulate(np.random.default_rng([2, size]), count, size))
+            found = [compare_trials(base, RATIO * other, pairing=pairing) for base, other in zip(*times, strict=True)]
+            inside = sum(one.low is not None and one.high is not None and one.low <= RATIO <= one.high for one in found)
             yield Share(f"{name}, {size} replicates: the interval holds the ratio", inside, count, least, most)
 
 
 def families(draws: int) -> Iterator[Share]:
     """Yield how often any of ten comparisons of identical code is called different, with separate bases and with one
     base."""
-    for one_reference, name in ((False, "a base each"), (True, "one base")):
-        for size in (5, 12):
-            rng, alarms, count = np.random.default_rng([3, size]), 0, math.ceil(draws / 5)
-            for chunk in chunks(count):
-                base, candidates = np.exp(rng.normal(0.0, SD, (2, chunk, FAMILY, size, 1)))
-                if one_reference:
-                    base[:] = base[:, :1]
-                for ours, theirs in zip(base, candidates, strict=True):
-                    effects = {index: effect_of(ours[index], theirs[index], "replicate") for index in range(FAMILY)}
-                    found = decide_family(
-                        effects, tolerance=dict.fromkeys(effects, 0.0), margin=dict.fromkeys(effects, 0.05)
-                    )
-                    alarms += any(one.verdict in ("regressed", "improved") for one in found.values())
-            yield Share(
-                f"{FAMILY} comparisons, {name}, {size} replicates: any is called different", alarms, count, most=0.05
-            )
+    for (one_reference, name), size in itertools.product(((False, "a base each"), (True, "one base")), (5, 12)):
+        count, alarms = math.ceil(draws / 5), 0
+        times = np.exp(np.random.default_rng([3, size]).normal(0.0, SD, (2, count, FAMILY, size, 1)))
+        for bases, others in zip(*times, strict=True):
+            effects = {
+                index: effect_of(bases[0 if one_reference else index], others[index], "replicate")
+                for index in range(FAMILY)
+            }
+            alarms += _called_different(effects, tolerance=0.0)
+        what = f"{FAMILY} comparisons, {name}, {size} replicates: any is called different"
+        yield Share(what, alarms, count, most=0.05)
 
 
-SCATTERS: dict[str, Callable[[int], list[float]]] = {
-    "equal": lambda arms: [1.0] * arms,
-    "reference 2": lambda arms: [2.0, 2.0] + [1.0] * (arms - 2),
-    "one 2": lambda arms: [1.0, 1.0, 2.0] + [1.0] * (arms - 3),
-    "one 3": lambda arms: [1.0, 1.0, 3.0] + [1.0] * (arms - 3),
-    "one 5": lambda arms: [1.0, 1.0, 5.0] + [1.0] * (arms - 3),
-    "t with 4 df": lambda arms: [1.0] * arms,
-    "replicate shifted": lambda arms: [1.0] * arms,
-}
-"""The standard deviation of each arm in units of `SD`; the first two arms are the reference and its second
-measurement."""
+def _called_different(effects: dict[int, Effect], *, tolerance: float) -> bool:
+    margins = dict.fromkeys(effects, 0.05)
+    verdicts = decide_family(effects, tolerance=dict.fromkeys(effects, tolerance), margin=margins).values()
+    return any(one.verdict in ("regressed", "improved") for one in verdicts)
+
+
+SCATTERS: dict[str, tuple[float, ...]] = {
+    "equal": (), "reference 2": (2.0, 2.0), "one 2": (1.0, 1.0, 2.0), "one 3": (1.0, 1.0, 3.0),
+    "one 5": (1.0, 1.0, 5.0), "t with 4 df": (), "replicate shifted": (),
+}  # fmt: skip
+"""The standard deviation of the first arms in units of `SD`, that of the others is 1; the first two arms are the
+reference and its second measurement."""
 
 
 def scatter(draws: int) -> Iterator[Share]:
     """Yield coverage of the family, false alarms, and the width relative to that from each comparison's own scatter."""
-    for size in (3, 5, 8):
-        for variants in (3, 5, 14):
-            for name, of in SCATTERS.items():
-                rng, count = np.random.default_rng([4, size, variants]), math.ceil(draws / 2)
-                held = alarms = 0
-                widths: dict[str, list[float]] = {"own": [], "shared": []}
-                rule = VerdictRule(tolerance=0.0, family=variants)
-                scales = SD * np.asarray(of(variants + 1))[:, None]
-                for _ in range(count):
-                    noise = rng.standard_normal((variants + 1, size))
-                    if name == "t with 4 df":
-                        noise = rng.standard_t(4, noise.shape) / math.sqrt(2)
-                    logs = scales * noise
-                    if name == "replicate shifted":
-                        logs[:, 0] += math.log(1.5)
-                    own = {arm: paired_effect(logs[arm] - logs[0], "turn") for arm in range(1, variants + 1)}
-                    shared = share_scatter(own)
-                    held += all(abs(effect.log_ratio) <= _half_width(effect, rule) for effect in shared.values())
-                    verdicts = decide_family(
-                        shared, tolerance=dict.fromkeys(shared, 0.01), margin=dict.fromkeys(shared, 0.05)
-                    )
-                    alarms += any(one.verdict in ("regressed", "improved") for one in verdicts.values())
-                    for kind, effects in (("own", own), ("shared", shared)):
-                        widths[kind] += [_half_width(effect, rule) for effect in effects.values()]
-                narrower = float(np.median(widths["shared"]) / np.median(widths["own"]))
-                what = f"{size} replicates, {variants} variants, {name}, half-width {narrower:.2f} of own"
-                yield Share(f"{what}: all intervals hold", held, count, 0.95 if name == "equal" else 0.94)
-                yield Share(f"{what}: any called different", alarms, count, most=0.05)
+    for size, variants, (name, first) in itertools.product((3, 5, 8), (3, 5, 14), SCATTERS.items()):
+        rng, count = np.random.default_rng([4, size, variants]), math.ceil(draws / 2)
+        rule, held, alarms = VerdictRule(tolerance=0.0, family=variants), 0, 0
+        widths: tuple[list[float], list[float]] = ([], [])
+        scales = SD * np.array([*first, *[1.0] * (variants + 1 - len(first))])[:, None]
+        for _ in range(count):
+            noise = rng.standard_normal((variants + 1, size))
+            if name == "t with 4 df":
+                noise = rng.standard_t(4, noise.shape) / math.sqrt(2)
+            logs = scales * noise
+            if name == "replicate shifted":
+                logs[:, 0] += math.log(1.5)
+            own = {arm: paired_effect(logs[arm] - logs[0], "turn") for arm in range(1, variants + 1)}
+            shared = share_scatter(own)
+            held += all(abs(effect.log_ratio) <= _half_width(effect, rule) for effect in shared.values())
+            alarms += _called_different(shared, tolerance=0.01)
+            for kind, effects in zip(widths, (own, shared), strict=True):
+                kind += [_half_width(effect, rule) for effect in effects.values()]
+        narrower = float(np.median(widths[1]) / np.median(widths[0]))
+        what = f"{size} replicates, {variants} variants, {name}, half-width {narrower:.2f} of own"
+        yield Share(f"{what}: all intervals hold", held, count, 0.95 if name == "equal" else 0.94)
+        yield Share(f"{what}: any called different", alarms, count, most=0.05)
 
 
 def _half_width(effect: Effect, rule: VerdictRule) -> float:
     return 0.0 if effect.spread is None else effect.spread.half_width(rule.tail(effect.spread))
 
 
-class Run(NamedTuple):
-    """Draws of one design: a base, identical code and slower code, each draws × replicates × turns."""
-
-    base: Times
-    same: Times
-    slow: Times
-
-
-Draw = Callable[[np.random.Generator, int, int], Run]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Times in nanoseconds, replicates × steps after warm-up, by arm."""
-
-    one_process: dict[str, Times]
-    lockstep: dict[str, tuple[Times, Times]]
-    """Base and candidate, by kind."""
-    processes: dict[str, Times]
-    occupancy: Times
-    """CPU time over wall time of each process of identical code."""
-
-
-def read(folder: Path) -> Recording:
-    """Read the three files of a folder."""
-    shared, pairs, single = (
-        pd.read_csv(folder / f"{name}.csv.gz") for name in ("one_process", "lockstep", "processes")
-    )
-    sides = {arm: _times(side, ["kind", "pair"], "round", "ns") for arm, side in pairs.groupby("arm")}
-    processes, cpu = (_times(single, ["arm", "block"], "it", value) for value in ("ns", "cpu_ns"))
-    occupancy = [cpu[arm].sum(axis=1) / processes[arm].sum(axis=1) for arm in ("A1", "A2")]
-    return Recording(
-        one_process=_times(shared, ["arm", "proc"], "round", "ns"),
-        lockstep={kind: (sides["a"][kind], sides["b"][kind]) for kind in ("AA", "AB5")},
-        processes=processes,
-        occupancy=np.concatenate(occupancy),
-    )
-
-
-def _times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[str, Times]:
+def read_times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[str, Times]:
     """Return an array for each value of the first key, replicates × steps, without the warm-up."""
     dropped = WARM_UP if frame[step].nunique() >= WARM_UP + MIN_TIMED else 0
     wide = frame[frame[step] >= dropped].pivot(index=keys, columns=step, values=value)
@@ -248,123 +195,117 @@ def log_ratios(base: Times, candidate: Times) -> Times:
     return np.median(np.log(candidate) - np.log(base), axis=1)
 
 
-def simulate_turns(*sides: tuple[Times, Times]) -> tuple[float, Draw]:
-    """Return the standard deviation of a replicate's log ratio, pooled over pairs of arms, and a function that draws
-    runs with it.
-
-    A drawn replicate is normal, with the turns of a recorded replicate in either direction; slower code takes 5 % more.
-    """
-    values = [log_ratios(base, candidate) for base, candidate in sides]
-    squares = sum(float(((value - value.mean()) ** 2).sum()) for value in values)
-    sd = math.sqrt(squares / sum(len(value) - 1 for value in values))
-    turns = [np.log(candidate / base) for base, candidate in sides]
-    inside = np.concatenate([one - np.median(one, axis=1, keepdims=True) for one in turns])
-
-    def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
-        def ratio() -> Times:
-            chosen = inside[rng.integers(len(inside), size=(draws, size))]
-            sign = rng.choice([-1.0, 1.0], size=(draws, size, 1))
-            return np.exp(rng.normal(0.0, sd, (draws, size, 1)) + sign * chosen)
-
-        return Run(np.ones((draws, size, inside.shape[1])), ratio(), 1.05 * ratio())
-
-    return sd, draw
-
-
-def designs(recording: Recording) -> Iterator[tuple[str, Pairing, Draw]]:
-    """Yield designs from the finest pairing to none; runs of two processes in turns are simulated, since few pairs were
-    recorded."""
-    arms, blocks = recording.one_process, recording.processes
-    pairs = {
-        "one process": ((arms["A1"], arms["A2"]), (arms["A1"], arms["B5"])),
-        "two processes": tuple(recording.lockstep.values()),
-    }
-    yield f"by turn in one process, drawn from {len(arms['A1'])}", "turn", _draw_paired(arms)
-    for name, sides in pairs.items():
-        sd, draw = simulate_turns(*sides)
-        yield f"by turn in {name}, simulated with sd {100 * sd:.1f} %", "turn", draw
-    yield f"by block, drawn from {len(blocks['A1'])}", "replicate", _draw_paired(blocks)
-    yield f"unpaired (Welch), drawn from {2 * len(blocks['A1'])}", "none", _draw_separate(blocks)
-
-
 def _choose(rng: np.random.Generator, draws: int, population: int, size: int) -> NDArray[np.intp]:
     """Return draws × size indexes without repetition within a draw."""
     return rng.random((draws, population)).argsort(axis=1)[:, :size]
 
 
-def _draw_paired(arms: dict[str, Times]) -> Draw:
+def draw_paired(
+    arms: dict[str, Times], rng: np.random.Generator, draws: int, size: int
+) -> tuple[Times, Times, Times]:
     """Draw recorded replicates. Either identical arm may be the base, so that their true ratio is 1."""
-
-    def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
-        chosen = _choose(rng, draws, len(arms["A1"]), size)
-        one, other = arms["A1"][chosen], arms["A2"][chosen]
-        first = rng.random(one.shape[:2])[:, :, None] < 0.5
-        return Run(np.where(first, one, other), np.where(first, other, one), arms["B5"][chosen])
-
-    return draw
+    chosen = _choose(rng, draws, len(arms["A1"]), size)
+    one, other = arms["A1"][chosen], arms["A2"][chosen]
+    first = rng.random(one.shape[:2])[:, :, None] < 0.5
+    return np.where(first, one, other), np.where(first, other, one), arms["B5"][chosen]
 
 
-def _draw_separate(arms: dict[str, Times]) -> Draw:
+def draw_separate(
+    arms: dict[str, Times], rng: np.random.Generator, draws: int, size: int
+) -> tuple[Times, Times, Times]:
     """Draw processes of each side from the whole recording; the sides share nothing."""
     identical = np.concatenate([arms["A1"], arms["A2"]])
-
-    def draw(rng: np.random.Generator, draws: int, size: int) -> Run:
-        chosen = identical[_choose(rng, draws, len(identical), 2 * size)]
-        return Run(chosen[:, :size], chosen[:, size:], arms["B5"][_choose(rng, draws, len(arms["B5"]), size)])
-
-    return draw
+    chosen = identical[_choose(rng, draws, len(identical), 2 * size)]
+    return chosen[:, :size], chosen[:, size:], arms["B5"][_choose(rng, draws, len(arms["B5"]), size)]
 
 
-def facts(recording: Recording) -> Iterator[tuple[str, str]]:
-    """Yield the facts about the noise in docs/method.md."""
-    arms, single = recording.one_process, recording.processes
-    times = np.log(np.concatenate([single["A1"], single["A2"]]))
+def draw_simulated(
+    sd: float, turns: Times, rng: np.random.Generator, draws: int, size: int
+) -> tuple[Times, Times, Times]:
+    """Draw normal replicates with the turns of a recorded replicate in either direction."""
+    shape = (2, draws, size)
+    sign = rng.choice([-1.0, 1.0], size=(*shape, 1))
+    replicates = rng.normal(0.0, sd, (*shape, 1)) + sign * turns[rng.integers(len(turns), size=shape)]
+    same, slow = np.exp(replicates)
+    return np.ones_like(same), same, RATIO * slow
+
+
+def designs(
+    arms: dict[str, Times], pairs: dict[str, tuple[Times, Times]], blocks: dict[str, Times]
+) -> Iterator[tuple[str, Pairing, Draw]]:
+    """Yield designs from the finest pairing to none; runs of two processes in turns are simulated, since few pairs were
+    recorded, with the standard deviation of a replicate's log ratio, pooled over pairs of arms."""
+    yield f"by turn in one process, drawn from {len(arms['A1'])}", "turn", partial(draw_paired, arms)
+    shared = [(arms["A1"], arms["A2"]), (arms["A1"], arms["B5"])]
+    for name, sides in (("one process", shared), ("two processes", list(pairs.values()))):
+        ratios = [log_ratios(base, candidate) for base, candidate in sides]
+        centred = np.concatenate([one - one.mean() for one in ratios])
+        sd = math.sqrt((centred**2).sum() / (len(centred) - len(ratios)))
+        logs = np.concatenate([np.log(candidate / base) for base, candidate in sides])
+        turns = logs - np.median(logs, axis=1, keepdims=True)
+        yield f"by turn in {name}, simulated with sd {100 * sd:.1f} %", "turn", partial(draw_simulated, sd, turns)
+    yield f"by block, drawn from {len(blocks['A1'])}", "replicate", partial(draw_paired, blocks)
+    yield f"unpaired (Welch), drawn from {2 * len(blocks['A1'])}", "none", partial(draw_separate, blocks)
+
+
+def facts(
+    arms: dict[str, Times], pairs: dict[str, tuple[Times, Times]], blocks: dict[str, Times], cpu: dict[str, Times]
+) -> Iterator[tuple[str, str]]:
+    """Yield the facts about the noise in docs/method.md; `cpu` are the CPU times of the blocks."""
+    walls, used = (np.concatenate([of["A1"], of["A2"]]) for of in (blocks, cpu))
+    times, medians = np.log(walls), np.median(walls, axis=1)
     within = float(times.var(axis=1, ddof=1).mean())
     between = max(float(times.mean(axis=1).var(ddof=1)) - within / times.shape[1], 0.0)
-    medians = np.median(np.exp(times), axis=1)
-    quiet = medians[recording.occupancy >= MIN_OCCUPANCY]
-    block = np.log(np.median(single["A2"], axis=1) / np.median(single["A1"], axis=1))
+    quiet = medians[used.sum(axis=1) / walls.sum(axis=1) >= MIN_OCCUPANCY]
+    block = np.log(np.median(blocks["A2"], axis=1) / np.median(blocks["A1"], axis=1))
 
     def sd(values: Times) -> str:
         return f"{100 * values.std(ddof=1):.1f} % ({len(values)} pairs)"
 
     yield "sd of log time between / within", f"{between**0.5:.1%} / {within**0.5:.1%} ({len(times)} processes)"
     yield "intraclass correlation", f"{between / (between + within):.2f}"
-    yield "CV of the processes' medians", f"{medians.std(ddof=1) / medians.mean():.1%}"
+    yield "CV of the processes' medians", f"{stats.variation(medians, ddof=1):.1%}"
     kept = f"{len(quiet) / len(medians):.1%} kept"
-    yield f"the same, occupancy ≥ {MIN_OCCUPANCY}", f"{quiet.std(ddof=1) / quiet.mean():.1%} ({kept})"
+    yield f"the same, occupancy ≥ {MIN_OCCUPANCY}", f"{stats.variation(quiet, ddof=1):.1%} ({kept})"
     yield "sd of the A/A log ratio, unpaired", f"{math.sqrt(2) * np.log(medians).std(ddof=1):.1%}"
     yield "the same, paired by block", sd(block)
-    yield "the same, in turns, two processes", sd(log_ratios(*recording.lockstep["AA"]))
+    yield "the same, in turns, two processes", sd(log_ratios(*pairs["AA"]))
     yield "the same, in turns, one process", sd(log_ratios(arms["A1"], arms["A2"]))
 
 
 def recorded_noise(draws: int) -> Iterator[Share]:
     """Yield verdicts on identical and on slower code, by design and number of replicates."""
-    found = read(Path(os.environ["LORAMETER_NOISE"]))
-    for name, value in facts(found):
+    folder = Path(os.environ["LORAMETER_NOISE"])
+    shared, lockstep, single = (
+        pd.read_csv(folder / f"{name}.csv.gz") for name in ("one_process", "lockstep", "processes")
+    )
+    arms = read_times(shared, ["arm", "proc"], "round", "ns")
+    sides = {arm: read_times(side, ["kind", "pair"], "round", "ns") for arm, side in lockstep.groupby("arm")}
+    pairs = {kind: (sides["a"][kind], sides["b"][kind]) for kind in ("AA", "AB5")}
+    blocks, cpu = (read_times(single, ["arm", "block"], "it", value) for value in ("ns", "cpu_ns"))
+    for name, value in facts(arms, pairs, blocks, cpu):
         print(f"{name:36} {value}")
-    for name, pairing, draw in designs(found):
-        for size in SIZES:
-            rng, same, slower = np.random.default_rng([size, draws]), Counter[str](), 0
-            where = f"{name}, {size} replicates"
-            for number, chunk in enumerate(chunks(draws)):
-                run = draw(rng, chunk, size)
-                for base, identical, slow in zip(*run, strict=True):
-                    same[compare_trials(base, identical, pairing=pairing).verdict] += 1
-                    slower += compare_trials(base, slow, pairing=pairing).verdict == "regressed"
-                if number == 0 and pairing == "none":
-                    yield from other_rules(run, size)
-            yield Share(f"{where}: identical code is called regressed", same["regressed"], draws, most=0.025)
-            equivalent = 0.0 if pairing == "none" else None
-            yield Share(f"{where}: identical code is called equivalent", same["equivalent"], draws, most=equivalent)
-            least = 0.95 if pairing == "turn" and size == max(SIZES) else None
-            yield Share(f"{where}: 5 % slower code is found", slower, draws, least)
+    for (name, pairing, draw), size in itertools.product(designs(arms, pairs, blocks), SIZES):
+        rng, where = np.random.default_rng([size, draws]), f"{name}, {size} replicates"
+        same, slower, rounds = Counter[str](), 0, math.ceil(draws / CHUNK)
+        for number in range(rounds):
+            times = draw(rng, CHUNK, size)
+            for base, identical, slow in zip(*times, strict=True):
+                same[compare_trials(base, identical, pairing=pairing).verdict] += 1
+                slower += compare_trials(base, slow, pairing=pairing).verdict == "regressed"
+            if number == 0 and pairing == "none":
+                yield from other_rules(*times[:2], size)
+        drawn = rounds * CHUNK
+        yield Share(f"{where}: identical code is called regressed", same["regressed"], drawn, most=0.025)
+        equivalent = 0.0 if pairing == "none" else None
+        yield Share(f"{where}: identical code is called equivalent", same["equivalent"], drawn, most=equivalent)
+        least = 0.95 if pairing == "turn" and size == max(SIZES) else None
+        yield Share(f"{where}: 5 % slower code is found", slower, drawn, least)
 
 
-def other_rules(run: Run, size: int) -> Iterator[Share]:
+def other_rules(base: Times, same: Times, size: int) -> Iterator[Share]:
     """Yield the results of rules that use steps as the sample, on identical code measured at different times."""
-    base, same = (times.reshape(len(times), -1) for times in (run.base, run.same))
+    base, same = (times.reshape(len(times), -1) for times in (base, same))
     t_test, u_test = stats.ttest_ind(same, base, axis=1), stats.mannwhitneyu(same, base, axis=1)
     rules = {
         "Student's t-test over all steps": (t_test.pvalue < 0.05) & (t_test.statistic > 0),
