@@ -27,7 +27,6 @@ CLAIMS: tuple[Claim, ...] = (
                 judges.zygote_forks,
             ),
             "counters": ("a counter that the GPU does not give is missing with its reason", judges.child_reads_nvml),
-            "events": ("a pair of device events times a step", judges.events_agree),
             "hand-over": (
                 "a hand-over between turns slows the next step down by 1 % at most",
                 judges.hand_over_costs_nothing,
@@ -38,7 +37,6 @@ CLAIMS: tuple[Claim, ...] = (
                 judges.idle_clocks_are_left_out,
             ),
             "mask": ("flash refuses an explicit mask on CUDA", judges.flash_refuses_a_mask),
-            "names": ("the kernels of the usual products, attentions and norms have rules", judges.names_are_known),
             "mask on Hopper": (
                 "an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
                 judges.cudnn_takes_a_mask_on_hopper,

@@ -49,16 +49,6 @@ def child_reads_nvml(evidence: Evidence) -> Decision:
     return decided(True, f"{len(child['known'])} values" + (f"; missing {missing}" if missing else ""))
 
 
-def events_agree(evidence: Evidence) -> Decision:
-    """Judge that event times equal wall times and are not shorter than the kernels that CUPTI recorded."""
-    found = evidence.fact("clock")
-    wall, kernels = found["events_over_wall"], found["events_over_kernels"]
-    text = f"events over wall {wall:.4f}, over recorded kernels {kernels:.4f}" if kernels else f"over wall {wall:.4f}"
-    if kernels is None:
-        return undecided(f"no kernel was recorded; {text}")
-    return decided(0.99 <= wall <= 1.001 and 0.995 <= kernels <= 1.05, text)
-
-
 def hand_over_costs_nothing(evidence: Evidence) -> Decision:
     """Judge the step after a rest as long as a hand-over against steps without one; repeated steps without a rest give
     the noise."""
@@ -96,16 +86,6 @@ def flash_refuses_a_mask(evidence: Evidence) -> Decision:
     takes = ", ".join(name for name, taken in found["takes_mask"].items() if taken) or "none"
     chosen = ", ".join(f"{case}: {backend}" for case, backend in found["chosen"].items())
     return decided(not found["takes_mask"]["FLASH_ATTENTION"], f"a mask is taken by {takes}; chosen for {chosen}")
-
-
-def names_are_known(evidence: Evidence) -> Decision:
-    """Judge that every kernel of the usual calls has a rule."""
-    found = evidence.fact("names")
-    if found["empty"]:
-        return undecided(f"no kernel was recorded of {', '.join(found['empty'])}")
-    count = sum(len(kernels) for kernels in found["kernels"].values())
-    unknown = "; ".join(found["unknown"])
-    return decided(not found["unknown"], f"{count} kernels, unknown: {unknown or 'none'}")
 
 
 def step_is_explained(evidence: Evidence, *, variant: str) -> Decision:

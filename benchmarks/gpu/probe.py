@@ -77,31 +77,21 @@ def attention() -> Fact:
 
 
 def clock() -> Fact:
-    """Return the ratios of event times to wall times, to CUPTI's kernel times, and to times after a rest of the GPU."""
+    """Return the ratio of a step's time after each rest of the GPU to that of a step without one."""
     from lorameter.trial.process import Stopwatch
 
     work, watch = products(), Stopwatch("cuda")
-    walls, laps = [], []
-    for _ in range(12):
-        begin = time.perf_counter()
-        laps.append(watch(lambda: work(20))[1].time_s)
-        walls.append(time.perf_counter() - begin)
-    lap_s = statistics.median(laps[3:])
-    after = {}
-    for rest in RESTS_S:
-        rested = []
-        for _ in range(15 if rest < 0.1 else 3):
-            time.sleep(rest)
-            rested.append(watch(lambda: work(20))[1].time_s)
-        after[str(rest)] = statistics.median(rested) / lap_s
-    watched: list[float] = []
-    kernels_s = sum(time_s for _, time_s in kernels_of(lambda: watched.append(watch(lambda: work(20))[1].time_s)))
-    return {
-        "lap_s": lap_s,
-        "events_over_wall": statistics.median(lap / wall for lap, wall in zip(laps[3:], walls[3:], strict=True)),
-        "events_over_kernels": watched[-1] / kernels_s if kernels_s else None,
-        "after_rest": after,
-    }
+
+    def median_s(rest_s: float, laps: int) -> float:
+        taken = []
+        for _ in range(laps):
+            time.sleep(rest_s)
+            taken.append(watch(lambda: work(20))[1].time_s)
+        return statistics.median(taken)
+
+    lap_s = median_s(0.0, 12)
+    after = {str(rest): median_s(rest, 15 if rest < 0.1 else 3) / lap_s for rest in RESTS_S}
+    return {"lap_s": lap_s, "after_rest": after}
 
 
 def counters() -> Fact:
@@ -147,63 +137,6 @@ def clocks(samples: list[Any]) -> Fact:
     }
 
 
-def names() -> Fact:
-    """Return the kernels of products, attention and norms in the trained dtypes, with their matching rules."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention as attend
-
-    from kernels_check.rules import classify
-
-    def square(dtype: Any) -> Any:
-        return torch.randn(1024, 1024, device="cuda", dtype=dtype)
-
-    half, single = square(torch.bfloat16), square(torch.float32)
-    thin = torch.randn(1024, 16, device="cuda", dtype=torch.bfloat16)
-    query = torch.randn(2, 8, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    keys = torch.randn(2, 2, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    float16 = square(torch.float16)
-    calls: dict[str, Callable[[], object]] = {
-        "bfloat16": lambda: half @ half,
-        "bfloat16, thin": lambda: half @ thin,
-        "bfloat16, one row": lambda: half[:1] @ half,
-        "float16": lambda: float16 @ float16,
-        "float32": lambda: single @ single,
-        "attention": lambda: attend(query, query, query, is_causal=True).sum().backward(),
-        "attention, grouped": lambda: attend(query, keys, keys, is_causal=True, enable_gqa=True).sum().backward(),
-        "norm": lambda: torch.nn.functional.rms_norm(half, (1024,)),
-        "loss": lambda: torch.nn.functional.cross_entropy(single, torch.zeros(1024, dtype=torch.long, device="cuda")),
-    }
-    found: dict[str, dict[str, str | None]] = {}
-    for call, run in calls.items():
-        run()
-        torch.cuda.synchronize()
-        kernels = sorted({name for name, _ in kernels_of(run)})
-        found[call] = {name[:160]: getattr(classify(name), "name", None) for name in kernels}
-    unknown = sorted({name for kernels in found.values() for name, rule in kernels.items() if rule is None})
-    return {"kernels": found, "unknown": unknown, "empty": [call for call, kernels in found.items() if not kernels]}
-
-
-def kernels_of(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """Return name and seconds of each event that torch.profiler records on the GPU in a call; a session without events
-    is repeated, since CUPTI has a race after another session."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    found: list[tuple[str, float]] = []
-    for _ in range(2):
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
-            call()
-            torch.cuda.synchronize()
-        found = [
-            (event.name(), event.duration_ns() / 1e9)
-            for event in recording.profiler.kineto_results.events()
-            if event.device_type().name == "CUDA" and not event.is_user_annotation()
-        ]
-        if found:
-            break
-    return found
-
-
 def products() -> Callable[[int], None]:
     """Return a function that queues the given number of large products without waiting; it is warmed up."""
     import torch
@@ -219,7 +152,7 @@ def products() -> Callable[[int], None]:
     return work
 
 
-FACTS: tuple[Callable[[], Fact], ...] = (zygote, attention, clock, counters, names)
+FACTS: tuple[Callable[[], Fact], ...] = (zygote, attention, clock, counters)
 
 
 def main(arguments: list[str]) -> int:

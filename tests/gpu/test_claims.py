@@ -26,7 +26,6 @@ FACTS = {
         },
     },
     "clock": {
-        "events_over_wall": 0.999, "events_over_kernels": 1.01,
         "after_rest": {"0.0": 0.998, "0.003": 1.002, "2.0": 1.2},
     },
     "counters": {
@@ -37,7 +36,6 @@ FACTS = {
         "capability": "9.0", "takes_mask": {"FLASH_ATTENTION": False, "CUDNN_ATTENTION": True},
         "chosen": {"masked": "CUDNN_ATTENTION", "one token": "CUDNN_ATTENTION"},
     },
-    "names": {"kernels": {"bfloat16": {"nvjet_tst": "GEMM"}}, "unknown": [], "empty": []},
 }  # fmt: skip
 PROFILE = {
     "step": {
@@ -134,13 +132,10 @@ def test_evidence_as_expected_confirms(found, name):
             "device": "cuda", "sum": 8.0, "threads": ["pool", "python3"], "threads_with_device": ["pool", "python3"],
         }}),
         ("counters", "zygote", {"child": {"known": {}, "missing": {"mig": ""}}}),
-        ("events", "clock", {"events_over_wall": 0.9}),
-        ("events", "clock", {"events_over_kernels": 0.9}),
         ("hand-over", "clock", {"after_rest": {"0.0": 1.0, "0.003": 1.05}}),
         ("energy period", "counters", {"energy_period_ms": 200.0}),
         ("clocks", "counters", {"queued": {"idle": 3, "of": 10, "sm_clock_hz": None}}),
         ("mask", "attention", {"takes_mask": {"FLASH_ATTENTION": True}}),
-        ("names", "names", {"unknown": ["some_kernel"]}),
         ("mask on Hopper", "attention", {"takes_mask": {"CUDNN_ATTENTION": False}}),
         ("mask on Hopper", "attention", {"capability": "8.0"}),
     ],
@@ -175,11 +170,9 @@ def test_a_document_outside_the_limits_refutes_the_claim(found, name, step, chan
         ("fork", lambda found: found.facts.pop("zygote")),
         ("fork", lambda found: found.facts.update(zygote={"error": "it died"})),
         ("fork", lambda found: found.facts["zygote"]["child"].update(device="cpu")),
-        ("events", lambda found: found.facts.update(clock={"skipped": "no GPU"})),
-        ("events", lambda found: found.facts["clock"].update(events_over_kernels=None)),
+        ("hand-over", lambda found: found.facts.update(clock={"skipped": "no GPU"})),
         ("device start", lambda found: None),
         ("energy period", lambda found: found.facts["counters"].update(energy_period_ms=None)),
-        ("names", lambda found: found.facts["names"].update(empty=["norm"])),
         ("phases, bf16", lambda found: found.documents["profile-lora-r16"]["step"].update(explained=None)),
         ("MFU", lambda found: found.documents["profile-lora-r16"].update(ceilings={})),
         ("hand-over", lambda found: found.facts["clock"].update(after_rest={"0.0": 0.97, "0.003": 1.02})),
