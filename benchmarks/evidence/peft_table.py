@@ -57,15 +57,10 @@ OUTCOMES = ("peft_version", "base_model_name_or_path", "rank_pattern")
 """Entries of a stored adapter configuration that the run wrote and its author did not choose (AdaLoRA's ranks)."""
 
 
-def git(checkout: Path, *words: str, stdin: bytes | None = None) -> bytes:
+def git(checkout: Path, *words: str) -> str:
     """Return the output of a git command. Raises CalledProcessError."""
-    return subprocess.run(["git", "-C", str(checkout), *words], input=stdin, capture_output=True, check=True).stdout
-
-
-def list_tasks(checkout: Path, revision: str) -> list[str]:
-    """Return the tasks with a known metric in the tree of a revision."""
-    names = git(checkout, "ls-tree", "-d", "--name-only", revision, "method_comparison/").decode().split()
-    return [task for task in (Path(name).name for name in names) if task in QUALITY]
+    done = subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, check=True, encoding="utf-8")
+    return done.stdout
 
 
 def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -73,7 +68,7 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
     deleted paths.
 
     Columns: the identity of a run (experiment, created), its origin (commit, path, blob), its software and GPU, its
-    configuration as text, and its figures. `rewrite` marks a later blob of the same run.
+    settings by dotted name, and its figures. `rewrite` marks a later blob of the same run.
     """
     folder = f"method_comparison/{task}/results"
     history = git(
@@ -81,7 +76,7 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
         "--format=commit %H", revision, "--", folder,
     )  # fmt: skip
     found, deleted, commit = [], {}, ""
-    for line in history.decode().splitlines():
+    for line in history.splitlines():
         if line.startswith("commit "):
             commit = line.split()[1][:9]
         elif line.startswith(":") and line.endswith(".json"):
@@ -90,22 +85,12 @@ def read_runs(checkout: Path, revision: str, task: str) -> tuple[pd.DataFrame, d
                 deleted[path] = commit
             else:
                 found.append((commit, path, blob))
-    answers = git(checkout, "cat-file", "--batch", stdin="\n".join(blob for *_, blob in found).encode())
     runs = pd.DataFrame(
-        {"commit": commit, "path": path, "blob": blob, **parse_run(task, json.loads(text))}
-        for (commit, path, blob), text in zip(found, split_batch(answers), strict=True)
+        {"commit": commit, "path": path, "blob": blob, **parse_run(task, json.loads(git(checkout, "show", blob)))}
+        for commit, path, blob in found
     ).drop_duplicates("blob")
     runs["rewrite"] = runs.duplicated(["experiment", "created"])
     return runs, deleted
-
-
-def split_batch(answers: bytes) -> Iterator[bytes]:
-    """Yield the contents in an output of `git cat-file --batch`."""
-    while answers:
-        head, _, rest = answers.partition(b"\n")
-        size = int(head.split()[2])
-        yield rest[:size]
-        answers = rest[size + 1 :]
 
 
 def parse_run(task: str, result: dict) -> dict:
@@ -113,6 +98,7 @@ def parse_run(task: str, result: dict) -> dict:
     run, train, meta = result["run_info"], result["train_info"], result["meta_info"]
     rows = train["metrics"]
     adapter = {key: value for key, value in (run["peft_config"] or {}).items() if key not in OUTCOMES}
+    (settings,) = pd.json_normalize({"train": run["train_config"], "adapter": adapter}).to_dict("records")
     final = next((row for row in reversed(rows) if QUALITY[task] in row), {})
     return {
         "experiment": run["experiment_name"],
@@ -123,7 +109,7 @@ def parse_run(task: str, result: dict) -> dict:
         "peft": meta["package_info"]["peft-version"],
         "seed": run["train_config"]["seed"],
         "learning_rate": run["train_config"]["optimizer_kwargs"].get("lr"),
-        "settings": json.dumps({"train": run["train_config"], "adapter": adapter}, sort_keys=True),
+        "settings": settings,
         "quality": final.get(QUALITY[task], math.nan),
         "memory": next((train[name] for name in MEMORY if name in train), math.nan),
         "train_time": train["train_time"],
@@ -136,7 +122,6 @@ def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
 
     Columns: experiment, commits, and the differences (quality) or logarithms of ratios (step_time, memory), later to
     earlier. A setting that only one of the files has was added by a version and is not a change.
-    earlier. A setting that one of the two files does not name was added by a version; it is no change.
     """
     pairs = []
     for _, repeats in runs.sort_values("created").groupby("experiment", sort=False):
@@ -152,17 +137,12 @@ def pair_repeats(runs: pd.DataFrame, *, same_versions: bool) -> pd.DataFrame:
     return pd.DataFrame(pairs, columns=["experiment", "commits", "days", "quality", "step_time", "memory"])
 
 
-def changed_settings(old: str, new: str) -> list[str]:
+def changed_settings(old: dict, new: dict) -> list[str]:
     """Return the names of settings that both have and that differ; lists of names are equal in any order."""
-
-    def flatten(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from flatten(inner, f"{name}.{key}" if name else key)
-        else:
-            yield name, sorted(map(str, value)) if isinstance(value, list) else value
-
-    before, after = dict(flatten(json.loads(old))), dict(flatten(json.loads(new)))
+    before, after = (
+        {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+        for settings in (old, new)
+    )
     return sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
 
 
@@ -325,7 +305,7 @@ def describe_changes(runs: pd.DataFrame, deleted: dict[str, str]) -> Iterator[st
         old = runs[runs.path == path]
         method = old.experiment.iloc[-1].split("/")[0] if len(old) else ""
         for new in runs[(runs.commit == commit) & runs.experiment.str.startswith(f"{method}/")].itertuples():
-            names = changed_settings(old.settings.iloc[-1], str(new.settings))
+            names = changed_settings(old.settings.iloc[-1], new.settings)
             changed = ", ".join(names) or "nothing"
             yield f"{new.experiment} replaced {old.experiment.iloc[-1]} in {commit}; changed: {changed}"
 
@@ -346,7 +326,7 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
     blobs, deleted = read_runs(checkout, revision, task)
     runs = blobs[~blobs.rewrite]
     folder = f"method_comparison/{task}/results"
-    names = git(checkout, "ls-tree", "-r", "--name-only", revision, folder).decode().split()
+    names = git(checkout, "ls-tree", "-r", "--name-only", revision, folder).split()
     ranking, found = rank(task, blobs, set(names))
     repeats = runs.experiment.value_counts()
     gone = {path: commit for path, commit in deleted.items() if path not in names}
@@ -389,8 +369,10 @@ def main() -> int:
     parser.add_argument("--revision", default="HEAD")
     parser.add_argument("--out", type=Path, default=Path("reports/peft-method-comparison"))
     options = parser.parse_args()
-    revision = git(options.checkout, "rev-parse", options.revision).decode().strip()
-    tasks = [describe_task(options.checkout, revision, task) for task in list_tasks(options.checkout, revision)]
+    revision = git(options.checkout, "rev-parse", options.revision).strip()
+    folders = git(options.checkout, "ls-tree", "-d", "--name-only", revision, "method_comparison/").split()
+    found = [task for task in QUALITY if f"method_comparison/{task}" in folders]
+    tasks = [describe_task(options.checkout, revision, task) for task in found]
     notes = (
         f"github.com/huggingface/peft at {revision}, method_comparison/*/results; the numbers are its authors'",
         "forgetting is not compared: its definition changed in #2986 and in #3419",

@@ -38,12 +38,9 @@ class Evidence:
 
     def fact(self, name: str) -> dict[str, Any]:
         """Return one fact of the probe."""
-        found = self._facts.get(name)
-        if found is None:
-            raise NotSeenError(f"the probe has no fact {name} ({self._state_of('probe')})")
-        for key in ("error", "skipped"):
-            if key in found:
-                raise NotSeenError(f"the probe of {name}: {found[key]}")
+        found = self._facts.get(name, {"error": f"no such fact ({self._state_of('probe')})"})
+        if reason := found.get("error") or found.get("skipped"):
+            raise NotSeenError(f"the probe of {name}: {reason}")
         return found
 
     def tests(self, name: str) -> dict[str, Tested]:

@@ -106,7 +106,7 @@ def kernels_are_known(evidence: Evidence) -> Decision:
         if not any(seconds.values()):
             return undecided(f"{variant}: no kernel was recorded")
         shares[variant] = seconds.get("other", 0.0) / sum(seconds.values())
-    text = "; ".join(f"{name}: {100 * share:.2f} % of the kernels' time without a name" for name, share in shares.items())
+    text = "; ".join(f"{name}: {100 * one:.2f} % of the kernels' time without a name" for name, one in shares.items())
     return decided(max(shares.values()) <= MAX_UNKNOWN, text)
 
 
