@@ -29,15 +29,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import exit_code, print_origin, run_ab
+import numpy as np
+from shared import exit_code, print_origin, ratio_text, run_ab
 
 from lorameter.attach.launch import RUN, child_environment
 from lorameter.machine.processes import cpus_of, pin_to_cpus
-from lorameter.records.units import format_ratio
 from lorameter.stats import mean_interval
 
 SCRIPT = Path(__file__).with_name("work_script.py")
@@ -77,8 +76,7 @@ def judge_verdicts(tries: int) -> Iterator[str]:
                 step, verdicts = document["step"], [row["verdict"] for row in document["comparisons"]]
                 counts[part][step["verdict"]] += 1
                 counts[part]["any"] += bool({"regressed", "improved"} & {*verdicts})
-                ratio = format_ratio(step["ratio"], step["low"], step["high"])
-                print(f"{part} {number}: {step['verdict']} {ratio}, {document['interleaving']}", flush=True)
+                print(f"{part} {number}: {step['verdict']} {ratio_text(step)}, {document['interleaving']}", flush=True)
     alarms, found = counts["identical"]["any"], counts["injected"]["regressed"]
     print(f"identical: {alarms} of {tries} are called different; injected: {found} of {tries} are called slower")
     if alarms > MAX_ALARMS * tries:
@@ -127,20 +125,16 @@ class Process:
         return {kind: statistics.fmean(one[1:] or one) for kind, one in zip(KINDS, spent, strict=True)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replicate:
-    """Medians over the rounds, in seconds a step."""
+def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tuple[str, ...], float]:
+    """Start both processes on one CPU and let them take turns.
 
-    step_s: dict[str, float]
-    """Step times without the meter, by kind of time."""
-    extra_s: dict[tuple[str, str, str], float]
-    """Paired differences, by kind of time and the two kinds of turn."""
-    written: bool
-    """Whether the wrapped process wrote a run."""
+    Returns:
+        Medians over the rounds in seconds a step: of steps without the meter, by kind of time and `ALONE`, and of the
+        paired `DIFFERENCES`, by kind of time and both kinds of turn.
 
-
-def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> Replicate:
-    """Start both processes on one CPU and let them take turns."""
+    Raises:
+        SystemExit: the meter has reported no step, or the wrapped process has left no run.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "runs").mkdir()
@@ -159,45 +153,38 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> Replicat
         for one in processes:
             one.process.kill()
             one.process.wait()
-        written = (folder / "runs" / "run" / "manifest.json").is_file()
+        if not (folder / "runs" / "run" / "manifest.json").is_file():
+            raise SystemExit("a wrapped process has left no run")
     _, reported, *seconds = (now - then for now, then in zip(wrapped.counts, before, strict=True))
     if not reported:
         raise SystemExit("--rounds: the meter has reported no step in so few; make more")
-    reports = {kind: one / reported for kind, one in zip(KINDS, seconds, strict=True)}
-
-    def extra(one: dict[str, dict[str, float]], kind: str, name: str, base: str) -> float:
-        off = one[OFF][kind] if name == AGAIN else (one[OFF][kind] + one[AGAIN][kind]) / 2
-        return one[name][kind] + (reports[kind] if name == ON else 0.0) - (one[ALONE][kind] if base == ALONE else off)
-
-    counted = found[1:]  # the first round reads files and fills caches
-    return Replicate(
-        step_s={kind: statistics.median(one[ALONE][kind] for one in counted) for kind in KINDS},
-        extra_s={
-            (kind, *pair): statistics.median(extra(one, kind, *pair) for one in counted)
-            for kind in KINDS
-            for pair in DIFFERENCES
-        },
-        written=written,
-    )
+    medians: dict[tuple[str, ...], float] = {}
+    for kind, reports_s in zip(KINDS, seconds, strict=True):
+        # the first round reads files and fills caches
+        alone, off, again, on = (np.array([one[name][kind] for one in found[1:]]) for name in TURNS)
+        on += reports_s / reported
+        medians[kind, ALONE] = float(np.median(alone))
+        medians[kind, AGAIN, OFF] = float(np.median(again - off))
+        medians[kind, ON, OFF] = float(np.median(on - (off + again) / 2))
+        medians[kind, ON, ALONE] = float(np.median(on - alone))
+    return medians
 
 
-def judge_overhead(replicates: list[Replicate]) -> Iterator[str]:
+def judge_overhead(replicates: list[dict[tuple[str, ...], float]]) -> Iterator[str]:
     """Print the differences between the processes; yield the bounds that do not hold."""
     for kind in KINDS:
-        step = statistics.fmean(one.step_s[kind] for one in replicates)
+        step = statistics.fmean(one[kind, ALONE] for one in replicates)
+        limit = max(LIMIT_S, LIMIT_SHARE * step)
         print(f"{kind} time of a step without the meter: {step * 1e3:.3f} ms")
         for name, base in DIFFERENCES:
-            found = mean_interval([one.extra_s[kind, name, base] for one in replicates])
+            found = mean_interval([one[kind, name, base] for one in replicates])
             mean, low, high = found.value, found.low, found.high
             if low is None or high is None:
                 raise SystemExit("--replicates: one has no interval; make two at least")
             microseconds = f"{mean * 1e6:.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}]"
             print(f"  {name} against {base}: {microseconds}, {mean / step:.3%} [{low / step:.3%}, {high / step:.3%}]")
-            limit = max(LIMIT_S, LIMIT_SHARE * step)
             if name == ON and high > limit:
                 yield f"{kind} time against {base}: up to {high * 1e6:.1f} µs a step, {limit * 1e6:.0f} are allowed"
-    if not all(one.written for one in replicates):
-        yield "a wrapped process has left no run"
 
 
 def main() -> int:

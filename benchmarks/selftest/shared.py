@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.machine.provenance import origin_of
+from lorameter.records.units import format_ratio
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +54,11 @@ def run_ab(words: list[str], **options: object) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(command_output(["ab", *words, "--json"], **options))
     step = next(row for row in document["comparisons"] if row["metric"] == "step_time_s")
     return document | {"step": step, "seconds": time.monotonic() - begin}
+
+
+def ratio_text(row: dict[str, Any]) -> str:
+    """Return ratio and interval of a compared metric."""
+    return format_ratio(row["ratio"], row["low"], row["high"])
 
 
 @dataclass(frozen=True)

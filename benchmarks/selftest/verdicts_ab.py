@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import busy_cpus, command_output, exit_code, print_origin, run_ab
+from shared import busy_cpus, command_output, exit_code, print_origin, ratio_text, run_ab
 
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
@@ -62,11 +62,6 @@ r = [4, 8, 16, 32, 64, 128]
 """
 
 
-def ratio_of(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Return ratio and interval of a comparison."""
-    return row["ratio"], row["low"], row["high"]
-
-
 def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]], float]:
     """Run and print the A/Bs of a part, and return them with the true ratio. Two pilots size the injected rows of work,
     and a rigorous run measures their slow-down."""
@@ -76,16 +71,16 @@ def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]],
         pilots = [run_ab([*words, "--inject-rows", str(rows), "--replicates", "5"]) for rows in PILOT_ROWS]
         rows = rows_for(INJECTED, *(pilot["step"]["ratio"] for pilot in pilots))
         words += ["--inject-rows", str(rows)]
-        size = ratio_of(run_ab([*words, "--effort", "rigorous"])["step"])
-        truth = size[0]
-        print(f"injected: {rows} rows in each adapted layer are a slow-down of {format_ratio(*size)}")
+        rigorous = run_ab([*words, "--effort", "rigorous"])["step"]
+        truth = rigorous["ratio"]
+        print(f"injected: {rows} rows in each adapted layer are a slow-down of {ratio_text(rigorous)}")
     with busy_cpus() if part == "loaded" else contextlib.nullcontext():
         for number in range(1, tries + 1):
             one = run_ab(words)
             control = one["control"]["train"]
             print(
-                f"{part} {number}: {one['step']['verdict']}, candidate / base {format_ratio(*ratio_of(one['step']))}, "
-                f"base / base {format_ratio(*ratio_of(control))} {control['verdict']}, {one['seconds']:.0f} s",
+                f"{part} {number}: {one['step']['verdict']}, candidate / base {ratio_text(one['step'])}, "
+                f"base / base {ratio_text(control)} {control['verdict']}, {one['seconds']:.0f} s",
                 flush=True,
             )
             found.append(one)
@@ -94,25 +89,27 @@ def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]],
 
 def judge(part: str, tries: list[dict[str, Any]], truth: float) -> Iterator[str]:
     """Print the counts of a part; yield the bounds that do not hold."""
-    count = len(tries)
-    verdicts = Counter(one["step"]["verdict"] for one in tries)
-    covered = sum(
-        one["step"]["low"] is not None and one["step"]["low"] <= truth <= one["step"]["high"] for one in tries
-    )
+    count, steps = len(tries), [one["step"] for one in tries]
+    verdicts = Counter(step["verdict"] for step in steps)
+    slower, longest = verdicts["regressed"], max(one["seconds"] for one in tries)
+    covered = sum(step["low"] is not None and step["low"] <= truth <= step["high"] for step in steps)
     named = sum(any(notice["code"] == "contention" for notice in one["notices"]) for one in tries)
-    longest = max(one["seconds"] for one in tries)
     print(f"{part}: {dict(verdicts)}; {covered} cover the true ratio; {named} name contention; up to {longest:.0f} s")
-    slower = verdicts["regressed"]
-    if part != "injected" and slower:
-        yield f"{part}: {slower} of {count} are called slower"
-    if part == "injected" and slower < MIN_FOUND * count:
-        yield f"injected: {slower} of {count} are called slower, {MIN_FOUND:.0%} are required"
-    if part == "injected" and covered < MIN_COVERED * count:
-        yield f"injected: {covered} of {count} intervals cover the true ratio, {MIN_COVERED:.0%} are required"
-    if part == "loaded" and named < count:
-        yield f"loaded: {count - named} of {count} do not name the contention"
-    if part != "loaded" and longest > MAX_TRY_S:
-        yield f"{part}: an A/B took {longest:.0f} s, at most {MAX_TRY_S:g} are allowed"
+    injected, loaded = part == "injected", part == "loaded"
+    bounds = (
+        (injected or not slower, f"{slower} of {count} are called slower"),
+        (
+            not injected or slower >= MIN_FOUND * count,
+            f"{slower} of {count} are called slower, {MIN_FOUND:.0%} are required",
+        ),
+        (
+            not injected or covered >= MIN_COVERED * count,
+            f"{covered} of {count} intervals cover the true ratio, {MIN_COVERED:.0%} are required",
+        ),
+        (not loaded or named == count, f"{count - named} of {count} do not name the contention"),
+        (loaded or longest <= MAX_TRY_S, f"an A/B took {longest:.0f} s, at most {MAX_TRY_S:g} are allowed"),
+    )
+    yield from (f"{part}: {reason}" for holds, reason in bounds if not holds)
 
 
 def measure_levels(minutes: float, rounds: int, folder: Path) -> dict[str, list[TrialRecord]]:
