@@ -25,6 +25,7 @@ from shared import command_output, exit_code, print_origin
 from lorameter.records import store
 from lorameter.records.units import format_duration
 from lorameter.report.run_view import view_of
+from lorameter.stats import relative_half_width
 from lorameter.verdicts.series import compare_series, group_trials
 
 MIN_REPLICATES, MIN_SHARE, MAX_LATE_SHARE, MAX_HALF_WIDTH = 5, 0.6, 0.1, 0.05
@@ -55,26 +56,26 @@ def judge(run: store.Run) -> Iterator[str]:
     took, limit = format_duration(spending.wall_s), format_duration(spending.limit_s)
     print(f"  {took} of {limit}, {replicates} replicates, {spending.share:.1%} of the time is measurement")
     late_s = max(MAX_LATE_SHARE * spending.limit_s, sum(_round_s(run)))
-    if spending.wall_s > spending.limit_s + late_s:
-        yield f"{took} of {limit}, {format_duration(late_s)} more are allowed"
-    if replicates < MIN_REPLICATES:
-        yield f"{replicates} replicates, {MIN_REPLICATES} are required"
-    if spending.share < MIN_SHARE:
-        yield f"{spending.share:.1%} of the time is measurement, {MIN_SHARE:.0%} are required"
-    series = group_trials(run.records)
-    reference = run.manifest.study["reference"]
-    for name, role in series:
-        if role != "variant" or name == reference:
-            continue
+    bounds = [
+        (
+            spending.wall_s <= spending.limit_s + late_s,
+            f"{took} of {limit}, {format_duration(late_s)} more are allowed",
+        ),
+        (replicates >= MIN_REPLICATES, f"{replicates} replicates, {MIN_REPLICATES} are required"),
+        (
+            spending.share >= MIN_SHARE,
+            f"{spending.share:.1%} of the time is measurement, {MIN_SHARE:.0%} are required",
+        ),
+        (view_of(run).valid, "the run is invalid"),
+    ]
+    series, reference = group_trials(run.records), run.manifest.study["reference"]
+    for name in [name for name, role in series if role == "variant" and name != reference]:
         ratio = compare_series(series[reference, "variant"], series[name, "variant"], "step_time_s")
-        width = None
-        if ratio is not None and ratio.ratio and ratio.low and ratio.high:
-            width = max(ratio.high / ratio.ratio, ratio.ratio / ratio.low) - 1
+        width = None if ratio is None else relative_half_width(ratio)
         print(f"  step time of {name}: " + ("no interval" if width is None else f"± {100 * width:.1f} %"), flush=True)
-        if width is None or width > MAX_HALF_WIDTH:
-            yield f"step time of {name}: ± {MAX_HALF_WIDTH:.0%} is required"
-    if not view_of(run).valid:
-        yield "the run is invalid"
+        narrow = width is not None and width <= MAX_HALF_WIDTH
+        bounds.append((narrow, f"step time of {name}: ± {MAX_HALF_WIDTH:.0%} is required"))
+    yield from (reason for holds, reason in bounds if not holds)
 
 
 def _round_s(run: store.Run) -> Iterator[float]:
@@ -89,12 +90,11 @@ def main() -> int:
     """Measure the available models; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(MINUTES))
-    options = parser.parse_args()
+    only = parser.parse_args().only
     print_origin()
     broken: list[str] = []
-    for name, minutes in MINUTES.items():
-        if options.only not in (None, name):
-            continue
+    for name in [only] if only else MINUTES:
+        minutes = MINUTES[name]
         model = "smollm2-135m" if name == "smollm2" else os.environ.get("LORAMETER_GEMMA", "")
         print(f"{name}, six variants in {minutes} minutes{'' if model else ': skipped, LORAMETER_GEMMA is not set'}")
         if not model:
