@@ -23,7 +23,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.pytorch_utils import Conv1D
 
 WIDTH, HEADS, WORDS, PAD = 32, 2, 61, 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,8 +58,6 @@ class Attending:
 
     kind: str
     mask: str
-    upcast: bool = False
-    """Whether a softmax is computed in float32."""
 
 
 def allowed(length: int, padding: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -86,7 +83,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: Attendi
         scores = scores + additive
     elif how.mask == "filled":
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    weights = functional.softmax(scores, -1, dtype=torch.float32 if how.upcast else None).to(scores.dtype)
+    weights = functional.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
     return torch.einsum("bhqk,bhkd->bhqd", weights, value) if einsum else torch.matmul(weights, value)
 
 
@@ -169,7 +166,8 @@ class Drawn:
     kinds: list[str]
     about: list[str]
     truths: dict[str, Truth]
-    style: str = "plain"
+    plain: bool = True
+    """Whether it is of plain torch, not of transformers."""
     stored: dict[str, Stored] = field(default_factory=dict)
 
     def stores(self, *bits: int) -> bool:
@@ -192,7 +190,7 @@ def _draw_kinds(draw: random.Random, kinds: tuple[str, ...]) -> list[str]:
     return [one if draw.random() < 0.85 else draw.choice(kinds) for _ in range(draw.randint(1, 3))]
 
 
-def _attention_truth(kinds: list[str], masks: list[str], dtype: str, *, upcast: bool) -> dict[str, Truth]:
+def _attention_truth(kinds: list[str], masks: list[str], dtype: str) -> dict[str, Truth]:
     backends = {kind.split()[0] for kind in kinds}
     if backends == {"flash"}:
         backends = {"flash", "fused"}
@@ -200,7 +198,7 @@ def _attention_truth(kinds: list[str], masks: list[str], dtype: str, *, upcast: 
         backends = set()
     return {
         "attention.backend": true(*backends),
-        "attention.dtype": true(free={dtype, "float32"}) if upcast else true(dtype),
+        "attention.dtype": true(dtype) if dtype == "float32" or not {*EAGER} & {*kinds} else true(free=DTYPES),
         "attention.mask": true(*masks[:1]) if len(set(masks)) == 1 else true(),
     }
 
@@ -211,12 +209,11 @@ def _plain(draw: random.Random) -> Drawn:
     for kind in kinds:  # its own mask in a third of the models
         masks = ("none", "causal", "additive", "boolean") if kind in SDPA else ("none", "additive", "filled")
         mask = first if len(kinds) > 1 and draw.random() < 0.7 else draw.choice(masks)
-        hows.append(Attending(kind, mask, draw.random() < 0.3))
+        hows.append(Attending(kind, mask))
     dtype = draw.choice(list(DTYPES))
     model = Decoder(hows).to(DTYPES[dtype])
-    upcast = any(how.kind in EAGER and how.upcast for how in hows) and dtype == "bfloat16"
     masks_seen = [how.mask if how.mask in ("none", "causal") else "explicit" for how in hows]
-    truths = _attention_truth(kinds, masks_seen, dtype, upcast=upcast)
+    truths = _attention_truth(kinds, masks_seen, dtype)
     return Drawn(model=model, layers=list(model.layers), kinds=kinds, about=["plain torch", dtype], truths=truths)
 
 
@@ -231,30 +228,26 @@ IMPLEMENTATIONS = {"flash": "sdpa", "math": "drawn_math", "eager by matmul": "ea
 
 
 def _transformers(draw: random.Random) -> Drawn:
-    family = draw.choice(["llama", "qwen2", "mistral", "gemma", "gpt2"])
+    family = draw.choice(["llama", "qwen2", "mistral", "gemma"])
     kinds, dtype = _draw_kinds(draw, tuple(IMPLEMENTATIONS)), draw.choice(list(DTYPES))
-    small: dict[str, Any] = {
-        "vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": len(kinds), "num_attention_heads": HEADS,
-        "max_position_embeddings": 32, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    own = {"num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS, "intermediate_size": 2 * WIDTH}
     config = transformers.AutoConfig.for_model(
-        family, **small, **({"attn_pdrop": 0.0, "n_inner": 2 * WIDTH} if family == "gpt2" else own)
-    )
+        family, vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=len(kinds), num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, intermediate_size=2 * WIDTH, max_position_embeddings=32,
+        pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
     eager = all(kind in EAGER for kind in kinds)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager" if eager else "sdpa", dtype=DTYPES[dtype]
     )
-    layers = list(model.transformer.h if family == "gpt2" else model.model.layers)
+    layers = list(model.model.layers)
     for layer, kind in zip(layers, kinds, strict=True):
-        attention = layer.attn if family == "gpt2" else layer.self_attn
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation = IMPLEMENTATIONS[kind]
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+        layer.self_attn.config._attn_implementation = IMPLEMENTATIONS[kind]
     # in a mixed model transformers uses sdpa's causal flag, so that eager layers have no mask
     masks = ["explicit" if eager else "causal" if kind in SDPA else "none" for kind in kinds]
-    truths = _attention_truth(kinds, masks, dtype, upcast="eager by matmul" in kinds and dtype == "bfloat16")
+    truths = _attention_truth(kinds, masks, dtype)
     about = [f"transformers {family}", dtype]
-    return Drawn(model=model, layers=layers, kinds=kinds, about=about, truths=truths, style=family)
+    return Drawn(model=model, layers=layers, kinds=kinds, about=about, truths=truths, plain=False)
 
 
 def _quantise(drawn: Drawn, draw: random.Random) -> None:
@@ -264,14 +257,14 @@ def _quantise(drawn: Drawn, draw: random.Random) -> None:
     linears = {
         name: module
         for name, module in drawn.model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and "lm_head" not in name
+        if isinstance(module, nn.Linear) and "lm_head" not in name
     }
     drawn.stored = dict.fromkeys(linears, Stored(bits=32 if dtype == "float32" else 16, compute=dtype))
     drawn.about.append(how)
     skipped = draw.random() if draw.random() < 0.4 else 0.0
     double, compute = draw.random() < 0.5, draw.choice(list(DTYPES))
     for name, linear in linears.items():
-        if how == "none" or type(linear) is not nn.Linear or draw.random() < skipped:
+        if how == "none" or draw.random() < skipped:
             continue
         sizes, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
         small: Any
@@ -312,7 +305,7 @@ def _adapt(drawn: Drawn, draw: random.Random) -> None:
     if draw.random() < 0.5:
         chosen = {name.rpartition(".")[2] for name in names if draw.random() < 0.5}
         names = [name for name in names if name.rpartition(".")[2] in chosen] or names
-    kinds = FOR_QUANTISED if drawn.stores(4, 8) or drawn.style == "gpt2" else tuple(METHODS)
+    kinds = FOR_QUANTISED if drawn.stores(4, 8) else tuple(METHODS)
     if drawn.stores(8):
         kinds = tuple(kind for kind in kinds if kind != "DoRA")  # its norms lose the scales of 8-bit layers
     method, dropout = draw.choice(["LoRA", "LoRA", draw.choice(kinds)]), draw.choice([0.0, 0.05, 0.1])

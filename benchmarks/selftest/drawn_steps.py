@@ -70,7 +70,7 @@ class DrawnRun:
         """Draw full rows, padded rows, or packed records; no token repeats, so that padding is recognised."""
         ids = 3 + torch.randperm(WORDS - 3)[: ROWS * LENGTH].view(ROWS, LENGTH)
         self.inputs, self.labels = {"input_ids": ids}, ids.clone()
-        plain = self.drawn.style == "plain"
+        plain = self.drawn.plain
         self.truths["padding.share"] = true(0.0)
         way = draw.choice(["whole", "whole", "padded", "packed" if plain else "padded"])
         if way == "padded":
@@ -126,7 +126,7 @@ class DrawnRun:
         layers, share = self.drawn.layers, 0.0
         if draw.random() < 0.35:
             reentrant = draw.random() < 0.4
-            if self.drawn.style == "plain":
+            if self.drawn.plain:
                 chosen = draw.choice([layers, layers[:1]])
                 for layer in chosen:
                     layer.recomputes, layer.reentrant = True, reentrant
@@ -175,7 +175,7 @@ class DrawnRun:
     def _draw_compilation(self, draw: random.Random) -> None:
         """Draw in-place compilation of blocks; code with known graph breaks is not compiled."""
         self.truths["compile"], self.truths["compile.share"] = true(False), at_least(0.0)
-        plain = self.drawn.style == "plain" and self.training and not self.evaluates and self.batch is None
+        plain = self.drawn.plain and self.training and not self.evaluates and self.batch is None
         plain &= bool({"LoRA", "rank-stabilised LoRA"} & {*self.about}) and not self.drawn.stores(4, 8)
         if not plain or "recomputes" in self.about or draw.random() < 0.5:
             return
