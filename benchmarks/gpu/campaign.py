@@ -82,13 +82,10 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
 
     take_steps(chosen, journal, left_s=left_s, run=run)
     decisions = report.decide(CLAIMS, Evidence(state, journal), rehearsed=rehearsing)
-    campaign = report.Campaign(
-        machine=machine, origin=origin_of(ROOT), rehearsed=rehearsing, steps=STEPS, journal=journal,
-        decisions=decisions,
-    )  # fmt: skip
-    print(report.text(campaign), end="")
+    document = report.document(machine, origin_of(ROOT), journal, decisions)
+    print(report.text(document, rehearsed=rehearsing), end="")
     if not rehearsing:
-        print(f"written to {report.write(campaign, page.REPORTS, state)}", file=sys.stderr)
+        print(f"written to {report.write(document, page.REPORTS, state)}", file=sys.stderr)
         text = page.rewritten(page.PAGE.read_text(encoding="utf-8"), CLAIMS, page.campaigns(page.REPORTS))
         page.PAGE.write_text(text, encoding="utf-8")
     if out := os.environ.get("OUT"):

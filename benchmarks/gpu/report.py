@@ -1,4 +1,4 @@
-"""The report of a campaign: its steps and claims as text and as a document, and the stored files."""
+"""The report of a campaign: its steps and claims as a document and as text, and the stored files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks.gpu.claim import Claim, Decision, Verdict
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.steps import Step
+from benchmarks.gpu.steps import STEPS
 from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
@@ -23,89 +23,68 @@ MAX_KEPT_BYTES = 2**20
 KEPT_OF_A_RUN = ("manifest.json", "trials.jsonl", "checks.jsonl")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Campaign:
-    """The content of a report."""
+def document(
+    machine: Machine, origin: str, journal: Journal, decisions: Sequence[tuple[Claim, Decision]]
+) -> dict[str, Any]:
+    """Return the campaign as JSON data, from which the report and `docs/gpu.md` are generated.
 
-    machine: Machine
-    origin: str
-    """Machine, libraries and commit in one line."""
-    rehearsed: bool
-    steps: tuple[Step, ...]
-    journal: Journal
-    decisions: tuple[tuple[Claim, Decision], ...]
-
-    @property
-    def begun(self) -> str:
-        """The date on which the first step started."""
-        first = min((entry.begun_unix_s for entry in self.journal.entries), default=time.time())
-        return time.strftime("%Y-%m-%d", time.gmtime(first))
-
-
-def document(campaign: Campaign) -> dict[str, Any]:
-    """Return the campaign as JSON data, from which `docs/gpu.md` is generated."""
+    Args:
+        machine: the machine with its GPU.
+        origin: machine, libraries and commit in one line.
+        journal: the attempts at the steps; the first one gives the date.
+        decisions: the claims with the decision on each.
+    """
+    begun = min((entry.begun_unix_s for entry in journal.entries), default=time.time())
     return {
         "schema": SCHEMA,
-        "date": campaign.begun,
-        "device": campaign.machine.device_name,
-        "driver": campaign.machine.driver,
-        "origin": campaign.origin,
-        "steps": [asdict(entry) for entry in campaign.journal.entries],
-        "claims": [
-            {"name": claim.name, "says": claim.says, **asdict(decision)} for claim, decision in campaign.decisions
-        ],
+        "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
+        "device": machine.device_name,
+        "driver": machine.driver,
+        "origin": origin,
+        "steps": [asdict(entry) for entry in journal.entries],
+        "claims": [{"name": claim.name, "says": claim.says, **asdict(decision)} for claim, decision in decisions],
     }
 
 
-def text(campaign: Campaign) -> str:
+def text(campaign: dict[str, Any], *, rehearsed: bool) -> str:
     """Return the report: the machine, each step with its time, and the table of claims at its end."""
-    lines = [campaign.origin, *_about(campaign), "", "Steps", *_steps(campaign), "", "Claims"]
-    lines += [
-        f"  {decision.verdict:12} {claim.name}: {claim.says}\n               {decision.evidence}"
-        for claim, decision in campaign.decisions
-    ]
-    counts = Counter(decision.verdict for _, decision in campaign.decisions)
+    lines, entries = [campaign["origin"]], campaign["steps"]
+    units, sources = (len({entry[name] for entry in entries}) for name in ("unit", "sources"))
+    if rehearsed:
+        lines.append(
+            f"There is no GPU here ({campaign['device']}): every step was rehearsed as far as it can be, nothing was "
+            "measured, and nothing is claimed."
+        )
+    else:
+        lines.append(f"GPU {campaign['device']}, driver {campaign['driver']}")
+    if units > 1:
+        lines.append(f"on {units} GPUs of this name, one after the other")
+    if sources > 1:
+        lines.append(f"by {sources} states of the sources: steps from before a change were not repeated")
+    lines += ["", "Steps"]
+    for one in STEPS:
+        attempts = [entry for entry in entries if entry["step"] == one.name]
+        if not attempts:
+            lines.append(f"  {'not begun':10} {'':>7}  {one.name}: {one.asks}")
+            continue
+        last, took = attempts[-1], sum(entry["took_s"] for entry in attempts)
+        why = {"rehearsed": one.skipped, "done": ""}.get(last["outcome"], last["last_line"])
+        lines.append(f"  {last['outcome']:10} {took:6.0f} s  {one.name}: {one.asks}" + (f" – {why}" if why else ""))
+    lines += ["", "Claims"]
+    for claim in campaign["claims"]:
+        lines.append(f"  {claim['verdict']:12} {claim['name']}: {claim['says']}\n               {claim['evidence']}")
+    counts = Counter(claim["verdict"] for claim in campaign["claims"])
     lines.append("; ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict)))
     return "\n".join(lines) + "\n"
 
 
-def _about(campaign: Campaign) -> list[str]:
-    if campaign.rehearsed:
-        return [
-            f"There is no GPU here ({campaign.machine.device_name}): every step was rehearsed as far as it can be, "
-            "nothing was measured, and nothing is claimed."
-        ]
-    units = sorted({entry.unit for entry in campaign.journal.entries})
-    sources = sorted({entry.sources for entry in campaign.journal.entries})
-    lines = [f"GPU {campaign.machine.device_name}, driver {campaign.machine.driver}"]
-    if len(units) > 1:
-        lines.append(f"on {len(units)} GPUs of this name, one after the other")
-    if len(sources) > 1:
-        lines.append(f"by {len(sources)} states of the sources: steps from before a change were not repeated")
-    return lines
-
-
-def _steps(campaign: Campaign) -> list[str]:
-    lines = []
-    for one in campaign.steps:
-        attempts = campaign.journal.attempts(one.name)
-        if not attempts:
-            lines.append(f"  {'not begun':10} {'':>7}  {one.name}: {one.asks}")
-            continue
-        last, took = attempts[-1], sum(entry.took_s for entry in attempts)
-        why = f" – {last.last_line}" if last.outcome in ("failed", "stopped") and last.last_line else ""
-        skipped = f" – {one.skipped}" if last.outcome == "rehearsed" else ""
-        lines.append(f"  {last.outcome:10} {took:6.0f} s  {one.name}: {one.asks}{skipped}{why}")
-    return lines
-
-
-def write(campaign: Campaign, reports: Path, state: Path) -> Path:
+def write(campaign: dict[str, Any], reports: Path, state: Path) -> Path:
     """Write the report, its document, the output of each step and the records of its runs; return the folder."""
-    device = re.sub(r"[^a-z0-9]+", "-", campaign.machine.device_name.lower()).strip("-")
-    folder = reports / f"{campaign.begun}_{device}_gpu"
-    (folder / "outputs").mkdir(parents=True, exist_ok=True)
-    (folder / "report.txt").write_text(text(campaign), encoding="utf-8")
-    (folder / "campaign.json").write_text(json.dumps(document(campaign), indent=1) + "\n", encoding="utf-8")
+    device = re.sub(r"[^a-z0-9]+", "-", campaign["device"].lower()).strip("-")
+    folder = reports / f"{campaign['date']}_{device}_gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.txt").write_text(text(campaign, rehearsed=False), encoding="utf-8")
+    (folder / "campaign.json").write_text(json.dumps(campaign, indent=1) + "\n", encoding="utf-8")
     runs = [path for path in (state / "runs").glob("*/*/*") if path.name in KEPT_OF_A_RUN]
     for path in [*(state / "outputs").glob("*"), *runs]:
         if 0 < path.stat().st_size <= MAX_KEPT_BYTES:

@@ -12,14 +12,13 @@ from benchmarks.gpu import page, report
 from benchmarks.gpu.claim import Decision
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.journal import Entry, Journal
-from benchmarks.gpu.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def campaign(tmp_path, machine):
-    """A function that writes a GPU campaign with the same verdict for every claim."""
+    """A function that returns the document of a GPU campaign with the same verdict for every claim."""
 
     def make(verdict, *, device="NVIDIA H100", units=("u",), rehearsed=False):
         journal = Journal(tmp_path / device / "state")
@@ -28,11 +27,9 @@ def campaign(tmp_path, machine):
                 step="probe", outcome="rehearsed" if rehearsed else "done", code=0, took_s=12.0, begun_unix_s=1.8e9,
                 device=device, unit=unit, sources="s",
             ))  # fmt: skip
-        return report.Campaign(
-            machine=dataclasses.replace(machine, device="cuda", device_name=device, driver="580"),
-            origin="machine: here", rehearsed=rehearsed, steps=STEPS, journal=journal,
-            decisions=tuple((claim, Decision(verdict=verdict, evidence="seen")) for claim in CLAIMS),
-        )  # fmt: skip
+        described = dataclasses.replace(machine, device="cuda", device_name=device, driver="580")
+        decisions = [(claim, Decision(verdict=verdict, evidence="seen")) for claim in CLAIMS]
+        return report.document(described, "machine: here", journal, decisions)
 
     return make
 
@@ -63,7 +60,7 @@ def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
 def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
     """The report names both GPUs of a machine, a rehearsal decides no claim, and the document holds all claims."""
     found = campaign("confirmed", units=("u", "v"))
-    text = report.text(found)
+    text = report.text(found, rehearsed=False)
     assert "on 2 GPUs of this name" in text
     assert text.rstrip().splitlines()[-1] == f"{len(CLAIMS)} confirmed; 0 refuted; 0 not decided"
     assert "done           24 s  probe" in text
@@ -71,4 +68,5 @@ def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
     folder = report.write(found, tmp_path / "reports", tmp_path / "state")
     kept = json.loads((folder / "campaign.json").read_text())
     assert (kept["device"], len(kept["claims"]), len(kept["steps"])) == ("NVIDIA H100", len(CLAIMS), 2)
-    assert "nothing is claimed" in report.text(campaign("not decided", device="cpu", rehearsed=True))
+    rehearsal = campaign("not decided", device="cpu", rehearsed=True)
+    assert "nothing is claimed" in report.text(rehearsal, rehearsed=True)
