@@ -10,6 +10,7 @@ from benchmarks.gpu.claim import Claim, Judge, by_tests
 from benchmarks.gpu.steps import BASES
 
 METERS, KERNELS = "tests/machine/test_gpu.py", "tests/kernels_check/test_gpu.py"
+WORKERS = "tests/run/workers/test_gpu.py"
 PROFILING = "tests/trial/profiling/test_trial.py"
 
 
@@ -20,32 +21,41 @@ def _claims(steps: tuple[str, ...], of: Mapping[str, tuple[str, Judge]]) -> tupl
 TITLES = dict(zip(BASES, ("bf16", "NF4"), strict=True))
 CLAIMS: tuple[Claim, ...] = (
     *_claims(
-        ("probe",),
+        ("tests-trial",),
         {
             "fork": (
                 "a zygote has one thread and leaves the device alone, and its children use it",
-                judges.zygote_forks,
-            ),
-            "counters": ("a counter that the GPU does not give is missing with its reason", judges.child_reads_nvml),
-            "hand-over": (
-                "a hand-over between turns slows the next step down by 1 % at most",
-                judges.hand_over_costs_nothing,
-            ),
-            "energy period": ("the energy counter moves at least every 0.1 s", judges.counter_moves_often_enough),
-            "clocks": (
-                "while work is queued, no reading of the clocks is one of an idle GPU",
-                judges.idle_clocks_are_left_out,
-            ),
-            "mask": ("flash refuses an explicit mask on CUDA", judges.flash_refuses_a_mask),
-            "mask on Hopper": (
-                "an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
-                judges.cudnn_takes_a_mask_on_hopper,
+                by_tests(f"{WORKERS}::test_a_child_of_the_zygote_uses_the_gpu"),
             ),
         },
     ),
     *_claims(
         ("tests-paths",),
         {
+            "counters": (
+                "a counter that the GPU does not give is missing with its reason",
+                by_tests(f"{METERS}::test_every_counter_has_a_value_or_a_reason"),
+            ),
+            "hand-over": (
+                "a hand-over between turns slows the next step down by 1 % at most",
+                by_tests(f"{METERS}::test_a_hand_over_does_not_slow_the_next_step_down"),
+            ),
+            "energy period": (
+                "the energy counter moves at least every 0.1 s",
+                by_tests(f"{METERS}::test_the_energy_counter_moves_at_least_once_a_period"),
+            ),
+            "clocks": (
+                "while work is queued, no reading of the clocks is one of an idle GPU",
+                by_tests(f"{METERS}::test_a_gpu_with_queued_work_is_not_idle"),
+            ),
+            "mask": (
+                "flash refuses an explicit mask on CUDA",
+                by_tests(f"{KERNELS}::test_flash_refuses_an_explicit_mask"),
+            ),
+            "mask on Hopper": (
+                "an explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention",
+                by_tests(f"{KERNELS}::test_a_mask_is_taken_by_cudnn_on_hopper"),
+            ),
             "attention": (
                 "each backend of attention is recognised, live and in a recording",
                 by_tests(f"{KERNELS}::test_a_forced_backend_is_recognised_in_both_directions"),
@@ -150,7 +160,7 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "after the check": (
                 "a step after the check is as fast as before it",
-                by_tests("tests/run/workers/test_gpu.py::test_a_step_is_as_fast_after_the_check_as_before"),
+                by_tests(f"{WORKERS}::test_a_step_is_as_fast_after_the_check_as_before"),
             ),
             "stated peaks": (
                 "products and copies reach a fair share of the vendor's figures and never more",

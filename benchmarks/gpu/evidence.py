@@ -1,4 +1,4 @@
-"""Reads the results of the steps for the judges: facts, test results, documents and runs.
+"""Reads the results of the steps for the judges: test results, documents and runs.
 
 A result that a step did not write is missing, with the reason, and a claim that needs it is not decided.
 """
@@ -36,13 +36,6 @@ class Evidence:
         self._state = state
         self._journal = journal
 
-    def fact(self, name: str) -> dict[str, Any]:
-        """Return one fact of the probe."""
-        found = self._facts.get(name, {"error": f"no such fact ({self._state_of('probe')})"})
-        if reason := found.get("error") or found.get("skipped"):
-            raise NotSeenError(f"the probe of {name}: {reason}")
-        return found
-
     def tests(self, name: str) -> dict[str, Tested]:
         """Return all cases of the test `FILE::NAME`."""
         found = {case: test for case, test in self._tests.items() if case == name or case.startswith(f"{name}[")}
@@ -52,9 +45,12 @@ class Evidence:
 
     def document(self, step: str, key: str) -> Any:
         """Return the value of a key in the JSON document that a step printed; that of a rehearsal may lack it."""
+        if self._journal.last(step) is None:
+            raise NotSeenError(f"{step}: not begun")
+        path = self._state / "outputs" / f"{step}.out"
         try:
-            found = json.loads(self._text(step))
-        except ValueError:
+            found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        except (OSError, ValueError):
             raise NotSeenError(f"{step}: no document ({self._state_of(step)})") from None
         if key not in found:
             raise NotSeenError(f"{step}: its document has no {key}")
@@ -71,23 +67,12 @@ class Evidence:
             raise NotSeenError(f"{step}: {error}") from None
 
     @cached_property
-    def _facts(self) -> dict[str, dict[str, Any]]:
-        lines = [json.loads(line) for line in self._text("probe").splitlines() if line.startswith("{")]
-        return {line["fact"]: line for line in lines if "fact" in line}
-
-    @cached_property
     def _tests(self) -> dict[str, Tested]:
         found: dict[str, Tested] = {}
         for path in sorted((self._state / "outputs").glob("tests-*.xml")):
             if self._journal.last(path.stem) is not None:
                 found |= read_tests(path)
         return found
-
-    def _text(self, step: str) -> str:
-        path = self._state / "outputs" / f"{step}.out"
-        if self._journal.last(step) is None or not path.exists():
-            raise NotSeenError(f"{step}: {self._state_of(step)}")
-        return path.read_text(encoding="utf-8", errors="replace")
 
     def _state_of(self, step: str) -> str:
         last = self._journal.last(step)

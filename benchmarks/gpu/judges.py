@@ -8,7 +8,6 @@ from __future__ import annotations
 from benchmarks.gpu.claim import Decision, decided, undecided
 from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.steps import BASES
-from lorameter.machine.telemetry import COUNTER_PERIOD_S
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 
@@ -18,74 +17,6 @@ FOUND = 0.03
 """The slow-down that an A/B of five replicates must find; a smaller one is undecided if missed."""
 MAX_UNKNOWN = 0.01
 """The largest share of a profile's kernel time in kernels that no rule names."""
-NO_REST, HAND_OVER_S = "0.0", "0.003"
-REST_EFFECT = 0.01
-"""The largest effect of a hand-over on a step."""
-
-
-def zygote_forks(evidence: Evidence) -> Decision:
-    """Judge that the zygote has one thread and no device, and that its child computes on the GPU."""
-    found = evidence.fact("zygote")
-    child = found["child"]
-    text = f"threads {', '.join(found['threads'])}; fork: {found['refuses_to_fork'] or 'allowed'}"
-    if "threads" in child:
-        text += f"; threads after it {len(child['threads'])}, with the device {len(child['threads_with_device'])}"
-    if child.get("device") == "cpu":
-        return undecided(f"torch sees no GPU in the child; {text}")
-    alone = len(found["threads"]) == len(child.get("threads", ())) == 1
-    holds = alone and found["refuses_to_fork"] is None and child.get("sum") == 8.0
-    return decided(holds, f"{text}; child: {child.get('error') or child['device']}")
-
-
-def child_reads_nvml(evidence: Evidence) -> Decision:
-    """Judge that each counter has a value or a reason, and that the counters of every data-centre GPU have values."""
-    child = evidence.fact("zygote")["child"]
-    if "known" not in child:
-        return undecided(child.get("nvml") or child.get("error", "the child found no NVML"))
-    silent = [name for name, reason in child["missing"].items() if not reason]
-    if silent:
-        return decided(False, f"missing without a reason: {', '.join(silent)}")
-    missing = "; ".join(f"{name}: {reason}" for name, reason in child["missing"].items())
-    return decided(True, f"{len(child['known'])} values" + (f"; missing {missing}" if missing else ""))
-
-
-def hand_over_costs_nothing(evidence: Evidence) -> Decision:
-    """Judge the step after a rest as long as a hand-over against steps without one; repeated steps without a rest give
-    the noise."""
-    after = evidence.fact("clock")["after_rest"]
-    slowed, noise = after[HAND_OVER_S] - 1, abs(after[NO_REST] - 1)
-    text = ", ".join(f"× {ratio:.3f} after {float(rest) * 1e3:g} ms" for rest, ratio in after.items())
-    if slowed <= REST_EFFECT:
-        return decided(True, text)
-    return decided(False, text) if slowed > REST_EFFECT + 2 * noise else undecided(f"within noise: {text}")
-
-
-def counter_moves_often_enough(evidence: Evidence) -> Decision:
-    """Judge that the period of the energy counter is at most the allowed one."""
-    period = evidence.fact("counters")["energy_period_ms"]
-    if period is None:
-        return undecided("the counter did not move twice while it was looked at")
-    return decided(period <= COUNTER_PERIOD_S * 1e3, f"it moves every {period:.1f} ms")
-
-
-def idle_clocks_are_left_out(evidence: Evidence) -> Decision:
-    """Judge that no sample is of an idle GPU while work is queued."""
-    found = evidence.fact("counters")
-    queued, after = found["queued"], found["after"]
-    text = (
-        f"idle in {queued['idle']} of {queued['of']} moments with work queued, in {after['idle']} of {after['of']} "
-        f"after it; {(queued['sm_clock_hz'] or 0) / 1e9:.2f} and {(after['sm_clock_hz'] or 0) / 1e9:.2f} GHz"
-    )
-    return decided(queued["idle"] == 0, text)
-
-
-def flash_refuses_a_mask(evidence: Evidence) -> Decision:
-    """Judge that flash, as the only backend, refuses an explicit mask; the evidence names the backend that runs
-    otherwise."""
-    found = evidence.fact("attention")
-    takes = ", ".join(name for name, taken in found["takes_mask"].items() if taken) or "none"
-    chosen = ", ".join(f"{case}: {backend}" for case, backend in found["chosen"].items())
-    return decided(not found["takes_mask"]["FLASH_ATTENTION"], f"a mask is taken by {takes}; chosen for {chosen}")
 
 
 def step_is_explained(evidence: Evidence, *, variant: str) -> Decision:
@@ -233,16 +164,6 @@ def cold_has_its_parts(evidence: Evidence) -> Decision:
     holds = all(set(parts) <= set(one) and sum(one[part] for part in parts) <= one["cold_start_time_s"] for one in cold)
     mean = {name: sum(one.get(name, 0.0) for one in cold) / len(cold) for name in (*parts, "cold_start_time_s")}
     return decided(holds, "; ".join(f"{name} {value:.2f}" for name, value in mean.items()) + f" ({len(cold)} starts)")
-
-
-def cudnn_takes_a_mask_on_hopper(evidence: Evidence) -> Decision:
-    """Judge that cuDNN takes an explicit mask on sm_90 and sm_100, and memory-efficient attention elsewhere."""
-    found = evidence.fact("attention")
-    takes = found["takes_mask"]
-    text = f"capability {found['capability']}: " + ", ".join(f"{name} {taken}" for name, taken in takes.items())
-    if found["capability"] in ("9.0", "10.0"):
-        return decided(takes["CUDNN_ATTENTION"] and "CUDNN" in found["chosen"]["masked"], text)
-    return decided("EFFICIENT" in found["chosen"]["masked"], text)
 
 
 def device_start_is_recorded(evidence: Evidence) -> Decision:

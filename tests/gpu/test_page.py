@@ -24,7 +24,7 @@ def campaign(tmp_path, machine):
         journal = Journal(tmp_path / device / "state")
         for unit in units:
             journal.add(Entry(
-                step="probe", outcome="rehearsed" if rehearsed else "done", code=0, took_s=12.0, begun_unix_s=1.8e9,
+                step="wrap", outcome="rehearsed" if rehearsed else "done", code=0, took_s=12.0, begun_unix_s=1.8e9,
                 device=device, unit=unit, sources="s",
             ))  # fmt: skip
         described = dataclasses.replace(machine, device="cuda", device_name=device, driver="580")
@@ -63,7 +63,7 @@ def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
     text = report.text(found, rehearsed=False)
     assert "on 2 GPUs of this name" in text
     assert text.rstrip().splitlines()[-1] == f"{len(CLAIMS)} confirmed; 0 refuted; 0 not decided"
-    assert "done           24 s  probe" in text
+    assert "done           24 s  wrap" in text
     assert "not begun" in text
     folder = report.write(found, tmp_path / "reports", tmp_path / "state")
     kept = json.loads((folder / "campaign.json").read_text())

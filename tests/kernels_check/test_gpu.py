@@ -566,3 +566,28 @@ def test_a_request_is_fused_as_a_step_is(training):
 
     check = kernels_check.watch_request(run.model, request, "fused")
     assert check.met, check.reason
+
+
+@pytest.fixture
+def masked():
+    """Inputs of attention in bfloat16 with an explicit mask."""
+    tensors = [
+        torch.randn(4, 32, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    ]
+    return *tensors, torch.ones(4, 1, 1024, 1024, device="cuda", dtype=torch.bool).tril()
+
+
+@pytest.mark.gpu
+def test_flash_refuses_an_explicit_mask(masked):
+    """Flash as the only allowed backend raises."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="kernel|backend"):
+        scaled_dot_product_attention(*masked)
+
+
+@pytest.mark.gpu
+def test_a_mask_is_taken_by_cudnn_on_hopper(masked):
+    """An explicit mask is taken by cuDNN on Hopper and B200, and elsewhere by memory-efficient attention."""
+    scaled_dot_product_attention(*masked)  # the first call fixes torch's order of backends
+    chosen = SDPBackend(torch._fused_sdp_choice(*masked, 0.0, False)).name
+    takes_it = torch.cuda.get_device_capability() in ((9, 0), (10, 0))
+    assert chosen == ("CUDNN_ATTENTION" if takes_it else "EFFICIENT_ATTENTION")

@@ -4,13 +4,14 @@ allocator."""
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 
 import pytest
 import torch
 
 from lorameter.machine.host import PeakMemoryTracker
-from lorameter.machine.telemetry import open_torch_gpu
+from lorameter.machine.telemetry import COUNTER_PERIOD_S, open_torch_gpu
 from lorameter.trial.process import Stopwatch
 
 pytestmark = pytest.mark.gpu
@@ -104,3 +105,50 @@ def test_the_allocator_counts_retries_and_failed_allocations():
     peaks = gauge.peaks("train")
     assert peaks["device_ooms_train"] == 1
     assert peaks["device_alloc_retries_train"] >= 1
+
+
+def test_every_counter_has_a_value_or_a_reason(gpu):
+    """A counter that the GPU does not give is missing with its reason."""
+    readings = gpu.sample() | gpu.facts()
+    assert not [name for name, one in readings.items() if not one.known and not one.reason]
+
+
+def test_a_hand_over_does_not_slow_the_next_step_down(work):
+    """After a rest as long as a hand-over between turns a step takes at most 1 % more; two series without a rest give
+    the noise."""
+    watch = Stopwatch("cuda")
+
+    def median_s(rest_s):
+        laps = []
+        for _ in range(15):
+            time.sleep(rest_s)
+            laps.append(watch(lambda: work(20))[1].time_s)
+        return statistics.median(laps)
+
+    first, again, rested = map(median_s, (0.0, 0.0, 0.003))
+    slowed, noise = rested / first - 1, abs(again / first - 1)
+    if 0.01 < slowed <= 0.01 + 2 * noise:
+        pytest.skip(f"{slowed:.1%} slower is within the noise of {noise:.1%}")
+    assert slowed <= 0.01
+
+
+def test_the_energy_counter_moves_at_least_once_a_period(gpu, work):
+    """The median time between two changes under load is at most the assumed period."""
+    if not gpu.energy_j().known:
+        pytest.skip(gpu.energy_j().reason)
+    moved, before, end = [], gpu.energy_j().value, time.monotonic() + 1.5
+    while time.monotonic() < end:
+        work(2)
+        torch.cuda.synchronize()
+        if (now := gpu.energy_j().value) != before:
+            before = now
+            moved.append(time.monotonic())
+    assert statistics.median(later - earlier for earlier, later in itertools.pairwise(moved)) <= COUNTER_PERIOD_S
+
+
+def test_a_gpu_with_queued_work_is_not_idle(gpu, work):
+    """No reading of the clocks is one of an idle GPU while work is queued."""
+    for _ in range(10):
+        work(60)
+        assert "gpu_idle" not in (gpu.sample()["events"].value or ())
+        torch.cuda.synchronize()
