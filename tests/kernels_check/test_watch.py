@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -162,15 +161,6 @@ def test_bad_requirements_are_refused_at_once(training):
         watched.__enter__()
 
 
-def test_a_block_in_which_nothing_ran_shows_nothing(training):
-    """A block without a step proves nothing about an adapter."""
-    run = training()
-    with kernels_check.watch(run.model, WANTED) as watched:
-        torch.ones(2).sum()
-    assert {check.status for check in watched.checks} == {"unknown"}
-    assert "the model was not called" in watched.checks[0].reason
-
-
 def test_a_half_watched_accumulation_is_unknown(training):
     """The block must contain all passes that one update accumulates."""
     run = training()
@@ -220,21 +210,6 @@ def test_a_profiler_started_in_the_watch_keeps_its_events(training, outlasts):
     assert checks["peft.attached"].met
     assert checks["base.frozen"].met
     assert _traces(run.model) == before
-
-
-def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
-    """A profiler schedule of the program may end in the step; paths that need the profile are unknown."""
-    run = training()
-    own = _recorder()
-    own.start()
-    with kernels_check.watch(run.model, WANTED) as watched:
-        run.step()
-        own.stop()
-    assert "aten::mm" in _names(own)
-    checks = _by_path(watched)
-    assert "a profiler of the program runs around this check" in checks["attention.backend"].reason
-    assert checks["attention.backend"].status == "unknown"
-    assert checks["peft.attached"].met
 
 
 @pytest.mark.parametrize("place", ["whole", "layers"])
@@ -369,7 +344,7 @@ class Look(TrainerCallback):
     """Watches each step from its first micro-batch to its update."""
 
     def __init__(self, model):
-        self.watched = None if model is None else kernels_check.watch(model, WANTED_WATCH_TRAINER)
+        self.watched = kernels_check.watch(model, WANTED_WATCH_TRAINER)
         self.open = ExitStack()
         self.found = []
 
@@ -421,33 +396,3 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path)
     unmet = [{path for path in WANTED_WATCH_TRAINER if not found[path].met} for found in look.found]
     assert unmet == [{"peft.learning"}, set(), set()], [found["peft.learning"].reason for found in look.found]
     assert _hooks(model) == _hooks(plain)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_default_loss_of_trl_is_decided(tmp_path):
-    """TRL's trainer computes the loss from log-probabilities of the model, and packs rows without a mask."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
-    )
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2))
-    look = Look(None)
-
-    def begin(args, state, control, model, **kwargs):
-        look.watched = kernels_check.watch(model, {"loss.tokens": True, "packing.isolated": True})
-
-    look.on_train_begin = begin
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "report_to": []}
-    rows = [{"input_ids": torch.randint(3, 96, (length,)).tolist()} for length in (5, 9, 14, 7, 11, 6, 13, 8) * 4]
-    trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, packing=True, max_length=48, **options),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        callbacks=[look],
-    ).train()
-    checks = look.found[-1]
-    assert [checks[path].status for path in ("loss.tokens", "packing.isolated")] == ["active", "active"], checks

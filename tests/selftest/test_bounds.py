@@ -3,6 +3,7 @@
 Tests of kernels_check on random models and small families: a part of the long program, with injected faults.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import msgspec
@@ -89,16 +90,11 @@ def test_intervals_that_are_too_narrow_are_reported(program, monkeypatch, capsys
 
     def compare(base, candidate, **options):
         found = lorameter.stats.compare_trials(base, candidate, **options)
-        return type(found)(**{**vars_of(found), "low": found.ratio, "high": found.ratio})
+        return dataclasses.replace(found, low=found.ratio, high=found.ratio)
 
     monkeypatch.setattr(noise, "compare_trials", compare)
     assert noise.main(["--draws", "100", "--part", "coverage"]) == 1
     assert "does not hold: Gaussian, paired, 5 replicates" in capsys.readouterr().out
-
-
-def vars_of(found):
-    """Return the fields of a dataclass with slots."""
-    return {name: getattr(found, name) for name in found.__dataclass_fields__}
 
 
 def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch, capsys):
@@ -117,8 +113,6 @@ def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch,
 def test_a_real_model_is_judged_by_its_run(program, write_run, late_s, broken, capsys):
     """A run is judged by its time, replicates, share of measuring time and intervals; 60 s past the limit breaks a
     bound."""
-    import dataclasses
-
     from lorameter.records import store
     from lorameter.records.store import TimeBreakdown
 

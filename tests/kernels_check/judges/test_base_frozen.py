@@ -93,18 +93,6 @@ def test_parameters_that_would_train_with_a_gradient_are_not_frozen():
     assert "2 base parameters require gradients" in waiting.reason
 
 
-def test_trainable_parameters_are_unknown_without_an_optimizer():
-    """An accumulation step updates nothing, so that the check is unknown."""
-    model, _ = _tuned(_with_spare())
-    model.base_model.model.spare.requires_grad_(True)
-    inputs = torch.randn(4, 8)
-    checks = verify(model, lambda: model(inputs).sum().backward(), {"base.frozen": True})
-    check = next(check for check in checks if check.path == "base.frozen")
-    assert check.status == "unknown", check.reason
-    assert "no optimizer stepped" in check.reason
-    assert "spare.weight" in check.reason
-
-
 def test_biases_that_peft_was_asked_to_train_are_the_adapters():
     """The rest of the base is frozen, and the reason names the trained biases."""
     check = _judged(*_tuned(_frozen_norm(), bias="all"))

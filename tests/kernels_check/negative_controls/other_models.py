@@ -1,8 +1,8 @@
 """Small runs of models with other structures than the Llama of ``small_run``, and faults in a part of them.
 
 They are an encoder-decoder with cross-attention, a vision tower, experts that are adapted as parameters, dense layers
-of a model type with experts, blocks that are called in parts or by their forward, and torch's own attention, whose
-forward calls no layer. A check that assumes the structure of a Llama counts each of them wrongly.
+of a model type with experts, and blocks that are called in parts or by their forward. A check that assumes the
+structure of a Llama counts each of them wrongly.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from negative_controls.small_run import SmallRun, backward, wrap_step
+from negative_controls.small_run import SmallRun, backward
 
 _LORA: dict[str, Any] = {"r": 4, "lora_dropout": 0.0}
 _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,24 +94,6 @@ def called_by_forward() -> SmallRun:
     return _run(AutoModelForMaskedLM.from_config(config), inputs, targets=["transform.dense"])
 
 
-def multihead() -> SmallRun:
-    """Return a model with torch's own attention, into whose weights PEFT merges the adapter for each forward."""
-
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.head = nn.Linear(16, 3)
-
-        def forward(self, hidden: Any) -> Any:
-            return self.head(self.attention(hidden, hidden, hidden, need_weights=False)[0])
-
-    torch.manual_seed(7)
-    run = _run(Attends(), {"hidden": torch.randn(2, 6, 16)}, targets=["attention"])
-    run.passes = lambda run: backward(run.model(**run.inputs).pow(2).mean())
-    return run
-
-
 def attend_eagerly(run: SmallRun, name: str) -> None:
     """Run the last attention with this name eagerly."""
     attention = [module for path, module in run.model.named_modules() if path.endswith(name)][-1]
@@ -131,17 +112,6 @@ def recompute_by_forward(run: SmallRun) -> None:
     run.model.enable_input_require_grads()
     for block in run.model.base_model.model.transformer.encoder.layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def drift_projections(run: SmallRun) -> None:
-    """Change the query, key and value projections a little after every step."""
-    weight = next(value for name, value in run.model.named_parameters() if name.endswith("in_proj_weight"))
-
-    @torch.no_grad()
-    def drift() -> None:
-        weight.add_(0.01)
-
-    wrap_step(run, after=drift)
 
 
 def _run(model: Any, inputs: dict[str, Any], *, targets: Any = ("q_proj", "v_proj"), **options: Any) -> SmallRun:

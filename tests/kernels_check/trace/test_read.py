@@ -95,17 +95,6 @@ def test_a_softmax_kernel_needs_its_operator_to_name_the_backend(judge, operator
     assert summary.device == "gpu"
 
 
-def test_a_recording_of_an_amd_gpu_has_a_notice(judge):
-    """The notice names the longest of the kernels that only ROCm has; CUDA kernels give none."""
-    product, copy = NAMES["kernels"]["GEMM-AMD"][0], "__amd_rocclr_copyBuffer"
-    notices = judge([kernel(copy, 0, 1), kernel(product, 1, 9), kernel(ADD, 10, 20)]).notices
-    assert len(notices) == 1
-    assert f"an AMD GPU ({product[:40]})" in notices[0]
-    for rule in ("CK", "MIOPEN"):
-        assert "an AMD GPU" in " ".join(judge([kernel(NAMES["kernels"][rule][0], 0, 1)]).notices)
-    assert judge([kernel(GEMM, 0, 1), kernel(ADD, 1, 1), kernel(NF4, 2, 1)]).notices == ()
-
-
 # --- time ------------------------------------------------------------------------------------------------------------
 
 

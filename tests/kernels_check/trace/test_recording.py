@@ -268,14 +268,6 @@ def test_a_damaged_table_is_refused(tmp_path, row, says):
     assert says in refusal_of(tmp_path, (HEADING + row).encode())
 
 
-def test_cut_and_mangled_names_have_a_notice(judge):
-    """The base-name mode of nsys shows FlashAttention-3 as device_kernel; mangled names match no rule."""
-    summary = judge("Time (%),Total Time (ns),Instances,Name\n50.0,10,1,device_kernel\n50.0,10,1,_ZN5flash3fwdEv\n")
-    assert summary.unclassified.time_share == 1.0
-    assert any("names are cut down to the function" in notice for notice in summary.notices)
-    assert any("c++filt" in notice for notice in summary.notices)
-
-
 FLASH_REPORT = (
     "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, "
     "cutlass::bfloat16_t>, false, true, false, false, true, true, false, false>(pytorch_flash::Flash_fwd_params)"
