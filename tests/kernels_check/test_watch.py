@@ -5,7 +5,6 @@ Tests of ``watch`` in callbacks of real trainers: it is opened in one callback a
 
 import copy
 import gc
-import io
 import weakref
 from contextlib import ExitStack
 
@@ -132,23 +131,6 @@ def test_an_error_of_the_step_is_raised_and_hooks_are_removed(training):
     with watched:
         run.step()
     assert all(check.met for check in watched.checks if check.required is not None)
-
-
-def test_a_model_is_copied_and_saved_while_it_is_watched(training):
-    """Copies, as for a checkpoint or a weight average, carry no hooks of the watch."""
-    run = training(quant=None)
-    before = _traces(run.model)
-    with kernels_check.watch(run.model, WANTED) as watched:
-        average = copy.deepcopy(run.model)
-        run.step()
-        torch.save(run.model, io.BytesIO())
-    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
-    assert _traces(run.model) == before
-    torch.save(copy.deepcopy(average), io.BytesIO())
-    with kernels_check.watch(run.model, WANTED) as watched:
-        average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
-    assert {check.status for check in watched.checks} == {"unknown"}
-    assert "the model was not called" in watched.checks[0].reason
 
 
 def test_bad_requirements_are_refused_at_once(training):

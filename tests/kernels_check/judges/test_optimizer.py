@@ -8,7 +8,6 @@ Tests that the attention of a request is judged by its own operators, in the ter
 """
 
 import dataclasses
-from functools import partial
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -136,23 +135,6 @@ def test_copies_that_train_count_for_the_modules_they_replace(training):
     tuning = peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
     norms = training(quant=None, dtype="float32", adapter=lambda: tuning)
     assert norms.check("norms.trained").observed == "2 of 5"
-
-
-def test_factors_next_to_an_embedding_take_two_watched_steps(training):
-    """One LoRA factor has no gradient until the other has left zero, so that two steps are needed; frozen embeddings
-    need one."""
-    lora = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
-    adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
-    run = training(quant=None, dtype="float32", adapter=lambda: lora, make_optimizer=adamw)
-    watched = kernels_check.watch(run.model, {"embedding.trained": True})
-    found = []
-    for _ in range(2):
-        with watched:
-            run.step()
-        checks = {check.path: check for check in watched.checks}
-        found.append(checks["embedding.trained"].status)
-        assert checks["norms.trained"].observed is False
-    assert found == ["unknown", "active"]
 
 
 def test_a_rate_of_zero_is_unknown():

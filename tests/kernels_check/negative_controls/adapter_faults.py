@@ -13,7 +13,6 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
 
 from kernels_check.observe.adapter import adapter_layers
 from kernels_check.selftest import silence_dropout
@@ -156,28 +155,6 @@ def forget_the_table(run: SmallRun) -> None:
     named = run.model.named_parameters()
     factors = [value for name, value in named if value.requires_grad and "modules_to_save" not in name]
     run.optimizer = torch.optim.SGD(factors, lr=0.5)
-
-
-def hold_as_lora(run: SmallRun) -> None:
-    """Hold the model in an own module whose attribute name contains "lora"."""
-
-    class Learner(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.lora_model = model
-
-        def forward(self, **inputs: Any) -> Any:
-            return self.lora_model(**inputs)
-
-    run.model = Learner(run.model)
-
-
-def train_base_held_as_lora(run: SmallRun) -> None:
-    """Train all floating-point weights of a base below such a name."""
-    hold_as_lora(run)
-    for name, value in run.model.named_parameters():
-        value.requires_grad_("lora_" in name and value.is_floating_point())
-    run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
 
 
 def _queries(run: SmallRun) -> list[Any]:
