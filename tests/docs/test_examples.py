@@ -271,18 +271,14 @@ MARK = "-- the next block --"
 
 def blocks_own_step():
     """Return each code block with the lines that it prints, if there are any."""
-    found, lines = [], iter(PAGE_OWN_STEP.read_text(encoding="utf-8").splitlines())
-    for line in lines:
-        if line in ("```python", "```text"):
-            block = []
-            for inner in lines:
-                if inner == "```":
-                    break
-                block.append(inner)
-            if line == "```python":
-                found.append(("\n".join(block), []))
-            else:
-                found[-1][1].extend(block)
+    found = []
+    for kind, block in re.findall(
+        r"^```(python|text)\n(.*?)^```$", PAGE_OWN_STEP.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        if kind == "python":
+            found.append((block, []))
+        else:
+            found[-1][1].extend(block.splitlines())
     return found
 
 

@@ -26,8 +26,12 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
 RUN = sorted((ROOT / "reports").glob("*_lora-or-qlora"))[-1].name
 """The committed run that the examples look at: the latest of the default study."""
-NEW = re.compile(r"New file `(?P<path>[^`]+)`:$")
-EDIT = re.compile(r"In `(?P<path>[^`]+)`, (?P<how>after the line|the line) `(?P<line>.+)`(?: becomes)?:$")
+TOKENS = re.compile(
+    r"^## (?P<title>[^\n]+)$"
+    r"|^(?:New file|In) `(?P<path>[^`]+)`(?:, (?P<how>after the line|the line) `(?P<line>[^\n]+)`(?: becomes)?)?:$"
+    r"|^```(?P<kind>\w*)\n(?P<block>(?s:.*?))\n?^```$",
+    re.MULTILINE,
+)
 COUNTED = re.compile(r"^\| (?P<what>[^|]+?) +\| +(?P<files>\d+) +\|")
 
 
@@ -48,29 +52,20 @@ class Example:
 
 def examples() -> list[Example]:
     found: list[Example] = []
-    lines = iter(PAGE.read_text(encoding="utf-8").splitlines())
     pending: tuple[str, str, str] | None = None
-    for line in lines:
-        if line.startswith("## "):
-            found.append(Example(line.removeprefix("## ")))
-        elif match := NEW.match(line):
-            pending = (match["path"], "new", "")
-        elif match := EDIT.match(line):
-            pending = (match["path"], match["how"], match["line"])
-        elif line.startswith("```"):
-            block = []
-            for inner in lines:
-                if inner.startswith("```"):
-                    break
-                block.append(inner)
-            if line == "```console":
-                for each in block:
-                    if each.startswith("$ "):
-                        found[-1].commands.append((each.removeprefix("$ "), []))
-                    elif each:
-                        found[-1].commands[-1][1].append(each)
-            elif pending is not None:
-                found[-1].edits.append((*pending, "\n".join(block)))
+    for match in TOKENS.finditer(PAGE.read_text(encoding="utf-8")):
+        if match["title"]:
+            found.append(Example(match["title"]))
+        elif match["path"]:
+            pending = match["path"], match["how"] or "new", match["line"] or ""
+        elif match["kind"] == "console":
+            for line in filter(None, match["block"].splitlines()):
+                if line.startswith("$ "):
+                    found[-1].commands.append((line.removeprefix("$ "), []))
+                else:
+                    found[-1].commands[-1][1].append(line)
+        elif pending is not None:
+            found[-1].edits.append((*pending, match["block"]))
             pending = None
     return [example for example in found if example.edits]
 

@@ -136,27 +136,6 @@ def pass_one_by(run: SmallRun) -> None:
     second.forward = second.base_layer.forward
 
 
-def sparse_table() -> Any:
-    """Return LoRA with a fully trained copy of the embedding."""
-    return peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
-
-
-def send_sparse_gradients(run: SmallRun) -> None:
-    """Let the trained embedding produce sparse gradients."""
-    for name, module in run.model.named_modules():
-        if name.endswith("modules_to_save.default"):
-            module.sparse = True
-    run.optimizer = torch.optim.SGD([value for value in run.model.parameters() if value.requires_grad], lr=0.5)
-
-
-def forget_the_table(run: SmallRun) -> None:
-    """Produce sparse gradients, and leave the embedding out of the optimizer."""
-    send_sparse_gradients(run)
-    named = run.model.named_parameters()
-    factors = [value for name, value in named if value.requires_grad and "modules_to_save" not in name]
-    run.optimizer = torch.optim.SGD(factors, lr=0.5)
-
-
 def _queries(run: SmallRun) -> list[Any]:
     return [layer.module for layer in adapter_layers(run.model) if layer.name.endswith("q_proj")]
 

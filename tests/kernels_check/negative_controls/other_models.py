@@ -1,19 +1,16 @@
 """Small runs of models with other structures than the Llama of ``small_run``, and faults in a part of them.
 
-They are an encoder-decoder with cross-attention, a vision tower, experts that are adapted as parameters, dense layers
-of a model type with experts, and blocks that are called in parts or by their forward. A check that assumes the
-structure of a Llama counts each of them wrongly.
+They are an encoder-decoder with cross-attention, experts that are adapted as parameters, and dense layers of a model
+type with experts. A check that assumes the structure of a Llama counts each of them wrongly.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import peft
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from negative_controls.small_run import SmallRun, backward
 
@@ -34,16 +31,6 @@ def encoder_decoder() -> SmallRun:
     config = BartConfig(vocab_size=96, d_model=32, max_position_embeddings=64, **halves)
     ids = torch.randint(3, 96, (2, 12))
     return _run(AutoModelForSeq2SeqLM.from_config(config), {"input_ids": ids, "labels": ids})
-
-
-def vision() -> SmallRun:
-    """Return a vision transformer of two layers."""
-    from transformers import AutoModelForImageClassification, ViTConfig
-
-    torch.manual_seed(7)
-    config = ViTConfig(image_size=32, patch_size=8, num_labels=3, **_SIZES)
-    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
-    return _run(AutoModelForImageClassification.from_config(config), inputs)
 
 
 def experts(*, misspelt: bool = False) -> SmallRun:
@@ -83,35 +70,11 @@ def dense(*, layers: int = 2, of_experts: bool = False) -> SmallRun:
     return _run(AutoModelForCausalLM.from_config(config), {"input_ids": ids, "labels": ids}, targets=targets)
 
 
-def called_by_forward() -> SmallRun:
-    """Return a SqueezeBERT, which calls the forward of its blocks directly, adapted in its head."""
-    from transformers import AutoModelForMaskedLM, SqueezeBertConfig
-
-    torch.manual_seed(7)
-    config = SqueezeBertConfig(vocab_size=96, embedding_size=32, max_position_embeddings=64, **_SIZES)
-    ids = torch.arange(1, 33).reshape(2, 16)
-    inputs = {"input_ids": ids, "labels": ids}
-    return _run(AutoModelForMaskedLM.from_config(config), inputs, targets=["transform.dense"])
-
-
-def attend_eagerly(run: SmallRun, name: str) -> None:
-    """Run the last attention with this name eagerly."""
-    attention = [module for path, module in run.model.named_modules() if path.endswith(name)][-1]
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation = "eager"
-
-
 def cross_attend_eagerly(run: SmallRun) -> None:
     """Run the cross-attention of the decoder's last layer eagerly."""
-    attend_eagerly(run, "encoder_attn")
-
-
-def recompute_by_forward(run: SmallRun) -> None:
-    """Checkpoint every block, with a gradient for its input."""
-
-    run.model.enable_input_require_grads()
-    for block in run.model.base_model.model.transformer.encoder.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    attention = [module for path, module in run.model.named_modules() if path.endswith("encoder_attn")][-1]
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "eager"
 
 
 def _run(model: Any, inputs: dict[str, Any], *, targets: Any = ("q_proj", "v_proj"), **options: Any) -> SmallRun:
