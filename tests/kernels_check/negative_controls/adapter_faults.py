@@ -19,23 +19,6 @@ from kernels_check.selftest import silence_dropout
 from negative_controls.small_run import SmallRun, replace_step
 
 
-def disable_beside_zeros(run: SmallRun) -> None:
-    """Keep ``disable_adapter()`` around the forward; gradients are zero but exist."""
-    run.step()
-    run.step()
-    norm = next(value for name, value in run.model.named_parameters() if name.endswith("model.norm.weight"))
-    norm.requires_grad_(True)
-
-    def step() -> None:
-        run.optimizer.zero_grad(set_to_none=False)
-        with run.model.disable_adapter():
-            run.model(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-
-    replace_step(run, step)
-
-
 def rest_dropout_once(run: SmallRun) -> None:
     """Disable the adapter's dropout for the second of two micro-batches only."""
 

@@ -124,41 +124,20 @@ def half_paged(parameters: Any) -> Any:
     return HalfPaged(parameters, lr=1e-3)
 
 
-def checkpoint_layers(
-    run: SmallRun, layers: tuple[int, ...] = (0, 1), passes: tuple[int, ...] = (0, 1), part: str = "", **options: Any
-) -> None:
-    """Recompute these layers, or one part of each, in the given passes of a step."""
-
-    def recomputing(original: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def forward(*given: Any, **named: Any) -> Any:
-            if place not in layers or run.micro_batch not in passes:
-                return original(*given, **named)
-            return checkpoint(original, *given, **{"use_reentrant": False, **options}, **named)
-
-        return forward
-
+def checkpoint_layers(run: SmallRun, layers: tuple[int, ...] = (0, 1), part: str = "") -> None:
+    """Recompute these layers, or one part of each."""
     run.inputs["use_cache"] = False  # recomputation would fill a cache twice
-    for place, layer in enumerate(decoder_layers(run)):
+    for place in layers:
+        layer = decoder_layers(run)[place]
         module = getattr(layer, part) if part else layer
-        module.forward = recomputing(module.forward, place)
-
-
-def keep_attention(run: SmallRun) -> None:
-    """Recompute all but the attention, which costs most to recompute and least to save."""
-    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-
-    def policy(context: Any, operator: Any, *given: Any, **named: Any) -> CheckpointPolicy:
-        kept = "scaled_dot_product" in str(operator)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    checkpoint_layers(run, context_fn=partial(create_selective_checkpoint_contexts, policy))
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def two_passes(run: SmallRun) -> None:
     """Accumulate the gradients of two micro-batches."""
 
     def passes(run: SmallRun) -> Any:
-        for run.micro_batch in range(2):
+        for _ in range(2):
             loss = run.one_pass()
         return loss
 
@@ -197,16 +176,6 @@ def clip_in_closure(run: SmallRun) -> None:
     run.passes, run.by_closure = passes, True
 
 
-def record_inside(run: SmallRun) -> None:
-    """Run a torch profiler around the passes of the step."""
-
-    def passes(run: SmallRun) -> Any:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-            return run.one_pass()
-
-    run.passes = passes
-
-
 def train_another_model(run: SmallRun, *, by: str = "SGD", alone: bool = False) -> None:
     """Update another model in each step with a torch optimizer; alone: do not update this model."""
     other = torch.nn.Linear(4, 4)
@@ -225,11 +194,6 @@ def bind_norms(run: SmallRun) -> None:
     """Bind a library's forward to every norm, as ``apply_liger_kernel_to_llama(model=model)`` does."""
     for norm in _norms(run):
         _bind(norm)
-
-
-def bind_too_late(run: SmallRun) -> None:
-    """Patch the class only, as the same call does without ``model=``, after this model was built."""
-    del run  # the run keeps the functions that it was built with
 
 
 def bind_one_norm(run: SmallRun) -> None:

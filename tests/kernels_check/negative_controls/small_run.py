@@ -30,8 +30,6 @@ class SmallRun(small_run.SmallRun):
     losses: list[float] = field(default_factory=list)
     passes: Callable[[SmallRun], Any] | None = None
     """A replacement of the forward and backward pass; it returns the loss."""
-    micro_batch: int = 0
-    """The index of the current pass of an accumulated step."""
     by_closure: bool = False
     """Whether the optimizer's step gets the passes as a closure."""
 
