@@ -200,9 +200,7 @@ def _choose(rng: np.random.Generator, draws: int, population: int, size: int) ->
     return rng.random((draws, population)).argsort(axis=1)[:, :size]
 
 
-def draw_paired(
-    arms: dict[str, Times], rng: np.random.Generator, draws: int, size: int
-) -> tuple[Times, Times, Times]:
+def draw_paired(arms: dict[str, Times], rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times, Times]:
     """Draw recorded replicates. Either identical arm may be the base, so that their true ratio is 1."""
     chosen = _choose(rng, draws, len(arms["A1"]), size)
     one, other = arms["A1"][chosen], arms["A2"][chosen]

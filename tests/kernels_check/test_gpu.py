@@ -571,9 +571,7 @@ def test_a_request_is_fused_as_a_step_is(training):
 @pytest.fixture
 def masked():
     """Inputs of attention in bfloat16 with an explicit mask."""
-    tensors = [
-        torch.randn(4, 32, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    ]
+    tensors = [torch.randn(4, 32, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     return *tensors, torch.ones(4, 1, 1024, 1024, device="cuda", dtype=torch.bool).tril()
 
 
