@@ -2,8 +2,8 @@
 
 The steps are ordered by how much they decide in a minute: facts of the GPU and its fast paths, Llama-2-7B on both
 bases, the claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. Each step is a
-separate process: a step that hangs or blocks the GPU costs only its own time. On a machine without a GPU each step is rehearsed:
-by the same command if that reports its own skips, else by the part that reads studies, options and files.
+separate process: a step that hangs or blocks the GPU costs only its own time. On a machine without a GPU each step is
+rehearsed: by the same command if that reports its own skips, else by the part that reads studies, options and files.
 """
 
 from __future__ import annotations

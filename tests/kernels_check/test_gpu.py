@@ -578,7 +578,7 @@ def masked():
 @pytest.mark.gpu
 def test_flash_refuses_an_explicit_mask(masked):
     """Flash as the only allowed backend raises."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="kernel|backend"):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match=r"kernel|backend"):
         scaled_dot_product_attention(*masked)
 
 
