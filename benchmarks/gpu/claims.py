@@ -89,9 +89,8 @@ CLAIMS: tuple[Claim, ...] = (
                 by_tests(f"{METERS}::test_the_energy_counter_agrees_with_integrated_power"),
             ),
             "peaks of memory": (
-                "the allocator's peaks are those of the phase, and NVML sees what the allocator takes",
+                "the allocator's peaks, retries and failures are those of the phase",
                 by_tests(
-                    f"{METERS}::test_nvml_measures_an_allocation_of_the_process",
                     f"{METERS}::test_the_allocator_has_not_retried_where_memory_is_plenty",
                     f"{METERS}::test_the_allocator_counts_retries_and_failed_allocations",
                 ),
