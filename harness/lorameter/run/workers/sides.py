@@ -193,8 +193,12 @@ def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, rep
     tree = stack.enter_context(_worktree(side.spec, repository))
     top = Path(run_git(repository, "rev-parse", "--show-toplevel").stdout.strip()).resolve()
     roots = [tree / folder for folder in _roots(repository.resolve(), top) if (tree / folder).is_dir()]
+    own = tree / "harness"  # in lorameter's own repository, which may not be the installed one
+    has_own = (own / "lorameter" / "__init__.py").is_file()
+    if has_own:
+        roots.append(own)
     path = [str(folder) for folder in roots]
-    if not (tree / "harness" / "lorameter" / "__init__.py").is_file():
+    if not has_own:
         path.append(_own_packages(stack))
     host = Host(path=tuple(path), cwd=str(tree))
     modules = {name: folder for folder in reversed(roots) for name in _modules(folder)}
