@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import forecast
 from benchmarks.gpu.claim import Claim
+from benchmarks.gpu.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 REPORTS = ROOT / "reports"
 BEGIN, END = "<!-- written by `make gpu` from here -->", "<!-- up to here -->"
+FORECAST = """## What each call decides
+
+A simulation without a GPU: each step takes what is expected of it on an H100, or 1.5 times that. What is expected is
+assumed; `make gpu GPU_OPTIONS=--list` prints it."""
 WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
 
 
@@ -55,4 +61,5 @@ def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]
     """Return the page with its generated part replaced. Raises ValueError where the page has no place for it."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    return before + "\n\n".join((BEGIN, summary(claims, found), table(claims, found), END)) + after
+    parts = (BEGIN, summary(claims, found), table(claims, found), FORECAST, forecast.table(STEPS, claims), END)
+    return before + "\n\n".join(parts) + after
