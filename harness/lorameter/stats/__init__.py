@@ -25,12 +25,10 @@ from lorameter.stats.comparison import (
 )
 from lorameter.stats.effect import Effect, Pairing
 from lorameter.stats.estimate import (
-    Between,
     TrialsEstimate,
     estimate_trials,
     is_precise,
     relative_half_width,
-    sd_between,
     share_scatter,
 )
 from lorameter.stats.intervals import (
@@ -51,7 +49,6 @@ from lorameter.stats.verdict import MAX_ADVISED, Comparison, Verdict, VerdictRul
 
 __all__ = [
     "MAX_ADVISED",
-    "Between",
     "Comparison",
     "Effect",
     "Estimate",
@@ -85,7 +82,6 @@ __all__ = [
     "relative_half_width",
     "replicates_to_see",
     "run_wide_shift",
-    "sd_between",
     "sd_interval",
     "share_scatter",
     "step_down",

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, median
+from typing import Any
 
 import msgspec
 
@@ -23,10 +23,6 @@ from lorameter.errors import require
 from lorameter.records.metrics import PRIMARY, samples_of
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
-from lorameter.stats import sd_between
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MIXED = "mixed"
 """The field of the protocol that allows different sites."""
@@ -78,18 +74,9 @@ def describe_machines(records: Iterable[TrialRecord]) -> str:
     return "; ".join(f"{site}: {machine or 'unknown'}" for site, machine in sorted(found.items())) or "none measured"
 
 
-def mixed_notice(run: Run) -> Notice:
-    """The notice of a run whose sites are different machines."""
-    return Notice(
-        code="sites-mixed",
-        message=f"the sites are different machines ({describe_machines(run.records)}): each is judged by itself, with "
-        "its part of the replicates, and no number is taken over all of them.",
-        remedy="Read each site; for one number measure on machines of one kind.",
-    )
-
-
 def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
-    """The notices of all sites: those of the run, those common to all sites, and the others with their site."""
+    """The notices of a run whose sites are different machines: those common to all sites, and the others with their
+    site."""
     ways = [dict.fromkeys(notices) for notices in by_site.values()]
     common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
     own = [
@@ -98,7 +85,13 @@ def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Not
         for notice in dict.fromkeys(notices)
         if notice not in common
     ]
-    return (mixed_notice(run), *common, *own)
+    mixed = Notice(
+        code="sites-mixed",
+        message=f"the sites are different machines ({describe_machines(run.records)}): each is judged by itself, with "
+        "its part of the replicates, and no number is taken over all of them.",
+        remedy="Read each site; for one number measure on machines of one kind.",
+    )
+    return (mixed, *common, *own)
 
 
 def refuse_mixed(run: Run, what: str) -> None:
@@ -111,54 +104,35 @@ def refuse_mixed(run: Run, what: str) -> None:
     )
 
 
-def _step_times(records: Sequence[TrialRecord]) -> pd.DataFrame:
-    """Logarithms of median step times, with a row for each site and replicate, and a column for each variant that every
-    site has."""
-    import pandas as pd
-
-    steps = ((record, samples_of(record, PRIMARY["train"])) for record in records if record.status == "ok")
-    rows = [
-        (one.site, one.replicate, f"{one.name} {one.role} {one.side}", math.log(statistics.median(times)))
-        for one, times in steps
-        if one.site and times
-    ]
-    table = pd.DataFrame(rows, columns=["site", "replicate", "variant", "time"])
-    table = table.pivot_table(index=["site", "replicate"], columns="variant", values="time")
-    return table.loc[:, table.notna().groupby("site").any().all()]
+def _mean_logs(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """The mean log of the median step times on each site, over the variants that every site has; {} without any."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        samples = samples_of(record, PRIMARY["train"])
+        if record.status == "ok" and record.site and samples:
+            variants = times.setdefault(record.site, {})
+            logs = variants.setdefault(f"{record.name} {record.role} {record.side}", [])
+            logs.append(math.log(median(samples)))
+    shared = set.intersection(*map(set, times.values())) if times else set()
+    return {site: fmean(fmean(own[name]) for name in shared) for site, own in times.items() if shared}
 
 
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
-    """Notices about a run on several sites: how much they differ, and which site is an outlier.
-
-    The slow-down of a site is the mean over variants of their log step times, minus that of all sites. The spread is
-    computed from replicates with all variants, because the variants of a replicate share its disturbances.
-    """
+    """Notices about a run on several sites: how much they differ, and which site is an outlier."""
     sites = {record.site for record in records if record.site}
     if len(sites) < 2:
         return
-    times = _step_times(records)
-    whole = times.dropna().mean(axis=1).groupby("site").apply(list)
-    if times.empty or len(whole) < len(times.index.unique("site")):
-        yield Notice(
-            code="sites",
-            message=f"replicates were spread over {len(sites)} sites, too few of them to compare these.",
-            remedy="Read ratios, which are within a site; measure more replicates for absolute values.",
-        )
-        return
-    logs = times.groupby("site").mean().mean(axis=1)
-    spread = sd_between(list(whole))
-    seen = ", ".join(f"{site} {math.expm1(log - logs.mean()):+.1%}" for site, log in logs.items())
-    how = "without" if spread.alone else "with"
+    logs = _mean_logs(records)
+    seen = ", ".join(f"{site} {math.expm1(log - fmean(logs.values())):+.1%}" for site, log in logs.items())
     yield Notice(
         code="sites",
-        message=f"replicates were spread over {len(logs)} sites, which differ by {spread.sd:.1%} "
-        f"[{spread.low:.1%}, {spread.high:.1%}] (standard deviation of their step times, {how} what replicates scatter "
-        f"by; seen: {seen}). Ratios are within a site; an absolute value is the mean of these sites', and its interval "
-        "is over them, not over replicates.",
+        message=f"replicates were spread over {len(sites)} sites (step times, from their mean: {seen or 'not known'}). "
+        "Ratios are within a site; an absolute value is the mean of these sites', and its interval is over them, not "
+        "over replicates.",
         remedy="Measure on one site where absolute values matter.",
     )
     for site, log in logs.items() if len(logs) > 2 else ():  # with two sites, neither is an outlier
-        away = math.expm1(log - logs.median())
+        away = math.expm1(log - median(logs.values()))
         if abs(away) > UNLIKE:
             yield Notice(
                 code="node-mismatch",
