@@ -152,7 +152,7 @@ def test_ctrl_c(command, stopped, only_run):
     reader.join(timeout=60)
     os.close(ours)
     text = " ".join(STYLED.sub("", b"".join(shown).decode()).split())
-    assert "ratio so far" in text
+    assert "trials last now" in text
     assert "This run is not complete (interrupted)" in text
     assert "Traceback" not in text
     statuses = {record.trial: record.status for record in only_run().records}

@@ -1,4 +1,5 @@
-"""Displays a run in progress: the progress of each variant, its ratio so far, and the estimated time left.
+"""Displays a run in progress: the progress of each variant and the estimated time left. `lorameter report` shows the
+ratios so far at any time.
 
 The display is redrawn only between two commands of the parent, never during a timed step: rich's refresh thread is off,
 because it would disturb the measurement. Without a terminal, each trial prints one line, and so does a replicate that
@@ -7,10 +8,8 @@ has been silent for long.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -19,25 +18,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lorameter.errors import InvalidRunError
 from lorameter.records.metrics import METRICS, PRIMARY, samples_of
-from lorameter.records.record import Notice, Role, Side, TrialRecord
+from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.units import format_count, format_duration, format_value
-from lorameter.report.blocks import write_ratio
 from lorameter.report.terminal import draw_text
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
-from lorameter.stats import Comparison
 from lorameter.studies.request import COMMANDS
-from lorameter.verdicts.series import Series, compare_series, group_trials
-from lorameter.verdicts.validity import disturbances_of
 
 MIN_BETWEEN_S = 0.1
 """Minimum seconds between two redraws, because a turn of a small model may be shorter."""
 SILENT_S = 60.0
 """Without a terminal, seconds after which the phase of a silent replicate is printed again."""
-Key = tuple[Side, str, Role]
-"""Side, variant and role of a row."""
 
 
 class LiveDisplay(Display):
@@ -47,14 +39,9 @@ class LiveDisplay(Display):
         self._console, self._device = console, device
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._plan: Plan  # known from `starting` or `rehearsed` on, which come first
-        self._rows: dict[Key, list[Slot]] = {}
-        """The slots of each row, the control last."""
         self._phases: dict[str, str] = {}
         """The phase of each running trial."""
         self._records: dict[str, TrialRecord] = {}
-        self._ratios: dict[Key, Comparison] = {}
-        self._disturbed: Counter[str] = Counter()
-        """Number of trials affected by each kind of disturbance."""
         self._begin = self._drawn = self._printed_at = time.monotonic()
         self._now, self._phase = "", (-1, "")
 
@@ -72,7 +59,7 @@ class LiveDisplay(Display):
 
     def starting(self, plan: Plan, run_id: str) -> None:
         """Show the plan at the start of the run."""
-        self._take(plan)
+        self._plan = plan
         self._begin = self._printed_at = time.monotonic()
         self._now = f"run {run_id}: starting the worker, preparing tokens"
         self._draw(at_once=True)
@@ -80,18 +67,13 @@ class LiveDisplay(Display):
         trials = format_count(len(plan.slots), "trial")
         self._line(f"run {run_id}: {trials}, {replicates}", "starting the worker", self._left())
 
-    def _take(self, plan: Plan) -> None:
-        self._plan, self._rows = plan, {}
-        for slot in sorted(plan.slots, key=lambda one: (one.arm.role == "control", one.replicate)):
-            self._rows.setdefault((slot.arm.side, slot.variant.name, slot.arm.role), []).append(slot)
-
     def tokens_prepared(self, data: str) -> None:
         """Print the data of the training."""
         self._line(f"data {data}")
 
     def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
         """Print the interleaving of the scripts, and the notices of their rehearsal."""
-        self._take(plan)
+        self._plan = plan
         self._console.print(draw_text(f"level {plan.interleaving}: {plan.why}"))
         for notice in notices:
             self._console.print(draw_text(f"{notice.code}: {notice.message} {notice.remedy}"))
@@ -100,23 +82,16 @@ class LiveDisplay(Display):
         """Show the trial's new phase."""
         words = COMMANDS[phase].label if phase in COMMANDS else phase  # must not raise
         self._phases[slot.trial] = words
-        name = f"{slot.arm.side} {slot.variant.name}".strip() + (" (control)" if slot.arm.role == "control" else "")
-        self._now = f"replicate {slot.replicate + 1}/{self._plan.study.protocol.replicates}  {name}: {words}"
+        self._now = f"replicate {slot.replicate + 1}/{self._plan.study.protocol.replicates}  {_name(slot)}: {words}"
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
         if time.monotonic() - self._printed_at >= SILENT_S:
             self._line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left())
 
     def trial_ended(self, record: TrialRecord) -> None:
-        """Show the trial's value and status, and update its variant's ratio."""
+        """Show the trial's value and status."""
         self._phases.pop(record.trial, None)
         self._records[record.trial] = record  # a trial that is measured again ends twice
-        on_cpu = not any(kind.startswith("device_") for kind in record.memory)
-        self._disturbed.update({one.code for _, one in disturbances_of(record, on_cpu=on_cpu)})
-        ended: Key = (record.side, record.name, record.role)
-        for key in self._rows:
-            if ended in (key, self._base(key)) and (found := self._ratio(key)):
-                self._ratios[key] = found
         why = f": {record.failure.message}" if record.failure else ""
         self._draw(at_once=True)
         done = f"[{len(self._records)}/{len(self._plan.slots)}]"
@@ -128,49 +103,25 @@ class LiveDisplay(Display):
             self._drawn = time.monotonic()
 
     def picture(self) -> Group:
-        """A row for each variant: ended trials, last value, ratio so far, and current phase."""
+        """A row for each variant, the control last: ended trials, last value and current phase."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("", "trials", "last", "ratio so far", "now"):
+        for head in ("", "trials", "last", "now"):
             table.add_column(Text(head, style="dim"), no_wrap=True, overflow="ellipsis")
-        for (side, name, role), slots in self._rows.items():
+        rows: dict[str, list[Slot]] = {}
+        for slot in sorted(self._plan.slots, key=lambda one: (one.arm.role == "control", one.replicate)):
+            rows.setdefault(_name(slot), []).append(slot)
+        for name, slots in rows.items():
             ended = [self._records[slot.trial] for slot in slots if slot.trial in self._records]
             under_way = [self._phases[slot.trial] for slot in slots if slot.trial in self._phases]
-            ratio = self._ratios.get((side, name, role))
-            cells = (
-                f"{side} {name}".strip() + (" (again)" if role == "control" else ""),
-                f"{len(ended)}/{len(slots)}",
-                next(filter(None, map(_last_value, reversed(ended))), ""),
-                "" if ratio is None else write_ratio(ratio).line,
-                next(iter(under_way), ""),
-            )
+            last = next(filter(None, map(_last_value, reversed(ended))), "")
+            cells = (name, f"{len(ended)}/{len(slots)}", last, next(iter(under_way), ""))
             table.add_row(*map(draw_text, cells))
-        met = ", ".join(f"{code} in {count}" for code, count in self._disturbed.items())
         done = f"{len(self._records)} of {len(self._plan.slots)} trials"
-        status = _join(done, self._left(), self._device, f"surroundings: {met}" if met else "")
+        status = _join(done, self._left(), self._device)
         below = [draw_text(text, "faint") for text in (self._now, status)]
         for line in below:
             line.truncate(self._console.width, overflow="ellipsis")
         return Group(table, *below)
-
-    def _base(self, key: Key) -> Key | None:
-        """The row that a row is compared with: the reference, or the base of an A/B; a control has one too."""
-        side, name, _ = key
-        if self._plan.study.protocol.mixed:
-            return None
-        against: Key = ("base", name, "variant") if side else ("", self._plan.study.reference, "variant")
-        return None if against == key else against
-
-    def _ratio(self, key: Key) -> Comparison | None:
-        """The comparison with its base, from the trials measured so far."""
-        found = list[Series]()
-        for row in (self._base(key), key):
-            records = [one for one in self._records.values() if (one.side, one.name, one.role) == row]
-            found += group_trials(records, row[0] if row else "").values()
-        for metric in PRIMARY.values() if len(found) == 2 else ():
-            with contextlib.suppress(InvalidRunError):  # omit ratios that cannot be computed yet
-                if ratio := compare_series(found[0], found[1], metric):
-                    return ratio
-        return None
 
     def _left(self) -> str:
         """The time left, estimated from the trials so far and capped by the run's time limit."""
@@ -185,6 +136,10 @@ class LiveDisplay(Display):
         if not self._console.is_terminal:
             self._console.print(draw_text(_join(*parts)))
             self._printed_at = time.monotonic()
+
+
+def _name(slot: Slot) -> str:
+    return f"{slot.arm.side} {slot.variant.name}".strip() + (" (control)" if slot.arm.role == "control" else "")
 
 
 def _join(*parts: str) -> str:
