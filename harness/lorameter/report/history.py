@@ -1,18 +1,17 @@
 """Describes the runs of a folder: the state, verdict and size of each, and the history of a metric.
 
-A history has each line as a sparkline, its levels in a table, its breaks and level changes.
+A history has the levels of each line in a table, its breaks and its level changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any
 
 from lorameter.machine.provenance import MAIN_LIBRARIES
-from lorameter.records.units import Unit, first_few, format_count, format_percent, format_value
+from lorameter.records.units import first_few, format_count, format_percent, format_value
 from lorameter.report.blocks import (
     Axis,
     Block,
@@ -33,18 +32,15 @@ from lorameter.report.blocks import (
     to_line,
     to_lines,
     value_cell,
-    write_bytes,
     write_number,
     write_row,
+    write_value,
 )
 from lorameter.report.phrases import title_of
 from lorameter.results.history import Break, History, HistorySeries, Moment, Suspicion, Track
 from lorameter.stats.changes import MIN_POINTS
 from lorameter.verdicts.compare import Difference
 
-STEPS = "▁▂▃▄▅▆▇█"
-WIDEST = 60
-"""Maximum characters of a sparkline; with more runs, several share one character."""
 LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(text="with"))
 _RUNS = (
     *name_columns("when", "run", "value", left=2),
@@ -71,11 +67,8 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 
 
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
-    yield Section(
-        title=f"{title_of(track.metric)} of {track.variant}, study {track.study}",
-        lines=tuple(_drawn(track)),
-    )
-    yield Table(heads=LEVELS, rows=tuple(_levels(track)))
+    title = f"{title_of(track.metric)} of {track.variant}, study {track.study}"
+    yield Table(title=title, heads=LEVELS, rows=tuple(_levels(track)))
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:
@@ -93,37 +86,12 @@ def table_of_runs(track: Track) -> Table:
     return Table(heads=_RUNS, rows=rows, notes=to_lines(f"{one.run} does not count: {one.why_not}" for one in moments))
 
 
-def _drawn(track: Track) -> Iterator[Line]:
-    """A sparkline for each fingerprint, all on one logarithmic scale; a run that does not count is a gap."""
-    values = [math.log(moment.value) for line in track.lines for moment in line.counting]
-    if not values:
-        yield to_line("no run counts")
-        return
-    low, high = min(values), max(values)
-    for number, line in enumerate(track.lines):
-        ends = f"{_when(line.moments[0])} to {_when(line.moments[-1])}"
-        yield to_line(f"{'┃ ' if number else '  '}{draw(line.moments, low, high)}  ", Span(text=ends, tone="faint"))
-    least, most = (format_value(math.exp(end), unit_of(track)) for end in (low, high))
-    yield to_line(Span(text=f"from {least} ({STEPS[0]}) to {most} ({STEPS[-1]}); ┃ is a known break", tone="faint"))
-
-
-def draw(moments: Sequence[Moment], low: float, high: float) -> str:
-    """Runs in order as block characters, with heights between two logs; many runs are merged."""
-    per_block = max(1, math.ceil(len(moments) / WIDEST))
-    drawn = ""
-    for first in range(0, len(moments), per_block):
-        logs = [math.log(one.value) for one in moments[first : first + per_block] if one.why_not is None]
-        share = 0.0 if high <= low or not logs else (sum(logs) / len(logs) - low) / (high - low)
-        drawn += STEPS[min(int(share * len(STEPS)), len(STEPS) - 1)] if logs else " "
-    return drawn
-
-
 def _levels(track: Track) -> Iterator[Row]:
     for line in track.lines:
         rows = []
         for plateau in line.plateaus:
             commits = dict.fromkeys((_commit(plateau.first), _commit(plateau.last)))
-            level = value_cell(plateau.value, plateau.low, plateau.high, unit_of(track))
+            level = value_cell(plateau.value, plateau.low, plateau.high, track.unit)
             software = f"{_versions(plateau.last)}; {'..'.join(commits)}; {line.fingerprint}"
             rows.append(write_row(_when(plateau.first), _when(plateau.last), str(plateau.runs), level, software))
         *others, last = rows or [write_row("", "", "0", "–", "no run counts")]
@@ -140,9 +108,7 @@ def _break(change: Break) -> Iterator[Line]:
 
 def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
     ratio, low, high = (100 * (end - 1) for end in (suspicion.ratio, suspicion.low, suspicion.high))
-    levels = " → ".join(
-        format_value(level, unit_of(track)) for level in (suspicion.level_before, suspicion.level_after)
-    )
+    levels = " → ".join(format_value(level, track.unit) for level in (suspicion.level_before, suspicion.level_after))
     yield to_line(
         Span(
             text=f"{suspicion.direction} from {_when(suspicion.after)} on, ",
@@ -178,7 +144,7 @@ def _conclusion(line: HistorySeries) -> Line:
 
 
 def _run(moment: Moment, line: HistorySeries, track: Track) -> Row:
-    value = value_cell(moment.value, moment.low, moment.high, unit_of(track))
+    value = value_cell(moment.value, moment.low, moment.high, track.unit)
     if moment.why_not is not None:
         value = dataclasses.replace(value, interval="", detail="not counted")
     return write_row(
@@ -209,11 +175,6 @@ def _commit(moment: Moment) -> str:
     return f"{moment.commit[:10]}{'+' if moment.dirty else ''}" if moment.commit else "no commit"
 
 
-def unit_of(track: Track) -> Unit:
-    """The unit of its values; "1" if unknown."""
-    return cast(Unit, track.unit if track.unit in get_args(Unit) else "1")
-
-
 def figures_of_history(history: History) -> tuple[Figure, ...]:
     """A figure for each track with a run that counts."""
     return tuple(_figure(track) for track in history.tracks if any(line.counting for line in track.lines))
@@ -229,7 +190,7 @@ def _curve_name(line: HistorySeries) -> str:
 
 
 def _figure(track: Track) -> Figure:
-    title, unit = title_of(track.metric), unit_of(track)
+    title = title_of(track.metric)
     first = min((moment for line in track.lines for moment in line.moments), key=lambda one: one.created_unix_s)
 
     def day(moment: Moment) -> float:
@@ -252,7 +213,7 @@ def _figure(track: Track) -> Figure:
         changes.append(Change(at=day(known.after), text=text, tone="odd"))
     curves = [Curve(name=_curve_name(line), points=tuple(map(point, line.counting)))
               for line in track.lines if line.counting]  # fmt: skip
-    up = Axis(title=title, unit=unit)
+    up = Axis(title=title, unit=track.unit)
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
         caption=f"A curve for each fingerprint, from {_when(first, _MINUTE)} on, with the interval of each run; where "
@@ -277,7 +238,7 @@ def describe_runs(rows: Sequence[Mapping[str, Any]]) -> Document:
 
 
 def _row(row: Mapping[str, Any]) -> Row:
-    size = write_bytes(row["size_bytes"])
+    size = write_value(row["size_bytes"], "byte")
     if row["status"] == "damaged":
         return write_row(row["run"], "", "damaged", "", size)
     ok, planned = row["trials"].get("ok", 0), sum(row["trials"].values())

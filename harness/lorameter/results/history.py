@@ -26,6 +26,7 @@ from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec, fileio, store
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run
+from lorameter.records.units import Unit
 from lorameter.results.prune import size_of
 from lorameter.results.rows import Row, estimate_rows
 from lorameter.stats.changes import Course, Level, LevelShift, find_changes
@@ -129,7 +130,7 @@ class Track(msgspec.Struct, frozen=True, kw_only=True):
     study: str
     variant: str
     metric: str
-    unit: str
+    unit: Unit
     higher_is_better: bool
     lines: tuple[HistorySeries, ...]
     breaks: tuple[Break, ...]
