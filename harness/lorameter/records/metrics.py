@@ -20,8 +20,6 @@ PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
 Samples = tuple[float, ...]
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
-SCRIPT_ONLY_METRICS = ("data_time_s", "forward_time_s", "backward_time_s", "optimizer_time_s")
-"""Parts of a step that are timed separately in a user's script, but not in the harness's own trials."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

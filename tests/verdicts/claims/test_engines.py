@@ -90,7 +90,7 @@ def test_one_replicate_is_not_judged(judged):
     assert part_of(judged(FASTER, {"r16": 0.5}, replicates=1)).verdict == "not judged"
     found = part_of(judged(PEAK, change=peaks(DEVICE, [50], [100])))
     assert (found.verdict, found.ratio) == ("not judged", None)
-    assert "1 replicate measured it" in found.reason
+    assert "1 replicate with every level" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,6 @@ def _judge_parts(
     run: Run, study: Study, groups: Groups, controls: Controls, engine: EngineEvidence | None
 ) -> dict[tuple[str, int], PartResult]:
     """The result of each part, by the claim's id and the index of the part."""
-    planned = {trial.partition("-")[2].removesuffix("-isolated") for trial in run.manifest.order}
     random_weights = any(notice.code == "random-weights" for notice in run.manifest.notices)
     results: dict[tuple[str, int], PartResult] = {}
     questions: dict[tuple[str, int], Question] = {}
@@ -170,11 +169,11 @@ def _judge_parts(
                 if engine is not None and part.axis == ENGINE:
                     check_comparable(part, run, study, engine)
                 if part.rule == "rises":
-                    results[key] = judge_counts(part, groups, study, planned)
+                    results[key] = judge_counts(part, groups, study)
                 elif part.of_memory:
                     results[key] = judge_peaks(part, groups, study)
                 else:
-                    questions[key] = ask(part, groups, study, planned)
+                    questions[key] = ask(part, groups, study)
             except NotJudgedError as error:
                 results[key] = result_of(part, "not judged", str(error))
     doubts = {key: doubt for key, question in questions.items() if (doubt := find_doubt(question.part, controls))}

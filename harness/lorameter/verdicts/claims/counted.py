@@ -11,20 +11,19 @@ supported or not judged, and never refuted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from lorameter.records.metrics import PEAKS, RSS_AT_START
 from lorameter.records.record import TrialRecord
-from lorameter.records.units import format_bytes, format_count, format_ratio
+from lorameter.records.units import format_bytes, format_ratio
 from lorameter.studies.claim import PEAK, ClaimPart, format_level
 from lorameter.studies.study import Study
 from lorameter.verdicts.claims.parts import (
-    MIN_SHARED,
     Judgement,
     NotJudgedError,
     PartResult,
     check_count,
-    check_selected,
+    check_levels,
     pair_of,
     result_of,
     words_of,
@@ -34,17 +33,17 @@ from lorameter.verdicts.series import Groups
 _DEVICE, _HOST = PEAKS["train"]
 
 
-def judge_counts(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> PartResult:
+def judge_counts(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     """Judge whether the smallest value of each level is above the largest value of the previous level.
 
     Memory counts come from isolated trials, of which a run may have few; the requirement of two replicates applies to
     the run. Raises `NotJudgedError` if levels or the quantity were not measured.
     """
     axis, quantity, levels = part.axis, part.metric, study.levels(part.axis)
-    check_selected(axis, levels, groups, planned)
+    check_levels(axis, levels, groups)
     series = [groups[name, "variant"].ok for _, name in levels]
     replicates = set.intersection(*({record.replicate for record in one} for one in series))
-    check_count(len(replicates), axis, levels, groups)
+    check_count(len(replicates))
     found = [
         {source[quantity] for record in one for source in (record.values, record.memory) if quantity in source}
         for one in series
@@ -76,12 +75,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     resident = kind.startswith("host_")
     ours, theirs = (_peaks(side, kind) for side in sides)
     both = ours.keys() & theirs.keys()
-    if len(both) < MIN_SHARED:
-        raise NotJudgedError(
-            f"{'peak memory' if part.metric == PEAK else kind}: {format_count(len(both), 'replicate')} measured it on "
-            f"both sides: a claim is never judged from fewer than {MIN_SHARED}. Measure on, or again with "
-            "--replicates 5."
-        )
+    check_count(len(both))
     control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)
     # The difference of the reference from itself widens the range, because all trials are observed in the same way.
     control_ratios = [control[one] / reference[one] for one in control.keys() & reference.keys()]

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from lorameter.records.metrics import METRICS, SCRIPT_ONLY_METRICS, Samples
+from lorameter.records.metrics import METRICS, Samples
 from lorameter.records.units import decimals, format_count, format_ratio
 from lorameter.stats import MAX_ADVISED, Pairing
 from lorameter.stats.effect import from_log, log_ratios, paired_effect
@@ -182,17 +182,16 @@ class Question:
         return (from_log(low), from_log(high)) if self.sign > 0 else (from_log(-high), from_log(-low))
 
 
-def ask(part: ClaimPart, groups: Groups, study: Study, planned: Collection[str]) -> Question:
-    """The question of a part, for any rule except "rises"; `planned` are the variants of the run's plan.
+def ask(part: ClaimPart, groups: Groups, study: Study) -> Question:
+    """The question of a part, for any rule except "rises".
 
     Raises `NotJudgedError` for losses over different tokens, for levels or a metric that were not measured, for fewer
     than two replicates in which every level is ok, and for values without a logarithm.
     """
     axes = (part.axis, *part.against)
-    tables = [_tabulate(groups, study, axis, metric, planned) for axis in axes for metric in metrics_of(part)]
+    tables = [_tabulate(groups, study, axis, metric) for axis in axes for metric in metrics_of(part)]
     shared = sorted(set.intersection(*(set(table.replicates) for table in tables)))
-    if len(shared) < MIN_SHARED:
-        raise NotJudgedError(_too_few(len(shared)))
+    check_count(len(shared))
     tables = [table.keep(shared) for table in tables]
     of_numbers = len(tables[0].levels) > 2 and all(map(is_number, tables[0].levels))
     has_lines = part.rule == "largest-effect" or (part.rule == "equal" and of_numbers)
@@ -273,21 +272,24 @@ def pair_of(part: ClaimPart, study: Study) -> tuple[str, str]:
     return levels[before], levels[after]
 
 
-def _tabulate(groups: Groups, study: Study, axis: str, metric: str, planned: Collection[str]) -> AxisTable:
+def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable:
     import numpy as np
 
     known, levels = METRICS[metric], study.levels(axis)
     if known.is_loss and is_of_tokens(axis):
         raise NotJudgedError(f"{known.title}: along {axis} it is that of other tokens. Claim a time, or memory.")
-    check_selected(axis, levels, groups, planned)
+    check_levels(axis, levels, groups)
     series = [groups[name, "variant"] for name in (study.reference, *(name for _, name in levels))]
     if not any(one.measured(metric) for one in series[1:]):
-        raise NotJudgedError(_unmeasured(metric, study))
+        raise NotJudgedError(
+            f"{known.title}: not measured in this run. Measure with the phase {known.phase}; answers until EOS need "
+            "open_ended_tokens in [workload], and metrics of scripts a --command."
+        )
     pairing = pairing_of(series[0], metric)
     found = [{record.replicate: samples for record, samples in one.measured(metric)} for one in series]
     seen = set[int]().union(*found)
     whole = [one for one in sorted(seen) if _is_whole([trials.get(one, ()) for trials in found], pairing)]
-    check_count(len(whole), axis, levels, groups)
+    check_count(len(whole))
     try:
         base, *others = (
             checked_trials(name, [trials[one] for one in whole], positive=True)
@@ -311,43 +313,24 @@ def _is_whole(trials: Sequence[Samples], pairing: Pairing) -> bool:
     return all(trials) and (pairing != "turn" or len(set(map(len, trials))) == 1)
 
 
-def check_selected(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups, planned: Collection[str]) -> None:
+def check_levels(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
     """Raise `NotJudgedError` for levels without a trial."""
-    absent = [(level, name) for level, name in levels if (name, "variant") not in groups]
-    if not absent:
-        return
-    missing = f"{axis} {', '.join(name if axis == ENGINE else format_level(level) for level, name in absent)}"
-    if all(name in planned for _, name in absent):
-        raise NotJudgedError(f"{missing}: not measured yet. Measure on.")
-    raise NotJudgedError(f"{missing}: not selected in this run. Measure every level of {axis}: leave --variant out.")
+    absent = [
+        name if axis == ENGINE else format_level(level) for level, name in levels if (name, "variant") not in groups
+    ]
+    if absent:
+        raise NotJudgedError(
+            f"{axis} {', '.join(absent)}: no trial in this run. Measure on, and every level: leave --variant out."
+        )
 
 
-def check_count(count: int, axis: str, levels: Sequence[tuple[Level, str]], groups: Groups) -> None:
-    """Raise `NotJudgedError` if fewer than two replicates have every level."""
-    if count >= MIN_SHARED:
-        return
-    for level, name in levels:
-        series = groups[name, "variant"]
-        if not series.ok:
-            statuses = ", ".join(sorted({record.status for record in series.records}))
-            level_name = name if axis == ENGINE else f"{axis} {format_level(level)}"
-            raise NotJudgedError(f"{level_name}: no trial is ok ({statuses}). See the report of the run.")
-    raise NotJudgedError(_too_few(count))
-
-
-def _too_few(count: int) -> str:
-    if count == 1:
-        return "1 replicate: a claim is never judged from one. Measure on, or again with --replicates 5."
-    return "no replicate has every level. Measure on, or see the report for what failed."
-
-
-def _unmeasured(metric: str, study: Study) -> str:
-    known = METRICS[metric]
-    if metric in SCRIPT_ONLY_METRICS and not study.of_scripts:
-        return f"{known.title}: seen in scripts alone. Measure one: --command 'python train.py ...'."
-    if metric.startswith("open_ended") and not study.workload.open_ended_tokens:
-        return f"{known.title}: not measured, as open_ended_tokens is 0. Set it in the study's [workload]."
-    return f"{known.title}: not measured in this run. Measure with the phase {known.phase}."
+def check_count(count: int) -> None:
+    """Raise `NotJudgedError` if fewer than two replicates have a value at every level."""
+    if count < MIN_SHARED:
+        raise NotJudgedError(
+            f"{format_count(count, 'replicate')} with every level: a claim is never judged from fewer than "
+            f"{MIN_SHARED}. Measure on, or see the report of the run for what failed."
+        )
 
 
 def _centre(values: NDArray[float64]) -> str:
