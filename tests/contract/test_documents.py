@@ -9,7 +9,6 @@ from tests.contract.expected import check_document, check_shape, parse
 
 READING = {
     "report": "report base",
-    "report-candidate": "report candidate",
     "report-crashed": "report failed --runs-dir derived",
     "report-phase": "report base --phase train --variant qlora --metric step_time_s",
     "compare": "compare base candidate",

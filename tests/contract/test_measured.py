@@ -15,10 +15,10 @@ from tests.contract.expected import MACHINE, check_document, check_run, check_sh
 
 @pytest.fixture(scope="module")
 def measured(filled, tmp_path_factory):
-    """The outcome and the folder of a real `lorameter run` of two variants and two replicates, training and
+    """The outcome and the folder of a real `lorameter run` of two variants and one replicate, training and
     generation."""
     runs = tmp_path_factory.mktemp("runs")
-    words = ("--replicates", "2", "--phase", "train", "--phase", "generate", "--runs-dir", runs, "--json")
+    words = ("--replicates", "1", "--phase", "train", "--phase", "generate", "--runs-dir", runs, "--json")
     outcome = doors.start("lorameter", "run", filled / "study.toml", *words)
     (run,) = (path for path in runs.iterdir() if path.is_dir())
     return outcome, run
@@ -43,7 +43,7 @@ def test_the_folder_of_a_run(measured):
     assert {(record["name"], record["role"]) for record in records if "step_time_s" in record["samples"]} == {
         ("lora", "variant"), ("lora", "control"), ("qlora", "variant"),
     }  # fmt: skip
-    assert {record["replicate"] for record in records} == {0, 1}
+    assert {record["replicate"] for record in records} == {0}
 
 
 def test_the_evidence_of_a_run(measured):
@@ -64,18 +64,15 @@ def test_a_measured_run_is_read(measured, lorameter):
 
 
 @pytest.fixture(scope="module")
-def session(filled, tmp_path_factory):
-    """The outcome, folder and run of a real `pytest benchmarks/ --benchmark-save` of both variants and one
-    replicate."""
+def session(measured, tmp_path_factory):
+    """The outcome, folder and run of a real `pytest benchmarks/ --benchmark-save` that replays the measured run."""
+    _, run = measured
     folder = tmp_path_factory.mktemp("session")
     words = (
-        f"--lorameter-study={filled / 'study.toml'}", "--lorameter-replicates=1", f"--lorameter-runs-dir={folder}/runs",
-        "--benchmark-save=contract", f"--benchmark-storage=file://{folder}/saved", "-k", "train_step or generate",
-        "-p", "no:cacheprovider",
+        f"--lorameter-resume={run.name}", f"--lorameter-runs-dir={run.parent}", "--benchmark-save=contract",
+        f"--benchmark-storage=file://{folder}/saved", "-k", "train_step or generate", "-p", "no:cacheprovider",
     )  # fmt: skip
-    outcome = doors.start("pytest", doors.ROOT / "benchmarks", *words)
-    (run,) = (path for path in (folder / "runs").iterdir() if path.is_dir())
-    return outcome, folder, run
+    return doors.start("pytest", doors.ROOT / "benchmarks", *words), folder, run
 
 
 def read_saved(folder):
@@ -98,7 +95,8 @@ def test_the_file_of_pytest_benchmark(session):
 
 
 def test_durations_arrive_to_the_bit(session):
-    """stats.data has the samples of the records in their order, and extra_info the boundaries of the trials."""
+    """stats.data has the samples of the records in their order, and extra_info the boundaries of the trials; nothing is
+    measured again."""
     outcome, folder, run = session
     records = {record["trial"]: record for record in read_records(run)}
     for row in read_saved(folder)["benchmarks"]:
@@ -119,28 +117,6 @@ def test_a_saved_file_is_compared(session, lorameter):
     (path,) = (folder / "saved").glob("*/*_contract.json")
     documents = [parse(lorameter(f"compare {base} {run} --metric step_time_s --json").out) for base in (run, path)]
     assert [[row["ratio"] for row in document["comparisons"]] for document in documents] == [[1.0, 1.0]] * 2
-
-
-def test_a_run_is_replayed_without_measuring(session):
-    """--lorameter-resume of a complete run saves the same durations again."""
-    _, folder, run = session
-    words = (f"--lorameter-resume={run.name}", f"--lorameter-runs-dir={run.parent}", "-k", "train_step and qlora")
-    saved = folder / "again.json"
-    outcome = doors.start(
-        "pytest", doors.ROOT / "benchmarks", *words, f"--benchmark-json={saved}", "-p", "no:cacheprovider"
-    )
-    assert "1 passed" in outcome.out
-    (row,) = json.loads(saved.read_text(encoding="utf-8"))["benchmarks"]
-    (before,) = (one for one in read_saved(folder)["benchmarks"] if one["fullname"] == row["fullname"])
-    assert row["stats"]["data"] == before["stats"]["data"]
-
-
-def test_a_session_that_cannot_be_measured_is_refused():
-    """The session exits with pytest's code for bad usage, before anything is measured."""
-    words = ("--lorameter-study=no-such-study", "-p", "no:cacheprovider")
-    outcome = doors.start("pytest", doors.ROOT / "benchmarks", *words)
-    assert outcome.code == pytest.ExitCode.USAGE_ERROR
-    assert "no-such-study" in outcome.err
 
 
 def test_a_profile(lorameter, tmp_path):
