@@ -48,9 +48,7 @@ from lorameter.verdicts.compare import (
     compare,
     comparison_input,
     disagreement,
-    machine_differences,
-    planned_side,
-    variant_differences,
+    session_differences,
 )
 from lorameter.verdicts.gate import WORD, GateResult, judge, load_policy, read_base
 from lorameter.verdicts.same_training import REPORTED
@@ -219,10 +217,7 @@ class Session:
         if study.of_scripts:
             known = base.facts or {}
             facts |= {name: known[name] for name in REPORTED if name in known}
-        session = planned_side(study, facts)
-        differences = machine_differences(base, session)
-        for name in session.variants:
-            differences += variant_differences(name, base, session)
+        differences = session_differences(base, study, facts)
         require(
             not differences,
             f"--lorameter-base: {base.name} is not comparable: {disagreement(differences, force=False)}.",

@@ -28,10 +28,19 @@ from lorameter.report.figures import figures_of_run
 from lorameter.report.parity import describe_samples, read_samples
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
-from lorameter.report.run_view import ReportFilter, RunView, match_variants, phase_of, view_of
+from lorameter.report.run_view import ReportFilter, RunView, phase_of, view_of
 from lorameter.verdicts import claims
 from lorameter.verdicts.ab import attribution_of, report_of
-from lorameter.verdicts.compare import ComparisonInput, ComparisonReport, ComparisonRow, compare, document, exit_code
+from lorameter.verdicts.compare import (
+    ComparisonInput,
+    ComparisonReport,
+    ComparisonRow,
+    check_patterns,
+    compare,
+    document,
+    exit_code,
+    matching,
+)
 from lorameter.verdicts.gate import accept, gate_document, judge, load_policy, read_base, read_comparand, stored_policy
 from lorameter.verdicts.sites import is_mixed
 
@@ -99,7 +108,8 @@ def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow
         f"--sort {options.sort}: run {run.manifest.run} is an A/B, and each of its variants is compared with "
         "itself. Leave it out.",
     )
-    variants = match_variants(names, options.variant)
+    check_patterns("variant", names, options.variant)
+    variants = matching(names, options.variant or ["*"])
     for phase in options.phase:
         require(
             phase in run.manifest.phases,
@@ -129,7 +139,7 @@ def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[Comparison
     about = {"run": manifest.run, "path": str(run.path), "interleaving": manifest.interleaving}
     show_result(
         options,
-        describe_gate(result, ab=True) + describe_attribution(attribution, run),
+        describe_gate(result) + describe_attribution(attribution, run),
         lambda: {**gate_document(result), **about, "attribution": codec.to_json(attribution)},
         annotations=lambda: comparison_annotations(result.report, result),
         page=lambda: {

@@ -329,14 +329,9 @@ def value_cell(value: float, low: float | None, high: float | None, unit: Unit, 
     return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high, unit=unit)
 
 
-def write_seconds(seconds: float) -> Cell:
-    """A time without its own interval."""
-    return Cell(text=format_value(seconds, "s"), value=seconds, unit="s")
-
-
-def write_bytes(size: float) -> Cell:
-    """An exact size in bytes."""
-    return Cell(text=format_bytes(size), value=size, unit="byte")
+def write_value(value: float, unit: Unit) -> Cell:
+    """A value without an interval, with three digits."""
+    return Cell(text=format_value(value, unit), value=value, unit=unit)
 
 
 def write_number(value: float | None, form: str = "g") -> Cell:

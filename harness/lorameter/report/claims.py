@@ -59,7 +59,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     rows = tuple(row for claim in report.claims for row in _rows(claim))
     legend = Span(text="95 % intervals of each ratio alone; differences by Holm, equalities by TOST", tone="faint")
     table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(to_line(legend),))
-    controls = [f"{METRICS[name].title}: {''.join(format_verdict(one, name))}" for name, one in report.control.items()]
+    controls = [f"{METRICS[name].title}: {format_verdict(one, name)}" for name, one in report.control.items()]
     engine = report.engine
     pages: dict[str, list[str]] = {}
     for claim in report.claims:

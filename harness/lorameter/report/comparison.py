@@ -59,9 +59,9 @@ MAX_PACKAGES = 12
 _RATIO = ColumnHeader(text="candidate / base", right=True, ratio=True)
 
 
-def describe_comparison(report: ComparisonReport, *, ab: bool = False) -> Document:
-    """The findings, the table with the controls, and other differences; `ab`: whether one run measured both sides."""
-    lines = tuple(_findings(report, ab=ab))
+def describe_comparison(report: ComparisonReport) -> Document:
+    """The findings, the table with the controls, and other differences."""
+    lines = tuple(_findings(report))
     more = lines[MAX_FINDINGS:]
     collapsed = Collapsible(summary=to_line(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
     return (
@@ -80,13 +80,13 @@ def title_of_report(report: ComparisonReport) -> str:
     return f"{report.candidate} against {report.base}"
 
 
-def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
+def _findings(report: ComparisonReport) -> Iterator[Line]:
     """The verdicts other than "equivalent", the worst first, without repeated reasons."""
     rows = [one for one in report.comparisons if one.verdict != "equivalent"]
     rows.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
     grouped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        grouped.setdefault((row.verdict, _reason(row, ab=ab)), []).append(_name(row))
+        grouped.setdefault((row.verdict, _reason(row)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
         yield to_line(f"{first_few(names, NAMED, '; ')}: ", word, reason)
@@ -94,9 +94,9 @@ def _findings(report: ComparisonReport, *, ab: bool) -> Iterator[Line]:
         yield to_line(Span(text="equivalent", tone="note"), ", each within its margin")
 
 
-def _reason(row: ComparisonRow, *, ab: bool) -> str:
+def _reason(row: ComparisonRow) -> str:
     if row.verdict == "inconclusive":
-        return f": {explain_inconclusive(row, row.metric, row.interleaving, ab=ab)}"
+        return f": {explain_inconclusive(row, row.metric, row.interleaving)}"
     if row.verdict in ("regressed", "improved"):
         return f", {''.join(format_effect(row, row.metric))}"
     return f": {row.reason}"
@@ -112,11 +112,9 @@ def _tabulate(report: ComparisonReport) -> Table:
     for one in report.comparisons:
         within = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
         count, words = write_number(one.replicates or None), (one.name, title_of_ratio(one.metric))
-        verdict = verdict_cell(one, one.metric, one.tolerance if is_memory(one.metric) else one.margin, "sides")
+        verdict = verdict_cell(one, one.metric, "sides", one)
         rows.append(write_row(*words, write_compared(one), verdict, within, count))
-    notes = [
-        to_line(f"control of {phase}: {''.join(format_verdict(control))}") for phase, control in report.control.items()
-    ]
+    notes = [to_line(f"control of {phase}: {format_verdict(control)}") for phase, control in report.control.items()]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(
             to_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
@@ -165,16 +163,17 @@ def _sides(attribution: Attribution, run: Run) -> Iterator[tuple[str, str]]:
     yield "level", f"{run.manifest.interleaving}: {run.manifest.why}"
     if run.manifest.stopped:
         yield "stopped", run.manifest.stopped
-    for name, versions in list(attribution.packages.items())[:MAX_PACKAGES]:
-        base, candidate = (version or "not installed" for version in versions)
-        yield "package", f"{name}: {base} → {candidate}"
-    if len(attribution.packages) > MAX_PACKAGES:
-        yield "package", f"and {len(attribution.packages) - MAX_PACKAGES} more"
+    packages = [
+        f"{name} {base or 'not installed'} → {candidate or 'not installed'}"
+        for name, (base, candidate) in attribution.packages.items()
+    ]
+    if packages:
+        yield "packages", first_few(packages, MAX_PACKAGES)
     yield from (("differs", str(one)) for one in attribution.differing)
 
 
-def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
-    """Whether the gate passes and why, then the comparison; `ab`: whether one run measured both sides."""
+def describe_gate(result: GateResult) -> Document:
+    """Whether the gate passes and why, then the comparison."""
     first = make_invalid_lines(result.report.why_invalid)
     outcome = Section(
         title=outcome_of(result),
@@ -182,7 +181,7 @@ def describe_gate(result: GateResult, *, ab: bool = False) -> Document:
         lines=tuple(to_line(Span(text=line, tone="bad")) for line in result.unmet),
         last=not first,
     )
-    return (*first, outcome, *describe_comparison(result.report, ab=ab)[len(first) :])
+    return (*first, outcome, *describe_comparison(result.report)[len(first) :])
 
 
 def outcome_of(result: GateResult) -> str:

@@ -31,14 +31,15 @@ from lorameter.report.blocks import (
     Span,
     Table,
     Tone,
+    list_sections,
     name_columns,
     to_line,
     to_lines,
     value_cell,
-    write_bytes,
     write_number,
     write_ratio,
     write_row,
+    write_value,
 )
 from lorameter.report.phrases import describe_request, warn_before_run
 from lorameter.run.budget import DROPPABLE
@@ -123,10 +124,6 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
 
     `profile` is the study's profile for the device, as in a run there.
     """
-    return tuple(_fit_blocks(advice, workload, profile))
-
-
-def _fit_blocks(advice: Advice, workload: Workload, profile: str | None) -> Iterator[Block]:
     device = advice.device
     low, high = PEAK_RANGES[device.machine.device]
     lines = [f"It has {format_bytes(device.total_bytes)}: {device.source}."]
@@ -135,24 +132,22 @@ def _fit_blocks(advice: Advice, workload: Workload, profile: str | None) -> Iter
     lines.append(f"Range: {_span((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}")
     if profile is not None:
         lines.append(f"The study's profile {profile!r} is taken, as a run there would; --profile takes another.")
-    yield Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines(lines)))
-    if advice.largest:
-        most = to_lines(_most(one, workload) for one in advice.largest)
-        yield Section(title="The most that fits", lines=most)
-    if advice.options:
-        yield Table(
-            title="What can be changed, what frees most first",
-            heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
-            rows=tuple(
-                write_row(one.writes, write_bytes(one.freed_bytes), _range(one.needs), _STATUSES[one.status][0])
-                for one in advice.options
-            ),
-        )
-    if any(option.table == "workload" for option in advice.options):
-        yield to_line("batch_size is written in [workload], the others in [[variant]].")
-    yield _first(advice)
-    for skipped in advice.skipped:
-        yield to_line(f"left out, {skipped.writes}: {skipped.why}.")
+    options = Table(
+        title="What can be changed, what frees most first",
+        heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
+        rows=tuple(
+            write_row(one.writes, write_value(one.freed_bytes, "byte"), _range(one.needs), _STATUSES[one.status][0])
+            for one in advice.options
+        ),
+        notes=to_lines(["batch_size is written in [workload], the others in [[variant]]"]),
+    )
+    return (
+        Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines(lines))),
+        *list_sections({"The most that fits": [_most(one, workload) for one in advice.largest]}),
+        *([options] if advice.options else []),
+        _first(advice),
+        *to_lines(f"left out, {skipped.writes}: {skipped.why}." for skipped in advice.skipped),
+    )
 
 
 def _finding(advice: Advice) -> Line:
@@ -284,17 +279,14 @@ TITLES: dict[About, str] = {
 
 def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
     """A table for each of the three questions, and the answer in one line."""
-    return tuple(_blocks(checks, fit=fit))
-
-
-def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
+    tables: list[Block] = []
     for about, title in TITLES.items():
-        selected = (check for check in checks if check.about == about)
         rows = tuple(
             write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy))
-            for check in selected
+            for check in checks
+            if check.about == about
         )
-        yield Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows)
+        tables.append(Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows))
     counts = Counter(check.grade for check in checks)
     grades = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
     if not fit:
@@ -303,7 +295,7 @@ def _blocks(checks: Sequence[DoctorCheck], *, fit: bool) -> Iterator[Block]:
         answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": mend what is bad first"
     else:
         answer, rest = Span(text="fit to measure", tone="good"), ""
-    yield to_line("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False)
+    return (*tables, to_line("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False))
 
 
 def describe_calibration(result: Calibration, rows: int) -> Document:

@@ -36,18 +36,17 @@ from lorameter.report.blocks import (
     name_columns,
     to_line,
     value_cell,
-    write_bytes,
     write_number,
     write_ratio,
     write_row,
-    write_seconds,
+    write_value,
 )
 from lorameter.report.phrases import title_of, title_of_ratio
 from lorameter.report.run_view import PhaseTable, RunView
 from lorameter.stats import Comparison
 from lorameter.studies.claim import is_number
 from lorameter.studies.study import Study, is_of_tokens
-from lorameter.studies.study_file import read_own_workloads, read_study
+from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.workload import OF_TOKENS
 from lorameter.verdicts.series import Series, group_trials
 from lorameter.verdicts.sites import runs_of_sites
@@ -96,7 +95,7 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     figures = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
     if "train" in whole:
-        figures += [_losses(shown), _memory(shown), _front(shown, whole["train"], _of_other_tokens(run))]
+        figures += [_losses(shown), _memory(shown), _front(view, shown, whole["train"])]
         figures += [_samples([record for record in run.records if record.name in shown])]
     if "generate" in whole:
         figures += [_draw_serving(shown)]
@@ -105,13 +104,6 @@ def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
     if whole:
         figures += [_checks(shown)]
     return tuple(figure for figure in figures if figure is not None)
-
-
-def _of_other_tokens(run: Run) -> set[str]:
-    """Variants that train on other tokens than the study, so that their losses are not comparable."""
-    own = read_own_workloads(run)
-    common = read_study(run).workload if own else None
-    return {name for name, one in own.items() if any(getattr(one, key) != getattr(common, key) for key in OF_TOKENS)}
 
 
 def _ratios(table: PhaseTable, reference: str) -> Figure | None:
@@ -193,22 +185,26 @@ def _cold(shown: Shown) -> Figure | None:
 
 def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
     """Bars as a picture and as a table; None without any."""
-    write = write_bytes if axis.unit == "byte" else write_seconds
     kinds = list(dict.fromkeys(kind for kind_bytes in bars.values() for kind in kind_bytes))
     rows = []
     for name, kind_bytes in bars.items():
-        cells = (write(kind_bytes[kind]) if kind in kind_bytes else "–" for kind in kinds)
-        rows.append(write_row(name, *cells, write(sum(kind_bytes.values()))))
+        cells = (write_value(kind_bytes[kind], axis.unit) if kind in kind_bytes else "–" for kind in kinds)
+        rows.append(write_row(name, *cells, write_value(sum(kind_bytes.values()), axis.unit)))
     table = Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
     return Figure(title=title, caption=caption, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
 
 
-def _front(shown: Shown, cost: str, of_other_tokens: set[str]) -> Figure | None:
+def _front(view: RunView, shown: Shown, cost: str) -> Figure | None:
     """Loss against the metric of training, for variants whose loss is over the same tokens."""
     loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
     if loss is None:
         return None
-    others = sorted(of_other_tokens & shown.keys())
+    own, common = read_own_workloads(view.run), view.study.workload
+    others = sorted(
+        name
+        for name in own.keys() & shown.keys()
+        if any(getattr(own[name], key) != getattr(common, key) for key in OF_TOKENS)
+    )
     caption = "To the left is faster, below is a lower loss after as many steps."
     if others:
         caption += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MAX_NAMED)}."
@@ -230,7 +226,7 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
         dots = (Point(x=began + pace * (place + 0.5), y=step) for place, step in enumerate(steps))
         points.setdefault(record.name, []).extend(dots)
         cuts = statistics.quantiles(timed, n=4, method="inclusive") if len(timed) > 1 else [timed[0]] * 3
-        cells = map(write_seconds, (min(timed), *cuts, max(timed)))
+        cells = (write_value(time_s, "s") for time_s in (min(timed), *cuts, max(timed)))
         rows.append(write_row(record.trial, record.name, str(len(timed)), *cells))
     heads = name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2)
     across, up = Axis(title="since the first trial", unit="s"), Axis(title="step time", unit="s")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorameter.errors import UsageError
+from lorameter.errors import require
 from lorameter.models import catalogue, shapes
 from lorameter.parity import Judgement, Likeness, Parity, Verdict, first_difference
 from lorameter.records.record import TrialRecord
@@ -35,6 +35,7 @@ from lorameter.report.blocks import (
     value_cell,
     write_number,
     write_row,
+    write_value,
 )
 from lorameter.report.phrases import describe_notices
 from lorameter.stats import Estimate, Proportion
@@ -112,19 +113,18 @@ def _interval(part: Proportion) -> str:
 def _answers(rows: Sequence[Likeness]) -> Table:
     return Table(
         title="Answers, and what would be chosen next at each token of the reference's",
-        heads=(_WAY, ColumnHeader(text="answers that differ", right=True),
-               ColumnHeader(text="first at", right=True, drop_priority=1),
-               ColumnHeader(text="tokens that differ", right=True)),
+        heads=(
+            _WAY,
+            ColumnHeader(text="answers that differ", right=True),
+            ColumnHeader(text="first at", right=True, drop_priority=1),
+            ColumnHeader(text="tokens that differ", right=True),
+        ),
         rows=tuple(
             write_row(one.way, _part(one.answers), write_number(one.first_difference), _part(one.tokens))
             for one in rows
         ),
-        notes=to_lines(
-            [
-                "95 % intervals over prompts and over answers; more prompts (--prompts) narrow them"
-            ]
-        ),
-    )  # fmt: skip
+        notes=to_lines(["95 % intervals over prompts and over answers; more prompts (--prompts) narrow them"]),
+    )
 
 
 _WAY = ColumnHeader(text="served")
@@ -138,27 +138,22 @@ def _part(part: Proportion) -> Cell:
 
 
 def _logits(rows: Sequence[Likeness]) -> Table:
-    names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max", "least cosine")
+    names = ("KL mean", "KL max", "|Δ| mean", "|Δ| max")
     return Table(
         title="Logits at the same positions",
         heads=(_WAY, *(ColumnHeader(text=name, right=True) for name in names)),
         rows=tuple(
             write_row(
-                one.way, _mean(one.kl_mean_nats), _largest(one.kl_max_nats), _mean(one.difference_mean),
-                _largest(one.difference_max), Cell(text=_cosine(one.cosine_min), value=one.cosine_min, unit="1"),
+                one.way,
+                _mean(one.kl_mean_nats),
+                write_value(one.kl_max_nats, "1"),
+                _mean(one.difference_mean),
+                write_value(one.difference_max, "1"),
             )
             for one in rows
         ),
-        notes=to_lines(
-            [
-                "KL(reference ‖ other) in nats, |Δ| of logits; means with 95 % intervals"
-            ]
-        ),
-    )  # fmt: skip
-
-
-def _largest(value: float) -> Cell:
-    return Cell(text=three_digits(value), value=value, unit="1")
+        notes=to_lines(["KL(reference ‖ other) in nats, |Δ| of logits; means with 95 % intervals"]),
+    )
 
 
 def _mean(mean: Estimate, sign: str = "") -> Cell:
@@ -168,11 +163,6 @@ def _mean(mean: Estimate, sign: str = "") -> Cell:
     return Cell(
         text=f"{mean.value:{form}}", interval=interval, value=mean.value, low=mean.low, high=mean.high, unit="1"
     )
-
-
-def _cosine(value: float) -> str:
-    """With as many digits as needed to distinguish it from 1, at most six."""
-    return "1" if value > 1 - 5e-7 else f"{value:.6f}"
 
 
 def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
@@ -262,23 +252,21 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
         UsageError: the variant or replicate does not exist, or the run has no answers; the message lists the existing
             ones.
     """
+    name, tokens = run.manifest.run, run.manifest.tokens
     answered = [one for one in run.records if one.role == "variant" and _prompts(one)]
     records = {one.replicate: one for one in answered if one.name == variant}
-    if answered and not records:
-        names = ", ".join(dict.fromkeys(one.name for one in answered))
-        raise UsageError(f"variant {variant!r}: run {run.manifest.run} has no answers of it. It has those of: {names}.")
-    if records and replicate not in records:
-        known = ", ".join(map(str, sorted(records)))
-        raise UsageError(f"replicate = {replicate}: run {run.manifest.run} has {known} of {variant}.")
+    names = ", ".join(dict.fromkeys(one.name for one in answered))
+    require(records or not answered, f"variant {variant!r}: run {name} has no answers of it. It has those of: {names}.")
+    known = ", ".join(map(str, sorted(records)))
+    require(replicate in records or not records, f"replicate = {replicate}: run {name} has {known} of {variant}.")
     workload = read_own_workloads(run).get(variant) or read_study(run).workload
-    tokens = run.manifest.tokens
     examples = tokens.get("own", {}).get(variant, tokens).get("examples", [])
     chosen = [index for index in _prompts(records[replicate]) if index < len(examples)][:count] if records else []
-    if not chosen:
-        raise UsageError(
-            f"run {run.manifest.run} kept no answers. Write open_ended_tokens = 64 in [workload] of the study and "
-            "measure it again with the phase generate."
-        )
+    require(
+        chosen,
+        f"run {name} kept no answers. Write open_ended_tokens = 64 in [workload] of the study and measure it again "
+        "with the phase generate.",
+    )
     source = catalogue.resolve(workload.model)
     from lorameter.trial.data.tokens import load_tokenizer
 

@@ -19,19 +19,20 @@ from lorameter.records.units import format_percent
 from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio
 from lorameter.stats import MAX_ADVISED, Comparison
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.series import MARGIN
+from lorameter.verdicts.compare import ComparisonRow
+from lorameter.verdicts.series import ComparisonLimits, is_memory
 
 Between = Literal["variants", "sides"]
 """Whether variants of a study are compared, or a candidate and its base."""
+_LIMITS = ComparisonLimits()
 
-_BASIS = re.compile(r" \((\d[^()]*replicate[^()]*)\)")
 _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
 PHASE_WORDS = {"train": "training", "generate": "generation", "cold": "cold start"}
 
 
 def _direction_words(metric: str) -> tuple[str, str]:
     """The words for a worse and a better metric; an unknown metric counts as a time."""
-    if metric.endswith("_bytes"):
+    if is_memory(metric):
         return "larger", "smaller"
     if metric not in METRICS or METRICS[metric].unit in ("s", "1/s"):
         return "slower", "faster"
@@ -59,8 +60,11 @@ def describe_request(workload: Workload) -> str:
     return tokens if workload.request_batch == 1 else f"{workload.request_batch} × ({tokens})"
 
 
-def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Between) -> Cell:
+def verdict_cell(
+    comparison: Comparison, metric: str, between: Between, limits: ComparisonLimits | ComparisonRow = _LIMITS
+) -> Cell:
     """The verdict as one word; equivalence with its margin."""
+    margin = limits.tolerance if is_memory(metric) else limits.margin
     words = {
         "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
         "no_baseline": "no baseline",
@@ -71,15 +75,14 @@ def verdict_cell(comparison: Comparison, metric: str, margin: float, between: Be
     return Cell(verdict=comparison.verdict, verdict_text=words.get(comparison.verdict, ""))
 
 
-def format_verdict(comparison: Comparison | None, metric: str = "", margin: float = MARGIN) -> tuple[str, str]:
+def format_verdict(comparison: Comparison | None, metric: str = "") -> str:
     """A ratio between variants with its interval, and its verdict; the reason if there is no ratio."""
     if comparison is None or comparison.ratio is None:
-        return "not measured" if comparison is None else f"not measured: {comparison.reason}", ""
-    cell = verdict_cell(comparison, metric, margin, "variants")
-    return f"{write_ratio(comparison).line} ", cell.verdict_text or cell.verdict
+        return "not measured" if comparison is None else f"not measured: {comparison.reason}"
+    return f"{write_ratio(comparison).line} {verdict_cell(comparison, metric, 'variants').words}"
 
 
-def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool = False) -> str:
+def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving) -> str:
     """The range of an inconclusive effect, the smallest detectable difference, and advice."""
     if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
@@ -87,26 +90,15 @@ def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Inte
         "" if comparison.mde80 is None else f"; smallest detectable difference: {format_percent(comparison.mde80)}"
     )
     between = " and ".join(_effect(end, metric) for end in (comparison.low, comparison.high))
-    return f"between {between}{detectable}. {_advice(comparison, metric, interleaving, ab=ab)}"
+    return f"between {between}{detectable}. {_advice(comparison, interleaving)}"
 
 
-def _advice(comparison: Comparison, metric: str, interleaving: Interleaving, *, ab: bool) -> str:
+def _advice(comparison: Comparison, interleaving: Interleaving) -> str:
     if interleaving == "separate":
         return "Use `lorameter ab`, or stop other work."
     if comparison.replicates_needed is not None and comparison.replicates_needed <= MAX_ADVISED:
         return f"Measure {comparison.replicates_needed} replicates, or stop other work."
-    if metric in METRICS and METRICS[metric].phase == "cold":
-        return "Stop other work: a cold start is a process of its own, and takes turns with no other."
-    if interleaving == "replicates":
-        return "Let processes take turns (--interleave lockstep), or stop other work."
-    return f"Stop other work, or take more turns (turns in [protocol]){'' if ab else ', or use `lorameter ab`'}."
-
-
-def split_basis(reason: str) -> tuple[str, str]:
-    """A verdict's reason without its basis ("3 replicates, paired turn by turn"), and the basis, which several verdicts
-    may share."""
-    found = _BASIS.search(reason)
-    return (reason, "") if found is None else (reason[: found.start()] + reason[found.end() :], found[1])
+    return "Stop other work, or measure more turns (turns in [protocol]) or cold starts (cold_replicates)."
 
 
 def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:

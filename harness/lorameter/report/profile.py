@@ -39,14 +39,12 @@ from lorameter.report.blocks import (
     to_line,
     to_lines,
     value_cell,
-    write_bytes,
     write_number,
     write_row,
-    write_seconds,
+    write_value,
 )
 from lorameter.report.phrases import describe_notices, format_verdict
 from lorameter.stats import Estimate
-from lorameter.verdicts.series import is_difference
 from lorameter.verdicts.validity import disturbance_notices
 
 TOP = 8
@@ -96,7 +94,7 @@ def _memory(profile: Profile) -> Table:
     measured, guess = profile.memory, profile.estimates
     rows = []
     for kind in in_order(dict.fromkeys((*measured.kinds, *guess), 1)):
-        size = write_bytes(measured.kinds[kind]) if kind in measured.kinds else "–"
+        size = write_value(measured.kinds[kind], "byte") if kind in measured.kinds else "–"
         rows.append(write_row(title_of(kind), size, _guess(guess[kind]) if kind in guess else "–"))
     total = sum(guess.values())
     expected = _guess(total, f" ({total / measured.peak_bytes - 1:+.1%})") if total else Cell(text="–")
@@ -122,7 +120,7 @@ def _tabulate_memory(
     peak in the columns after the size."""
     empty = [""] * len(peak)
     rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
-    outside = [write_row(f"{kind.replace('_', ' ')}, outside of it", write_bytes(size), *empty)
+    outside = [write_row(f"{kind.replace('_', ' ')}, outside of it", write_value(size, "byte"), *empty)
                for kind, size in account.outside_allocator.items()]  # fmt: skip
     return Table(
         title=f"Memory of the {'device' if device == 'cuda' else 'process'} at {at}",
@@ -130,7 +128,7 @@ def _tabulate_memory(
         rows=(
             *kinds,
             write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes, unit="byte"), *empty),
-            write_row("peak, as measured", write_bytes(account.peak_bytes), *peak, strong=True),
+            write_row("peak, as measured", write_value(account.peak_bytes, "byte"), *peak, strong=True),
             *outside,
         ),
         notes=notes,
@@ -215,8 +213,10 @@ def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names 
     rows = []
     for category, by_phase in categories_s(profile, step).items():
         seconds = sum(by_phase.values())
-        times = (write_seconds(by_phase[phase]) if by_phase[phase] else "–" for phase in step.phases)
-        rows.append(write_row(category, write_number(seconds / step.step.value, ".1%"), write_seconds(seconds), *times))
+        times = (write_value(by_phase[phase], "s") if by_phase[phase] else "–" for phase in step.phases)
+        rows.append(
+            write_row(category, write_number(seconds / step.step.value, ".1%"), write_value(seconds, "s"), *times)
+        )
     return Table(
         title=f"What ran{suffix}: {what}",
         heads=name_columns("category", f"of the {names.what}", "time", *step.phases),
@@ -268,7 +268,7 @@ def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_ob
 
 def _cost(finding: Finding) -> Cell:
     if finding.cost_s is None or finding.cost_share is None:
-        return write_bytes(finding.cost_bytes or 0)
+        return write_value(finding.cost_bytes or 0, "byte")
     of = "" if finding.metric == "step_time_s" else f" of {METRICS[finding.metric].title}"
     cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}"
     memory = "" if finding.cost_bytes is None else f"\n{format_bytes(finding.cost_bytes)}"
@@ -293,11 +293,11 @@ def describe_remedy(tried: RemedyResult) -> Document:
 
 def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
     finding, comparison, title = tried.finding, tried.comparison, METRICS[tried.metric].title
-    yield from make_invalid_lines(_invalid(tried))
+    if not tried.valid:
+        yield from make_invalid_lines(f"the comparison does not count, see `lorameter report {tried.run}`")
     if comparison is not None:
-        ratio, verdict = format_verdict(comparison, tried.metric)
-        word = Span(text=verdict if tried.valid else "invalid", tone="strong")
-        yield to_line(f"{title} with the remedy over without: {ratio}", word)
+        counted = comparison if tried.valid else dataclasses.replace(comparison, verdict="invalid")
+        yield to_line(f"{title} with the remedy over without: {format_verdict(counted, tried.metric)}")
         yield to_line(Span(text=comparison.reason, tone="faint"))
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of, part = ("a step" if name == "step_time_s" else f"the {METRICS[name].title}"
@@ -307,22 +307,9 @@ def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
         gained = format_interval(100 * (1 - comparison.ratio), low, high, "1")
         yield to_line(f"gained {gained} % of {of}; {seen}")
     if tried.control is not None:
-        yield to_line(
-            f"control (the present variant measured twice): {''.join(format_verdict(tried.control, tried.metric))}"
-        )
+        yield to_line(f"control (the present variant measured twice): {format_verdict(tried.control, tried.metric)}")
     yield from (to_line(Span(text=failure, tone="bad")) for failure in tried.failures)
     yield to_line(f"run {tried.run}")
-
-
-def _invalid(tried: RemedyResult) -> str | None:
-    """Why the comparison does not count; None if it counts."""
-    if tried.valid:
-        return None
-    if tried.failures:
-        return tried.failures[0]
-    if tried.control is not None and is_difference(tried.control):
-        return "the control differs from itself"
-    return f"see `lorameter report {tried.run}`"
 
 
 def describe_requests(
@@ -374,7 +361,7 @@ def _pass(title: str, one: PassAccount) -> Row:
         write_number(one.calls, ".0f"),
         write_number(float(one.flops), ".4g"),
         mfu,
-        write_bytes(one.bytes),
+        write_value(one.bytes, "byte"),
         mbu,
     )
 
@@ -402,7 +389,7 @@ def _request_memory(profile: RequestProfile) -> Table:
     moved = f"is made anew at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "stays where it is"
     size = format_bytes(facts.cache_bytes)
     lines.append(f"cache: {facts.cache}, {size} at the end of a request; it {moved}" if facts.cache else "cache: none")
-    rows = [write_row(title_of(kind), write_bytes(size)) for kind, size in in_order(account.kinds).items()]
+    rows = [write_row(title_of(kind), write_value(size, "byte")) for kind, size in in_order(account.kinds).items()]
     return _tabulate_memory(account, rows, device=profile.device, at="the peak of a request", notes=to_lines(lines))
 
 
@@ -413,8 +400,8 @@ def _cold(profile: RequestProfile) -> Table:
     for name, seconds in parts.items():
         until += seconds
         share = write_number(seconds / total, ".1%")
-        rows.append(write_row(COLD_PARTS[name], write_seconds(seconds), share, write_seconds(until)))
-    rows.append(write_row("cold start", write_seconds(total), "100 %", "", strong=True))
+        rows.append(write_row(COLD_PARTS[name], write_value(seconds, "s"), share, write_value(until, "s")))
+    rows.append(write_row("cold start", write_value(total, "s"), "100 %", "", strong=True))
     return Table(
         title="A cold start, part by part",
         heads=name_columns("part", "time", "of it", "until its end"),

@@ -34,21 +34,20 @@ OVERRIDES = {
 
 def reproduction_steps(run: Run) -> str:
     """The commands to type, with comments, which name unknown facts of the run."""
-    return "\n".join(_lines(run))
-
-
-def _lines(run: Run) -> Iterator[str]:
     manifest, provenance = run.manifest, facts_of(run.manifest.provenance, run.records)
     libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
     known = {name: libraries[name] for name in MAIN_LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
     changes = " with local changes" if git.get("dirty") else ""
     revision = f"commit {git['commit']}{changes}" if git.get("commit") else "no repository"
-    yield _comment(f"Python {python}; {revision}; seed {manifest.seed}")
-    if known:
-        yield "pip install " + " ".join(shlex.quote(f"{name}=={version}") for name, version in known.items())
-    yield from _of_sides(run) if manifest.sides else _of_one(run)
-    yield f"# study: {json.dumps(manifest.study, ensure_ascii=False, sort_keys=True)}"
+    install = shlex.join(["pip", "install", *(f"{name}=={version}" for name, version in known.items())])
+    lines = (
+        _comment(f"Python {python}; {revision}; seed {manifest.seed}"),
+        *([install] if known else []),
+        *(_of_sides(run) if manifest.sides else _of_one(run)),
+        f"# study: {json.dumps(manifest.study, ensure_ascii=False, sort_keys=True)}",
+    )
+    return "\n".join(lines)
 
 
 def _comment(text: str) -> str:
@@ -132,9 +131,6 @@ def _study(run: Run) -> tuple[str, list[str]]:
         for key, option in keys.items():
             value = stored.get(table, {}).get(key)
             if value is not None and value is not False and value != written[table].get(key):
-                words += [option] if value is True else [option, _given(value)]
+                given = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words += [option] if value is True else [option, given]
     return name, words
-
-
-def _given(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -40,19 +40,17 @@ from lorameter.report.phrases import (
     explain_inconclusive,
     format_effect,
     format_verdict,
-    split_basis,
     title_of,
     title_of_ratio,
 )
 from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView
-from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
 from lorameter.verdicts.same_training import describe_threads, versions_of
-from lorameter.verdicts.series import MARGIN, is_difference, is_memory
+from lorameter.verdicts.series import is_difference, is_memory
 from lorameter.verdicts.sites import describe_machines, is_mixed
 from lorameter.verdicts.validity import is_single_script_run
 
@@ -81,30 +79,30 @@ _STATES = {
 
 def describe_run(view: RunView) -> Document:
     """The whole report of a run."""
-    return tuple(_blocks(view))
-
-
-def _blocks(view: RunView) -> Iterator[Block]:
-    run, study = view.run, view.study
-    yield from make_invalid_lines(view.validity.invalid)
+    run, study, failures = view.run, view.study, view.validity.failures
     facts = (to_line(text, label=label) for label, text in _facts(run, study))
-    yield Section(title=study.title, lines=(*_summary(view), *facts))
+    tables: list[Block] = []
     for table in view.tables:
         notes = tuple(_notes(table, alone=view.alone))
-        yield collapse_constant_columns(dataclasses.replace(table.table, notes=notes))
+        tables.append(collapse_constant_columns(dataclasses.replace(table.table, notes=notes)))
         if table.phase in view.phases:
-            yield from describe_charts(view, table)
-    yield from list_sections({"Differs from the study as written": study.deviations, "Notes": study.notes})
-    if view.validity.failures:
-        yield Section(title="Trials without a result", lines=to_lines(view.validity.failures), tone="bad")
-    yield from describe_notices(view.notices)
-    yield from _statistics(view)
-    yield from _time(run.manifest.spending)
+            tables += describe_charts(view, table)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    yield to_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)
+    last = [to_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)]
     if run.state != "complete":
         rest = f" ({run.state}): the report shows the trials that have ended."
-        yield to_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
+        last.append(to_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False))
+    return (
+        *make_invalid_lines(view.validity.invalid),
+        Section(title=study.title, lines=(*_summary(view), *facts)),
+        *tables,
+        *list_sections({"Differs from the study as written": study.deviations, "Notes": study.notes}),
+        *([Section(title="Trials without a result", lines=to_lines(failures), tone="bad")] if failures else []),
+        *describe_notices(view.notices),
+        *_statistics(view),
+        *_time(run.manifest.spending),
+        *last,
+    )
 
 
 def _summary(view: RunView) -> Iterator[Line]:
@@ -166,35 +164,29 @@ def _label(table: PhaseTable) -> str:
 
 
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
-    """The control, and a line for each variant whose required paths differ from those of the others."""
+    """The control, unless the run is a single training."""
     if not alone:
-        ratio, verdict = format_verdict(table.control, table.metric, 0.01 if is_memory(table.metric) else MARGIN)
-        yield to_line(f"A/A control: {ratio}", *([Span(text=verdict, tone="strong")] if verdict else []))
-    if len(set(table.checks.values())) > 1:
-        for name, text in table.checks.items():
-            if text != ALL_ACTIVE:
-                yield to_line(f"required paths of {name}: ", Span(text=text, tone="bad"))
+        yield to_line(f"A/A control: {format_verdict(table.control, table.metric)}")
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
     """Advice on inconclusive verdicts and the estimators; the reason of each verdict is collapsed."""
     tables = () if view.alone else (*view.tables, *view.outcomes)
-    needs = [line for table in tables for line in _inconclusive(table)]
-    lines = [*needs[:MAX_NAMED], *_estimators(tables)]
-    reasons = [*needs[MAX_NAMED:], *_reasons(tables)]
+    needs, reasons = list[Line](), list[Line]()
+    for table in tables:
+        title, found = title_of_ratio(table.metric), {"A/A control": table.control, **table.ratios}
+        for name, one in found.items():
+            if one is not None and one.verdict != "invalid":
+                reasons.append(to_line(f"{title}, {name}: ", Span(text=one.reason, tone="faint")))
+            if one is not None and one.verdict == "inconclusive" and name in table.ratios:  # a control has a notice
+                advice = explain_inconclusive(one, table.metric, table.interleaving or "replicates")
+                about = Span(text=f"{name}, {title}", tone="warning")
+                needs.append(to_line(about, f": {advice}", label="inconclusive"))
+    lines, more = [*needs[:MAX_NAMED], *_estimators(tables)], (*needs[MAX_NAMED:], *reasons)
     if lines:
         yield Section(title="Statistics", lines=tuple(lines))
-    if reasons:
-        yield Collapsible(summary=to_line(Span(text="what each verdict rests on", tone="faint")), lines=tuple(reasons))
-
-
-def _inconclusive(table: PhaseTable) -> Iterator[Line]:
-    """The advice for each inconclusive variant; an inconclusive control has a notice."""
-    for name, ratio in table.ratios.items():
-        if ratio.verdict == "inconclusive":
-            about = Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning")
-            advice = explain_inconclusive(ratio, table.metric, table.interleaving or "replicates")
-            yield to_line(about, f": {advice}", label="inconclusive")
+    if more:
+        yield Collapsible(summary=to_line(Span(text="what each verdict rests on", tone="faint")), lines=more)
 
 
 def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
@@ -207,24 +199,6 @@ def _estimators(tables: Sequence[PhaseTable]) -> Iterator[Line]:
         yield to_line("; ".join(["the largest of the trials, with the least and the largest", *notes]), label="memory")
 
 
-def _reasons(tables: Sequence[PhaseTable]) -> Iterator[Line]:
-    """The reason of each verdict; a basis that several verdicts share is written once before them."""
-    shared: dict[str, list[str]] = {}
-    lines = []
-    for table in tables:
-        about = title_of_ratio(table.metric)
-        found: dict[str, Comparison | None] = {"A/A control": table.control, **table.ratios}
-        for name, one in found.items():
-            if one is not None and one.verdict != "invalid":
-                reason, basis = split_basis(one.reason)
-                shared.setdefault(basis, []).append(about)
-                lines.append(to_line(f"{about}, {name}: ", Span(text=reason, tone="faint")))
-    for basis, abouts in shared.items():
-        if basis:
-            yield to_line(f"{', '.join(dict.fromkeys(abouts))}: ", Span(text=basis, tone="faint"))
-    yield from lines
-
-
 def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     """The time spent on each part of a run; empty if the run has not recorded it."""
     if spending is None:
@@ -233,10 +207,7 @@ def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     measured = {PARTS_OF_TIME[part]: took for part, took in spending.measured_s.items() if part in PARTS_OF_TIME}
     parts = ", ".join(f"{part} {format_duration(took)}" for part, took in measured.items())
     share = f"{format_percent(spending.share)} of it measurement{': ' if parts else ''}{parts}"
-    lines = [f"{format_duration(spending.wall_s)}{of_limit}, {share}"]
-    if spending.turns:
-        lines.append(f"timed turns of each trial, by replicate: {', '.join(map(str, spending.turns))}")
-    yield Section(title="Time", lines=to_lines(lines))
+    yield Section(title="Time", lines=to_lines([f"{format_duration(spending.wall_s)}{of_limit}, {share}"]))
 
 
 def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:

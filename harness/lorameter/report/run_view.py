@@ -6,8 +6,6 @@ estimates.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +19,9 @@ from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
 from lorameter.report.phrases import title_of, verdict_cell
 from lorameter.stats import Comparison, Estimate
-from lorameter.studies.study import Study, unknown
+from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import matching
+from lorameter.verdicts.compare import check_patterns, matching
 from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import (
@@ -148,7 +146,8 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     """
     study = read_study(run)
     validity, known = run_validity(run, study), [variant.name for variant in study.variants]
-    chosen = {study.reference, *match_variants(known, selection.variants)}
+    check_patterns("variant", known, selection.variants)
+    chosen = {study.reference, *matching(known, selection.variants or ["*"])}
     names = tuple(name for name in known if name in chosen)
     if is_mixed(run):
         views = {site: view_of(part, selection) for site, part in runs_of_sites(run).items()}
@@ -178,26 +177,13 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     )
 
 
-def match_variants(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match a pattern; all names if there are no patterns. Raises `UsageError` for a pattern without a
-    match."""
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UsageError(f"variant {pattern!r}: {unknown(pattern, names)}")
-    return matching(names, patterns or ["*"])
-
-
 def _tables(source: _Source) -> Iterator[PhaseTable]:
     run, controls, selection = source.run.manifest.run, source.validity.controls, source.selection
     if absent := [phase for phase in selection.phases if phase not in controls]:
         raise UsageError(f"phase {absent[0]!r}: run {run} has {', '.join(controls) or 'none'}.")
     metrics = [name for name in METRICS if any(series.measuring(name) for series in source.groups.values())]
     known = [*metrics, *sorted({kind for one in source.run.records for kind in one.memory if is_memory(kind)})]
-    for pattern in selection.metrics:
-        if not fnmatch.filter(known, pattern):
-            near = difflib.get_close_matches(pattern, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Measured: {', '.join(known) or 'nothing'}."
-            raise UsageError(f"metric {pattern!r}: run {run} has none of that name. {hint}")
+    check_patterns("metric", known, selection.metrics)
     for metric in matching(known, selection.metrics):
         if phase_of(metric) in (selection.phases or PHASES):
             yield _tabulate_metric(source, phase_of(metric), metric)
@@ -276,8 +262,10 @@ def _columns(
         own = {reference: Cell(text="reference")}
         own |= {name: write_ratio(found) for name, found in ratios.items()}
         yield head, [own.get(series.name, Cell(text="–")) for series in shown]
-        margins = {name: _margin(source, name, metric) for name in ratios}
-        words = {name: verdict_cell(found, metric, margins[name], "variants") for name, found in ratios.items()}
+        words = {
+            name: verdict_cell(found, metric, "variants", source.selection.limits_of(name, metric))
+            for name, found in ratios.items()
+        }
         yield ColumnHeader(text="verdict", joins_left=True), [words.get(series.name, Cell()) for series in shown]
     yield _metric_column(shown, metric, priority=0)
     if not whole:
@@ -369,12 +357,6 @@ def _checks(series: Series) -> str:
         return "nothing required" if checks else "not checked"
     missed = {f"{check['path']} {check['status']}" for check in required if check["status"] != "active"}
     return ", ".join(sorted(missed)) or ALL_ACTIVE
-
-
-def _margin(source: _Source, name: str, metric: str) -> float:
-    """The margin within which a variant counts as equal to the reference."""
-    limits = source.selection.limits_of(name, metric)
-    return limits.tolerance if is_memory(metric) else limits.margin
 
 
 def _sort(rows: list[Row], heads: Sequence[ColumnHeader], key: str) -> list[Row]:

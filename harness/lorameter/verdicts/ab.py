@@ -14,7 +14,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, require
 from lorameter.machine.provenance import differing_packages
-from lorameter.records.metrics import METRICS
+from lorameter.records.metrics import METRICS, Phase
 from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
@@ -22,7 +22,7 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import ComparisonReport, Difference, default_metrics, fields_of, matching, row_of
-from lorameter.verdicts.notices import run_notices
+from lorameter.verdicts.notices import notices_of
 from lorameter.verdicts.same_training import compare_losses, sides_of_run, versions_by_name
 from lorameter.verdicts.series import (
     Key,
@@ -106,13 +106,12 @@ def report_of(
     if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
         judged |= without_equality({key: one for key, one in judged.items() if not is_memory(key[1])}, why)
-    control: dict[str, Comparison | None] = dict(validity.controls.items())
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),
         comparisons=tuple(row_of(*key, one, levels[key], limits_of) for key, one in (verdicts | judged).items()),
-        control=control,
-        notices=tuple(dict.fromkeys(_notices(run, study, control))),
+        control=dict(validity.controls.items()),
+        notices=_notices(run, study, validity.controls),
         losses={name: compare_losses(pair) for name, pair in scripts.items()},
     )
 
@@ -216,18 +215,15 @@ def _study(run: Run) -> Study:
     return read_study(run)
 
 
-def _notices(run: Run, study: Study, control: Mapping[str, Comparison | None]) -> Iterator[Notice]:
-    yield from run.manifest.notices
-    if _has_no_known_difference(run):
-        yield Notice(
-            code="sides-identical",
-            message="both sides have the same packages, the same harness and the same commit: nothing that lorameter "
-            "knows of differs between them.",
-            remedy="Read it as an A/A: what it shows is noise. Otherwise look at what the two sides name.",
-        )
-    for record in run.records:
-        yield from record.notices
-    yield from run_notices(run, study, {phase: result for phase, result in control.items() if result is not None})
+def _notices(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
+    """The notices of a run, after one about sides without a known difference."""
+    identical = Notice(
+        code="sides-identical",
+        message="both sides have the same packages, the same harness and the same commit: nothing that lorameter knows "
+        "of differs between them.",
+        remedy="Read it as an A/A: what it shows is noise. Otherwise look at what the two sides name.",
+    )
+    return (*([identical] if _has_no_known_difference(run) else []), *notices_of(run, study, controls))
 
 
 def _has_no_known_difference(run: Run) -> bool:

@@ -34,9 +34,7 @@ from lorameter.verdicts.compare import (
     Measurements,
     comparison_input,
     differences,
-    machine_differences,
-    planned_side,
-    variant_differences,
+    session_differences,
 )
 from lorameter.verdicts.series import Series, Trials, is_memory
 from lorameter.verdicts.validity import control_faults, format_faults
@@ -319,14 +317,12 @@ def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str
     Raises:
         UsageError: the file was not written by lorameter, or its content is damaged.
     """
-    side, session = read_saved(saved, where), planned_side(study, ours)
+    side = read_saved(saved, where)
     require(
         side.facts is not None and side.facts.get("written_by") != FOREIGN,
         f"{where}: the saved run was not written by lorameter. Compare another.",
     )
-    found = machine_differences(side, session)
-    for name in session.variants:
-        found += variant_differences(name, side, session)
+    found = session_differences(side, study, ours)
     return [f"{one.field}: {one.base!r} saved, {one.candidate!r} now" for one in found]
 
 

@@ -20,7 +20,6 @@ across them is meaningless. A refusal names each field that differs, with both v
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,6 @@ from lorameter.errors import (
     EXIT_UNEXPECTED,
     EXIT_USAGE,
     InvalidRunError,
-    UsageError,
     require,
 )
 from lorameter.machine import provenance
@@ -48,7 +46,7 @@ from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.records.units import first_few
 from lorameter.stats import Comparison, Verdict, run_wide_shift
-from lorameter.studies.study import Study
+from lorameter.studies.study import Study, unknown
 from lorameter.studies.study_file import read_study
 from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.same_training import LossAgreement, facts_of
@@ -94,11 +92,6 @@ class Measurements:
     """Why no number of this variant counts."""
     no_interval: str | None = None
     """Why these samples give only a ratio."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The measured metrics and kinds of memory."""
-        return tuple(self.samples)
 
     def trials(self, metric: str) -> Trials:
         """The samples of a metric, a list for each trial; [] if it was not measured."""
@@ -166,12 +159,6 @@ def comparison_input(run: Run) -> ComparisonInput:
     )
 
 
-def planned_side(study: Study, facts: Mapping[str, Any]) -> ComparisonInput:
-    """The variants that a session will measure, as a side without samples."""
-    variants = {one.name: Measurements(name=one.name, id=one.id, variant=one) for one in study.variants}
-    return ComparisonInput(name="this session", facts=facts, variants=variants)
-
-
 def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
     """Facts about machine, libraries and workload that must agree but differ; an unknown fact never agrees."""
     if base.absent is not None:
@@ -198,6 +185,16 @@ def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonI
         )
         for key in theirs.variant.differences(ours.variant)
     ]
+
+
+def session_differences(base: ComparisonInput, study: Study, facts: Mapping[str, Any]) -> list[Difference]:
+    """The differences between a base and a session that will measure a study; `facts` are those that must agree."""
+    variants = {one.name: Measurements(name=one.name, id=one.id, variant=one) for one in study.variants}
+    session = ComparisonInput(name="this session", facts=facts, variants=variants)
+    found = machine_differences(base, session)
+    for name in variants:
+        found += variant_differences(name, base, session)
+    return found
 
 
 def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: str = "") -> list[Difference]:
@@ -337,6 +334,12 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def check_patterns(kind: str, names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raise `UsageError` for a pattern that matches no name; `kind` is what the names are of."""
+    for pattern in patterns:
+        require(fnmatch.filter(names, pattern), f"{kind} {pattern!r}: {unknown(pattern, names)}")
+
+
 def compare(
     base: ComparisonInput,
     candidate: ComparisonInput,
@@ -397,16 +400,12 @@ def _choose_metrics(
 ) -> tuple[str, ...]:
     """Names of metrics and kinds of memory, in phase order."""
     variants = (*base.variants.values(), *candidate.variants.values())
-    measured = dict.fromkeys(metric for one in variants for metric in one.metrics)
+    measured = dict.fromkeys(metric for one in variants for metric in one.samples)
     known = tuple(dict.fromkeys([*(name for name in METRICS if name in measured), *measured]))
     if all_metrics:
         return known
     if patterns:
-        for pattern in patterns:
-            if not fnmatch.filter([*known, *METRICS], pattern):
-                near = difflib.get_close_matches(pattern, [*known, *METRICS], n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"Measured: {', '.join(known) or 'nothing'}."
-                raise UsageError(f"metric {pattern!r}: neither known nor measured on either side. {hint}")
+        check_patterns("metric", tuple(dict.fromkeys([*known, *METRICS])), patterns)
         return tuple(matching(known, patterns))
     phases = [phase for phase in candidate.phases if base.absent is not None or phase in base.phases]
     # Metrics of another project's file have no phase.
@@ -418,7 +417,7 @@ def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: Compari
     """The wanted metrics that either side measured for a variant; all times if a failure left no measurements."""
     sides = [side for side in (base.variants.get(name), candidate.variants.get(name)) if side is not None]
     found = [metric for metric in wanted if any(side.trials(metric) for side in sides)]
-    if found or not any(side.broken or not side.metrics for side in sides):
+    if found or not any(side.broken or not side.samples for side in sides):
         return found
     return [metric for metric in wanted if not is_memory(metric)] or list(wanted)[:1] or [PRIMARY["train"]]
 

@@ -28,30 +28,27 @@ MIN_STEPS_FOR_DRIFT = 12
 
 
 def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
-    """All notices of a run without repetition: those of its plan, of its trials, and those derived from its records."""
-    titled = {PHASE_TITLES[phase]: control for phase, control in controls.items() if control is not None}
-    found = [*run.manifest.notices, *(notice for record in run.records for notice in record.notices)]
-    return tuple(dict.fromkeys((*found, *run_notices(run, study, titled))))
-
-
-def run_notices(run: Run, study: Study, controls: Mapping[str, Comparison]) -> Iterator[Notice]:
-    """Notices of a run; `controls` are the A/A comparisons by the title of their phase."""
+    """All notices of a run without repetition: those of its plan, of its trials, and those derived from its records;
+    `controls` are the A/A comparisons."""
     ok = [record for record in run.records if record.status == "ok"]
-    on_cpu = run.manifest.provenance.get("device") == "cpu"
-    yield from _data(run, study)
-    yield from sameness_notices(run, study)
-    if on_cpu:
-        yield from _cpu(ok)
     counted = [record for record in run.records if record.status == "ok" or record.disturbed]
-    yield from disturbance_notices(counted, on_cpu=on_cpu)
-    yield from site_notices(run.records)
-    yield from _steps(ok)
-    yield from _constant_loss(ok)
-    yield from _cold_starts(ok)
-    yield from _disturbed(run)
-    for title, control in controls.items():
-        yield from _control(title, control)
-    yield from _damaged(run)
+    on_cpu = run.manifest.provenance.get("device") == "cpu"
+    found = (
+        *run.manifest.notices,
+        *(notice for record in run.records for notice in record.notices),
+        *_data(run, study),
+        *sameness_notices(run, study),
+        *(_cpu(ok) if on_cpu else ()),
+        *disturbance_notices(counted, on_cpu=on_cpu),
+        *site_notices(run.records),
+        *_steps(ok),
+        *_constant_loss(ok),
+        *_cold_starts(ok),
+        *_disturbed(run),
+        *(notice for phase, control in controls.items() for notice in _control(PHASE_TITLES[phase], control)),
+        *_damaged(run),
+    )
+    return tuple(dict.fromkeys(found))
 
 
 def _data(run: Run, study: Study) -> Iterator[Notice]:
@@ -216,7 +213,9 @@ def _disturbed(run: Run) -> Iterator[Notice]:
         )
 
 
-def _control(title: str, control: Comparison) -> Iterator[Notice]:
+def _control(title: str, control: Comparison | None) -> Iterator[Notice]:
+    if control is None:
+        return
     ratio = control.reason if control.ratio is None else format_ratio(control.ratio, control.low, control.high)
     if is_difference(control):
         yield Notice(
@@ -224,20 +223,13 @@ def _control(title: str, control: Comparison) -> Iterator[Notice]:
             message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",
             remedy="Quieten the machine and measure again; believe no difference of this run.",
         )
-    elif control.verdict == "inconclusive" and control.ratio is None:
-        yield Notice(
-            code="control-inconclusive",
-            message=f"{title}: the control has no ratio: {ratio}, so no two variants can be called equivalent.",
-            remedy="Measure more replicates, and of cold starts more with cold_replicates in [protocol].",
-        )
     elif control.verdict == "inconclusive":
-        count = control.replicates_needed
-        needed = f"--lorameter-replicates={count} (pytest) or --replicates {count}" if count else "5 to begin with"
-        more = f"Measure more replicates: {needed}."
+        count = control.replicates_needed or 5
         unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
+        more = f"Measure more: --replicates {count}, --lorameter-replicates={count} (pytest), or more cold_replicates."
         yield Notice(
             code="control-inconclusive",
             message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
             f"{unseen}.",
-            remedy=more if (count or 0) <= MAX_ADVISED else "Stop other work on this machine, and measure again.",
+            remedy=more if count <= MAX_ADVISED else "Stop other work on this machine, and measure again.",
         )

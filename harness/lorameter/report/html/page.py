@@ -7,9 +7,8 @@ template engine escapes every text, and control characters are made visible befo
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,7 @@ def write_html(
         figures: pictures after the text, each with its table.
         again: commands that reproduce the run; may be empty.
     """
-    numbers = svg.number_variants(names)
-    named = [(escape_control_chars(name), _colour(numbers, name)) for name in numbers]
+    classes = {name: f"s s{number % svg.COLOURS}" for number, name in enumerate(names)}
     blocks = list(document)
     invalid = blocks.pop(0) if blocks and isinstance(blocks[0], Line) and blocks[0].last else None
     head = blocks.pop(0) if blocks and isinstance(blocks[0], Section) and blocks[0].title == title else None
@@ -61,14 +59,9 @@ def write_html(
     return _environment().get_template("page").render(
         title=title, invalid=invalid, head=head, document=blocks, figures=figures, again=again,
         top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
-        classes=dict(named), names=named, colour=functools.partial(_colour, numbers),
+        classes=classes, names=[(escape_control_chars(name), own) for name, own in classes.items()],
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
     )  # fmt: skip
-
-
-def _colour(numbers: Mapping[str, int], name: str) -> str:
-    """The CSS classes of a variant; for an unknown name those of the first variant."""
-    return f"s s{numbers.get(name, 0) % svg.COLOURS}"
 
 
 def save_html(page: str, path: str | Path) -> Path:
@@ -104,9 +97,10 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(files), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
-    functions = (tone_of, numbers_of, format_interval, format_value)
-    environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {"kind": _kind, "scales": _scales, "svg": svg}
+    environment.globals.update(
+        tone_of=tone_of, numbers_of=numbers_of, format_interval=format_interval, format_value=format_value,
+        kind=_kind, scales=_scales, svg=svg,
+    )  # fmt: skip
     environment.filters["px"] = "{:.1f}".format
     environment.policies["truncate.leeway"] = 0
     return environment
@@ -121,7 +115,6 @@ def _finalize(value: Any) -> Any:
     return escape_control_chars(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-@functools.cache
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lorameter.records.units import format_interval, scale_of
+from lorameter.records.units import scale_of
 from lorameter.report.blocks import Axis, Bars, Chart, Curve, Intervals
 
 WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
@@ -20,21 +19,11 @@ WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
 LEFT, TOP, HEIGHT = 64, 30, 210
 """The left border, the upper border and the height of a plot area without a key."""
 COLOURS = 16
-"""Number of distinguishable colours. With more variants, those that vary the same field share a colour."""
+"""Number of distinguishable colours; with more variants they repeat."""
 KEY_ROW, MAX_KEYS, MAX_CHANGES = 18, 24, 6
 """Height of a line; maximum names (with more, pointing at a mark shows its name) and changes above a picture."""
 MAX_ROWS, MAX_TICKS, TICKS = 120, 12, 5
 """Maximum rows and named ticks; approximate number of round values on an axis."""
-
-
-def number_variants(names: Sequence[str]) -> dict[str, int]:
-    """The number of each variant, which determines its colour: its own, or, with more variants than colours, that of
-    its group, which is the name up to the first `=` or digit."""
-    if len(names) <= COLOURS:
-        return {name: number for number, name in enumerate(names)}
-    groups = {name: re.split(r"[=\d]", name, maxsplit=1)[0] for name in names}
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
-    return {name: numbers[group] for name, group in groups.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,14 +141,3 @@ def specks_of(curve: Curve, layout: Layout) -> str:
     across, up = layout.across.place, layout.up.place
     places = sorted({(round(across(point.x)), round(up(point.y))) for point in curve.points})
     return "".join(f"m{x - left} {y - above}h0" for (left, above), (x, y) in itertools.pairwise([(0, 0), *places]))
-
-
-def describe_point(curve: Curve, chart: Chart) -> str:
-    """The name and the numbers of a curve with a single point."""
-    (point,) = curve.points
-    (x_low, x_high), (y_low, y_high) = (ends or (None, None) for ends in (point.x_interval, point.y_interval))
-    x = format_interval(point.x, x_low, x_high, chart.across.unit)
-    y = format_interval(point.y, y_low, y_high, chart.up.unit)
-    return (
-        f"{curve.name}: {chart.across.title} {x}; {chart.up.title} {y}; {'behind' if curve.hollow else 'on'} the front"
-    )
