@@ -134,13 +134,13 @@ class JudgedPath:
     judge: Callable[[Any, Json], PathObservation]
     """Function from the ``Observation`` and the required value (None if there is none) to the finding."""
     by_operators: bool = False
-    """Whether it is based on profiler records, so that it is unknown without them."""
+    """Whether the path is judged by profiler records, so that it is unknown without them."""
     on_request: bool = False
-    """Whether it is judged only if it is required: it concerns packed records, or several ranks."""
+    """Whether the path is judged only if it is required: it concerns packed records, or several ranks."""
     by_modules: bool = True
-    """Whether it is based on module calls, so that it cannot be judged if those could not be observed."""
-    takes_update: bool = False
-    """Whether a step without an update is not conclusive for it."""
+    """Whether the path is judged by module calls, so that it cannot be judged if those could not be observed."""
+    needs_update: bool = False
+    """Whether the path cannot be judged by a step without an update."""
     further_steps: str | None = None
     """Why one step may not be conclusive although another may be, and what to do."""
 

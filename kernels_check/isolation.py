@@ -77,10 +77,10 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
         for call in calls:
             records = records_of(call.arguments)
             if records is None or not records.packed:
-                raise LayoutError(f"batch shows no two records in a row, which takes {PASSED_ON}")
+                raise LayoutError(f"no row of the batch shows two records; to show them, a batch needs {PASSED_ON}")
             counts.append(records.count)
             with ExitStack() as stack:
-                stack.enter_context(_by_row(model, call.training))
+                stack.enter_context(_make_rows_independent(model, call.training))
                 stack.enter_context(torch.set_grad_enabled(call.gradients))
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for kind, dtype in call.autocast:
@@ -124,7 +124,7 @@ def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iter
         changed = members & differing
         moved = (logits(changed) != reference).any(dim=-1)
         if not bool((moved & members).any()):
-            raise _UnclearError(f"changing {words} did not even change its own logits")
+            raise _UnclearError(f"changing {words} did not change even their own logits")
         leaked = moved & (inside & ~members)
         if not bool(leaked.any()):
             continue
@@ -201,7 +201,7 @@ def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
 
 
 @contextmanager
-def _by_row(model: nn.Module, training: bool) -> Iterator[None]:
+def _make_rows_independent(model: nn.Module, training: bool) -> Iterator[None]:
     """Switch off features that make a token depend on other rows, where possible; the caller restores the modes."""
     model.train(training)
     with without_repacking(model), ExitStack() as stack:

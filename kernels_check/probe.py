@@ -86,15 +86,15 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if claimed else 0
 
 
-def attempt(tried: FastPath, device: str) -> Attempt:
+def attempt(path: FastPath, device: str) -> Attempt:
     """Try one path; an exception is the reason why it cannot run."""
-    outcome = partial(Attempt, name=tried.name, path=tried.path, required=tried.required)
-    if tried.needs_gpu and device == "cpu":
-        return outcome(status="unavailable", reason="takes a GPU")
+    outcome = partial(Attempt, name=path.name, path=path.path, required=path.required)
+    if path.needs_gpu and device == "cpu":
+        return outcome(status="unavailable", reason="needs a GPU")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check = tried.make(device=device).check(tried.path, tried.required)
+            check = path.make(device=device).check(path.path, path.required)
     except Exception as error:
         return outcome(status="unavailable", reason=" ".join(f"{type(error).__name__}: {error}".split()))
     return outcome(status="ran" if check.met else "claimed", reason=check.reason)

@@ -230,10 +230,10 @@ STEADY = 1e-4
 fault for which this limit exists changes losses by at least 3e-4."""
 
 NF4_BY_FSDP2 = (
-    "FSDP2 gathers 4-bit weights anew for each forward, and bitsandbytes registers them anew inside it "
-    "(fix_4bit_weight_quant_state_from_module): what it then does to them, as in eval mode on a CPU with AVX512_BF16, "
-    "is lost to the next gathering, but not to their state, and another model computes. "
-    'Write repair = "quant_state" in [workload], which sets the quantisation state on the weight that is there, or '
+    "FSDP2 gathers the 4-bit weights again for each forward pass, and bitsandbytes registers each gathered weight "
+    "(fix_4bit_weight_quant_state_from_module). If bitsandbytes then rearranges it, as in eval mode on a CPU with "
+    "AVX512_BF16, the next gathering restores the weight but not its quantisation state, and the results are wrong. "
+    'Write repair = "quant_state" in [workload], which sets the state on the weight in the layer, or '
     'use strategy = "ddp"'
 )
 """Explanation of changing losses with a 4-bit base sharded by FSDP2."""
@@ -258,8 +258,8 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
         foreign = [row for row in one.rows if row not in wanted]
         if foreign:
             return failed(
-                f"rank {one.rank} was given other data: {len(foreign)} of its {len(one.rows)} sequences are none of "
-                "the step's"
+                f"rank {one.rank} was given other data: {len(foreign)} of its {len(one.rows)} sequences do not "
+                "belong to the step"
             )
     for one, other in combinations(facts, 2):
         rows, other_rows = Counter(one.rows), Counter(other.rows)
@@ -267,7 +267,7 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
         if twice and rows + other_rows - wanted:
             return failed(
                 f"ranks {one.rank} and {other.rank} train on the same data: {twice} of their {len(one.rows)} "
-                "sequences, which is what no share of its own by rank looks like"
+                "sequences, so the data is not divided among the ranks"
             )
     given = Counter(row for one in facts for row in one.rows)
     if given != wanted:
@@ -284,16 +284,16 @@ def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
     left = sum(base[name][1] for name in whole)
     if left > WHOLE_SHARE * total:
         return failed(
-            f"{len(whole)} of {len(base)} parameters of the base lie whole on every rank, {left / total:.0%} "
+            f"{len(whole)} of {len(base)} parameters of the base are whole on every rank, {left / total:.0%} "
             f"of its bytes: {name_some(whole)}"
         )
     for name, (_, size) in base.items():
         if name not in whole and sum(one.base[name][0] for one in facts) != size:
-            return failed(f"the parts of {name} on {ranks} ranks are not its whole")
+            return failed(f"the parts of {name} on {ranks} ranks do not add up to the whole")
     enlarged = [name for name, weights in four_bit.items() if 2 * base[name][1] > weights + 1]
     if enlarged:
         return failed(
-            f"{len(enlarged)} of {len(four_bit)} weights in 4 bits take more since they are sharded: "
+            f"{len(enlarged)} of {len(four_bit)} 4-bit weights take more than 4 bits after sharding: "
             f"{name_some(enlarged)}"
         )
     most = max(sum(here for here, _ in one.base.values()) for one in facts)
@@ -338,7 +338,7 @@ def _merge(found: Mapping[int, Check], ranks: int) -> Check:
     if worst.required is None:
         return worst
     if lacking := [str(rank) for rank in range(ranks) if rank not in found]:
-        reason = f"no row of rank {', '.join(lacking)} is about it; {worst.reason}"
+        reason = f"rank {', '.join(lacking)} has no check of it; {worst.reason}"
         return replace(worst, observed=None, status="unknown", reason=reason)
     if not worst.met and len({(check.observed, check.status) for check in found.values()}) > 1:
         listed = "; ".join(f"rank {rank}: {check.observed} ({check.status})" for rank, check in found.items())

@@ -243,7 +243,7 @@ class Watch:
         if self._steps.compiled and judged.by_modules:
             why = COMPILED_MEANWHILE
         # An optimizer that stepped in an earlier block did not step in this one.
-        elif judged.takes_update and not is_settled and not seen.updated and seen.calls < MAX_CALLS:
+        elif judged.needs_update and not is_settled and not seen.updated and seen.calls < MAX_CALLS:
             why = f"{NO_UPDATE}; so far: {check.reason}"
         elif self._may_show_more(check, seen):
             why = f"{judged.further_steps}; so far: {check.reason}"

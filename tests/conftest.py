@@ -81,7 +81,7 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def signals_reach_what_is_started():
+def signals_reach_child_processes():
     """Handle SIGINT and SIGHUP where the shell ignores them (background jobs, `nohup`), since processes of the tests
     would inherit that; a handler is not inherited."""
     ignored = {
@@ -95,7 +95,7 @@ def signals_reach_what_is_started():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_imported_is_collected():
+def imported_objects_are_not_collected():
     """Exclude imported objects from garbage collection, as the zygote does.
 
     The phases of a trial end with a full collection, which takes 0.4 s in a process that has imported every library;
@@ -113,15 +113,15 @@ def no_steps_are_timed(monkeypatch):
 
     time_steps = forecast_time.time_steps
 
-    def pretend(plan, executor):
+    def constant_times(plan, executor):
         found = time_steps(plan, None)
         if executor is None or plan.study.of_scripts:
             return found
         times = forecast_time.TrialTimes(step_s=0.5, evaluate_s=0.5, request_s=0.5, load_s=0.5)
         trials = {arm.variant.name: times for arm in plan.arms}
-        return forecast_time.PlanTimes(import_s=4.0, trials=trials, parallel=2, basis="pretended times")
+        return forecast_time.PlanTimes(import_s=4.0, trials=trials, parallel=2, basis="simulated times")
 
-    monkeypatch.setattr(forecast_time, "time_steps", pretend)
+    monkeypatch.setattr(forecast_time, "time_steps", constant_times)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Manifests and the fields of a record without an injected value come from the two
 so that constructed runs have the form of measured ones. Their samples are drawn by seeded generators of the standard
 library and written with six digits. Nothing of `harness` is imported, so that these files do not change with it.
 
-RUNS        what a user may have in a runs directory, whole and broken off
+RUNS        what a user may have in a runs directory, complete and interrupted
 DAMAGED     runs that cannot be read, each for another reason
 PROFILES    all facts of a profile, as `lorameter profile` writes them
 """
@@ -33,7 +33,7 @@ REFERENCE, NF4, ALPHA = "lora-r16", "qlora-nf4-r16", "qlora-nf4-r64-a256"
 SWEEP = ("r64-a16-d0.1", "lora_alpha=32", "lora_alpha=64", "lora_alpha=256", "r=16", "r=32", "r=512")
 JUDGED = ("1", "2", "3", "3 to EOS", "4", "8", "9", "11")
 """Claims on alpha and r only, whose levels this sweep has."""
-BEGUN = 1795000000.0
+START_UNIX_S = 1795000000.0
 MIB = 2**20
 SCHEMA = 5
 KEPT_VALUES = "host_watched_train_s new_tokens packed_4bit_decode threads trainable_parameters warmup_steady".split()
@@ -56,7 +56,7 @@ def measured(which: str) -> tuple[Json, list[Json]]:
     return manifest, [one | {"checks": [evidence[name] for name in one["checks"]]} for one in records]
 
 
-class Planted:
+class ConstructedRun:
     """One run: the machine's effect on all arms of a turn, the noise of each arm, and the injected values."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Planted:
         edit: Change = lambda manifest: manifest,
     ) -> None:
         self.name = name
-        self.luck = random.Random(name)
+        self.rng = random.Random(name)
         self.manifest, self._templates = measured(which)
         self.variants, self.replicates, self.turns, self.phases = variants, replicates, turns, phases
         self.ratios, self.control, self.noise, self.scale = ratios or {}, control, noise, scale
@@ -120,7 +120,7 @@ class Planted:
         study["protocol"] |= {"replicates": self.replicates, "turns": self.turns, "steps_per_turn": 1}
         study["protocol"] |= {"phases": list(self.phases), "peak_replicates": self.peaks}
         made |= {
-            "run": self.name, "order": order, "created_unix_s": BEGUN, "phases": list(self.phases), "seed": 7,
+            "run": self.name, "order": order, "created_unix_s": START_UNIX_S, "phases": list(self.phases), "seed": 7,
             "interleaving": self.level, "selection": list(self.variants), "status": self.status, "schema": SCHEMA,
         }  # fmt: skip
         made["provenance"].pop("settings", None)
@@ -148,7 +148,7 @@ class Planted:
         position = 0
         for replicate in range(self.replicates):
             arms = self._arms()
-            self.luck.shuffle(arms)
+            self.rng.shuffle(arms)
             machine = self._machine()
             for isolated in (False, True):
                 for name, role, side in arms:
@@ -160,8 +160,8 @@ class Planted:
 
     def _machine(self) -> list[float]:
         """Return step times of the reference in one replicate; the machine's noise is far larger than an arm's own."""
-        level = 0.05 * self.scale * math.exp(self.luck.gauss(0, 0.04))
-        return [level * math.exp(self.luck.gauss(0, 0.08)) for _ in range(self.turns)]
+        level = 0.05 * self.scale * math.exp(self.rng.gauss(0, 0.04))
+        return [level * math.exp(self.rng.gauss(0, 0.08)) for _ in range(self.turns)]
 
     def _record(
         self, name: str, role: str, side: str, replicate: int, position: int, machine: list[float], *, isolated: bool
@@ -175,9 +175,10 @@ class Planted:
         made = {key: copy.deepcopy(template[key]) for key in ("name", "variant", "failure", "seed")}
         made |= {
             "schema": SCHEMA, "trial": f"r{replicate}-{name}{suffix}", "role": role, "side": side, "attempt": 0,
-            "replicate": replicate, "position": position, "started_unix_s": BEGUN + 20.0 * position, "status": "ok",
-            "wall_time_s": 15.0, "interleaving": "replicates" if isolated else self.level, "notices": [],
-            "log": f"logs/r{replicate}-{name}{suffix}.log", "turn_lengths": [] if isolated else [1] * self.turns,
+            "replicate": replicate, "position": position, "started_unix_s": START_UNIX_S + 20.0 * position,
+            "status": "ok", "wall_time_s": 15.0, "interleaving": "replicates" if isolated else self.level,
+            "notices": [], "log": f"logs/r{replicate}-{name}{suffix}.log",
+            "turn_lengths": [] if isolated else [1] * self.turns,
             "checks": self._checked(template), "memory": self._memory(name, side) if isolated else {},
             "tokens": {"hash": template["tokens"]["hash"][:12], "padded_tokens": 0, "real_tokens": 32768},
             "values": {key: rounded(template["values"][key]) for key in KEPT_VALUES if key in template["values"]},
@@ -219,17 +220,17 @@ class Planted:
         return made
 
     def _near(self, value: float) -> float:
-        return rounded(value * math.exp(self.luck.gauss(0, self.noise)))
+        return rounded(value * math.exp(self.rng.gauss(0, self.noise)))
 
     def _loss(self, name: str) -> float:
-        return self.losses.get(name, 4.6) * math.exp(self.luck.gauss(0, 0.001))
+        return self.losses.get(name, 4.6) * math.exp(self.rng.gauss(0, 0.001))
 
     def _checked(self, template: Json) -> list[Json]:
         """Return some checks with a short reason."""
         return [check | {"reason": "seen"} for check in template["checks"][: self.checks]]
 
     def _memory(self, name: str, side: str) -> Json:
-        peak = 440 + 12 * self.variants.index(name) + self.luck.randrange(2)
+        peak = 440 + 12 * self.variants.index(name) + self.rng.randrange(2)
         peak += self.heavier_mib if side == "candidate" else 0
         return {
             "host_rss_at_start_bytes": 339 * MIB, "host_peak_train_bytes": peak * MIB,
@@ -296,7 +297,7 @@ def fallen_back(record: Json) -> Json:
     return record
 
 
-def broken_off(record: Json) -> Json | None:
+def interrupted(record: Json) -> Json | None:
     """Return the records of a run that was stopped in its third replicate."""
     if record["replicate"] > 2:
         return None
@@ -321,9 +322,12 @@ def disturb(path: Path) -> None:
             first = record | ({"status": "invalid", "failure": fault} if record["name"] == NF4 else {})
             again += [first, record | {"attempt": 1, "started_unix_s": record["started_unix_s"] + 500.0}]
         elif group == (2, "lockstep") and record["name"] == ALPHA:
-            spoilt = record | {"status": "invalid", "failure": fault}
-            spoilt["values"] = record["values"] | {"host_swap_in_train_bytes": 64.0 * MIB, "host_watched_train_s": 1.0}
-            again += [spoilt | {"attempt": attempt} for attempt in range(3)]
+            disturbed = record | {"status": "invalid", "failure": fault}
+            disturbed["values"] = record["values"] | {
+                "host_swap_in_train_bytes": 64.0 * MIB,
+                "host_watched_train_s": 1.0,
+            }
+            again += [disturbed | {"attempt": attempt} for attempt in range(3)]
         else:
             again.append(record)
     (path / "trials.jsonl").write_text("".join(map(_text, again)), encoding="utf-8")
@@ -337,7 +341,7 @@ def cut(path: Path) -> None:
 
 def resumed(manifest: Json) -> Json:
     harness = manifest["provenance"]["worker"]["harness"]
-    times = ((BEGUN + 86400.0, harness, 30.0), (BEGUN + 172800.0, "0.1.0 sha256:cccccccccccc", None))
+    times = ((START_UNIX_S + 86400.0, harness, 30.0), (START_UNIX_S + 172800.0, "0.1.0 sha256:cccccccccccc", None))
     manifest["resumed"] = [
         {"unix_s": at, "harness": by, "commit": "3" * 40, "max_minutes": limit} for at, by, limit in times
     ]
@@ -378,35 +382,39 @@ SWEPT: Json = {
 }  # fmt: skip
 
 
-def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
+def runs() -> list[tuple[ConstructedRun, Callable[[Path], None]]]:
     """Return every run with the changes of its files afterwards."""
 
     def nothing(path: Path) -> None:
         pass
 
     plain = [
-        Planted("sound", replicates=5, phases=BOTH, ratios=USUAL),
-        Planted("slower", replicates=5, phases=BOTH, ratios={NF4: 1.5, ALPHA: 1.0}),
-        Planted("another-day", replicates=5, phases=BOTH, scale=1.3, ratios=USUAL),
-        Planted("cold", phases=(*BOTH, "cold"), peaks=4),
-        Planted("noisy", replicates=3, noise=0.2),
-        Planted("fewer-variants", variants=(REFERENCE, NF4)),
-        Planted("without-reference", variants=(NF4, ALPHA)),
-        Planted("one-replicate", replicates=1, peaks=1),
-        Planted("control-failed", control=1.2),
-        Planted("failed", replicates=4, change=failed),
-        Planted("diverged", change=diverged),
-        Planted("fallback", change=fallen_back),
-        Planted("interrupted", replicates=4, status="interrupted", change=broken_off),
-        Planted("given-up", replicates=4, status="failed", change=until_the_second),
-        Planted("other-machine", replicates=5, phases=BOTH, edit=elsewhere),
-        Planted("resumed", ratios=USUAL, edit=resumed),
-        Planted("ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8),
-        Planted("ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}),
-        Planted("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),
-        Planted("ab-failed", sides=True, variants=(REFERENCE, NF4), change=crashed_candidate),
-        Planted("swept", **SWEPT),
-        Planted(
+        ConstructedRun("sound", replicates=5, phases=BOTH, ratios=USUAL),
+        ConstructedRun("slower", replicates=5, phases=BOTH, ratios={NF4: 1.5, ALPHA: 1.0}),
+        ConstructedRun("another-day", replicates=5, phases=BOTH, scale=1.3, ratios=USUAL),
+        ConstructedRun("cold", phases=(*BOTH, "cold"), peaks=4),
+        ConstructedRun("noisy", replicates=3, noise=0.2),
+        ConstructedRun("fewer-variants", variants=(REFERENCE, NF4)),
+        ConstructedRun("without-reference", variants=(NF4, ALPHA)),
+        ConstructedRun("one-replicate", replicates=1, peaks=1),
+        ConstructedRun("control-failed", control=1.2),
+        ConstructedRun("failed", replicates=4, change=failed),
+        ConstructedRun("diverged", change=diverged),
+        ConstructedRun("fallback", change=fallen_back),
+        ConstructedRun("interrupted", replicates=4, status="interrupted", change=interrupted),
+        ConstructedRun("given-up", replicates=4, status="failed", change=until_the_second),
+        ConstructedRun("other-machine", replicates=5, phases=BOTH, edit=elsewhere),
+        ConstructedRun("resumed", ratios=USUAL, edit=resumed),
+        ConstructedRun(
+            "ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8
+        ),
+        ConstructedRun(
+            "ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}
+        ),
+        ConstructedRun("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),
+        ConstructedRun("ab-failed", sides=True, variants=(REFERENCE, NF4), change=crashed_candidate),
+        ConstructedRun("swept", **SWEPT),
+        ConstructedRun(
             "swept-in-part",
             **SWEPT
             | {
@@ -419,8 +427,8 @@ def runs() -> list[tuple[Planted, Callable[[Path], None]]]:
     ]
     return [
         *((run, nothing) for run in plain),
-        (Planted("disturbed"), disturb),
-        (Planted("killed", replicates=4, status="running", change=until_the_second), cut),
+        (ConstructedRun("disturbed"), disturb),
+        (ConstructedRun("killed", replicates=4, status="running", change=until_the_second), cut),
     ]
 
 
@@ -431,7 +439,7 @@ def damage(folder: Path) -> None:
     """Write a small run with one kind of damage after another."""
 
     def damaged(name: str, manifest: Change | None = None, record: Change | None = None) -> Path:
-        run = Planted(name, replicates=1, checks=1, variants=(REFERENCE,))
+        run = ConstructedRun(name, replicates=1, checks=1, variants=(REFERENCE,))
         if manifest is not None:
             run.edit = manifest
         if record is not None:
@@ -458,14 +466,14 @@ RAN = {
 
 def profile(*, missing: str = "") -> Json:
     """Return a profile of the 4-bit variant."""
-    luck = random.Random(f"profile {missing}")
+    rng = random.Random(f"profile {missing}")
     manifest, records = measured("lora-or-qlora")
     variant = next(one for one in manifest["study"]["variants"] if one["name"] == NF4)
     template = next(one for one in records if one["trial"] == f"r0-{NF4}-isolated")
-    noise = [math.exp(luck.gauss(0, 0.004)) for _ in range(8)]
+    noise = [math.exp(rng.gauss(0, 0.004)) for _ in range(8)]
 
     def times(seconds: float) -> list[float]:
-        return [rounded(seconds * factor * math.exp(luck.gauss(0, 0.001))) for factor in noise]
+        return [rounded(seconds * factor * math.exp(rng.gauss(0, 0.001))) for factor in noise]
 
     whole = sum(PHASES.values()) + 0.001
     samples = {f"phase_{name}_s": times(seconds) for name, seconds in PHASES.items()} | {
@@ -475,7 +483,7 @@ def profile(*, missing: str = "") -> Json:
     }  # fmt: skip
     record = {
         "schema": SCHEMA, "trial": f"r0-{NF4}", "status": "ok", "name": NF4, "variant": template["variant"], "seed": 0,
-        "role": "variant", "replicate": 0, "position": 0, "interleaving": "replicates", "started_unix_s": BEGUN,
+        "role": "variant", "replicate": 0, "position": 0, "interleaving": "replicates", "started_unix_s": START_UNIX_S,
         "wall_time_s": 20.0, "samples": samples, "memory": template["memory"], "checks": template["checks"][:4],
         "values": {"useful_positions": 192.0, "useful_pairs": 9312.0, "trainable_parameters": 299008.0},
         "notices": [{"code": "constructed", "message": "a notice of the trial.", "remedy": "None."}],

@@ -54,7 +54,7 @@ def test_errors_and_lists_escape_control_sequences(capsys, tmp_path):
         (["run", "x" * 5000], "not known"),
         (["report", "x" * 5000], "not found"),
         (["compare", "/dev/zero", "/dev/zero"], "not found"),
-        (["gate", "a", "b", "--policy", "/dev/zero"], "no plain file"),
+        (["gate", "a", "b", "--policy", "/dev/zero"], "not a regular file"),
         (
             ["ab", "training-step", "--base", "HEAD", "--candidate", "HEAD", "--inject-rows", "1" + "0" * 12],
             "inject-rows",
@@ -152,20 +152,20 @@ def test_an_interrupt_while_options_are_read_is_a_stop(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["run", "training-step", "--replcates", "3"], "unknown option --replcates. Did you mean --replicates?"),
         (["sample", "a", "b", "--xyzzy"], "unknown option --xyzzy. `lorameter sample --help` lists them."),
         (["list", "runs", "a", "b"], "unrecognized arguments: b"),
     ],
 )
-def test_a_mistyped_option_gets_the_nearest(capsys, words, said):
+def test_a_mistyped_option_gets_the_nearest(capsys, words, expected):
     """The error is one line on every Python version."""
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert said in last
+    assert expected in last
     assert "bisect" not in last
 
 

@@ -55,7 +55,7 @@ def test_the_installed_package_is_imported_and_reads_runs(python, tmp_path):
 
 
 @pytest.mark.parametrize("variables", [{}, {"PYTHONPATH": "."}], ids=["pytest", "pythonpath-pytest"])
-def test_a_project_with_its_own_harness_is_unharmed(variables, python, tmp_path):
+def test_a_project_with_its_own_harness_is_unaffected(variables, python, tmp_path):
     """The plugin loads in a project with its own packages `harness` and `tests`, and the project imports its own."""
     for name, text in {
         "harness/__init__.py": "ANSWER = 42\n",

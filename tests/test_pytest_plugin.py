@@ -27,8 +27,8 @@ from tests.run import fakes
 for name in ("numpy", "scipy.special", "scipy.stats"):
     importlib.import_module(name)  # pytester unloads what a session imports, and these cannot be loaded twice
 
-LEAN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
-"""Options of every session here: the plugins of Hypothesis and anyio are no part of it, and take most of its start."""
+PYTEST_OPTIONS = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio")
+"""Options of every session here: without the plugins of Hypothesis and anyio, which take most of the start-up time."""
 STEP_S = {"plain": 0.1, "nf4": 0.123456789012345678}
 
 
@@ -114,11 +114,11 @@ def suite(pytester, monkeypatch):
     monkeypatch.setattr(FakeExecutor, "asked", [])
 
     def run(*options):
-        return pytester.runpytest_inprocess("--lorameter-study=small.toml", *LEAN, *options)
+        return pytester.runpytest_inprocess("--lorameter-study=small.toml", *PYTEST_OPTIONS, *options)
 
     def start(*options):
         """Run a session in a process of its own, with the real executor."""
-        return pytester.runpytest_subprocess("--lorameter-study=small.toml", *LEAN, *options)
+        return pytester.runpytest_subprocess("--lorameter-study=small.toml", *PYTEST_OPTIONS, *options)
 
     run.path, run.start = pytester.path, start
     return run
@@ -209,7 +209,7 @@ def test_cprofile_is_refused_with_its_reason(suite):
     assert not FakeExecutor.asked
 
 
-def test_a_failed_trial_fails_its_tests_and_no_other(suite, monkeypatch):
+def test_a_failed_trial_fails_only_its_own_tests(suite, monkeypatch):
     """The failure shows the status, the message and the log; the exit code reports it."""
     monkeypatch.setattr(FakeExecutor, "failing", "nf4")
     result = suite("--benchmark-save=x")
@@ -254,16 +254,16 @@ def test_baseline_is_the_accepted_run(suite, base):
     accepted.stdout.fnmatch_lines(["Gate passed*", f"*against {base.name}*"])
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "expected"), [
     (["--lorameter-base=no-such-run"], "*no-such-run*not found*"),
     (["--lorameter-policy=open.toml"], "*there is no base*"),
     (["--lorameter-base=BASE", "--benchmark-disable"], "*measures nothing that could be judged*"),
 ])  # fmt: skip
-def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options, said):
+def test_a_bad_base_is_refused_before_anything_is_measured(suite, base, options, expected):
     """A bad base prints one line, exits with pytest's code 4 and measures no trial."""
     result = suite(*(option.replace("BASE", base.name) for option in options))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([said])
+    result.stderr.fnmatch_lines([expected])
     assert not FakeExecutor.asked
 
 
@@ -284,7 +284,7 @@ def test_a_gate_with_nothing_to_judge_does_not_pass(suite, base):
     result.stdout.fnmatch_lines(["*nothing was measured*"])
 
 
-def test_an_exception_in_the_gate_is_no_pass(suite, base, monkeypatch):
+def test_an_exception_in_the_gate_fails_the_session(suite, base, monkeypatch):
     """The session fails with the traceback, and the rest of the report is still printed."""
     monkeypatch.setattr(pytest_session, "compare", None)
     result = suite(f"--lorameter-base={base}", "--lorameter-policy=open.toml")
@@ -312,7 +312,7 @@ def test_an_interrupted_session_is_resumed_and_replayed(suite, base):
 def test_a_project_that_does_not_attach_is_left_alone(pytester):
     """The plugin only adds its options; machine_info is pytest-benchmark's."""
     pytester.makepyfile("def test_x(benchmark): benchmark(lambda: 1)")
-    result = pytester.runpytest_inprocess("--benchmark-json=out.json", *LEAN)
+    result = pytester.runpytest_inprocess("--benchmark-json=out.json", *PYTEST_OPTIONS)
     result.assert_outcomes(passed=1)
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
 

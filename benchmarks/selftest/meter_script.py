@@ -67,7 +67,7 @@ class Switch:
             steps._report = functools.partial(self._report, steps._report)
 
     def _report(self, report: Callable[[], None]) -> None:
-        self.reported += len(self.meter._steps._noted)
+        self.reported += len(self.meter._steps._unreported)
         wall, cpu = time.perf_counter(), time.process_time()
         report()
         self.wall += time.perf_counter() - wall

@@ -120,10 +120,10 @@ def sounds_secret(name: str) -> bool:
     return _SECRET.search(name) is not None and _NO_SECRET.search(name) is None
 
 
-def is_credential(value: str, *, apart: bool) -> bool:
-    """Whether the value after such a name may be a credential; after a blank (`apart`) it may also be another
+def is_credential(value: str, *, after_blank: bool) -> bool:
+    """Whether the value after such a name may be a credential; after a blank (`after_blank`) it may also be another
     option."""
-    return not (apart and value.startswith("-")) and _NO_CREDENTIAL.fullmatch(value) is None
+    return not (after_blank and value.startswith("-")) and _NO_CREDENTIAL.fullmatch(value) is None
 
 
 def redact(text: str, *, whole_addresses: bool = True) -> str:
@@ -156,7 +156,7 @@ def _without_named(text: str) -> str:
             continue
         header = found["colon"] and found["name"].lower().endswith("authorization")
         value = (_HEADER.match(text, found.end()) if header else None) or _VALUE.match(text, found.end())
-        if value is not None and is_credential(value["value"], apart=found["blank"] is not None):
+        if value is not None and is_credential(value["value"], after_blank=found["blank"] is not None):
             quote = value["quote"] or ""
             parts += [text[at : value.start("value")], f"{quote}{HIDDEN}{quote}"]
             at = value.end("value")

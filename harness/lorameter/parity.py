@@ -94,14 +94,14 @@ def check_adapter(folder: str) -> Path:
     remedy = "Name the folder that save_pretrained wrote the adapter into."
     for name in (CONFIG, WEIGHTS):
         if not fileio.is_file(path / name):
-            raise impossible("parity", "adapter", folder, f"it holds no {name}", remedy)
+            raise impossible("parity", "adapter", folder, f"it does not contain {name}", remedy)
     try:
         kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG), CONFIG)
     except (NotReadableError, UsageError) as error:
         why = f"its {CONFIG} cannot be read ({format_error(error)})"
         raise impossible("parity", "adapter", folder, why, remedy) from None
     if kind.get("peft_type") != "LORA":
-        why = f"its {CONFIG} says peft_type = {kind.get('peft_type')!r}, and LoRA adapters are merged"
+        why = f"its {CONFIG} has peft_type = {kind.get('peft_type')!r}, and only LoRA adapters are compared"
         raise impossible("parity", "adapter", folder, why, remedy)
     return path
 

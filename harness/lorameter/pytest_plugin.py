@@ -33,7 +33,7 @@ OPTIONS = (
     argument("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline"),
     argument("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate"),
     *shared("html", prefix=PYTEST_PREFIX),
-    argument("--lorameter-runs-dir", metavar="DIR", help="where runs live"),
+    argument("--lorameter-runs-dir", metavar="DIR", help="folder of the runs"),
 )
 
 
@@ -53,8 +53,8 @@ def attach(config: pytest.Config) -> None:
         return
     if config.getoption("benchmark_cprofile", None):
         raise pytest.UsageError(
-            "--benchmark-cprofile: the tests replay recorded samples, so there is nothing of theirs to profile. "
-            "Leave the option out; what ran inside a step is in the checks of each trial."
+            "--benchmark-cprofile: the tests replay recorded samples, so there is nothing to profile. "
+            "Leave the option out; the checks of each trial show what ran inside a step."
         )
     if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
         raise pytest.UsageError(

@@ -113,7 +113,7 @@ def receive(connection: Connection, kind: type[T], timeout_s: float | None = Non
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, LorameterError) as error:
-        raise GarbledError(f"{shorten(repr(data), 60)} is no message: {error}") from None
+        raise GarbledError(f"{shorten(repr(data), 60)} is not a message: {error}") from None
 
 
 def check_schema(hello: Hello, whose: str) -> None:

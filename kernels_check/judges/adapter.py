@@ -50,14 +50,14 @@ _REMEDIES = {
     _MERGED: "call unmerge_adapter()",
 }
 _IDLE = "adapter not executed"
-_EVALUATED = "adapter executed in an evaluation only, which trains nothing,"
-_BY_HAND = "adapter executed without gradients, and the update took some that were put there by hand,"
+_EVALUATED = "adapter executed only in an evaluation, which does not train it,"
+_BY_HAND = "adapter executed without gradients, and the update used gradients that were assigned directly,"
 BY_HAND = (
-    "no forward of the model recorded gradients, and the update took some that were put there by hand: whether those "
-    "come of these forwards, as in zeroth-order training, or of a copy of the model was not seen"
+    "no forward of the model recorded gradients, and the update used gradients that were assigned directly: whether "
+    "they come from these forwards, as in zeroth-order training, or from a copy of the model is unknown"
 )
 _PARTLY = "part of the calls with gradients skipped the adapter"
-_UNSEEN = "called, but the adapter is of bare parameters, which leave no trace where no gradient reaches them"
+_UNSEEN = "called, but the adapter has only parameters and no modules, so without a gradient its use cannot be observed"
 
 
 def judge_attached(seen: Observation, required: Json) -> PathObservation:
@@ -77,12 +77,12 @@ def judge_attached(seen: Observation, required: Json) -> PathObservation:
     if any(_BY_HAND in state for state in states.values()):
         doubts.append(BY_HAND)
     if len(faults) == 1 and faults[0].startswith(_IDLE):
-        faults.append("the step never calls these modules with it: choose target_modules that it does")
+        faults.append("the step never calls these modules: choose target_modules that it calls")
     if missing := seen.unmatched_names:
-        faults.append(f"asked for and matched nothing: {name_some(missing)} (mend the name, or leave it out)")
+        faults.append(f"requested, but matched nothing: {name_some(missing)} (correct the name, or leave it out)")
     if doubts and not faults:
         return undecided(join_clauses(*doubts))
-    adapters = join_values(name for layer in layers for name in layer.held if name) or "of a class of its own"
+    adapters = join_values(name for layer in layers for name in layer.held if name) or "of another class"
     good = f"adapter {adapters} enabled, unmerged and executed in {format_count(len(layers), 'layer')}"
     return PathObservation(observed=not faults, reason=join_clauses(*faults, *doubts) or good)
 
@@ -191,7 +191,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     if not seen.adapter_layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     everything = seen.trained_parameters
-    of_lora_fa = {identity for one in seen.optimizers if _LORA_FA in one.classes for identity in one.parameters}
+    of_lora_fa = {key for optimizer in seen.optimizers if _LORA_FA in optimizer.classes for key in optimizer.parameters}
     by_optimizer = [name for name, value in everything.items() if not value.requires_grad and id(value) in of_lora_fa]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
     if not judged:
@@ -203,7 +203,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     if cut:
         faults.insert(0, f"the gradient was lost in {len(cut)} 4-bit layers: {name_some(cut)}; {_REPACKED}")
     if seen.after.packed and (seen.modules.unhooked or seen.profile.compiled_regions):  # compiled code calls no hooks
-        doubts.append(f"4-bit weights are repacked, and whether a gradient passes through was not seen; {_REPACKED}")
+        doubts.append(f"4-bit weights are repacked, and it is unknown whether a gradient passes through; {_REPACKED}")
     if not seen.optimizer_steps and not seen.other_optimizers:
         return _without_optimizer(judged, faults, seen)
     update_faults, update_doubts = _update_faults(judged, seen)
@@ -216,7 +216,7 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     if doubts:
         return undecided(join_clauses(*doubts) + note)
     not_learnt = [name for name in judged if not seen.updates[name].learnt]
-    hidden = f"{len(not_learnt)} of {len(judged)} by less than float32 shows, next to a factor that has just left zero"
+    hidden = f"{len(not_learnt)} of {len(judged)} by less than float32 shows, as another factor has just left zero"
     reason = (
         f"gradients reached {len(judged)} of {len(everything)} trainable parameters and updates moved all of them, in "
         f"{seen.optimizer_steps} updates"
@@ -240,12 +240,12 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
     doubts = _count(
         judged,
         (
-            "gradient zero in every call before an update moved anything, as next to a factor that starts at zero",
+            "gradient zero in all calls before the first effective update, as if another factor starts at zero",
             unproven,
         ),
         ("gradient zero: none of their tokens was in the batches", sorted(rare)),
         (
-            "gradient put there by hand: what it comes from was not seen",
+            "gradient assigned directly: its origin is unknown",
             [name for name in reached if not seen.gradients[name].produced],
         ),
     )
@@ -260,7 +260,7 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
     if changed:
         return undecided(
             f"{reason}, although {len(changed)} of {len(judged)} parameters changed: an optimizer of another kind, "
-            "whose updates cannot be distinguished from other writing"
+            "whose updates cannot be distinguished from other writes"
         )
     return undecided(f"{reason}: {_NO_STEP}")
 
@@ -275,10 +275,12 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
     unreadable = [name for name in live if name in known and known[name].unreadable]
     taken = [name for name in with_gradient if name not in missing and name in known and name not in unreadable]
     zero_rate = [name for name in live if name not in missing and name in known and known[name].has_zero_rate]
-    all_rates_zero = bool(zero_rate) and all(rate == 0 for one in seen.optimizers for rate in one.learning_rates)
+    all_rates_zero = bool(zero_rate) and all(
+        rate == 0 for optimizer in seen.optimizers for rate in optimizer.learning_rates
+    )
     idling = [name for name in taken if known[name].idling]
     moving = [name for name in taken if name not in (*zero_rate, *idling)]
-    highest = max((one.rate for one in known.values()), default=0.0)
+    highest = max((updates.rate for updates in known.values()), default=0.0)
     rounded_away = [name for name in moving if known[name].rounded_away and known[name].rate >= highest * _COMPARABLE]
     rounded = [
         name for name in moving if known[name].ineffective and not known[name].learnt and name not in rounded_away
@@ -296,26 +298,26 @@ def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[lis
             rounded,
         ),
         ("unchanged by updates", [name for name in moving if not known[name].moved and name not in excused]),
-        ("moved only by weight decay or momentum, their gradient was gone or zero when it was to be used", decayed),
+        ("moved only by weight decay or momentum: their gradient was missing or zero at the update", decayed),
         (
-            "gradient gone or zero when the update was to use it",
+            "gradient missing or zero at the update",
             [name for name in without_gradient if name not in decayed],
         ),
         (
-            "lost what an update had written before the next (reloaded, set to zero or written over)",
-            [name for name in live if name in known and known[name].lost],
+            "changed back after an update (reloaded, set to zero or overwritten)",
+            [name for name in live if name in known and known[name].is_reverted],
         ),
     )
     doubts = _count(
         judged,
         (
-            "unchanged, as all others, by updates that had a gradient and a learning rate and do not round away in "
-            "float32: the optimizer may be warming up, as RAdamScheduleFree does for four updates, or makes none",
+            "unchanged, like all others, by updates that had a gradient and a learning rate and do not round away in "
+            "float32: the optimizer may be warming up, as RAdamScheduleFree does for four updates, or does nothing",
             idling,
         ),
-        ("changed outside of every optimizer that was seen, such as by a copy of master weights", elsewhere),
-        ("not there when the step began", [name for name in live if name not in known]),
-        ("not comparable with what they were before", unreadable),
+        ("changed outside of every observed optimizer, such as by a copy of master weights", elsewhere),
+        ("missing when the step began", [name for name in live if name not in known]),
+        ("not comparable with their earlier values", unreadable),
     )
     if all_rates_zero:
         doubts.append(
@@ -362,7 +364,7 @@ def judge_dropout(seen: Observation, required: Json) -> PathObservation:
         return undecided(BY_HAND)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
-        return undecided(f"drawn inside the method's product, where nothing shows it: {name_some(unseen)}")
+        return undecided(f"drawn inside the method's product, where it cannot be observed: {name_some(unseen)}")
     applied = {name: _applied(name, dropout, layer, seen) for layer in layers for name, dropout in layer.dropouts()}
     if not applied:
         kinds = join_values({type(layer.module).__name__ for layer in layers})
@@ -403,7 +405,7 @@ PATHS: Mapping[str, JudgedPath] = {
         requirement=FLAG,
         judge=judge_learning,
         by_modules=False,
-        takes_update=True,
+        needs_update=True,
         further_steps=(
             "one step does not show whether its update is kept, nor what learns once lora_B has left zero: open the "
             "same watch around the next step, too"

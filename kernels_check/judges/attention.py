@@ -70,7 +70,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     layers = seen.attention_layers
     forward = layers.calls
     if not forward:
-        return _nothing_of_the_model(layers) or judge_kernels(seen.profile, required)
+        return _judge_attention_elsewhere(layers) or judge_kernels(seen.profile, required)
     backward = [call for call in seen.profile.attention if call.direction == "backward"]
     accepted = _accepted(required)
     wrong = [call for call in forward if call.backend not in accepted]
@@ -140,7 +140,9 @@ def _over_calls(
 ) -> PathObservation:
     """One property over all calls: unknown if some call does not show it, unless another call already differs."""
     if not layers.calls:
-        return _nothing_of_the_model(layers) or undecided("no attention operator in the profiled step", present=False)
+        return _judge_attention_elsewhere(layers) or undecided(
+            "no attention operator in the profiled step", present=False
+        )
     missing = _incomplete(layers)
     differs = required is not None and any(value not in (required, "unknown") for value in values)
     return PathObservation(
@@ -158,7 +160,7 @@ def _over_calls(
 def _describe_layers(layers: AttentionLayers, good: list[str], required: Json) -> str:
     """The number of layers that meet the requirement, among the layers known by name."""
     if not layers.names:
-        return f"compiled, so that no layer is known, {_expected(layers)} attention layers"
+        return f"compiled, so that calls cannot be assigned to {_expected(layers)} attention layers"
     compiled = f", with {format_count(len(layers.compiled), 'call')} in compiled code" if layers.compiled else ""
     as_required = " as required" if required is not None else ""
     return f"{len(good)} of {len(layers.names)} attention layers{as_required}{compiled}"
@@ -186,7 +188,7 @@ def _incomplete(layers: AttentionLayers) -> str:
         return "no call of the forward pass was seen, only recomputed ones"
     if any(count != layers.expected for count in counts):
         return (
-            f"{join_values(map(str, counts))} calls in an entry into compiled code are not those of "
+            f"{join_values(map(str, counts))} calls in an entry into compiled code do not match "
             f"{_expected(layers)} attention layers"
         )
     return ""
@@ -210,7 +212,7 @@ def _describe_unjudged(layers: AttentionLayers) -> str:
     return f"not judged: {' and '.join(parts)}" if parts else ""
 
 
-def _nothing_of_the_model(layers: AttentionLayers) -> PathObservation | None:
+def _judge_attention_elsewhere(layers: AttentionLayers) -> PathObservation | None:
     """The result if all attention of the step ran outside the model's training; None if no attention ran."""
     unjudged = _describe_unjudged(layers)
     return absent(f"no attention of the model itself was seen; {unjudged}") if unjudged else None
@@ -256,8 +258,8 @@ def likely_cause(model: nn.Module, wrong: list[AttentionCall]) -> str:
         if implementation in (None, "eager"):
             return f"the model was built with attn_implementation={implementation!r}: load it with 'sdpa'"
         return (
-            f"the model was built with attn_implementation={implementation!r}, and they write attention out all the "
-            "same: by a setting of their own, or as torch's nn.MultiheadAttention does unless it is called with "
+            f"the model was built with attn_implementation={implementation!r}, but these layers do not call SDPA: "
+            "through a setting of their own, or like torch's nn.MultiheadAttention unless it is called with "
             "need_weights=False"
         )
     dtypes = {call.dtype for call in wrong}

@@ -45,13 +45,13 @@ _BITS_REMEDY = {
 }
 _NO_BASE = "there is no base: every parameter is an adapter's"
 _MISMATCHED_REMEDY = (
-    "no forward in eval mode on this CPU where weights are gathered anew for each forward, as by FSDP2: call "
+    "no forward in eval mode on this CPU if weights are gathered for each forward, as by FSDP2: call "
     "model.train(), or set support_avx512bf16_for_cpu=False on every Linear4bit before the first forward"
 )
 # bitsandbytes casts a bias to the compute dtype in the first forward pass: not training, but reported.
-_CAST = "but for what was cast once by the forward"
-_CACHE = "but for what was made anew by the forward, and not saved with the model"
-_ROUNDED = "but for rounding, since PEFT merges the adapter into nn.MultiheadAttention for each forward and out again"
+_CAST = "except values that the first forward cast"
+_CACHE = "except buffers that the forward recomputed, which are not saved with the model"
+_ROUNDED = "except rounding, because PEFT merges the adapter into nn.MultiheadAttention and unmerges it in each forward"
 
 
 def judge_bits(seen: Observation, required: Json) -> PathObservation:
@@ -146,7 +146,7 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     notes += [f"{words}: {name_some(names)}" for words, names in exceptions if names]
     if biases := seen.biases_of_adapters:
         settings = join_values(biases.values())
-        notes.append(f"{len(biases)} biases train with the adapter, as PEFT was asked to by {settings}")
+        notes.append(f"{len(biases)} biases train with the adapter, as PEFT is configured by {settings}")
     good = [] if faults or unknown else [f"{what} unchanged over {steps}, no gradient, not optimised"]
     advice = [f"remedy: {remedy}" for remedy in remedies]
     return PathObservation(
@@ -308,7 +308,7 @@ PATHS: Mapping[str, JudgedPath] = {
         judge=partial(judge_format, name="double_quant", setting="bnb_4bit_use_double_quant"),
         by_modules=False,
     ),
-    "base.learning": JudgedPath(requirement=FLAG, judge=judge_learning, by_modules=False, takes_update=True),
+    "base.learning": JudgedPath(requirement=FLAG, judge=judge_learning, by_modules=False, needs_update=True),
     "base.frozen": JudgedPath(
         requirement=FLAG,
         judge=judge_frozen,

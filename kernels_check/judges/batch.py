@@ -58,7 +58,9 @@ _MEAN_OF_MEANS = (
     "a mean of means: pass num_items_in_batch, the tokens of the whole batch, to each forward, or weigh each loss by "
     "its share of them"
 )
-_SUM_OF_MEANS = "a sum of means, as where the loss is not divided by the number of passes, and gradients as much larger"
+_SUM_OF_MEANS = (
+    "a sum of means, as if the loss is not divided by the number of passes: gradients are larger by that factor"
+)
 _NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
 
 
@@ -77,16 +79,16 @@ def judge_tokens(seen: Observation, required: Json) -> PathObservation:
     reason = f"the loss is over {sum(counts)} of {sum(one.positions for one in passes)} tokens"
     reason += f", in {len(passes)} passes of {name_some(map(str, counts))}" if len(passes) > 1 else ""
     reason += f", for {len(sums)} updates or evaluations" if len(sums) > 1 else ""
-    faults = dict.fromkeys(fault for together in sums if (fault := _find_fault(together)) is not None)
+    faults = dict.fromkeys(fault for group in sums if (fault := _find_fault(group)) is not None)
     return PathObservation(observed=not faults, reason=join_clauses(reason, *(faults or [_describe_weights(sums)])))
 
 
 def _describe_weights(sums: Sequence[Sequence[LossPass]]) -> str:
     """A description of the weights of a correct loss."""
-    if all(len(together) == 1 for together in sums):
+    if all(len(group) == 1 for group in sums):
         return "in one pass" if len(sums) == 1 else "each in one pass"
-    totals = dict.fromkeys(f"{_total(together):.3g}" for together in sums)
-    return f"each weighs the same, and all together {name_some(totals)}"
+    totals = dict.fromkeys(f"{_total(group):.3g}" for group in sums)
+    return f"all tokens have the same weight; the weights sum to {name_some(totals)}"
 
 
 def _total(passes: Sequence[LossPass]) -> float:
@@ -119,8 +121,8 @@ def _describe(padding: PaddingSeen) -> str:
         text += f" (by call: {name_some(f'{padded} of {total}' for padded, total in padding.by_call)})"
     if padding.doubtful:
         text += (
-            f"; {padding.doubtful} more at the ends of records repeat one token, or are one that pads, and nothing "
-            "says whether they are text"
+            f"; {padding.doubtful} more at the ends of records repeat one token or are padding tokens, and nothing "
+            "shows whether they are text"
         )
     return text
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing``: every block that receives a gradient is recomputed, for each of its calls."""
-    judged = _recomputed(seen)
+    judged = _measure_recomputation(seen)
     if isinstance(judged, PathObservation):
         return judged
     share, is_recomputed, reason = judged
@@ -50,54 +50,56 @@ def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
 
 def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing.layers``, a minimum: the share of recomputed blocks."""
-    judged = _recomputed(seen)
+    judged = _measure_recomputation(seen)
     return judged if isinstance(judged, PathObservation) else at_least(judged[0], required, judged[2])
 
 
-def _recomputed(seen: Observation) -> PathObservation | tuple[float, bool, str]:
+def _measure_recomputation(seen: Observation) -> PathObservation | tuple[float, bool, str]:
     """The share of the blocks that are recomputed, whether any is, and the reason."""
     compiled = seen.compiled_blocks.compiled if seen.profile.compiled_regions else ()
     blocks, idle = seen.recomputed_blocks, seen.blocks_without_gradient
-    by_calls = [block for block in blocks if block.name not in compiled or block.again]
+    by_calls = [block for block in blocks if block.name not in compiled or block.recomputed_calls]
     hidden = len(set(compiled).difference(block.name for block in by_calls))
-    again, shown = _compiled_again(seen)
+    again, shown = _measure_compiled_recomputation(seen)
     if not blocks and not hidden:
         if not idle:
-            return _unseen(seen, "no layer call was seen in the step")
-        return 0.0, False, f"no gradient comes back to the {len(idle)} blocks that ran: nothing is to be recomputed"
+            return _judge_unobserved(seen, "no layer call was seen in the step")
+        return 0.0, False, f"no gradient reaches the {len(idle)} blocks that ran, so there is nothing to recompute"
     if hidden and again is None:
         return undecided(shown, present=False)
-    whole = [block for block in by_calls if block.whole]
-    share = (len(whole) + hidden * (again or 0.0)) / (len(by_calls) + hidden)
-    is_recomputed = any(block.again for block in by_calls) or bool(hidden and again)
-    missing = [_missing(block) for block in by_calls if not block.whole] if is_recomputed else []
+    complete = [block for block in by_calls if block.is_complete]
+    share = (len(complete) + hidden * (again or 0.0)) / (len(by_calls) + hidden)
+    is_recomputed = any(block.recomputed_calls for block in by_calls) or bool(hidden and again)
+    missing = [_describe_incomplete(block) for block in by_calls if not block.is_complete] if is_recomputed else []
     partly = [
-        f"{block.repeated} of {block.modules} modules of {block.name}"
-        for block in whole
-        if block.repeated < block.modules
+        f"{block.recomputed_modules} of {block.modules} modules of {block.name}"
+        for block in complete
+        if block.recomputed_modules < block.modules
     ]
     without = f", without {name_some(missing)}" if missing else ""
     reason = join_clauses(
-        f"{len(whole)} of {len(by_calls)} blocks computed again in the backward pass{without}",
+        f"{len(complete)} of {len(by_calls)} blocks computed again in the backward pass{without}",
         f"called again: {name_some(partly)}" if partly else "",
-        f"{len(idle)} further blocks take no gradient, so that nothing is kept for them" if idle else "",
+        f"{len(idle)} further blocks receive no gradient and store no activations" if idle else "",
         shown if hidden else "",
     )
     return share, is_recomputed, reason
 
 
-def _unseen(seen: Observation, reason: str) -> PathObservation:
+def _judge_unobserved(seen: Observation, reason: str) -> PathObservation:
     """The result without a module call: absent if the step did not use the model (but, say, a copy), else unknown."""
     return absent(reason) if seen.untouched else undecided(reason, present=False)
 
 
-def _missing(block: BlockRecomputed) -> str:
-    if block.again < block.calls:
-        return f"{block.name} ({block.again} of {block.calls} calls)" if block.again else block.name
+def _describe_incomplete(block: BlockRecomputed) -> str:
+    if block.recomputed_calls < block.calls:
+        return (
+            f"{block.name} ({block.recomputed_calls} of {block.calls} calls)" if block.recomputed_calls else block.name
+        )
     return f"{block.name} without {name_some(block.kept)}"
 
 
-def _compiled_again(seen: Observation) -> tuple[float | None, str]:
+def _measure_compiled_recomputation(seen: Observation) -> tuple[float | None, str]:
     """For blocks in compiled code, which calls no hooks: the share of attention that ran again; None if unknown."""
     calls = [call for call in seen.profile.attention if call.direction == "forward" and call.compiled]
     first = sum(not call.recomputed for call in calls)
@@ -138,18 +140,18 @@ def _tf32_flag() -> str:
 
 def judge_compile(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile``: all blocks ran in compiled code; graph breaks and recompilations are only reported."""
-    regions, past, blocks = seen.profile.compiled_regions, seen.compilations, seen.compiled_blocks
-    reason = _entered(seen)
+    regions, compilations, blocks = seen.profile.compiled_regions, seen.compilations, seen.compiled_blocks
+    reason = _describe_regions(seen)
     if _unreadable(seen):
-        return undecided(f"{reason}; {past}")
+        return undecided(f"{reason}; {compilations}")
     whole = bool(blocks.compiled) and not blocks.partly and not blocks.eager
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
-    if whole and past.breaks:
-        observed = f"in pieces: {name_some(past.breaks, '; ')}"
+    if whole and compilations.breaks:
+        observed = f"in pieces: {name_some(compilations.breaks, '; ')}"
     eagerly = "" if whole else _why_eager(seen)
     return PathObservation(
         observed=observed,
-        reason=join_clauses(reason + eagerly, str(past) if regions or not past.empty else ""),
+        reason=join_clauses(reason + eagerly, str(compilations) if regions or not compilations.empty else ""),
         present=whole or bool(blocks.regions or eagerly),
         satisfies=whole if required is True else not blocks.regions,
     )
@@ -158,29 +160,29 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
 def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
     blocks = seen.compiled_blocks
-    reason = _entered(seen)
+    reason = _describe_regions(seen)
     if _unreadable(seen):
         return undecided(f"{reason}; {seen.compilations}", present=False)
     if not blocks.ran:
-        return _unseen(seen, f"{reason}; no block of the model was seen to run")
+        return _judge_unobserved(seen, f"{reason}; no block of the model was seen to run")
     share = len(blocks.compiled) / blocks.ran
     return at_least(share, required, reason + (_why_eager(seen) if share < 1.0 else ""))
 
 
-def _entered(seen: Observation) -> str:
+def _describe_regions(seen: Observation) -> str:
     """The regions that were entered, and the blocks that ran in them."""
     regions, lookups, blocks = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compiled_blocks
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if not regions:
         return reason
     known = blocks.compiled or blocks.partly  # then the regions may be parts of the module that holds the blocks
-    of_a_loss = "" if known else ", as of a loss"
+    example = "" if known else ", for example of a loss"
     return join_clauses(
         reason,
         f"{len(blocks.compiled)} of {blocks.ran} blocks ran in compiled code",
         f"eager in part: {name_some(blocks.partly)}" if blocks.partly else "",
         f"eager: {name_some(blocks.eager)}" if blocks.eager and known else "",
-        f"{blocks.helpers} regions outside of its blocks{of_a_loss}" if blocks.helpers else "",
+        f"{blocks.helpers} regions outside of its blocks{example}" if blocks.helpers else "",
     )
 
 
@@ -191,13 +193,13 @@ def _unreadable(seen: Observation) -> bool:
 
 def _why_eager(seen: Observation) -> str:
     """Why code under torch.compile ran eagerly; empty if none did."""
-    regions, lookups, past = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
-    if not lookups or (regions and (lookups <= regions or not past.refused)):
+    regions, lookups, compilations = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
+    if not lookups or (regions and (lookups <= regions or not compilations.refused)):
         return ""
     return (
         f": {'part of ' if regions else ''}the code ran eagerly, because the recompile limit was reached or "
         "compilation is disabled; pad to few lengths, mark the sizes dynamic, or raise "
-        f"torch._dynamo.config.recompile_limit{'' if regions else f'; {past}'}"
+        f"torch._dynamo.config.recompile_limit{'' if regions else f'; {compilations}'}"
     )
 
 
@@ -219,27 +221,29 @@ def judge_mode(seen: Observation, required: Json) -> PathObservation:
 
 _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH"}
 """The rule that recognises the kernels of a library, see ``rules``."""
-_NOTHING = "nothing of a library of fused kernels is bound: apply it before the model is built, or to the model itself"
+_NOT_BOUND = "no fused kernel of a library is bound: apply it before the model is built, or to the model itself"
 
 
 def judge_fused(seen: Observation, required: Json) -> PathObservation:
     """Judge ``fused.kernels``: kinds joined by ``+``; each kind must have been called at all of its sites."""
     sites = seen.fused_kernel_sites
-    by_kind = {kind: [site for site in sites if site.kind == kind] for kind in dict.fromkeys(one.kind for one in sites)}
+    by_kind = {
+        kind: [site for site in sites if site.kind == kind] for kind in dict.fromkeys(site.kind for site in sites)
+    }
     wanted = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
     missing = [kind for kind in wanted if kind not in by_kind]
-    whole = [kind for kind, of_kind in by_kind.items() if all(_ran(site, seen) for site in of_kind)]
-    counted = ", ".join(_counted(kind, of_kind, seen) for kind, of_kind in by_kind.items())
+    whole = [kind for kind, of_kind in by_kind.items() if all(_is_called(site, seen) for site in of_kind)]
+    counted = ", ".join(_describe_sites(kind, of_kind, seen) for kind, of_kind in by_kind.items())
     bound = [site for site in sites if site.library is not None]
-    silent = sorted({site.library or "" for site in bound if _launched(site, seen) is False})
+    silent = sorted({site.library or "" for site in bound if _has_kernels(site, seen) is False})
     compiled = bool(seen.profile.compiled_regions)
     idle = [site for site in bound if not site.called and (not wanted or site.kind in wanted)]
     hidden = [site.name for site in idle if site.hidden or compiled]
-    unconfirmed = "judged by what is bound and called, no kernel was recorded to confirm it"
+    unconfirmed = "judged by the bound functions and their calls; no kernel was recorded to confirm them"
     reason = join_clauses(
-        counted or "no place for any is known",
-        f"the model has no place of {name_some(missing)}; it has {name_some(by_kind)}" if missing else "",
-        "" if bound or not wanted else _NOTHING,
+        counted or "no place for a fused kernel is known in the model",
+        f"the model has no place for {name_some(missing)}; it has {name_some(by_kind)}" if missing else "",
+        "" if bound or not wanted else _NOT_BOUND,
         f"no kernel of {name_some(silent)} was launched in the profile" if silent else "",
         unconfirmed if bound and not seen.profile.kernels else "",
         f"their calls in compiled code cannot be seen: {name_some(hidden)}" if hidden else "",
@@ -250,27 +254,27 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
         observed=join_values(whole),
         reason=reason,
         satisfies=bool(wanted) and all(kind in whole for kind in wanted),
-        present=any(_ran(site, seen) for site in sites),
+        present=any(_is_called(site, seen) for site in sites),
     )
 
 
-def _ran(place: FusedKernelSite, seen: Observation) -> bool:
-    return place.library is not None and place.called and _launched(place, seen) is not False
+def _is_called(site: FusedKernelSite, seen: Observation) -> bool:
+    return site.library is not None and site.called and _has_kernels(site, seen) is not False
 
 
-def _launched(place: FusedKernelSite, seen: Observation) -> bool | None:
+def _has_kernels(site: FusedKernelSite, seen: Observation) -> bool | None:
     """Whether the profile has a kernel of the library; None if no kernel was recorded or no rule recognises them."""
-    rule = _RULES.get(place.library or "")
+    rule = _RULES.get(site.library or "")
     return None if rule is None or not seen.profile.kernels else seen.profile.kernels.get(rule, 0) > 0
 
 
-def _counted(kind: str, sites: Sequence[FusedKernelSite], seen: Observation) -> str:
+def _describe_sites(kind: str, sites: Sequence[FusedKernelSite], seen: Observation) -> str:
     """The number of sites with a fused kernel, and the number of those that were called."""
     libraries = [site.library for site in sites if site.library is not None]
-    ran = sum(_ran(site, seen) for site in sites)
-    own = f" of {join_values(libraries)}" if libraries else ""
+    ran = sum(_is_called(site, seen) for site in sites)
+    by = f" of {join_values(libraries)}" if libraries else ""
     idle = f", bound in {len(libraries)}" if ran != len(libraries) else ""
-    return f"{kind} {ran} of {len(sites)}{own}{idle}"
+    return f"{kind} {ran} of {len(sites)}{by}{idle}"
 
 
 PATHS: Mapping[str, JudgedPath] = {

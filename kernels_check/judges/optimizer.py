@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from kernels_check.observe.profile import GroupSeen
 
 _FUSED_LOST = (
-    "asked for and lost: load_state_dict() brings back the switch of the groups that were saved, "
-    "set group['fused'] = True after it"
+    "requested and lost: load_state_dict() restores the flag of the saved groups, set group['fused'] = True after it"
 )
 
 
@@ -58,7 +57,7 @@ def is_class(classes: tuple[str, ...], required: str) -> bool:
 
     The most derived class that comes from the required name's top-level package counts, and it must agree in the last
     component: ``torch.optim.adamw.AdamW`` and a user's class derived from it satisfy ``torch.optim.AdamW``. Deeper
-    bases do not count: torch derives AdamW from Adam, and an AdamW is no proof of an Adam.
+    bases do not count: torch derives AdamW from Adam, and an AdamW does not prove an Adam.
     """
     package = required.partition(".")[0]
     own = next((name for name in classes if name.partition(".")[0] == package), None)
@@ -81,13 +80,13 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     if not total or unseen == total:
         return undecided(join_clauses(*clauses, _why_unseen(seen, total)))
     observed = join_values(kind for kind in kinds if kind != "unseen")
-    clauses += [f"of {unseen} parameters no update was seen"] if unseen else []
+    clauses += [f"the update of {unseen} parameters was not observed"] if unseen else []
     if kinds["bitsandbytes"] and kinds["bitsandbytes"] + fused == total:
-        reason = join_clauses(*clauses, "bitsandbytes has kernels of its own")
+        reason = join_clauses(*clauses, "bitsandbytes uses its own kernels")
         return PathObservation(observed=observed, status="not_applicable", reason=reason)
     by_group = zip(seen.updated, seen.updated_by_kind, strict=True)
     others = [group for group, counted in by_group if counted.total() > counted["fused"]]
-    named = name_some(f"group {one.index} of {one.optimizer}" for one in others)
+    named = name_some(f"group {group.index} of {group.optimizer}" for group in others)
     clauses += [f"not by fused kernels: {named}"] if fused and others else []
     clauses += [_remedy(others)] if required is True and fused < total else []
     is_decided = not unseen or (fused if required is False else total - fused - unseen)
@@ -115,7 +114,7 @@ def _why_unseen(seen: Observation, total: int) -> str:
     if seen.profile.compiled_regions:
         return "the update may be compiled"
     names = join_values(group.optimizer for group in seen.updated)
-    return f"{names} wrote no parameter by an operator: it calls kernels of its own, or updates in another way"
+    return f"{names} wrote no parameter by a torch operator: it calls its own kernels, or updates in another way"
 
 
 def _no_optimizer(seen: Observation) -> PathObservation:
@@ -124,11 +123,11 @@ def _no_optimizer(seen: Observation) -> PathObservation:
     if seen.other_optimizers:
         names = join_values(seen.other_optimizers)
         reason = (
-            f"{names} stepped and holds no parameter of the model, but those of another, or a copy of master weights"
+            f"{names} stepped, but its parameters are not those of the model: perhaps another model, or master weights"
         )
     if seen.changed:
         reason += (
-            f"; {format_count(len(seen.changed), 'parameter')} changed all the same: by an optimizer of another kind?"
+            f"; {format_count(len(seen.changed), 'parameter')} changed nevertheless, by another kind of optimizer?"
         )
     elif not seen.other_optimizers or seen.untouched:
         return absent(reason)
@@ -150,15 +149,15 @@ def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
     return at_least(paged / total if total else 0.0, required, reason)
 
 
-_ROUNDED = "what had a gradient and a rate and is unchanged was rounded away: keep it in float32"
+_ROUNDED = "parameters with a gradient and a learning rate that did not change were rounded back: keep them in float32"
 _MOVED = frozenset({"updated", "moved without a gradient", "undone after an update"})
 """Fates of a parameter whose value changed."""
 _INCONCLUSIVE: Mapping[Fate, str] = {
-    "given a rate of 0": "the learning rate is 0",
+    "learning rate 0": "the learning rate is 0",
     "changed, no gradient seen": (
-        "what changed without a gradient was written by something else, such as a copy of master weights"
+        "parameters without a gradient changed because something else wrote them, such as a copy of master weights"
     ),
-    "none of its tokens in the batches": "take a batch that holds the tokens that are trained",
+    "its tokens are not in the batches": "use a batch that contains the trained tokens",
 }
 """Fates after which a further step may be conclusive, and why, the most important first."""
 
@@ -211,18 +210,18 @@ PATHS: Mapping[str, JudgedPath] = {
             requirement=FLAG,
             judge=partial(judge_parts, what=what),
             by_modules=False,
-            takes_update=True,
+            needs_update=True,
             further_steps=_FURTHER_STEPS,
         )
         for path, what in (("embedding.trained", "embeddings"), ("norms.trained", "norms"))
     },
     "optimizer.class": JudgedPath(
-        requirement=Requirement(kind="class"), judge=judge_class, by_modules=False, takes_update=True
+        requirement=Requirement(kind="class"), judge=judge_class, by_modules=False, needs_update=True
     ),
     "optimizer.fused": JudgedPath(
-        requirement=FLAG, judge=judge_fused, by_operators=True, by_modules=False, takes_update=True
+        requirement=FLAG, judge=judge_fused, by_operators=True, by_modules=False, needs_update=True
     ),
     "optimizer.paged_share": JudgedPath(
-        requirement=SHARE, judge=judge_paged_share, by_modules=False, takes_update=True
+        requirement=SHARE, judge=judge_paged_share, by_modules=False, needs_update=True
     ),
 }

@@ -216,13 +216,13 @@ def roles_of(module: object) -> frozenset[str]:
 
 @cache
 def _roles(of: Any) -> frozenset[str]:
-    roles = {role for role, home, name in _ROLES if issubclass(of, _class_of(home, name))}
+    roles = {role for role, module_name, name in _ROLES if issubclass(of, _class_of(module_name, name))}
     return frozenset(roles | ({"layer"} if isinstance(getattr(of, "adapter_layer_names", None), tuple) else set()))
 
 
-def _class_of(home: str, name: str) -> Any:
+def _class_of(module_name: str, name: str) -> Any:
     """A class of a module that may not be loaded; () if it is not."""
-    kind = getattr(sys.modules.get(home), name, None)
+    kind = getattr(sys.modules.get(module_name), name, None)
     return kind if isinstance(kind, type) else ()
 
 
@@ -245,18 +245,18 @@ def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
     A tensor shared by several modules has one name for each.
     """
     used = {adapter for layer in adapter_layers(tree) for adapter in layer.held}
-    asked: dict[int, str] = {}
+    selected: dict[int, str] = {}
     for _, holder in tree.modules:  # a tuner, or a model that contains only PEFT's layers
         configurations = vars(holder).get("peft_config")
         for adapter, configuration in configurations.items() if isinstance(configurations, dict) else ():
             setting = str(getattr(configuration, "bias", "none"))
             if adapter in used and setting != "none":
-                asked |= {id(bias): f"bias={setting!r}" for bias in _biases_of(holder, setting)}
+                selected |= {id(bias): f"bias={setting!r}" for bias in _biases_of(holder, setting)}
     return {
-        f"{name}.{key}" if name else key: asked[id(value)]
+        f"{name}.{key}" if name else key: selected[id(value)]
         for name, module in tree.modules
         for key, value in (*module._parameters.items(), *module._buffers.items())  # GPTQ stores a bias as a buffer
-        if id(value) in asked
+        if id(value) in selected
     }
 
 

@@ -169,7 +169,7 @@ def layout_problem(layer: Any, weight: Tensor, state: Any) -> str | None:
     if len(state.shape) != 2 or state.shape[1] <= 2 or is_packed(state) != old:
         return None
     if old:
-        return "quant_state is laid out anew for AVX512 and the weight is not: products with it are wrong"
+        return "quant_state was repacked for AVX512, but the weight was not: products with it are wrong"
     return f"the weight has the layout {tuple(weight.shape)} and quant_state that of one column"
 
 

@@ -224,7 +224,7 @@ class CallRecorder:
         self.model_calls = [call.without(calls.failed) for call in self.model_calls if call.number not in calls.failed]
         return calls
 
-    def break_off(self) -> None:
+    def remove_step_hooks(self) -> None:
         """Remove the hooks within a step, and close the open calls of this thread."""
         stack = self._stack()
         while stack:

@@ -83,8 +83,8 @@ class Fingerprinter:
 
     def _weights_on(self, device: torch.device) -> Tensor:
         if device not in self._weights:
-            chance = torch.Generator().manual_seed(_SEED)
-            self._weights[device] = (torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=chance) | 1).to(device)
+            generator = torch.Generator().manual_seed(_SEED)
+            self._weights[device] = (torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator) | 1).to(device)
         return self._weights[device]
 
 
@@ -94,7 +94,7 @@ in the mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hashed:
+class HashedPart:
     """One part of a base, with its fingerprint."""
 
     fingerprint: str
@@ -125,7 +125,7 @@ class DigestDifference:
 class Digest:
     """Fingerprints of every byte of a base."""
 
-    parts: Mapping[str, Hashed]
+    parts: Mapping[str, HashedPart]
     total_bytes: int
     """Bytes of all memory read; memory shared by several layers counts once."""
     unseen: Mapping[str, str]
@@ -161,7 +161,7 @@ class Digest:
 def digest(tree: ModelTree) -> Digest:
     """Fingerprint the base of a model: each part that ``base_state`` names."""
     take = Fingerprinter()
-    parts: dict[str, Hashed] = {}
+    parts: dict[str, HashedPart] = {}
     unseen: dict[str, str] = {}
     sharded = set()
     for part in base_state(tree):
@@ -174,7 +174,7 @@ def digest(tree: ModelTree) -> Digest:
             if tensor is not None and tensor.is_meta:
                 raise ValueError("it lies on the meta device")
             fingerprint = str(part.value) if tensor is None else take(tensor)
-            parts[part.name] = Hashed(fingerprint=fingerprint, kind=part.kind, owner=part.owner, tensor=tensor)
+            parts[part.name] = HashedPart(fingerprint=fingerprint, kind=part.kind, owner=part.owner, tensor=tensor)
         except Exception as error:  # an unexpected error makes only this part unseen
             if part.kind != "cache":
                 unseen[part.name] = str(error) or type(error).__name__
@@ -193,7 +193,7 @@ def digest(tree: ModelTree) -> Digest:
     )
 
 
-def _difference(old: Hashed | None, new: Hashed | None) -> str:
+def _difference(old: HashedPart | None, new: HashedPart | None) -> str:
     """Distinguish training from changes in a forward pass: a cast, and rounding by PEFT's merging."""
     if old is None or new is None or old.tensor is None or new.tensor is None:
         return "changed"
@@ -225,7 +225,7 @@ class WeightBits:
 
     bytes_of: Counter[int | None] = field(default_factory=Counter)
     """Bytes by the number of bits of the weights; None if unknown."""
-    largest: Counter[tuple[int | None, str]] = field(default_factory=Counter)
+    bytes_by_part: Counter[tuple[int | None, str]] = field(default_factory=Counter)
     """Bytes by bits and by a name without layer numbers, with the dtype."""
 
     def share(self, bits: int | None) -> float:
@@ -234,10 +234,10 @@ class WeightBits:
 
     def others(self, bits: int | None) -> list[tuple[str, int]]:
         """Parts with another number of bits, the largest first, with their bytes."""
-        return [(name, size) for (found, name), size in self.largest.most_common() if found != bits]
+        return [(name, size) for (found, name), size in self.bytes_by_part.most_common() if found != bits]
 
 
-def take_census(tree: ModelTree) -> WeightBits:
+def count_bytes(tree: ModelTree) -> WeightBits:
     """Count the bytes of everything that the base saves, by layer."""
     census, seen = WeightBits(), set[object]()
     parts = [part for part in base_state(tree) if part.kind != "cache"]
@@ -249,7 +249,7 @@ def take_census(tree: ModelTree) -> WeightBits:
             bits = _bits_of(part, value, tree, packed=id(part.layer) in packing)
             census.bytes_of[bits] += value.nbytes
             kind = str(value.dtype).removeprefix("torch.")
-            census.largest[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += value.nbytes
+            census.bytes_by_part[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += value.nbytes
     return census
 
 

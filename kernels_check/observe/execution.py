@@ -158,24 +158,24 @@ def compiled_blocks(
         return number in eager or (has_weights and number not in covered and number not in callers)
 
     names, modules = block_names(tree), modules_by_name(tree)
-    fired: dict[str, list[int]] = {}
+    with_hooks: dict[str, list[int]] = {}
     for number in calls.forward:
         if (block := _locate(calls.all[number].names, names)[0]) is not None:
-            fired.setdefault(block, []).append(number)
+            with_hooks.setdefault(block, []).append(number)
     found: dict[str, set[str]] = {"compiled": set(), "partly": set(), "eager": set()}
-    for block, numbers in fired.items():
+    for block, numbers in with_hooks.items():
         state = "partly" if any(map(is_eager, numbers)) else "compiled"
         found["eager" if covered.isdisjoint(numbers) else state].add(block)
-    for block in (one for one in names if one not in fired and _is_around(one, entered, calls)):
+    for block in (one for one in names if one not in with_hooks and _is_around(one, entered, calls)):
         reached = any(find_enclosing(name, {block}) is not None for name in gradients)
         frozen = not any(value.requires_grad for value in modules[block].parameters())
-        siblings = {other for other in fired if _parent(other) == _parent(block)}
+        siblings = {other for other in with_hooks if _parent(other) == _parent(block)}
         if reached or (frozen and siblings <= found["compiled"]):
             found["compiled"].add(block)
-    proven = not found["compiled"] <= fired.keys()
-    ours = sum(proven or _is_ours(region, names, calls) for region in entered)
+    proven = not found["compiled"] <= with_hooks.keys()
+    of_model = sum(proven or _belongs_to_model(region, names, calls) for region in entered)
     in_order = {state: tuple(name for name in names if name in members) for state, members in found.items()}
-    return CompiledBlocks(**in_order, regions=ours, helpers=len(entered) - ours)
+    return CompiledBlocks(**in_order, regions=of_model, helpers=len(entered) - of_model)
 
 
 def _locate(names: Sequence[str], blocks: Collection[str]) -> tuple[str | None, str]:
@@ -190,7 +190,7 @@ def _is_around(block: str, regions: Collection[int | None], calls: Calls) -> boo
     return None in regions if caller is None else not set(calls.called(caller)).isdisjoint(regions)
 
 
-def _is_ours(region: int | None, blocks: Collection[str], calls: Calls) -> bool:
+def _belongs_to_model(region: int | None, blocks: Collection[str], calls: Calls) -> bool:
     """Whether a region belongs to the model; the module that holds the blocks may call helpers, such as a loss."""
     names = ("",) if region is None else calls.all[region].names
     holds = any(not name or any(block.startswith(f"{name}.") for block in blocks) for name in names)
@@ -208,19 +208,19 @@ class BlockRecomputed:
     name: str
     calls: int
     """Forward calls that received a gradient."""
-    again: int
+    recomputed_calls: int
     """Number of calls that were recomputed."""
     modules: int
     """Modules inside the block that ran in these calls; the block itself if there are none."""
-    repeated: int
-    """Number of these modules that were called again."""
+    recomputed_modules: int
+    """Number of these modules that were recomputed."""
     kept: tuple[str, ...] = ()
     """Parts of the block that were not recomputed although others were: their activations were kept."""
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the whole block was recomputed, for each of its calls."""
-        return self.again >= self.calls and not self.kept
+        return self.recomputed_calls >= self.calls and not self.kept
 
 
 def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
@@ -255,16 +255,16 @@ def _recomputed(
     block: str, forward: Mapping[str, Sequence[int]], again: Counter[str], matrices: Collection[str]
 ) -> BlockRecomputed:
     calls = {name: len(set(within)) for name, within in forward.items()}
-    needing = calls.get(block) or max(calls.values())
+    block_calls = calls.get(block) or max(calls.values())
     matched = max(again[name] * calls[name] // len(within) for name, within in forward.items())
     inside = [name for name in forward if name != block] or list(forward)
     repeated = frozenset(name for name, within in forward.items() if again[name] >= len(within))
     return BlockRecomputed(
         name=block,
-        calls=needing,
-        again=min(matched, needing),
+        calls=block_calls,
+        recomputed_calls=min(matched, block_calls),
         modules=len(inside),
-        repeated=len(repeated.intersection(inside)),
+        recomputed_modules=len(repeated.intersection(inside)),
         kept=_kept(block, [name for name in inside if name in matrices], repeated),
     )
 

@@ -86,12 +86,12 @@ def attention_layers(
     forward = [call for call in attention if call.direction == "forward"]
     inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
     modules, blocks = modules_by_name(tree), _announced_blocks(tree)
-    whole = [call for call in forward if call.compiled and (call.call is None or call in inside)]
-    whole = [call for call in whole if call.call is None or _holds(calls.all[call.call].name, blocks)]
+    compiled = [call for call in forward if call.compiled and (call.call is None or call in inside)]
+    compiled = [call for call in compiled if call.call is None or _holds(calls.all[call.call].name, blocks)]
     ran: dict[str, list[AttentionCall]] = {}
     for call in inside:
         name = calls.all[call.call or 0].name
-        if call not in whole and not type(modules[name]).__module__.startswith(_ADAPTERS):
+        if call not in compiled and not type(modules[name]).__module__.startswith(_ADAPTERS):
             ran.setdefault(name, []).append(call)
     missing = _AttentionSearch(tree, calls, ran, mixing, blocks).missing() if ran else {}
     certain = {name: count for name, (count, is_sure) in missing.items() if is_sure}
@@ -104,15 +104,15 @@ def attention_layers(
         unknown=unknown,
         doubtful=bool(unknown) and certain.keys().isdisjoint(unknown),
         partial={name: part for name, found in ran.items() if (part := _part(modules[name], found))},
-        compiled=tuple(whole),
+        compiled=tuple(compiled),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         without_training=tuple(
             call for call in forward if call.call is not None and call.call not in calls.relevant | calls.failed
         ),
         failed=tuple(call for call in forward if call.call in calls.failed),
-        expected=_announced_layers(tree) if whole else None,
-        entries=_entries(calls, whole),
-        regions=tuple(Counter(call.region for call in whole if call.call is None and not call.recomputed).values()),
+        expected=_announced_layers(tree) if compiled else None,
+        entries=_entries(calls, compiled),
+        regions=tuple(Counter(call.region for call in compiled if call.call is None and not call.recomputed).values()),
     )
 
 
@@ -150,8 +150,8 @@ def _holds(name: str, blocks: str | None) -> bool:
     return not name or (blocks is not None and f"{blocks}.".startswith(f"{name}."))
 
 
-def _entries(calls: Calls, whole: Sequence[AttentionCall]) -> tuple[int, ...]:
-    first = Counter(call.call for call in whole if call.call is not None and not call.recomputed)
+def _entries(calls: Calls, compiled: Sequence[AttentionCall]) -> tuple[int, ...]:
+    first = Counter(call.call for call in compiled if call.call is not None and not call.recomputed)
     entered = {name for number in first for name in calls.all[number].names}
     return tuple(first[number] for number in sorted({number for name in entered for number in calls.called(name)}))
 

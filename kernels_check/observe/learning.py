@@ -83,17 +83,17 @@ class Gradients:
         with ExitStack() as hooks:
             for name, parameter in tree.parameters:
                 if parameter.requires_grad or (name in own and parameter.is_floating_point()):
-                    _hook(hooks, parameter, self._guard(partial(self._arrive, parameter)))
+                    _hook(hooks, parameter, self._guard(partial(self._on_gradient, parameter)))
                     if is_wrapper(parameter):
-                        hooks.push(parameter.register_post_accumulate_grad_hook(self._guard(self._written)))
+                        hooks.push(parameter.register_post_accumulate_grad_hook(self._guard(self._on_accumulated)))
             yield
 
     def end_call(self, model: nn.Module) -> None:
         """Record gradients that the script assigned, and release the stored earlier gradients."""
-        self.note_by_hand(model.parameters())
+        self.record_assigned(model.parameters())
         self._at_first = {}
 
-    def note_by_hand(self, parameters: Iterable[Tensor] | None = None) -> None:
+    def record_assigned(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Record a gradient that no hook saw and that differs from the one before the call.
 
         Args:
@@ -102,23 +102,23 @@ class Gradients:
         for parameter in [one for one, _ in self._at_first.values()] if parameters is None else parameters:
             gradient, (_, earlier) = parameter.grad, self._at_first.get(id(parameter), (None, None))
             if gradient is not None and gradient is not earlier and id(parameter) not in self.arrived:
-                self._note(parameter, gradient, produced=False)
+                self._record(parameter, gradient, produced=False)
 
     def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
         """The gradients of each parameter that received any, by name."""
         found = {name: self._seen.get(id(parameter)) for name, parameter in tree.parameters}
         return {name: one for name, one in found.items() if one is not None and one.sizes}
 
-    def _arrive(self, parameter: Tensor, gradient: Tensor | None) -> None:
+    def _on_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
         if gradient is not None:  # autograd also calls hooks for undefined gradients, as behind repacked 4-bit weights
             self.arrived.add(id(parameter))
-            self._note(parameter, gradient)
+            self._record(parameter, gradient)
 
-    def _written(self, parameter: Tensor) -> None:
+    def _on_accumulated(self, parameter: Tensor) -> None:
         self.arrived.add(id(parameter))
-        self._arrive(parameter, parameter.grad)
+        self._on_gradient(parameter, parameter.grad)
 
-    def _note(self, parameter: Tensor, gradient: Tensor, *, produced: bool = True) -> None:
+    def _record(self, parameter: Tensor, gradient: Tensor, *, produced: bool = True) -> None:
         self.waiting.add(id(parameter))
         seen = self._seen.setdefault(id(parameter), GradientSeen())
         seen.after_updates = self.moved
@@ -141,7 +141,7 @@ UNCHANGED_SHARE = 0.9
 """Share of the elements with a gradient that an update must leave unchanged to count as lost to rounding."""
 MIN_UPDATES = 2
 """Minimum number of updates: only the value at the next update shows that an update was kept."""
-MIN_AFTER_LOSS = 4
+MIN_AFTER_REVERT = 4
 """Number of updates after which an undone first update counts as an exception."""
 MIN_ZERO_RATE_UPDATES = 3
 """Number of updates with a learning rate of zero after which no further one is awaited: a warm-up from zero has one."""
@@ -174,7 +174,7 @@ class ParameterUpdates:
     """Updates that changed nothing because their gradient is very small: the other factor has just left zero."""
     idle: int = 0
     """Ineffective updates that changed no parameter at all, although float32 could represent the change."""
-    losses: list[int] = field(default_factory=list)
+    reverted: list[int] = field(default_factory=list)
     """Numbers (from 1) of the updates that were undone by the next update or by the end."""
     written: int = 0
     """Number of writes by something other than an update."""
@@ -190,9 +190,9 @@ class ParameterUpdates:
         self._keep(_parts(self.tensor), [])
 
     @property
-    def lost(self) -> bool:
+    def is_reverted(self) -> bool:
         """Whether updates are undone, not counting the first: a projection may change the weights strongly once."""
-        return bool(self.losses) and (self.losses[-1] > 1 or self.updates < MIN_AFTER_LOSS)
+        return bool(self.reverted) and (self.reverted[-1] > 1 or self.updates < MIN_AFTER_REVERT)
 
     @property
     def idling(self) -> bool:
@@ -227,11 +227,11 @@ class ParameterUpdates:
             self._keep(value, [])
             if not self.by_method and not stepping:
                 self.written += 1
-                self.losses += [self.updates] if is_undone else []
+                self.reverted += [self.updates] if is_undone else []
         except Exception as error:  # not an error of the step, which continues
             self.unreadable = f"{type(error).__name__}: {error}"
 
-    def settle(self, rate: float) -> tuple[bool, bool]:
+    def record_update(self, rate: float) -> tuple[bool, bool]:
         """Record an update; returns whether it changed the value, and whether it failed to make an expected change."""
         try:
             moved = not self.is_kept()
@@ -319,21 +319,21 @@ class Updates:
             if not tensor.is_meta
         }
         self._stepping = 0
-        """Number of optimizers that are stepping: one may contain another, and its writes before the inner step are its
-        own."""
+        """Number of optimizer steps in progress: an optimizer may contain another, and its writes before the inner step
+        are its own."""
         self._before_call = (0, 0)
         """Number of updates, and of parameters that had learnt, before the last call."""
 
     def by_name(self) -> dict[str, ParameterUpdates]:
         """The updates of each parameter, by name."""
-        return {one.name: one for one in self._parameters.values()}
+        return {parameter.name: parameter for parameter in self._parameters.values()}
 
     def continues(self, tree: ModelTree) -> bool:
         """Whether the model still has the same parameters with the values after the last call."""
         here = {id(tensor): name for name, tensor in trained_parameters(tree).items() if not tensor.is_meta}
         known = self._parameters
-        return here == {key: one.name for key, one in known.items()} and all(
-            one.by_method or one.is_kept() for one in known.values()
+        return here == {key: parameter.name for key, parameter in known.items()} and all(
+            parameter.by_method or parameter.is_kept() for parameter in known.values()
         )
 
     def begin_call(self) -> None:
@@ -342,21 +342,21 @@ class Updates:
 
     def end_call(self) -> None:
         """Compare the values with those after the last update."""
-        for one in self._parameters.values():
-            one.compare(stepping=self._stepping > 0)
+        for parameter in self._parameters.values():
+            parameter.compare(stepping=self._stepping > 0)
 
     def before(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Global optimizer hook: no parameter has changed yet and, without a closure, the gradients are complete."""
-        self._take(optimizer)
+        self._read_before(optimizer)
         self._stepping += 1
         closure = next((value for value in (*args[1:2], kwargs.get("closure")) if callable(value)), None)
         if closure is None:
             return None
 
         def watched(*given: Any, **named: Any) -> Any:
-            self._settle(optimizer)  # some optimizers call the closure again after changing parameters
+            self._record_updates(optimizer)  # some optimizers call the closure again after changing parameters
             result = closure(*given, **named)
-            self._take(optimizer)
+            self._read_before(optimizer)
             return result
 
         return (
@@ -367,52 +367,58 @@ class Updates:
     def after(self, optimizer: Any) -> None:
         """Global optimizer hook: the optimizer's state exists from here on."""
         self._stepping = max(self._stepping - 1, 0)
-        self._settle(optimizer)
-        for one, rate in self._given(optimizer):
-            one.updates += 1
-            one.updates_with_gradient += one.has_gradient
-            one.rate = max(one.rate, rate)
-            one.has_gradient = False
-            self.gradients.waiting.discard(id(one.tensor))
+        self._record_updates(optimizer)
+        for parameter, rate in self._parameters_of(optimizer):
+            parameter.updates += 1
+            parameter.updates_with_gradient += parameter.has_gradient
+            parameter.rate = max(parameter.rate, rate)
+            parameter.has_gradient = False
+            self.gradients.waiting.discard(id(parameter.tensor))
         self.optimizers[id(optimizer)] = describe(optimizer)
         self.steps += 1
 
     def pending(self) -> bool:
         """Whether another call may be conclusive."""
         if not self.steps:  # no torch optimizer has stepped: another writer, or no update yet
-            return not any(one.written for one in self._parameters.values())
-        seen = [one for one in self._parameters.values() if one.updates]
+            return not any(parameter.written for parameter in self._parameters.values())
+        seen = [parameter for parameter in self._parameters.values() if parameter.updates]
         if not seen:
             return self.steps < MIN_UPDATES
-        if any(one.updates < MIN_UPDATES or (one.lost and one.losses == [1]) for one in seen):
+        if any(
+            parameter.updates < MIN_UPDATES or (parameter.is_reverted and parameter.reverted == [1])
+            for parameter in seen
+        ):
             return True
         steps, learnt = self._before_call
         progresses = self.steps == steps or self._learnt() > learnt
         # A warm-up may change nothing for some updates.
-        warms_up = any(one.idling or (one.has_zero_rate and one.updates < MIN_ZERO_RATE_UPDATES) for one in seen)
-        return (progresses or warms_up) and not all(one.learnt or one.rounded_away for one in seen)
+        warms_up = any(
+            parameter.idling or (parameter.has_zero_rate and parameter.updates < MIN_ZERO_RATE_UPDATES)
+            for parameter in seen
+        )
+        return (progresses or warms_up) and not all(parameter.learnt or parameter.rounded_away for parameter in seen)
 
     def _learnt(self) -> int:
-        return sum(one.learnt > 0 for one in self._parameters.values())
+        return sum(parameter.learnt > 0 for parameter in self._parameters.values())
 
-    def _given(self, optimizer: Any) -> list[tuple[ParameterUpdates, float]]:
+    def _parameters_of(self, optimizer: Any) -> list[tuple[ParameterUpdates, float]]:
         """The adapter's parameters that an optimizer updates, with their learning rates."""
         rates = {id(value): rate_of(group) for group in optimizer.param_groups for value in group["params"]}
         return [(self._parameters[key], rate) for key, rate in rates.items() if key in self._parameters]
 
-    def _take(self, optimizer: Any) -> None:
+    def _read_before(self, optimizer: Any) -> None:
         """Read the values, and the gradients that the update will use."""
-        self.gradients.note_by_hand()
-        for one, _ in self._given(optimizer):
-            one.compare(stepping=self._stepping > 0)
-            gradient = one.tensor.grad if id(one.tensor) in self.gradients.waiting else None
+        self.gradients.record_assigned()
+        for parameter, _ in self._parameters_of(optimizer):
+            parameter.compare(stepping=self._stepping > 0)
+            gradient = parameter.tensor.grad if id(parameter.tensor) in self.gradients.waiting else None
             size = None if gradient is None else largest(gradient)
-            one.has_gradient = gradient is not None and (size is None or float(size) != 0)
+            parameter.has_gradient = gradient is not None and (size is None or float(size) != 0)
 
-    def _settle(self, optimizer: Any) -> None:
+    def _record_updates(self, optimizer: Any) -> None:
         """Record the changes of an update since the values were read."""
-        found = [(one, *one.settle(rate)) for one, rate in self._given(optimizer)]
+        found = [(parameter, *parameter.record_update(rate)) for parameter, rate in self._parameters_of(optimizer)]
         any_moved = any(moved for _, moved, _ in found)
         self.gradients.moved += any_moved
-        for one, _, ineffective in found:
-            one.idle += ineffective and not any_moved and not one.is_narrow
+        for parameter, _, ineffective in found:
+            parameter.idle += ineffective and not any_moved and not parameter.is_narrow

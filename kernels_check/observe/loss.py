@@ -227,19 +227,17 @@ def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
     """
     sums: dict[BackwardPass, int] = {}
     number, given = 0, False
-    for one, gives in passes.items():
-        if given and one.from_zero and not one.after_update and not one.in_update:
+    for backward, gives in passes.items():
+        if given and backward.from_zero and not backward.after_update and not backward.in_update:
             raise _UnreadError(
-                "the gradients of an earlier pass were gone before the next, with no update between them: it is "
-                "unknown which passes the update rests on"
+                "the gradients of an earlier pass were removed before the next, without an update between them: it is "
+                "unknown which passes contribute to the update"
             )
-        if given and one.after_update and not one.from_zero:
-            raise _UnreadError(
-                "the gradients that an update had taken were still there when the next pass added to them"
-            )
-        number += given and one.from_zero
-        sums[one] = number
-        given = gives or (given and not one.from_zero)
+        if given and backward.after_update and not backward.from_zero:
+            raise _UnreadError("gradients that an update had used were not cleared before the next pass added to them")
+        number += given and backward.from_zero
+        sums[backward] = number
+        given = gives or (given and not backward.from_zero)
     return sums
 
 
@@ -249,7 +247,7 @@ _MEAN, _SUM = 1, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
+class GradientArrival:
     """A gradient that reached a cross-entropy operator."""
 
     gradient: Tensor
@@ -267,7 +265,7 @@ class CrossEntropy:
     """Number of its targets, a scalar tensor; it stays on its device to avoid a synchronisation."""
     mean: bool
     """Whether it computes the mean, else the sum."""
-    arrivals: list[Arrival] = field(default_factory=list)
+    arrivals: list[GradientArrival] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +308,7 @@ class LossReader:
             weights = -gradient.detach()
             most = weights.masked_fill(~mask, -torch.inf).amax()
             least = weights.masked_fill(~mask, torch.inf).amin()
-            part.arrivals.append(Arrival(gradient=most, during=self.passes.current(), spread=most - least))
+            part.arrivals.append(GradientArrival(gradient=most, during=self.passes.current(), spread=most - least))
 
         call.parts.append(part)
         self.hooks.push(log_probs.register_hook(self.guard(keep)))
@@ -318,7 +316,7 @@ class LossReader:
     def _arrive(self, part: CrossEntropy, gradients: tuple[Tensor | None, ...]) -> None:
         (gradient,) = gradients
         if gradient is not None:
-            part.arrivals.append(Arrival(gradient=gradient.detach(), during=self.passes.current()))
+            part.arrivals.append(GradientArrival(gradient=gradient.detach(), during=self.passes.current()))
 
 
 def _operators(root: Any) -> Iterator[Any]:
@@ -335,13 +333,13 @@ def _operators(root: Any) -> Iterator[Any]:
 
 def _read(operator: Any) -> CrossEntropy:
     if operator._saved_reduction not in (_MEAN, _SUM):
-        raise _UnreadError("the loss weighs each token by itself")
+        raise _UnreadError("the loss weights tokens individually")
     if operator._raw_saved_weight.data is not None:
-        raise _UnreadError("the loss weighs each target by its class")
+        raise _UnreadError("the loss weights targets by their class")
     kept = operator._raw_saved_target
     if kept.unpack_hook is not None:  # unpacking would recompute, or fetch, the tensors that the backward pass needs
         raise _UnreadError(
-            "what the loss is over was put away until the backward pass, as by a checkpoint or by offloading"
+            "the labels of the loss are not in memory until the backward pass, as with a checkpoint or offloading"
         )
     ignored = (operator._saved_ignore_index + 2**63) % 2**64 - 2**63  # saved as an unsigned integer
     with torch.no_grad():
@@ -412,18 +410,18 @@ def _refuse_unread(call: ModelCall) -> None:
     labels = [call.arguments.get(name) for name in ("shift_labels", "labels")]
     tokens = [one for one in labels if isinstance(one, Tensor) and not one.is_floating_point()]
     if not tokens:
-        raise _UnreadError("the model was given no labels of tokens: its loss is made elsewhere")
+        raise _UnreadError("the model received no token labels: its loss is computed elsewhere")
     if all(one.dim() <= 1 for one in tokens):
         raise _UnreadError("the labels are of whole rows, not of tokens")
     arrived = any(part.arrivals for part in call.parts)
     if not call.loss_gradients and not arrived:
         raise _UnreadError(
-            "nothing went back through the loss that the model returned: another was trained on, or none"
+            "no gradient flowed through the loss that the model returned: the step trains on another loss, or on none"
         )
     if call.unread or not arrived:
         unreadable = (
-            "the loss that the model returned holds no cross entropy that can be read, as where it is compiled, or "
-            "made by a fused kernel"
+            "the loss that the model returned has no readable cross entropy: it may be compiled, or "
+            "computed by a fused kernel"
         )
         raise _UnreadError(next(iter(call.unread), unreadable))
 
@@ -443,9 +441,9 @@ def _pass(call: ModelCall, number: int, sums: Mapping[BackwardPass, int]) -> Los
     if not all(map(math.isfinite, live)):
         raise _UnreadError("the gradient of the loss is not finite")
     if any(one.spread is not None and float(one.spread) > tolerance * largest_weight for one in every):
-        raise _UnreadError("the loss weighs each token by itself")
+        raise _UnreadError("the loss weights tokens individually")
     if live and max(live) - min(live) > tolerance * largest_weight:
-        raise _UnreadError(f"the loss of one pass is made of {len(live)} cross entropies of different weights")
+        raise _UnreadError(f"the loss of one pass consists of {len(live)} cross entropies with different weights")
     return LossPass(
         tokens=sum(tokens for _, tokens, _ in arrived),
         positions=next((one.numel() for one in labels if isinstance(one, Tensor)), 0),

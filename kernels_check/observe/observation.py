@@ -198,7 +198,7 @@ class Observation:
         wrapped = (layer for layer in self.adapter_layers if layer.base is not None)
         return {layer.name: wrapped_storage(self.tree, layer.module) for layer in wrapped}
 
-    census = _read_tree(digests.take_census)
+    census = _read_tree(digests.count_bytes)
     """The bytes of the whole base, by number of bits."""
 
     biases_of_adapters = _read_tree(adapter.biases_of_adapters)
@@ -314,7 +314,7 @@ class StepObserver:
         """Remove the hooks on modules when a compilation starts."""
         if not self.compiled:
             self.compiled = True
-            recorder.break_off()
+            recorder.remove_step_hooks()
 
 
 class _Series:

@@ -233,7 +233,7 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
     for call in given:
         name, tokens = find_tokens(call.arguments) or ("", None)
         if tokens is None:
-            seen.unseen = f"a call of {type(call.module).__name__} was given no tokens of [rows, tokens]"
+            seen.unseen = f"a call of {type(call.module).__name__} received no tokens of shape [rows, tokens]"
             continue
         hidden = masked_positions(call.arguments.get("attention_mask"), *tokens.shape[:2])
         padded = torch.zeros(tokens.shape[:2], dtype=torch.bool) if hidden is None else hidden.cpu()
@@ -339,10 +339,10 @@ def _unchanging_positions(positions: Any, numbers: Tensor) -> Tensor:
 
 
 _LEAK = (
-    "positions separate records only without a cache, which is the default, and without a mask of two dimensions: "
-    "pass use_cache=False and no attention_mask, or a mask of blocks to a model whose mask knows no positions (OPT)"
+    "positions separate records only without a cache (by default there is one) and without a two-dimensional mask: "
+    "pass use_cache=False and no attention_mask, or a mask of blocks to a model whose mask ignores positions (OPT)"
 )
-_VERIFY = "whether it isolates them takes forwards, as probe_isolation makes them"
+_VERIFY = "only forward passes show whether records are isolated: call probe_isolation"
 
 
 def report_leaks(leaks: Sequence[str]) -> PathObservation:
@@ -363,7 +363,7 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
     except LayoutError as error:
         return undecided(str(error), present=False)
     if not packed:
-        reason = f"no call of the step shows two records in a row, which takes {PASSED_ON}"
+        reason = f"no row of any call in the step shows two records; to show them, a call needs {PASSED_ON}"
         return undecided(reason, present=False)
     count, by = packed[0][1].count, packed[0][1].by
     by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
@@ -371,18 +371,18 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
     masked = any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed)
     cached = any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed)
     partly = not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True))
-    leak = "attention was given no mask and no lengths, so that the records of a row see each other"
-    given = f"{by} give the records, no mask or cache hides them, and all attention was given them"
+    leak = "attention received neither a mask nor lengths, so the records of a row attend to each other"
+    given = f"{by} give the records, no mask or cache hides them, and every attention call received them"
     findings = (
         (
             all(records.by == "attention_mask" for _, records in packed),
-            passed(f"{count} records: a mask of blocks was given with each call"),
+            passed(f"{count} records: each call had a mask of blocks"),
         ),
-        (not attention, undecided("no attention of the model was seen")),
+        (not attention, undecided("no attention call of the model was observed")),
         (unmasked, report_leaks([leak])),
         (masked, undecided(f"an attention_mask with {by}: {_VERIFY}")),
         (cached, undecided(f"the model may have built a cache: {_VERIFY}")),
-        (partly, undecided(f"some attention was given no mask: {_VERIFY}")),
+        (partly, undecided(f"some attention calls received no mask: {_VERIFY}")),
     )
     return next((found for applies, found in findings if applies), passed(f"{count} records: {given}"))
 

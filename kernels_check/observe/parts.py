@@ -62,11 +62,11 @@ class _Places:
         prefix = prefix.removeprefix(".")
         near = [(layer, layer.name.removeprefix(prefix)) for layer in layers if layer.name.startswith(prefix)]
         paths = [name for name, _ in module.named_modules(prefix=path)]
-        self.modules = {_bare(name.removeprefix(prefix)) for name in paths if name.startswith(prefix)}
+        self.modules = {_unwrapped_name(name.removeprefix(prefix)) for name in paths if name.startswith(prefix)}
         """All modules of the wrapped model, adapted or not."""
-        self.copies = {_bare(name) for layer, name in near if layer.copied or name.endswith(".token_adapter")}
+        self.copies = {_unwrapped_name(name) for layer, name in near if layer.copied or name.endswith(".token_adapter")}
         self.parameters = {
-            f"{_bare(name)}.{layer.module.parameter_name}"
+            f"{_unwrapped_name(name)}.{layer.module.parameter_name}"
             for layer, name in near
             if "parameter" in roles_of(layer.module)
         }
@@ -79,13 +79,15 @@ class _Places:
 def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     if not _by_default(configuration, places):
         for field in ("target_modules", "feedforward_modules"):
-            asked = (name for name in _asked(configuration, field) if not _matches(configuration, name, places.modules))
-            yield from (f"{field} {name!r}" for name in asked)
-    yield from _unmatched_parameters(_asked(configuration, "target_parameters"), places)
+            missing = (
+                name for name in _requested(configuration, field) if not _matches(configuration, name, places.modules)
+            )
+            yield from (f"{field} {name!r}" for name in missing)
+    yield from _unmatched_parameters(_requested(configuration, "target_parameters"), places)
     task = str(getattr(configuration, "task_type", ""))
     added = _HEADS if any(one in task for one in _TASKS) else frozenset()
     tokens = getattr(configuration, "trainable_token_indices", None)
-    saved = [("modules_to_save", name) for name in _asked(configuration, "modules_to_save") if name not in added]
+    saved = [("modules_to_save", name) for name in _requested(configuration, "modules_to_save") if name not in added]
     saved += [("trainable_token_indices", name) for name in (tokens if isinstance(tokens, dict) else ())]
     for field, name in saved:
         if not any(place.endswith(name) for place in places.copies):  # PEFT also matches this inside a word
@@ -100,7 +102,7 @@ def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[s
         layers = sorted(places.of_experts.get(name, frozenset()) & words)
         if layers:
             made = " and ".join(map(repr, layers))
-            yield f"target_modules {made} (PEFT makes target_parameters {name!r} of it in models of this type)"
+            yield f"target_modules {made} (PEFT converts them into target_parameters {name!r} in models of this type)"
         elif not (by_all_linear and name in places.of_experts):
             yield f"target_parameters {name!r}"
 
@@ -118,7 +120,7 @@ def _names_of_experts(model: Any) -> dict[str, frozenset[str]]:
     return {}
 
 
-def _asked(configuration: Any, field: str) -> list[str]:
+def _requested(configuration: Any, field: str) -> list[str]:
     asked = getattr(configuration, field, None)
     if isinstance(asked, str):
         return [asked]
@@ -144,7 +146,7 @@ def _ends_with(place: str, name: str) -> bool:
     return place == name or place.endswith(f".{name}")
 
 
-def _bare(name: str) -> str:
+def _unwrapped_name(name: str) -> str:
     """The name before anything was wrapped."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -156,9 +158,9 @@ Fate = Literal[
     "gradient zero",
     "moved without a gradient",
     "changed, no gradient seen",
-    "none of its tokens in the batches",
+    "its tokens are not in the batches",
     "not given to an optimizer",
-    "given a rate of 0",
+    "learning rate 0",
     "undone after an update",
     "unchanged",
 ]
@@ -238,18 +240,18 @@ def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> F
     is_zero = gradient is None or not gradient.nonzero
     fates: list[tuple[bool, Fate]] = [
         (gradient is None, "changed, no gradient seen" if changed else "without gradient"),
-        (is_zero and name in rare, "none of its tokens in the batches"),
+        (is_zero and name in rare, "its tokens are not in the batches"),
         (is_zero, "moved without a gradient" if changed else "gradient zero"),
     ]
     if known is not None and known.updates and known.unreadable is None:
         without_gradient: Fate = "moved without a gradient" if known.moved else "gradient zero"
         fates += [
-            (known.lost, "undone after an update"),
+            (known.is_reverted, "undone after an update"),
             (known.rate > 0 and not known.updates_with_gradient, without_gradient),
             (known.learnt > 0 or known.rounded_away > 0, "updated"),
             (known.ineffective > 0, "unchanged"),
         ]
-    fates += [(changed, "updated"), (rate is None, "not given to an optimizer"), (rate == 0, "given a rate of 0")]
+    fates += [(changed, "updated"), (rate is None, "not given to an optimizer"), (rate == 0, "learning rate 0")]
     return next((fate for applies, fate in fates if applies), "unchanged")
 
 

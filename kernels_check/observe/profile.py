@@ -217,7 +217,7 @@ class StepProfile:
     """Why nothing was recorded, so that all properties based on operators are unknown."""
 
 
-AROUND = "a profiler of the program runs around this check, which another would end"
+AROUND = "the program already runs a profiler, which a second one would end"
 INSIDE = "the step runs a profiler of its own, which ends any other"
 
 
@@ -246,11 +246,11 @@ class ProfilerRecording:
         profiler: Any = torch.autograd.profiler
         enable = profiler._enable_profiler
 
-        def noticed(*args: Any, **kwargs: Any) -> Any:
+        def record_start(*args: Any, **kwargs: Any) -> Any:
             self.missing = INSIDE
             return enable(*args, **kwargs)
 
-        with patch.object(profiler, "_enable_profiler", noticed):
+        with patch.object(profiler, "_enable_profiler", record_start):
             with quiet_kineto():
                 recording.start()
             self.missing = None
@@ -360,7 +360,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
             is_library, in_place = name.startswith(LIBRARY_UPDATE), name.startswith("aten::") and name.endswith("_")
             if place == "update" and (is_library or in_place):
                 given = event.extra_fields.inputs[: None if is_library else 1]
-                written.append(Write(op=name, tensors=tuple(_recorded(given))))
+                written.append(Write(op=name, tensors=tuple(_identities(given))))
                 continue  # inner calls do not belong to the model
             place = "elsewhere"
         waiting += [(child, parent, call, place) for child in reversed(event.children)]
@@ -374,12 +374,12 @@ def _is_range(name: str, event: Any) -> bool:
     return getattr(getattr(event.extra_fields, "scope", None), "name", "") == "USER_SCOPE"
 
 
-def _recorded(inputs: Iterable[Any]) -> Iterator[Identity]:
-    for one in inputs:
-        if isinstance(one, list | tuple):
-            yield from _recorded(one)
-        elif hasattr(one, "impl_ptr"):
-            yield int(one.impl_ptr or 0), int(one.storage_data_ptr or 0)
+def _identities(inputs: Iterable[Any]) -> Iterator[Identity]:
+    for value in inputs:
+        if isinstance(value, list | tuple):
+            yield from _identities(value)
+        elif hasattr(value, "impl_ptr"):
+            yield int(value.impl_ptr or 0), int(value.storage_data_ptr or 0)
 
 
 def _is_kernel(event: Any) -> bool:

@@ -163,7 +163,7 @@ class RankObserver:
         hooked: dict[int, Tensor] = {}
         names = dict(model.named_modules())
 
-        def look(prefix: str, module: nn.Module) -> None:
+        def hook_parameters(prefix: str, module: nn.Module) -> None:
             for key, parameter in module.named_parameters():
                 if parameter.requires_grad and id(parameter) not in hooked and not is_sharded(parameter):
                     hooked[id(parameter)] = parameter
@@ -176,7 +176,7 @@ class RankObserver:
             for holder in (name, name.rpartition(".")[0])  # a layer may directly use the weight of an inner module
         }
         for holder in holders:
-            called = self._guard(lambda module, _, prefix=holder: look(prefix, module))
+            called = self._guard(lambda module, _, prefix=holder: hook_parameters(prefix, module))
             self._hooks.push(names[holder].register_forward_pre_hook(called))
 
     def _gradient(self, name: str, parameter: Any) -> Gradient:

@@ -159,9 +159,9 @@ def _complete_events(path: Path, content: bytes) -> Iterator[_Event]:
             if event.ph == "X" and isinstance(event.name, str) and isinstance(event.cat, str):
                 yield event
     except (msgspec.DecodeError, RecursionError) as error:
-        what = "the JSON ends early: the file was cut off" if "truncated" in str(error) else f"is no trace: {error}"
+        what = "the JSON ends early: the file was cut off" if "truncated" in str(error) else f"is not a trace: {error}"
         raise TraceError(
-            f"{path}: {what}; expected {EXPECTED}. Copy or export it again; nothing of a damaged file is reported"
+            f"{path}: {what}; expected {EXPECTED}. Copy or export it again; no part of a damaged file is reported"
         ) from None
 
 

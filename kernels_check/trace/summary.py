@@ -40,9 +40,9 @@ _AMD = re.compile(
     r"^(Custom_)?Cijk_A|ck_tile|\bck::|^_ZN(2ck|5aiter)\d|aotriton|\brocprim::|^__amd_rocclr_|^igemm_\w+_gtc|\bhip"
 )
 """Names that only ROCm libraries use."""
-_SHOWN = 40
-"""Maximum characters of such a name in the notice."""
-_MUCH = 0.03
+_MAX_NAME_CHARS = 40
+"""Maximum characters of a kernel name in a notice."""
+_MIN_UNKNOWN_SHARE = 0.03
 """Minimum share of the time in unknown kernels for a notice."""
 
 
@@ -181,18 +181,18 @@ def _name_notices(launches: Sequence[NameTotal], unknown: Sequence[NameTotal], u
     foreign = [one for one in launches if _AMD.search(one.name)]
     if foreign:
         yield (
-            f"this recording is of an AMD GPU ({foreign[0].name[:_SHOWN]}): its kernels are known from published "
-            "recordings only, and shares of CUDA's libraries do not apply to it"
+            f"this recording is of an AMD GPU ({foreign[0].name[:_MAX_NAME_CHARS]}): its kernels are known from "
+            "published recordings only, and shares of CUDA's libraries do not apply to it"
         )
-    if unknown_share > _MUCH:
+    if unknown_share > _MIN_UNKNOWN_SHARE:
         yield (
-            f"{unknown_share:.0%} of the time is in kernels that no rule knows (most in {unknown[0].name[:_SHOWN]}), "
-            "so each category may have that much more than is shown; report the names, which --json lists, to have "
-            "them added"
+            f"{unknown_share:.0%} of the time is in kernels that no rule knows (most in "
+            f"{unknown[0].name[:_MAX_NAME_CHARS]}), so each category may have that much more than is "
+            "shown; report the names, which --json lists, to have them added"
         )
     names = [one.name for one in unknown]
     if any(name in ("device_kernel", "Kernel", "Kernel2") for name in names):
-        yield "names are cut down to the function (device_kernel): record full names, FlashAttention-3 shows only there"
+        yield "names are reduced to the function (device_kernel): record full names, which FlashAttention-3 needs"
     if any(name.startswith("_Z") for name in names):
         yield "some names are mangled (_Z...): pass the file through c++filt, the rules read demangled names"
 
@@ -250,8 +250,8 @@ def _summarise(path: Path, totals: Iterable[NameTotal], operators: Collection[st
     total_ms = math.fsum(one.time_ms for one in ran)
     if not (total_ms > 0.0 and math.isfinite(total_ms)):
         raise TraceError(
-            f"{path}: what ran has {total_ms} ms in all: no event has a usable duration (dur of phase X), so that no "
-            "share can be given. Record it again"
+            f"{path}: the events have {total_ms} ms in total: no event has a usable duration (dur of phase X), so that "
+            "no share can be given. Record it again"
         )
 
     def use(some: Collection[NameTotal]) -> Use:

@@ -187,7 +187,7 @@ train(True)
 
 
 @pytest.mark.faults
-def test_a_compiled_update_is_compiled_as_alone_and_not_measured(tmp_path):
+def test_a_compiled_update_is_unchanged_and_not_measured(tmp_path):
     """The update is compiled alone or with the whole step; the script prints why nothing was measured."""
     (tmp_path / "train.py").write_text(COMPILED)
     alone, done = run(tmp_path, sys.executable, "train.py"), wrap(tmp_path, sys.executable, "train.py")
@@ -264,7 +264,7 @@ for rows in Meter(model).steps(loader) if sys.argv[1:] else loader:
 
 
 @pytest.mark.parametrize("metered", [False, pytest.param(True, marks=pytest.mark.faults)])
-def test_a_training_that_is_killed_loses_its_last_second_at_most(tmp_path, metered):
+def test_a_killed_training_loses_at_most_its_last_second(tmp_path, metered):
     """The run, wrapped or with a meter, has the steps before the last second."""
     (tmp_path / "train.py").write_text(KILLED)
     start, words = (run, ["metered"]) if metered else (wrap, [])
@@ -296,7 +296,7 @@ sys.exit(7)
 
 
 @pytest.mark.faults
-def test_a_disk_that_is_full_at_the_end_leaves_the_commands_exit_code(tmp_path):
+def test_a_full_disk_at_the_end_does_not_change_the_exit_code(tmp_path):
     """The write error is printed."""
     (tmp_path / "train.py").write_text(FULL)
     done = wrap(tmp_path, sys.executable, "train.py")

@@ -202,7 +202,7 @@ def test_unknown_and_missing_commands_are_refused(tmp_path, capsys):
     assert main(["wrap", "--runs-dir", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
     assert "no-such-program: No such file or directory" in printed
-    assert "no command. Write it behind --" in printed
+    assert "no command. Write it after --" in printed
 
 
 def test_signals_of_a_terminal_are_not_sent_twice(monkeypatch):

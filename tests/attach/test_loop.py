@@ -14,7 +14,7 @@ import torch
 
 from lorameter.attach import measures as module
 from lorameter.attach.batches import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
-from lorameter.attach.measures import Energy, StepSamples, Work
+from lorameter.attach.measures import Energy, StepFlops, StepSamples
 from lorameter.attach.meter import Meter
 from lorameter.attach.observer import ErrorGuard, ObserverReply, StepReading, TrainingInfo, weak_reference
 from lorameter.attach.steps import Steps, make_watch
@@ -242,7 +242,7 @@ def gathered():
 
 
 def work(model):
-    return Work(TrainingInfo(
+    return StepFlops(TrainingInfo(
         source="trainer", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     ))  # fmt: skip

@@ -103,7 +103,7 @@ def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
     """The check also works if only a submodule is called, as by Lightning, whose loop calls a method of the outermost
     module."""
 
-    class Lit(torch.nn.Module):
+    class LightningLike(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.net = torch.nn.Sequential(torch.nn.Embedding(16, 4), torch.nn.Linear(4, 16))
@@ -111,20 +111,20 @@ def test_a_step_is_watched_where_a_part_of_the_model_is_called(listener):
         def training_step(self, ids):
             return loss_of(self.net, ids)
 
-    lit = Lit()
-    optimizer = sgd(lit)
+    module = LightningLike()
+    optimizer = sgd(module)
     listener.answers = [ObserverReply(), ObserverReply(watch={})]
     for ids in batches(4):
-        lit.training_step(ids).backward()
+        module.training_step(ids).backward()
         optimizer.step()
     assert [reading.checks is not None for reading in listener.readings] == [False, True, False]
     (mode,) = (check for check in listener.readings[1].checks if check.path == "mode")
     assert mode.observed == "train"
     assert len(listener.trainings) == 1
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lit.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-class Ahead:
+class PrefetchingLoader:
     """A loader that prefetches one batch, as Accelerate's loaders do."""
 
     def __init__(self, loader):
@@ -134,9 +134,9 @@ class Ahead:
         iterator = iter(self.loader)
         batch = next(iterator, None)
         while batch is not None:
-            coming = next(iterator, None)
+            following = next(iterator, None)
             yield batch
-            batch = coming
+            batch = following
 
 
 @pytest.mark.usefixtures("source")
@@ -149,7 +149,7 @@ def test_tokens_are_those_of_the_batches_that_a_step_uses(listener, model, ahead
     rows = torch.randint(0, 16, (ROWS * 7 + 2, 5))
     for _ in range(2):
         loader = torch.utils.data.DataLoader(rows, batch_size=ROWS)
-        for number, ids in enumerate(Ahead(loader) if ahead else loader, 1):
+        for number, ids in enumerate(PrefetchingLoader(loader) if ahead else loader, 1):
             loss_of(model, ids).backward()
             if number % passes == 0:
                 optimizer.step()

@@ -108,7 +108,7 @@ def test_an_unmet_requirement_of_the_script_makes_the_trial_invalid(write):
 
 @pytest.mark.parametrize("source", ["optimizer", "trainer"])
 @pytest.mark.parametrize("code", [0, 3])
-def test_an_unseen_end_rests_on_the_exit_code(write, source, code):
+def test_an_unseen_end_is_judged_by_the_exit_code(write, source, code):
     """An unfinished Trainer is crashed for any exit code; a loop without a meter may have ended as planned, unless the
     code says otherwise."""
     run, writer, _ = write(steps(12), end=False, facts=training(source=source))
@@ -152,7 +152,7 @@ def test_an_error_ends_the_trial_and_keeps_its_steps(write, error, status, kind)
     assert len(record.samples["step_time_s"]) == 7
 
 
-def test_a_loss_that_is_no_number_makes_the_trial_invalid(write):
+def test_a_loss_that_is_not_a_number_makes_the_trial_invalid(write):
     """The message has the step."""
     readings = steps(15)
     readings[9] = dataclasses.replace(readings[9], loss=float("nan"))
@@ -237,8 +237,8 @@ def fail(error):
 @pytest.mark.parametrize(
     ("error", "expected", "never"),
     [
-        (NotFollowedError("another process of it is"), "this training is not followed: another process", "has failed"),
-        (OSError("no room left"), "the measurement failed and has stopped; the training", "is not followed"),
+        (NotFollowedError("another process of it is"), "this training is not measured: another process", "has failed"),
+        (OSError("no room left"), "the measurement failed and has stopped; the training", "is not measured"),
     ],
 )
 def test_an_error_is_printed_once(capfd, error, expected, never):
@@ -252,7 +252,7 @@ def test_an_error_is_printed_once(capfd, error, expected, never):
     assert text.count(expected) == 1
     assert never not in text
     assert errors == [error]
-    assert not guard.up
+    assert not guard.is_working
 
 
 def test_exit_and_interrupt_are_raised_through_the_guard():
@@ -261,7 +261,7 @@ def test_exit_and_interrupt_are_raised_through_the_guard():
     for wish in (SystemExit(0), KeyboardInterrupt()):
         with pytest.raises(type(wish)):
             guard.run(fail, wish)
-    assert guard.up
+    assert guard.is_working
 
 
 CHECK = Check(path="mode", required=None, observed="train", status="active", reason="seen")

@@ -23,7 +23,7 @@ def scripted(tmp_path, monkeypatch, capsys):
 
     def run(*words):
         code = cli.main(list(words))
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run

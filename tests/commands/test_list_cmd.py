@@ -29,15 +29,15 @@ def edited(text, **changes):
 ])  # fmt: skip
 def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason):
     """The run is listed as damaged with the reason, and refused where a command names it."""
-    whole, damaged = write_run("whole", STEPS), write_run("damaged", STEPS)
+    intact, damaged = write_run("intact", STEPS), write_run("damaged", STEPS)
     manifest = damaged / "manifest.json"
     manifest.write_text(harm(manifest.read_text()))
-    assert main(["list", "runs", "--runs-dir", str(whole.parent), "--json"]) == 0
+    assert main(["list", "runs", "--runs-dir", str(intact.parent), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["runs"]
-    assert [(row["run"], row["status"]) for row in rows] == [("damaged", "damaged"), ("whole", "complete")]
+    assert [(row["run"], row["status"]) for row in rows] == [("damaged", "damaged"), ("intact", "complete")]
     assert reason in rows[0]["title"]
     assert len(rows[0]["title"]) < 2000
-    assert main(["report", "damaged", "--runs-dir", str(whole.parent)]) == 2
+    assert main(["report", "damaged", "--runs-dir", str(intact.parent)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -46,7 +46,7 @@ def test_a_damaged_manifest_hides_no_other_run(write_run, capsys, harm, reason):
     [{"hidden_act": "nonsense"}, {"model_type": "nope"}],
     ids=str,
 )
-def test_a_configuration_that_makes_no_model_is_refused(change, tmp_path, capsys):
+def test_a_configuration_of_an_impossible_model_is_refused(change, tmp_path, capsys):
     """The error names the model and the reason, whatever exception transformers raises."""
     config = json.loads((Path(catalogue.__file__).parent / "tiny-llama.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))

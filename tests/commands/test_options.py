@@ -8,7 +8,7 @@ from lorameter.commands.options import SHARED
 from lorameter.commands.table import COMMANDS
 from lorameter.report.run_view import Sort
 from lorameter.results import rows
-from lorameter.results.export import OF_TRENDS, TABULAR
+from lorameter.results.export import DASHBOARDS, TABULAR
 from lorameter.run.device_lock import IfBusy
 
 
@@ -21,6 +21,6 @@ def test_parser_choices_match_the_modules_that_define_them():
     """The parser lists formats and tables without importing the modules that define them."""
     commands = {command.name: {names[0]: settings for names, settings in command.arguments} for command in COMMANDS}
     export = commands["export"]
-    assert export["--format"]["choices"] == ("json", *TABULAR, *OF_TRENDS)
+    assert export["--format"]["choices"] == ("json", *TABULAR, *DASHBOARDS)
     assert export["--table"]["choices"] == tuple(rows.TABLES)
     assert commands["report"]["--sort"]["choices"] == get_args(Sort)

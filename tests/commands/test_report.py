@@ -31,7 +31,7 @@ def rows(document, table=0):
     return [row["name"] for row in document["tables"][table]["rows"]]
 
 
-def test_one_metric_has_a_table_of_its_own(run_command):
+def test_one_metric_has_its_own_table(run_command):
     """The table has ratios, control and verdicts; bytes use the unit of the largest value, and a loss is higher or
     lower."""
     code, document = run_command(
@@ -99,7 +99,7 @@ def kept(tmp_path):
     return path
 
 
-def test_an_ab_is_shown_by_the_policy_it_was_judged_by(run_command, kept):
+def test_an_ab_is_reported_with_its_own_policy(run_command, kept):
     """All commands use the stored policy unless another is given; the default policy reports a regression that the
     stored one accepts."""
     assert run_command("report", "ab", "--json")[1]["exit"] == 1

@@ -73,7 +73,7 @@ def parse(text: str) -> Any:
     """Return the only document in a text; NaN and infinity are invalid JSON."""
 
     def refuse(word: str) -> Any:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 

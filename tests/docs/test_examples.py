@@ -45,7 +45,7 @@ TWO_LINES = {
 
 
 def start(*words, folder):
-    """Run one of our processes in its own folder."""
+    """Run Python with these arguments in a folder, offline and with one thread."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'harness'}:{ROOT}",
@@ -122,12 +122,12 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
     first = 0 if name == "trainer_lora.py" else 1  # an observed optimizer begins its training at the first update
 
     def losses_of(record):
-        kept = ("first_loss", "warmup_loss", "timed_loss")
-        return [loss for key in kept for loss in record.samples.get(key, ())]
+        names = ("first_loss", "warmup_loss", "timed_loss")
+        return [loss for name in names for loss in record.samples.get(name, ())]
 
-    ours, theirs = losses_of(metered), losses_of(record)
-    assert len(ours) >= len(theirs) - 1
-    assert ours[first : first + 4] == pytest.approx(theirs[:4], rel=1e-6)
+    metered_losses, wrapped_losses = losses_of(metered), losses_of(record)
+    assert len(metered_losses) >= len(wrapped_losses) - 1
+    assert metered_losses[first : first + 4] == pytest.approx(wrapped_losses[:4], rel=1e-6)
 
 
 @pytest.mark.faults
@@ -206,7 +206,7 @@ def page(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
+def test_commands_of_the_engines_page_print_the_lines_below_them(page, monkeypatch, capsys):
     """The commands run as on a machine without a GPU, where not all variants of a large model fit concurrently."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
@@ -223,7 +223,7 @@ def test_its_commands_print_the_lines_below_them(page, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("name", "title"), [("unsloth", "Unsloth"), ("axolotl", "Axolotl's LoRA kernels")])
-def test_its_studies_of_other_trainers_are_read(page, name, title):
+def test_studies_of_the_engines_page_are_read(page, name, title):
     """Each study has two commands and sourced claims, and is refused without a GPU."""
     study = load_study(f"{name}.toml")
     assert study.of_scripts
@@ -234,7 +234,7 @@ def test_its_studies_of_other_trainers_are_read(page, name, title):
 @pytest.mark.parametrize(
     "place", [pytest.param(0, id="trainer", marks=pytest.mark.selftest), pytest.param(1, id="loop")]
 )
-def test_a_script_prints_the_output_on_the_page(tmp_path, place):
+def test_a_script_of_the_own_script_page_prints_its_output(tmp_path, place):
     """The script also leaves a run."""
     (tmp_path / "train.py").write_text(blocks("own-script.md", "python")[place])
     done = start("train.py", folder=tmp_path)
@@ -253,7 +253,7 @@ def section(title):
     return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def test_its_numbers_are_those_of_the_code():
+def test_numbers_of_the_ab_page_are_those_of_the_code():
     """The page states the steps of a turn and of a process, the copied size, and the limits of a difference."""
     assert STEPS_PER_TURN == 2
     (arguments,) = (command.arguments for command in COMMANDS if command.name == "ab")
@@ -261,8 +261,9 @@ def test_its_numbers_are_those_of_the_code():
     assert f"process ({steps.rpartition('default ')[2]})" in TEXT
     assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
     assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT
-    assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in section("Do they do the same?")
-    assert f"lies within {same_training.MARGIN:.0%}".replace("%", " %") in section("Do they do the same?")
+    agreement = section("Do both scripts train the same?")
+    assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in agreement
+    assert f"lies within {same_training.MARGIN:.0%}".replace("%", " %") in agreement
 
 
 PAGE_OWN_STEP = ROOT / "docs" / "own_step.md"
@@ -283,7 +284,7 @@ def blocks_own_step():
 
 
 @pytest.mark.selftest
-def test_the_page_prints_its_output(tmp_path):
+def test_the_own_step_page_prints_its_output(tmp_path):
     """All code runs in one separate process, since Accelerate keeps a state for each process."""
     shown = blocks_own_step()
     assert sum(bool(printed) for _, printed in shown) >= 4

@@ -88,11 +88,11 @@ def apply(example: Example, folder: Path) -> None:
 
 
 LONG = ("A path of kernels_check", "A field of a variant")
-"""Examples that load torch, which are of the long half."""
+"""Examples that load torch; `make test` skips them."""
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory):
+def extended_copy(tmp_path_factory):
     """A copy of the packages with all examples applied, and a run for the examples to read."""
     folder = tmp_path_factory.mktemp("extended")
     for package in ("harness", "kernels_check"):
@@ -109,12 +109,12 @@ def param(example):
 
 
 @pytest.mark.parametrize("example", [*map(param, examples())])
-def test_the_commands_of_an_example_print_the_shown_output(example, extended):
+def test_the_commands_of_an_example_print_the_shown_output(example, extended_copy):
     """The commands of an example print what the page shows."""
     assert example.commands
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(extended / "harness"), str(extended)]),
+        "PYTHONPATH": os.pathsep.join([str(extended_copy / "harness"), str(extended_copy)]),
         "COLUMNS": "200",
         "NO_COLOR": "1",
     }
@@ -122,7 +122,7 @@ def test_the_commands_of_an_example_print_the_shown_output(example, extended):
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         if words[0] == "lorameter":
             words[:1] = [sys.executable, "-m", "lorameter.cli"]
-        done = subprocess.run(words, cwd=extended, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=extended_copy, env=environment, capture_output=True, text=True, timeout=600)
         printed = done.stdout + done.stderr
         for line in expected:
             assert line.strip() in printed, f"$ {command}\n{printed}\nlacks: {line.strip()}"

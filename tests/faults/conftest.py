@@ -39,7 +39,7 @@ spec.loader.exec_module(pretended)
 from lorameter.pytest_plugin import attach
 
 def pytest_configure(config):
-    pretended.local.LocalExecutor = pretended.Pretended
+    pretended.local.LocalExecutor = pretended.PretendedExecutor
     attach(config)
 """
 BENCHMARK = """

@@ -23,7 +23,7 @@ from lorameter.records.record import PartialRecord
 from lorameter.run.workers import Executor
 from tests.run.fakes import FakeExecutor
 
-TRIAL, COMMAND, DEED = (*os.environ.get("STOP_AT", "-").split(":"), "", "")[:3]
+TRIAL, COMMAND, FAULT = (*os.environ.get("STOP_AT", "-").split(":"), "", "")[:3]
 
 
 STOPPED: list[str] = []
@@ -34,7 +34,7 @@ def stop(trial: str, command: str) -> None:
     """Wait for a signal or cause the requested fault at the given command."""
     if (trial, command) != (TRIAL, COMMAND):
         return
-    if DEED == "full":  # as a library reports it: the system's message in its own exception
+    if FAULT == "full":  # as a library reports it: the system's message in its own exception
         raise RuntimeError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
     if STOPPED:
         return
@@ -47,7 +47,7 @@ def stop(trial: str, command: str) -> None:
         pass
 
 
-class Pretended(FakeExecutor):
+class PretendedExecutor(FakeExecutor):
     """Every step takes the same time."""
 
     make_place, clear_place, close = Executor.make_place, Executor.clear_place, Executor.close
@@ -72,7 +72,7 @@ class Worker:
     start_latency_s = 0.01
     prefix = ""
 
-    def __init__(self, executor: Pretended) -> None:
+    def __init__(self, executor: PretendedExecutor) -> None:
         self.executor = executor
 
     def cpus(self):
@@ -100,5 +100,5 @@ class Worker:
 if __name__ == "__main__":
     from lorameter.cli import main
 
-    local.LocalExecutor = Pretended
+    local.LocalExecutor = PretendedExecutor
     sys.exit(main(sys.argv[1:]))

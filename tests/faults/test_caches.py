@@ -276,7 +276,7 @@ def test_a_pack_that_does_not_fit_leaves_no_partial_file(tmp_path, monkeypatch):
         pack("sound", RUNS, tmp_path / "link")
 
 
-def test_no_room_to_unpack_is_no_fault_of_the_file(tmp_path):
+def test_a_full_disk_while_unpacking_is_not_blamed_on_the_file(tmp_path):
     """The error blames the disk and not the valid packed run."""
     path = pack("sound", RUNS, tmp_path / "x.zip")
     with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):

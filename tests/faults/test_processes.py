@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from lorameter.errors import InvalidRunError, UsageError
-from lorameter.machine.processes import marked
+from lorameter.machine.processes import find_marked
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, request_of
 from lorameter.run.workers import Executor, WorkerLostError
@@ -36,10 +36,10 @@ def executor(tmp_path):
 
 
 @pytest.fixture
-def doomed(executor, monkeypatch):
+def kill_at_start(executor, monkeypatch):
     """A function that kills the next process of a kind as soon as it has started."""
 
-    def doom(kind, number):
+    def kill(kind, number):
         spawn, killed = LocalExecutor._spawn, []
 
         def spawn_and_kill(self, what, *arguments, **options):
@@ -52,7 +52,7 @@ def doomed(executor, monkeypatch):
         monkeypatch.setattr(LocalExecutor, "_spawn", spawn_and_kill)
         return killed
 
-    return doom
+    return kill
 
 
 @pytest.fixture
@@ -64,17 +64,17 @@ def request_cold(executor, small_study):
     return request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))
 
 
-def test_a_cold_interpreter_that_is_killed_is_a_row(executor, doomed, request_cold):
+def test_a_killed_cold_start_is_recorded_as_crashed(executor, kill_at_start, request_cold):
     """The trial is crashed, with the name of the signal."""
-    doomed("cold", signal.SIGKILL)
+    kill_at_start("cold", signal.SIGKILL)
     with pytest.raises(WorkerLostError, match="SIGKILL") as lost:
         executor.cold_start(request_cold)
     assert (lost.value.status, lost.value.failure.kind) == ("crashed", "ColdStartFailed")
 
 
-def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_cold):
+def test_a_stopped_cold_start_is_recorded_as_a_timeout(executor, kill_at_start, request_cold):
     """The trial is a timeout, and its process group is killed."""
-    stopped = doomed("cold", signal.SIGSTOP)
+    stopped = kill_at_start("cold", signal.SIGSTOP)
     protocol = dataclasses.replace(request_cold.protocol, step_timeout_s=1.0)
     with pytest.raises(WorkerLostError) as lost:
         executor.cold_start(dataclasses.replace(request_cold, protocol=protocol))
@@ -82,23 +82,23 @@ def test_a_cold_interpreter_that_is_stopped_is_a_row(executor, doomed, request_c
     assert not psutil.pid_exists(*stopped)
 
 
-def test_a_token_process_that_is_killed_ends_the_run_before_it_begins(executor, doomed, small_study):
+def test_a_token_process_that_is_killed_ends_the_run_before_it_begins(executor, kill_at_start, small_study):
     """The run is invalid, and the message names the log."""
-    doomed("tokens", signal.SIGKILL)
+    kill_at_start("tokens", signal.SIGKILL)
     with pytest.raises(InvalidRunError, match=r"tokens could not be prepared.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)
 
 
-def test_a_crash_while_reading_tokens_is_reported_as_bad_input(executor, doomed, small_study):
+def test_a_crash_while_reading_tokens_is_reported_as_bad_input(executor, kill_at_start, small_study):
     """A segmentation fault, as on a damaged file, is reported as bad input with the log."""
-    doomed("tokens", signal.SIGSEGV)
-    with pytest.raises(UsageError, match=r"SIGSEGV.*as on a damaged file.*tokens\.log"):
+    kill_at_start("tokens", signal.SIGSEGV)
+    with pytest.raises(UsageError, match=r"SIGSEGV.*may be damaged.*tokens\.log"):
         executor.prepare_tokens(small_study.workload)
 
 
-def test_a_zygote_that_is_killed_while_it_imports_ends_the_run_before_it_begins(doomed, tmp_path):
+def test_a_zygote_that_is_killed_while_it_imports_ends_the_run_before_it_begins(kill_at_start, tmp_path):
     """The run is invalid, and the message names the signal and the log."""
-    doomed("zygote", signal.SIGKILL)
+    kill_at_start("zygote", signal.SIGKILL)
     local = LocalExecutor()
     local.start(tmp_path, 1)
     try:
@@ -301,7 +301,7 @@ def launcher(tmp_path, monkeypatch):
     started = tmp_path / "started"
     os.mkfifo(started)
     monkeypatch.setenv("STARTED", str(started))
-    return started, lambda: [psutil.Process(pid) for pid in marked(f"STARTED={started}".encode())]
+    return started, lambda: [psutil.Process(pid) for pid in find_marked(f"STARTED={started}".encode())]
 
 
 @pytest.mark.parametrize("number", [*ONE_SIGNAL, signal.SIGKILL])
@@ -316,11 +316,11 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
         [sys.executable, "-m", "lorameter.cli", *words], stderr=subprocess.PIPE, text=True
     ) as process:
         assert launcher[0].read_text() == "up"
-        of_it = launcher[1]()
+        launched = launcher[1]()
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
     assert "Traceback" not in err
     assert process.returncode == (4 if number in STOP_SIGNALS else -number), err
-    _, alive = psutil.wait_procs(of_it, timeout=60)
+    _, alive = psutil.wait_procs(launched, timeout=60)
     assert not alive
     assert number == signal.SIGKILL or not list(temporary.iterdir())

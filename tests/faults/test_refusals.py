@@ -1,5 +1,5 @@
 """Tests of errors of the system: a disk that becomes full at each write, too little memory, a disk that becomes
-read-only, temporary files without space, and other documents than a run's. Results are kept, the message names the
+read-only, temporary files without space, and documents other than runs. Results are kept, the message names the
 error, the exit code is 4, and the run can be resumed."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_kept(run, code, err):
 
 
 @pytest.fixture
-def begun(runs):
+def read_started_run(runs):
     """A function that reads the run if it exists; a fault at the first write leaves none."""
 
     def read():
@@ -53,11 +53,11 @@ def whole_replicates(run):
 
 
 @pytest.mark.parametrize("free_kib", [4, 24])
-def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, begun, resumed):
+def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, read_started_run, resumed):
     """At any write, written records are complete, and with free space the rest is measured."""
     ballast = tiny_disk(runs, free_kib)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
-    run = begun()
+    run = read_started_run()
     check_kept(run, done.returncode, done.stderr)
     assert "No space left on device. Free space there" in done.stderr
     ballast.unlink()
@@ -102,7 +102,7 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs
     subprocess.run(["mount", "-o", "remount,ro", str(runs)], check=True)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 4, done.stderr
-    assert "could not begin" in done.stderr
+    assert "could not be started" in done.stderr
     assert done.stderr.endswith("Read-only file system. Choose a folder that can be written.\n")
 
 

@@ -129,12 +129,12 @@ STYLED = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def test_ctrl_c(command, stopped, only_run):
     """Running trials are interrupted after the display was drawn, the run is reported, and the exit code says that it
     is incomplete."""
-    ours, theirs = pty.openpty()
+    master, slave = pty.openpty()
     shown = []
 
     def read():
         try:
-            while data := os.read(ours, 4096):
+            while data := os.read(master, 4096):
                 shown.append(data)
         except OSError:  # the other end is closed
             return
@@ -142,15 +142,15 @@ def test_ctrl_c(command, stopped, only_run):
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     options = {
-        "stdin": theirs, "stdout": theirs, "stderr": theirs, "text": False, "start_new_session": True,
-        "preexec_fn": lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+        "stdin": slave, "stdout": slave, "stderr": slave, "text": False, "start_new_session": True,
+        "preexec_fn": lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
     }  # fmt: skip
     with stopped(command(stop="r1-a:turn"), **options) as process:
-        os.write(ours, b"\x03")
+        os.write(master, b"\x03")
         assert process.wait(timeout=120) == 4
-    os.close(theirs)
+    os.close(slave)
     reader.join(timeout=60)
-    os.close(ours)
+    os.close(master)
     text = " ".join(STYLED.sub("", b"".join(shown).decode()).split())
     assert "trials last now" in text
     assert "This run is not complete (interrupted)" in text

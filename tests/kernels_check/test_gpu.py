@@ -87,7 +87,7 @@ ELSEWHERE = {
             "SSM",
             "SERVING",
         ),
-        "an engine that serves, or a GPU that we have not",
+        "a serving engine, or a GPU that is not available here",
     ),
     **dict.fromkeys(("TRITON-MXFP4", "TRITON-KERNELS"), "gpt-oss with triton_kernels"),
     "TE-APEX": "Transformer Engine, or Apex",

@@ -232,7 +232,7 @@ def test_tokens_that_no_batch_holds_are_unknown(training):
 
 
 @pytest.mark.parametrize(("attention", "status"), [("sdpa", "active"), ("eager", "fallback")])
-def test_attention_over_a_learned_prompt_is_not_judged_as_the_models(tuned, attention, status):
+def test_attention_over_a_learned_prompt_is_judged_separately(tuned, attention, status):
     """An adaption prompt has its own softmax; the model's attention is judged separately."""
     run = tuned("adaption prompt")
     run.model.set_attn_implementation(attention)

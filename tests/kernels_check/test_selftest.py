@@ -101,8 +101,8 @@ def test_a_real_path_runs(name, evidence):
     [
         ("SDPA cuDNN", "No viable backend"),
         ("flash-attn 2 package", "FlashAttention2"),
-        ("paged optimizer", "takes a GPU"),
-        ("tf32", "takes a GPU"),
+        ("paged optimizer", "needs a GPU"),
+        ("tf32", "needs a GPU"),
     ],
 )
 def test_paths_that_a_cpu_cannot_run_are_explained(name, words):

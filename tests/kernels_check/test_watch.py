@@ -27,7 +27,7 @@ from kernels_check.observe import calls
 from kernels_check.observe.execution import read_compilations
 from kernels_check.observe.profile import is_recording
 
-WANTED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "peft.attached": True}
+REQUIRED = {"attention.backend": "flash", "base.frozen": True, "mode": "train", "peft.attached": True}
 
 
 def _traces(model):
@@ -81,7 +81,7 @@ def test_a_step_comes_out_as_if_never_watched(training):
     before = _traces(runs[0].model)
     for run in runs:
         torch.manual_seed(5)
-        watched = kernels_check.watch(run.model, WANTED)
+        watched = kernels_check.watch(run.model, REQUIRED)
         for _ in range(3):
             if run is runs[0]:
                 run.step()
@@ -115,7 +115,7 @@ def test_an_error_of_the_step_is_raised_and_hooks_are_removed(training):
     """All hooks are removed, nothing passes, and the next step is watched like a first one."""
     run = training()
     before = _traces(run.model)
-    watched = kernels_check.watch(run.model, WANTED)
+    watched = kernels_check.watch(run.model, REQUIRED)
 
     def fail(*_):
         raise KeyError("the step's own")
@@ -174,18 +174,18 @@ def test_a_profiler_started_in_the_watch_keeps_its_events(training, outlasts):
     known."""
     run = training()
     before = _traces(run.model)
-    own = _recorder()
-    with kernels_check.watch(run.model, WANTED) as watched:
-        own.start()
+    profiler = _recorder()
+    with kernels_check.watch(run.model, REQUIRED) as watched:
+        profiler.start()
         run.step()
         if not outlasts:
-            own.stop()
+            profiler.stop()
     assert is_recording() is outlasts
     torch.ones(4).cumsum(0)
     if outlasts:
-        own.stop()
-    assert "aten::mm" in _names(own)
-    assert ("aten::cumsum" in _names(own)) is outlasts
+        profiler.stop()
+    assert "aten::mm" in _names(profiler)
+    assert ("aten::cumsum" in _names(profiler)) is outlasts
     checks = _by_path(watched)
     assert checks["attention.backend"].status == "unknown"
     assert "runs a profiler of its own" in checks["attention.backend"].reason
@@ -230,7 +230,7 @@ def test_compiled_code_is_compiled_as_if_never_watched(place):
         forget_compilations()
 
 
-def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
+def test_a_failing_hook_is_not_an_error_of_the_step(training, monkeypatch):
     """All checks are unknown, and the reason names the exception."""
 
     def broken(self, *_, **__):
@@ -241,7 +241,7 @@ def test_a_hook_that_fails_is_no_error_of_the_step(training, monkeypatch):
     torch.manual_seed(5)
     plain.step()
     torch.manual_seed(5)
-    with kernels_check.watch(run.model, WANTED) as watched:
+    with kernels_check.watch(run.model, REQUIRED) as watched:
         run.step()
     assert run.losses == plain.losses
     assert {check.status for check in watched.checks} == {"unknown"}
@@ -287,7 +287,7 @@ def test_updates_watched_alone_count_for_the_next_watched_step(training):
     """The verdicts are those of two watched steps, the training is bit-equal, and no hook is left."""
     runs = [training() for _ in range(3)]
     before = _traces(runs[0].model)
-    watched = [kernels_check.watch(run.model, {**WANTED, "peft.learning": True})
+    watched = [kernels_check.watch(run.model, {**REQUIRED, "peft.learning": True})
                for run in runs[:2]]  # fmt: skip
     for run, first in zip(runs, (watched[0].updates_only(), watched[1], ExitStack()), strict=True):
         torch.manual_seed(5)
@@ -307,7 +307,7 @@ def test_updates_watched_alone_count_for_the_next_watched_step(training):
     assert _same(_state(runs[0]), _state(runs[2]))
 
 
-WANTED_WATCH_TRAINER = {
+REQUIRED_OF_TRAINER = {
     **{"attention.backend": "flash", "attention.mask": "causal", "base.frozen": True, "peft.attached": True},
     **{"peft.learning": True, "optimizer.class": "torch.optim.AdamW", "checkpointing": True, "mode": "train"},
 }
@@ -322,11 +322,11 @@ def _adapted():
     return peft.get_peft_model(model, lora)
 
 
-class Look(TrainerCallback):
+class WatchCallback(TrainerCallback):
     """Watches each step from its first micro-batch to its update."""
 
     def __init__(self, model):
-        self.watched = kernels_check.watch(model, WANTED_WATCH_TRAINER)
+        self.watched = kernels_check.watch(model, REQUIRED_OF_TRAINER)
         self.open = ExitStack()
         self.found = []
 
@@ -369,12 +369,12 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path)
     plain, model = _adapted(), _adapted()
     unwatched = _trainer(tmp_path, plain, [])
     unwatched.train()
-    look = Look(model)
-    trainer = _trainer(tmp_path, model, [look])
+    callback = WatchCallback(model)
+    trainer = _trainer(tmp_path, model, [callback])
     trainer.train()
     assert _losses(trainer) == _losses(unwatched)
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
-    assert len(look.found) == 3
-    unmet = [{path for path in WANTED_WATCH_TRAINER if not found[path].met} for found in look.found]
-    assert unmet == [{"peft.learning"}, set(), set()], [found["peft.learning"].reason for found in look.found]
+    assert len(callback.found) == 3
+    unmet = [{path for path in REQUIRED_OF_TRAINER if not found[path].met} for found in callback.found]
+    assert unmet == [{"peft.learning"}, set(), set()], [found["peft.learning"].reason for found in callback.found]
     assert _hooks(model) == _hooks(plain)

@@ -47,7 +47,7 @@ GPU = GpuSurvey(facts=FACTS, sample=SAMPLE, neighbours=ALONE, sliced=False)
 
 
 @pytest.fixture
-def found(machine):
+def quiet_machine(machine):
     """The facts of a quiet machine without a GPU."""
     return Survey(
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
@@ -57,7 +57,7 @@ def found(machine):
     )  # fmt: skip
 
 
-def on_gpu(found, **changes):
+def on_gpu(survey, **changes):
     """A function that returns the facts of the same machine with a GPU and the given changes."""
     facts, sample = ({name: changes.get(name, value) for name, value in known.items()} for known in (FACTS, SAMPLE))
     others = {name: value for name, value in changes.items() if hasattr(ALONE, name)}
@@ -66,29 +66,29 @@ def on_gpu(found, **changes):
         sliced=changes.get("sliced", False),
     )  # fmt: skip
     machine = dataclasses.replace(
-        found.machine, device="cuda", device_name="Card", device_memory_bytes=80 * GIB, cuda="13.0", driver="580"
+        survey.machine, device="cuda", device_name="Card", device_memory_bytes=80 * GIB, cuda="13.0", driver="580"
     )
-    return dataclasses.replace(found, machine=machine, gpu=given(gpu))
+    return dataclasses.replace(survey, machine=machine, gpu=given(gpu))
 
 
-def by_name(found):
-    return {check.name: check for check in examine(found)}
+def by_name(survey):
+    return {check.name: check for check in examine(survey)}
 
 
-def test_a_quiet_machine_is_fit_and_has_no_remedies(found):
+def test_a_quiet_machine_is_fit_and_has_no_remedies(quiet_machine):
     """A quiet machine is fit and has no remedies, with and without a GPU."""
-    for one in (found, on_gpu(found)):
-        checks = examine(one)
+    for survey in (quiet_machine, on_gpu(quiet_machine)):
+        checks = examine(survey)
         assert is_fit(checks)
         assert {check.grade for check in checks} == {"good"}
         assert not any(check.remedy for check in checks)
 
 
-def test_a_gpu_that_no_program_can_use_is_unfit(found):
+def test_a_gpu_that_no_program_can_use_is_unfit(quiet_machine):
     """A container can have NVML without CUDA: nvidia-smi lists the GPU, but every trial would crash."""
-    one = dataclasses.replace(on_gpu(found), lacks_driver="libcuda.so.1: cannot open shared object file")
-    check = by_name(one)["device"]
-    assert (check.grade, is_fit(examine(one))) == ("unfit", False)
+    survey = dataclasses.replace(on_gpu(quiet_machine), lacks_driver="libcuda.so.1: cannot open shared object file")
+    check = by_name(survey)["device"]
+    assert (check.grade, is_fit(examine(survey))) == ("unfit", False)
     assert "libcuda.so.1: cannot open" in check.found
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in check.remedy
 
@@ -109,28 +109,28 @@ def test_a_gpu_that_no_program_can_use_is_unfit(found):
         ("container", "note", {"container": given("/.dockerenv is there")}),
     ],
 )
-def test_disturbances_of_a_measurement_on_the_host(found, name, grade, changes):
+def test_disturbances_of_a_measurement_on_the_host(quiet_machine, name, grade, changes):
     """Each disturbance has a remedy; only one that prevents every trial makes the machine unfit."""
-    one = dataclasses.replace(found, system=SYSTEM | changes)
-    check = by_name(one)[name]
+    survey = dataclasses.replace(quiet_machine, system=SYSTEM | changes)
+    check = by_name(survey)[name]
     assert check.grade == grade
     assert check.remedy
-    assert is_fit(examine(one)) is (grade != "unfit")
+    assert is_fit(examine(survey)) is (grade != "unfit")
 
 
 @pytest.mark.parametrize(
     ("load", "stalled_s", "grade"),
     [(3.5, 0.0, "bad"), (4.0, 0.9, "bad"), (15.2, 0.9, "unfit"), (15.2, None, "unfit"), (15.2, 0.0, "bad")],
 )
-def test_a_machine_without_a_free_cpu_is_unfit(found, load, stalled_s, grade):
+def test_a_machine_without_a_free_cpu_is_unfit(quiet_machine, load, stalled_s, grade):
     """A load above the number of CPUs makes the machine unfit, unless no process waited for a CPU, as after work that
     has ended."""
-    watched = {name: value for name, value in found.host.items() if name != "cpu_stall_s"}
+    watched = {name: value for name, value in quiet_machine.host.items() if name != "cpu_stall_s"}
     if stalled_s is not None:
-        watched["cpu_stall_s"] = stalled_s * found.host["watched_s"]
-    one = dataclasses.replace(found, system=SYSTEM | {"load": given(load), "cpus": given(4)}, host=watched)
-    assert by_name(one)["load"].grade == grade
-    assert is_fit(examine(one)) is (grade != "unfit")
+        watched["cpu_stall_s"] = stalled_s * quiet_machine.host["watched_s"]
+    survey = dataclasses.replace(quiet_machine, system=SYSTEM | {"load": given(load), "cpus": given(4)}, host=watched)
+    assert by_name(survey)["load"].grade == grade
+    assert is_fit(examine(survey)) is (grade != "unfit")
 
 
 @pytest.mark.parametrize(
@@ -148,29 +148,29 @@ def test_a_machine_without_a_free_cpu_is_unfit(found, load, stalled_s, grade):
         ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
     ],
 )  # fmt: skip
-def test_disturbances_of_a_measurement_on_a_gpu(found, name, grade, changes):
+def test_disturbances_of_a_measurement_on_a_gpu(quiet_machine, name, grade, changes):
     """Each disturbance of a GPU has a remedy."""
-    one = on_gpu(found, **changes)
-    check = by_name(one)[name]
+    survey = on_gpu(quiet_machine, **changes)
+    check = by_name(survey)[name]
     assert check.grade == grade
     assert check.remedy
-    assert is_fit(examine(one)) is (grade != "unfit")
+    assert is_fit(examine(survey)) is (grade != "unfit")
 
 
-def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(found):
+def test_missing_packages_make_a_machine_unfit_and_missing_extras_do_not(quiet_machine):
     """The remedy is the command that installs them."""
-    lacking = dataclasses.replace(found, packages=found.packages | {"peft": None})
+    lacking = dataclasses.replace(quiet_machine, packages=quiet_machine.packages | {"peft": None})
     assert by_name(lacking)["packages"].grade == "unfit"
     assert by_name(lacking)["packages"].remedy == "pip install peft"
-    extra = dataclasses.replace(found, packages=found.packages | {"gguf": None})
+    extra = dataclasses.replace(quiet_machine, packages=quiet_machine.packages | {"gguf": None})
     assert by_name(extra)["gguf"].grade == "note"
     assert is_fit(examine(extra))
 
 
 @pytest.mark.parametrize(("change", "code"), [({}, 0), ({"no_peaks": "not here"}, 4)])
-def test_the_command_exits_by_its_verdict(found, monkeypatch, capsys, change, code):
+def test_the_command_exits_by_its_verdict(quiet_machine, monkeypatch, capsys, change, code):
     """The output is one JSON document with a schema; the exit code is 0 if fit and 4 if unfit."""
-    monkeypatch.setattr("lorameter.commands.setup.survey", lambda runs: dataclasses.replace(found, **change))
+    monkeypatch.setattr("lorameter.commands.setup.survey", lambda runs: dataclasses.replace(quiet_machine, **change))
     assert cli.main(["doctor", "--json"]) == code
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 2

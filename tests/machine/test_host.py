@@ -1,4 +1,4 @@
-"""Tests of the kernel's counters as differences, on a machine described by files and on the real one.
+"""Tests of host telemetry: kernel counters over a period, on a constructed file tree and on this machine.
 
 Tests of signals that wait for the end of a block, and of the description of how a process ended.
 
@@ -154,16 +154,16 @@ def test_settings_are_read_where_the_kernel_keeps_them(root):
 
 
 @pytest.fixture
-def met():
+def received():
     """The signals that a handler of SIGUSR1 received."""
-    received = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
-    yield received
+    numbers = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: numbers.append(number))
+    yield numbers
     signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_a_signal_waits_for_the_end_of_the_block(met, threads):
+def test_a_signal_waits_for_the_end_of_the_block(received, threads):
     """The signal waits whatever the number of threads, and also where the block fails."""
     over = threading.Event()
     others = [threading.Thread(target=over.wait) for _ in range(threads)]
@@ -174,7 +174,7 @@ def test_a_signal_waits_for_the_end_of_the_block(met, threads):
         with delay_signals([signal.SIGUSR1]):
             os.kill(os.getpid(), signal.SIGUSR1)
             over.wait(0.05)
-            raise ZeroDivisionError(f"so far {met}")
+            raise ZeroDivisionError(f"so far {received}")
 
     try:
         with pytest.raises(ZeroDivisionError, match=r"so far \[\]"):
@@ -183,16 +183,16 @@ def test_a_signal_waits_for_the_end_of_the_block(met, threads):
         over.set()
         for other in others:
             other.join()
-    assert met == [signal.SIGUSR1]
+    assert received == [signal.SIGUSR1]
 
 
-def test_a_signal_that_is_ignored_stays_ignored(met):
+def test_a_signal_that_is_ignored_stays_ignored(received):
     """An ignored signal stays ignored, as SIGHUP under nohup, so that child processes inherit it unchanged."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with delay_signals([signal.SIGUSR1]):
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGUSR1)
-    assert met == []
+    assert received == []
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -223,15 +223,15 @@ QUIET = {
 GIB = 2**30
 
 
-def found(changes=None, memory=None, *, in_turns=False, occupancy=None, phase="train"):
+def disturbances(changes=None, memory=None, *, in_turns=False, occupancy=None, phase="train"):
     return judge(QUIET | (changes or {}), memory or {}, phase, in_turns=in_turns, occupancy=occupancy)
 
 
 def test_a_quiet_trial_has_no_disturbances():
     """A trial without measured values has none either."""
-    assert found() == ()
+    assert disturbances() == ()
     assert judge({}, {}, "train", in_turns=False) == ()
-    assert found(occupancy=0.99) == ()
+    assert disturbances(occupancy=0.99) == ()
 
 
 @pytest.mark.parametrize(
@@ -250,11 +250,11 @@ def test_a_quiet_trial_has_no_disturbances():
 def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, past):
     """Each message has the value and the limit, and a remedy."""
     for changes, invalid in ((noticed, False), (past, True)):
-        (one,) = found(changes)
-        assert (one.code, one.invalid) == (code, invalid)
-        assert len(re.findall(r"\d", one.message)) >= 2
-        assert one.remedy.endswith((".", ")"))
-        assert one.weight > 0
+        (disturbance,) = disturbances(changes)
+        assert (disturbance.code, disturbance.invalid) == (code, invalid)
+        assert len(re.findall(r"\d", disturbance.message)) >= 2
+        assert disturbance.remedy.endswith((".", ")"))
+        assert disturbance.weight > 0
 
 
 @pytest.mark.parametrize(
@@ -267,15 +267,15 @@ def test_a_disturbance_is_a_notice_and_past_its_limit_invalid(code, noticed, pas
 )
 def test_some_disturbances_never_make_a_trial_invalid(code, changes):
     """Measuring again would find the same value, or the value is weak evidence."""
-    (one,) = found(changes)
-    assert (one.code, one.invalid) == (code, False)
+    (disturbance,) = disturbances(changes)
+    assert (disturbance.code, disturbance.invalid) == (code, False)
 
 
 def test_too_little_of_a_cpu_is_invalid_only_in_an_isolated_trial():
     """Trials that take turns are compared turn by turn."""
-    (alone,) = found(occupancy=0.4)
+    (alone,) = disturbances(occupancy=0.4)
     assert alone.invalid
-    (together,) = found(occupancy=0.4, in_turns=True)
+    (together,) = disturbances(occupancy=0.4, in_turns=True)
     assert (together.code, together.invalid) == ("cpu-contention", False)
     assert "one thread had a CPU for 40%" in together.message
     assert "isolated trial is invalid" in together.message
@@ -288,9 +288,9 @@ def test_too_little_of_a_cpu_is_invalid_only_in_an_isolated_trial():
 def test_withheld_time_is_a_share_of_the_requested_cpu_time(withheld, given):
     """On 64 CPUs, 0.5 % of the CPU time is a third of the wall time but not a disturbance; without the granted time
     there is no share."""
-    assert found({withheld: 32.0, given: 6368.0}) == ()
-    (one,) = found({withheld: 100.0, given: 100.0})
-    assert one.invalid
-    assert "50% of the CPU time that was requested" in one.message
+    assert disturbances({withheld: 32.0, given: 6368.0}) == ()
+    (disturbance,) = disturbances({withheld: 100.0, given: 100.0})
+    assert disturbance.invalid
+    assert "50% of the CPU time that was requested" in disturbance.message
     unknown = {name: value for name, value in QUIET.items() if name != given} | {withheld: 99.0}
     assert judge(unknown, {}, "train", in_turns=False) == ()

@@ -157,7 +157,7 @@ def test_sites_of_different_gpus_are_refused(nvml):
 
 
 GIB = 2**30
-ASK = """
+FIND_NEIGHBOURS = """
     import dataclasses, os
     from lorameter.machine.nvml import neighbours_of, open_device
     with open(os.environ["FAKE_NVML"], "a") as file:
@@ -166,16 +166,16 @@ ASK = """
     report({{one.name: getattr(found, one.name) if one.name == "statement" else
           [getattr(found, one.name).value, getattr(found, one.name).reason] for one in dataclasses.fields(found)}})
 """
-ME = 'f"{os.getpid()}:1073741824"'
+THIS_PROCESS = 'f"{os.getpid()}:1073741824"'
 
 
-def ask(listed, generations=0):
-    return ASK.format(listed=listed, generations=generations)
+def find_neighbours(listed, generations=0):
+    return FIND_NEIGHBOURS.format(listed=listed, generations=generations)
 
 
 def test_a_process_that_is_alone_has_no_neighbours(nvml):
     """No memory is hidden."""
-    found = nvml(ask(ME), {"0.used": GIB})
+    found = nvml(find_neighbours(THIS_PROCESS), {"0.used": GIB})
     assert found == {
         "used_bytes": [GIB, ""], "others": [[], ""], "others_bytes": [0, ""], "hidden_bytes": [0, ""], "statement": "",
     }  # fmt: skip
@@ -183,34 +183,34 @@ def test_a_process_that_is_alone_has_no_neighbours(nvml):
 
 def test_others_are_counted_and_their_memory_added(nvml):
     """Process 1 does not belong to the run."""
-    found = nvml(ask(ME + ' + ",1:5000"'), {"0.used": GIB + 5000})
+    found = nvml(find_neighbours(THIS_PROCESS + ' + ",1:5000"'), {"0.used": GIB + 5000})
     assert found["others"] == [[1], ""]
     assert found["others_bytes"] == [5000, ""]
 
 
-def test_the_processes_of_the_same_run_are_no_neighbours(nvml):
+def test_processes_of_the_same_run_are_not_neighbours(nvml):
     """Trials that take turns run concurrently and share an ancestor two generations up."""
     sibling = 'f"{os.getppid()}:7,{os.getpid()}:1073741824"'
-    assert nvml(ask(sibling, generations=0))["others"][0] != []
-    assert nvml(ask(sibling, generations=1))["others"][0] == []
+    assert nvml(find_neighbours(sibling, generations=0))["others"][0] != []
+    assert nvml(find_neighbours(sibling, generations=1))["others"][0] == []
 
 
 def test_process_numbers_of_another_container_are_unknown(nvml):
     """Foreign process ids cannot be distinguished from this process's own, so that the values are unknown and not
     zero."""
-    found = nvml(ask('"999999999:5000,999999998:6000"'), {"0.used": 11000})
+    found = nvml(find_neighbours('"999999999:5000,999999998:6000"'), {"0.used": 11000})
     for name in ("others", "others_bytes"):
         value, reason = found[name]
         assert value is None
-        assert "mean nothing in this container" in reason
-    assert "mean nothing in this container" in found["statement"]
+        assert "do not exist in this container" in reason
+    assert "do not exist in this container" in found["statement"]
 
 
 def test_memory_without_a_listed_process_shows_hidden_processes(nvml):
     """The list is empty although 3 GiB are in use."""
-    found = nvml(ask('""'), {"0.used": 3 * GIB})
+    found = nvml(find_neighbours('""'), {"0.used": 3 * GIB})
     assert found["hidden_bytes"] == [3 * GIB, ""]
-    assert found["statement"].startswith("3 GiB of device memory are in use and no listed process holds them")
+    assert found["statement"].startswith("3 GiB of device memory are in use, but no listed process uses them")
 
 
 def test_energy_is_the_difference():
@@ -223,7 +223,7 @@ def test_energy_is_the_difference():
     [
         (Reading(value=5000.0), Reading(value=12.0), 3.0, "went back from 5000 to 12"),
         (Reading(value=1.0), Reading(value=2.0), 0.3, "0.30 s were measured"),
-        (Reading(value=1.0), Reading(value=1.0), 3.0, "stood still"),
+        (Reading(value=1.0), Reading(value=1.0), 3.0, "stayed at"),
         (missing("not offered"), Reading(value=2.0), 3.0, "not offered"),
         (Reading(value=1.0), missing("GPU lost"), 3.0, "GPU lost"),
     ],

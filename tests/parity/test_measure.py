@@ -58,9 +58,9 @@ def test_a_trained_adapter_is_served_in_every_mode(study, runs, capsys):
     without the adapter differs, and a merge into 4 bits changes logits."""
     command = ["parity", str(study), "--prompts", "6", "--epochs", "1.5", "--json", "--runs-dir", str(runs)]
     assert main([*command, "--if-busy", "share"]) == 0
-    said = capsys.readouterr()
-    read = json.loads(said.out, object_hook=lambda found: SimpleNamespace(**found))
-    assert "serving: merged, nf4 dequantised" in said.err
+    captured = capsys.readouterr()
+    read = json.loads(captured.out, object_hook=lambda found: SimpleNamespace(**found))
+    assert "serving: merged, nf4 dequantised" in captured.err
     assert read.valid
     assert read.training_steps == 12
     by_name = {row.way: row for row in read.ways}
@@ -80,7 +80,7 @@ def test_a_trained_adapter_is_served_in_every_mode(study, runs, capsys):
     assert parity.record.status == "ok"
 
 
-def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys):
+def test_an_adapter_of_another_shape_is_an_error_message(study, runs, tmp_path, capsys):
     """Without the reference the command prints only the reason and the log, and exits with 4."""
     from safetensors.torch import save_file
     from torch import zeros
@@ -92,9 +92,9 @@ def test_an_adapter_that_does_not_fit_is_a_message(study, runs, tmp_path, capsys
     before = list(runs.iterdir())
     command = ["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(runs), "--if-busy", "share"]
     assert main(command) == 4
-    said = " ".join(capsys.readouterr().err.split())
-    assert "unmerged, nf4, the reference, gave no answer" in said
-    assert Path(said.rpartition("The log is ")[2].removesuffix(".")).is_file()
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "unmerged, nf4, the reference, gave no answer" in errors
+    assert Path(errors.rpartition("The log is ")[2].removesuffix(".")).is_file()
     (left,) = (folder for folder in runs.iterdir() if folder not in before)
     assert not (left / DOCUMENT).exists()
 
@@ -111,7 +111,7 @@ def test_a_crashed_process_is_a_row_for_each_of_its_serving_modes():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--adapter", "nowhere"], "adapter = 'nowhere': it holds no adapter_config.json"),
+        (["--adapter", "nowhere"], "adapter = 'nowhere': it does not contain adapter_config.json"),
         (["--adapter", "a", "--epochs", "1"], "--adapter and --epochs"),
         (["--prompts", "0"], "held_out_records = 0"),
         (["--epochs", "-1"], "epochs = -1"),

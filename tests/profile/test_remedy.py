@@ -83,7 +83,7 @@ def judged(write_run, pair, code, present, suggested, **options):
     return judge_remedy(store.read_run(str(path), path.parent), finding(code, optimizer="adamw"))
 
 
-def test_a_gain_counts_where_the_control_is_no_difference(write_run, small_study):
+def test_a_gain_counts_if_the_control_shows_no_difference(write_run, small_study):
     """A gain of a fifth is valid; with a control that differs, or a failed trial, it is invalid."""
     pair = make_pair(small_study, small_study.variants[0], finding(optimizer="adamw"))
     old, new = [0.100, 0.1001, 0.1002, 0.0999], [0.080, 0.0801, 0.0802, 0.0799]

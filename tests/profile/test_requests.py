@@ -26,18 +26,18 @@ from lorameter.studies.workload import Workload
 
 
 @pytest.fixture(scope="module")
-def taken(small_study, tmp_path_factory):
+def measured(small_study, tmp_path_factory):
     """The profile of the 4-bit variant's requests, and its folder."""
     folder = tmp_path_factory.mktemp("runs")
-    patient = dataclasses.replace(small_study.protocol, step_timeout_s=900)  # for concurrent interpreter starts
-    study = dataclasses.replace(small_study, protocol=patient)
+    protocol = dataclasses.replace(small_study.protocol, step_timeout_s=900)  # for concurrent interpreter starts
+    study = dataclasses.replace(small_study, protocol=protocol)
     return profile_requests(study, study.variant("nf4"), open_executor(), runs=folder)
 
 
 @pytest.mark.selftest
-def test_prefill_and_decode_are_separate(taken):
+def test_prefill_and_decode_are_separate(measured):
     """Unmerged and merged requests have phases, operators, multiplied and read weights, and shares of the peaks."""
-    profile, _ = taken
+    profile, _ = measured
     for account in request_accounts(profile):
         assert set(account.whole.phases) == set(REQUEST_PHASES)
         assert account.passes == profile.workload.new_tokens - 1
@@ -52,9 +52,9 @@ def test_prefill_and_decode_are_separate(taken):
 
 
 @pytest.mark.selftest
-def test_a_stored_profile_gives_the_same_findings(taken, capsys):
+def test_a_stored_profile_gives_the_same_findings(measured, capsys):
     """The stored file gives the same findings; both traces are in the same folder."""
-    profile, folder = taken
+    profile, folder = measured
     again = codec.from_json(
         RequestProfile, json.loads((folder / REQUESTS_DOCUMENT).read_text(encoding="utf-8")), REQUESTS_DOCUMENT
     )
@@ -91,25 +91,25 @@ class ColdTrial:
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
-        (True, "the cold start is timeout: WorkerLost: it fell silent."),
-        (False, "the cold start is oom: OutOfMemoryError: no room."),
+        (True, "the cold start is timeout: WorkerLost: no answer in 600 s."),
+        (False, "the cold start is oom: OutOfMemoryError: out of memory."),
         (None, "the cold start is crashed: no message."),
     ],
 )
-def test_a_cold_start_that_fails_is_a_notice(lost, said):
+def test_a_cold_start_that_fails_is_a_notice(lost, message):
     """A lost process, and one that reports its failure, do not remove the earlier results."""
     trial = ColdTrial()
 
     def cold_start(request):
         assert trial.done == ["cold"]
         if lost:
-            raise WorkerLostError("timeout", Failure(phase="cold", kind="WorkerLost", message="it fell silent."))
-        failure = Failure(phase="cold", kind="OutOfMemoryError", message="no room")
+            raise WorkerLostError("timeout", Failure(phase="cold", kind="WorkerLost", message="no answer in 600 s."))
+        failure = Failure(phase="cold", kind="OutOfMemoryError", message="out of memory")
         return PartialRecord(status="crashed") if lost is None else PartialRecord().failed("oom", failure)
 
     _start_cold(trial, SimpleNamespace(cold_start=cold_start))
     (notice,) = trial.record.notices
-    assert (notice.code, notice.message, notice.remedy) == ("no-cold-start", said, "The log is the.log.")
+    assert (notice.code, notice.message, notice.remedy) == ("no-cold-start", message, "The log is the.log.")
     assert (trial.record.status, trial.record.values) == ("ok", {"seen": 1.0})

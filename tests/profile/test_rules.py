@@ -45,7 +45,7 @@ def changed(variant=None, **fields):
 
 
 NF4 = {"quantization": "nf4", "compute_dtype": "bfloat16"}
-PLANTED = {
+INJECTED = {
     "launch-bound": (changed(idle=0.4), 0.4, {"compile": True}),
     "dequantisation": (changed(NF4, unpacking=0.3), 0.3, {"quantization": "none"}),
     "float32-adapter": (
@@ -78,15 +78,15 @@ def test_a_healthy_step_has_no_finding():
     assert diagnose(HEALTHY) == ()
 
 
-def test_every_rule_has_a_planted_case():
+def test_every_rule_has_an_injected_case():
     """Each rule has an injected case that triggers it."""
-    assert set(PLANTED) == set(RULES)
+    assert set(INJECTED) == set(RULES)
 
 
-@pytest.mark.parametrize("code", PLANTED)
-def test_a_planted_case_is_found_alone(code):
+@pytest.mark.parametrize("code", INJECTED)
+def test_only_the_injected_case_is_found(code):
     """The finding has its cost and the suggested changes; no other rule reports the case."""
-    evidence, share, changes = PLANTED[code]
+    evidence, share, changes = INJECTED[code]
     (finding,) = diagnose(evidence)
     assert (finding.code, finding.changes) == (code, changes)
     if share is None:
@@ -200,7 +200,7 @@ def changed_request(*, variant=None, prefill=None, decode=None, facts=None, **fi
 
 
 SLOW_HEAD = {"prefill": {"time_s": 1.55, "copies": (HEAD_COPY,), "head_s": 1.51}, "first_token": span(1.6)}
-PLANTED_REQUESTS = {
+INJECTED_REQUESTS = {
     "weight-copied": (changed_request(**SLOW_HEAD), FIRST, 1.51 - 320 * MIB / 1e12, {"copy_head_input": True}),
     "adapter-unmerged": (changed_request(merged=span(0.3)), WHOLE, 0.1, {"merge_adapter": True}),
     "dequantisation": (
@@ -222,15 +222,15 @@ def test_a_healthy_request_has_no_finding():
     assert diagnose_requests(HEALTHY_REQUEST) == ()
 
 
-def test_every_request_rule_has_a_planted_case():
+def test_every_request_rule_has_an_injected_case():
     """Each rule has an injected case that triggers it."""
-    assert set(PLANTED_REQUESTS) == set(REQUEST_RULES)
+    assert set(INJECTED_REQUESTS) == set(REQUEST_RULES)
 
 
-@pytest.mark.parametrize("code", PLANTED_REQUESTS)
-def test_a_planted_case_of_a_request_is_found_alone(code):
+@pytest.mark.parametrize("code", INJECTED_REQUESTS)
+def test_only_the_injected_case_of_a_request_is_found(code):
     """The finding has its cost and the suggested changes; no other rule reports the case."""
-    evidence, metric, cost_s, changes = PLANTED_REQUESTS[code]
+    evidence, metric, cost_s, changes = INJECTED_REQUESTS[code]
     (finding,) = diagnose_requests(evidence)
     assert (finding.code, finding.metric, finding.changes) == (code, metric, changes)
     whole = {FIRST: evidence.first_token, LATER: evidence.token, WHOLE: evidence.request}[metric].value
@@ -293,7 +293,7 @@ UNPACKED = ("bitsandbytes::dequantize_4bit", "dequantize", 0.1)
         ((PRODUCT,), 0.0),
     ],
 )
-def test_unpacking_is_with_the_functions_around_it(uses, seconds):
+def test_unpacking_includes_the_surrounding_functions(uses, seconds):
     """Surrounding functions count with the unpacking, and not where nothing is unpacked."""
     assert unpacking_s(phase(*uses)) == pytest.approx(seconds)
 
@@ -302,7 +302,7 @@ def test_unpacking_is_with_the_functions_around_it(uses, seconds):
     ("fields", "seconds"),
     [({"totals_s": {"aten::dropout": 0.2}}, 0.2), ({"dropout_backward_s": 0.05}, 0.1), ({}, 0.05)],
 )
-def test_masks_are_drawn_and_multiplied_with_again(fields, seconds):
+def test_dropout_time_includes_the_backward_pass(fields, seconds):
     """Dropout time is that of its operator with all that it calls, or of kernels by name, plus the backward pass."""
     drawn = ("fused_dropout_kernel_vec", "elementwise", 0.05)
     assert dropout_s(phase(drawn, PRODUCT, **fields)) == pytest.approx(seconds)

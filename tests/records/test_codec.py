@@ -145,7 +145,7 @@ def check(path, status="active", reason="as made up"):
 
 
 @pytest.mark.parametrize(
-    ("checks", "kind", "said"),
+    ("checks", "kind", "expected"),
     [
         ([], "RequiredPathNotSeen", "mode: required 'train', no step was watched"),
         ([check("base.bits")], "RequiredPathNotSeen", "no row of the watched step is about it"),
@@ -153,11 +153,11 @@ def check(path, status="active", reason="as made up"):
         ([check("mode", "unknown")], "RequiredPathNotActive", "as made up"),
     ],
 )
-def test_an_unmet_requirement_has_its_kind_and_reason(checks, kind, said):
+def test_an_unmet_requirement_has_its_kind_and_reason(checks, kind, expected):
     """A path without a check and a path that is not active are unmet, with different kinds."""
     found = find_unmet(checks, {"mode": "train"})
     assert found.kind == kind
-    assert said in found.message
+    assert expected in found.message
 
 
 def test_requirements_are_met_if_all_are_active():
@@ -248,7 +248,7 @@ def test_a_document_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(NotReadableError, match="more than the 1 MiB"):
+    with pytest.raises(NotReadableError, match="more than 1 MiB, the limit"):
         fileio.read_json(path)
     with pytest.raises(UsageError, match="one line has more than 1 MiB"):
         list(fileio.journal_lines(path))

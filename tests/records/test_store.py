@@ -125,7 +125,9 @@ def test_the_last_end_of_a_trial_counts_and_disturbed_attempts_are_kept(tmp_path
     """A completed second attempt replaces a disturbed first one, which is kept separately; an interrupted attempt does
     not replace it."""
     disturbed = record().replaced(
-        status="invalid", failure=Failure(phase="train", kind=DISTURBED, message="it was hot"), started_unix_s=1.0
+        status="invalid",
+        failure=Failure(phase="train", kind=DISTURBED, message="the GPU throttled"),
+        started_unix_s=1.0,
     )
     again = record().replaced(attempt=1, started_unix_s=2.0)
     broken = again.replaced(status="interrupted")
@@ -150,7 +152,7 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_a_journal_that_is_no_plain_file_is_refused_by_its_name(runs, capsys):
+def test_a_journal_that_is_not_a_plain_file_is_refused_by_its_name(runs, capsys):
     """Commands that read the run refuse it; a list shows it as damaged and still has the other runs."""
     (runs / "it" / store.TRIALS).unlink()
     (runs / "it" / store.TRIALS).symlink_to("/dev/zero")
@@ -187,11 +189,11 @@ def disk(tmp_path):
 
 def test_a_run_on_a_read_only_disk_is_read(disk, write_run, capsys, monkeypatch):
     """A run is read by path and from its own folder, also when its process was killed and the reader tries the lock."""
-    folder, only_read = disk
+    folder, make_read_only = disk
     path = folder / "mine"
     shutil.copytree(write_run("mine", {"plain": [1.0] * 5, "nf4": [1.1] * 5}, status="running"), path)
     (path / "trials.jsonl.lock").touch()
-    only_read()
+    make_read_only()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("LORAMETER_RUNS", raising=False)
     assert main(["report", str(path)]) == 4
@@ -207,11 +209,11 @@ def test_damaged_bytes_are_refused(tmp_path):
     """The damage may be in the archive's names, its sizes or the compressed data."""
     path = tmp_path / "run.lorameter.zip"
     write_packed(path, RUN)
-    whole, chance, refused = path.read_bytes(), random.Random(1), 0
+    archive, rng, refused = path.read_bytes(), random.Random(1), 0
     for _ in range(20):
-        damaged = bytearray(whole)
-        for _ in range(chance.choice((1, 2, 8))):
-            damaged[chance.randrange(len(damaged))] ^= chance.randrange(1, 256)
+        damaged = bytearray(archive)
+        for _ in range(rng.choice((1, 2, 8))):
+            damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
         path.write_bytes(damaged)
         try:
             with unpacked(path) as folder:
@@ -222,22 +224,22 @@ def test_damaged_bytes_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("member", "text", "said"),
+    ("member", "text", "message"),
     [
         ("manifest.json", '{"schema": null}', "manifest.json: schema None"),
         ("trials.jsonl", "{}\n", "trials.jsonl: schema None"),
     ],
     ids=["manifest", "record"],
 )
-def test_a_fault_inside_is_reported_with_the_file(tmp_path, member, text, said):
+def test_a_fault_inside_is_reported_with_the_file(tmp_path, member, text, message):
     """The message names the file and not the folder of its unpacked content; a run's directory gives the same error."""
     folder = shutil.copytree(RUN, tmp_path / "plain")
     (folder / member).write_text(text)
     write_packed(tmp_path / "run.lorameter.zip", folder)
     with pytest.raises(UsageError) as refused:
         store.read_run(str(tmp_path / "run.lorameter.zip"), tmp_path)
-    assert str(refused.value).startswith(f"{tmp_path}/run.lorameter.zip: {said}")
-    with pytest.raises(UsageError, match=said):
+    assert str(refused.value).startswith(f"{tmp_path}/run.lorameter.zip: {message}")
+    with pytest.raises(UsageError, match=message):
         store.read_run("plain", tmp_path)
 
 

@@ -13,7 +13,7 @@ from lorameter.machine.doctor import DoctorCheck
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import MemoryEstimate
-from lorameter.models.costs.peaks import Peak, find_card
+from lorameter.models.costs.peaks import Peak, find_gpu
 from lorameter.models.shapes import ModelShape
 from lorameter.parity import Parity, judge_parity
 from lorameter.profile import accounting
@@ -96,11 +96,11 @@ MERGED_TIMES = REQUEST_TIMES | {"prefill": 0.19, "decode": 0.035}
 HEAD_COPY = WeightCopy(
     weight="lm_head.weight", shape=(1, 64, 4096), operator="aten::contiguous", calls=1.0, time_s=0.3
 )  # fmt: skip
-"""Seconds under the profiler, twice as long."""
+"""A copy of the weight of the head; its time is under the profiler, which doubles it."""
 
 
 def request_samples(times: dict[str, float], prefix: str = "") -> dict[str, tuple[float, ...]]:
-    """Return eight pairs without noise; the phases leave 1 ms of a request."""
+    """Return the samples of eight pairs of requests without noise; the phases explain all but 1 ms of a request."""
     whole = sum(times.values()) + 0.001
     found = {f"phase_{name}_s": (seconds,) * 8 for name, seconds in times.items()} | {
         "plain_request_time_s": (whole,) * 8, "plain_request_cpu_time_s": (0.99 * whole,) * 8,
@@ -232,10 +232,10 @@ def fits() -> dict[str, Callable[[], Document]]:
     wide, narrow = Workload(batch_size=6, sequence_length=1024), Workload(batch_size=1, sequence_length=128)
     refusing = LoraVariant(name="v", init_lora_weights="pissa")
     cases = {
-        "fit that is none": (on_gpu(MACHINE, find_card("RTX 5090")), refusing, wide),
-        "fit": (on_gpu(MACHINE, find_card("H200")), LoraVariant(name="v"), wide),
-        "fit of nothing": (on_gpu(MACHINE, find_card("1GiB")), LoraVariant(name="v"), wide),
-        "fit here": (
+        "no fit": (on_gpu(MACHINE, find_gpu("RTX 5090")), refusing, wide),
+        "fit": (on_gpu(MACHINE, find_gpu("H200")), LoraVariant(name="v"), wide),
+        "no fit on 1 GiB": (on_gpu(MACHINE, find_gpu("1GiB")), LoraVariant(name="v"), wide),
+        "fit on this machine": (
             on_machine(dataclasses.replace(MACHINE, avx512_bf16=False), 8 * 2**30),
             LoraVariant(name="v", quantization="nf4"),
             narrow,
@@ -258,7 +258,7 @@ def estimates() -> tuple[MemoryEstimate, ...]:
     )
 
 
-def tried() -> RemedyResult:
+def remedy_result() -> RemedyResult:
     """Return a remedy that made the step slower, in an invalid comparison."""
     finding = Finding(
         code="dropout", message="m", cost_s=0.02, cost_share=0.25, remedy="r", changes={"lora_dropout": 0.0}
@@ -270,7 +270,7 @@ def tried() -> RemedyResult:
 
 
 def bisection(slow_from: int | None) -> Bisection:
-    """Return a bisection of eight revisions with no slower one, or slower from one on; the fourth cannot be
+    """Return a bisection of eight revisions, all equally fast or slower from `slow_from` on; the fourth cannot be
     measured."""
 
     def ask(spec: str, replicates: int) -> Comparison:
@@ -285,7 +285,7 @@ def bisection(slow_from: int | None) -> Bisection:
     return bisect(candidates, ask, replicates=8)
 
 
-def listed() -> list[dict[str, Any]]:
+def listed_runs() -> list[dict[str, Any]]:
     """Return rows of `lorameter list runs`: a complete run, an incomplete baseline, and a damaged run."""
     sound = {"run": "20261125-105758-lora-or-qlora-e5aa", "study": "lora-or-qlora", "title": "LoRA", "status": "ok"}
     sound |= {"trials": {"ok": 6}, "verdict": "regressed", "size_bytes": 2**21, "baseline": False}
@@ -355,11 +355,11 @@ def every_report(small_study, history) -> dict[str, Document]:
         "A/B that cannot tell": lambda: describe_gate(judge(report_of(unsure), load_policy(None))),
         "claims": lambda: describe_claims(judge_claims(constructed_run("swept"))),
         "profile": lambda: profile_document("explained"),
-        "profile of nothing seen": lambda: profile_document("unseen"),
+        "empty profile": lambda: profile_document("unseen"),
         "profile of requests": requests_document,
         "parity": lambda: describe_parity(parity(), judge_parity(parity())),
         "answers that differ": lambda: show_differing(parity(), str),
-        "tried remedy": lambda: describe_remedy(tried()),
+        "tried remedy": lambda: describe_remedy(remedy_result()),
         "estimate": lambda: describe_estimate(
             LoraVariant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}
         ),
@@ -372,8 +372,8 @@ def every_report(small_study, history) -> dict[str, Document]:
         "notices": lambda: describe_notices(NOTICES),
         "notices in full": lambda: warn_before_run(NOTICES),
         "bisection": lambda: describe_bisection(bisection(slow_from=6), "step time of plain"),
-        "bisection of nothing": lambda: describe_bisection(bisection(slow_from=None), "step time of plain"),
-        "list of runs": lambda: describe_runs(listed()),
+        "bisection without a culprit": lambda: describe_bisection(bisection(slow_from=None), "step time of plain"),
+        "list of runs": lambda: describe_runs(listed_runs()),
         "history": lambda: describe_history(history),
         "history of every run": lambda: describe_history(history, every_run=True),
     }

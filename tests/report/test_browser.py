@@ -14,7 +14,7 @@ from lorameter.report.run import describe_run
 from lorameter.report.run_view import view_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install -e .[dev]")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core looks for what shuts people out")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core finds accessibility faults")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
@@ -36,8 +36,10 @@ def file(tmp_path_factory):
     run = store.read_run(str(SWEPT), SWEPT.parent)
     view = view_of(run)
     figures = figures_of_run(run, view)
-    said = describe_run(view)
-    written = write_html(said, title=view.study.title, names=view.variants, figures=figures, again="lorameter run x")
+    document = describe_run(view)
+    written = write_html(
+        document, title=view.study.title, names=view.variants, figures=figures, again="lorameter run x"
+    )
     return save_html(written, tmp_path_factory.mktemp("pages") / "page.html")
 
 
@@ -53,13 +55,13 @@ def page(browser, file):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_opens_without_console_messages_or_requests(browser, file, width, scheme):
     """The page opens from a file without console messages, requests, horizontal scrolling or axe findings."""
-    opened, said, asked = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
-    opened.on("console", lambda message: said.append(message.text))
-    opened.on("pageerror", lambda error: said.append(str(error)))
-    opened.on("request", lambda request: asked.append(request.url))
+    opened, messages, requests = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
+    opened.on("console", lambda message: messages.append(message.text))
+    opened.on("pageerror", lambda error: messages.append(str(error)))
+    opened.on("request", lambda request: requests.append(request.url))
     opened.goto(file.as_uri())
-    assert not said
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert not messages
+    assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert width > 390 or opened.evaluate(
         "[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)"
@@ -67,7 +69,7 @@ def test_the_page_opens_without_console_messages_or_requests(browser, file, widt
     opened.close()
 
 
-def test_it_is_complete_without_scripts(browser, file):
+def test_a_page_is_complete_without_scripts(browser, file):
     """Without scripts the page has the same text and charts, and no inactive controls."""
     both = []
     for scripts in (True, False):
@@ -102,10 +104,10 @@ def test_a_column_sorts_by_its_numbers_and_back(page):
 def test_a_variant_is_hidden_everywhere_and_shown_again(page):
     """Tables and charts change together."""
     box = page.locator("fieldset label").nth(1)
-    owned = page.locator(f'[data-variant="{box.inner_text().strip()}"]')
-    assert owned.count() > 3
+    elements = page.locator(f'[data-variant="{box.inner_text().strip()}"]')
+    assert elements.count() > 3
     box.locator("input").uncheck()
-    assert owned.evaluate_all("all => all.every(one => one.classList.contains('off'))")
-    assert owned.evaluate_all("all => all.every(one => getComputedStyle(one).display === 'none')")
+    assert elements.evaluate_all("all => all.every(one => one.classList.contains('off'))")
+    assert elements.evaluate_all("all => all.every(one => getComputedStyle(one).display === 'none')")
     box.locator("input").check()
-    assert owned.evaluate_all("all => all.some(one => getComputedStyle(one).display !== 'none')")
+    assert elements.evaluate_all("all => all.some(one => getComputedStyle(one).display !== 'none')")

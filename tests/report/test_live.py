@@ -54,7 +54,7 @@ def measured(plan, replicates):
 def screen(display):
     """Return the lines of the current display."""
     out = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
-    out.print(display.picture())
+    out.print(display.render())
     return out.file.getvalue().splitlines()
 
 
@@ -146,7 +146,7 @@ def test_a_run_under_way_is_not_taken_for_a_killed_one(broken_off):
     assert "--resume" not in text
 
 
-def test_an_ab_that_broke_off_is_reported_too(write_run, tmp_path):
+def test_an_interrupted_ab_is_reported_too(write_run, tmp_path):
     """With no trial, and with one side only, the verdicts are invalid and the report does not fail."""
     path = write_run("run", STEPS, status="running")
     run = store.read_run("run", tmp_path / "runs")

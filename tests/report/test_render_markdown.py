@@ -40,7 +40,7 @@ def kinds(text):
         yield from (child.type for child in token.children or ())
 
 
-def said(text):
+def visible_text(text):
     """Return the visible text and code."""
     return "".join(
         child.content
@@ -89,12 +89,12 @@ TEXTS = (
 def test_an_escaped_text_is_read_as_itself():
     """A parser of GitHub's Markdown reads the text on its own line and in a table."""
     for text in TEXTS:
-        assert said(escape(text)) == text
+        assert visible_text(escape(text)) == text
         found = [kind for kind in kinds(escape(text)) if kind not in ("text", "html_inline")]
         assert found == ["paragraph_open", "inline", "paragraph_close"], text
         table = f"| a | b |\n| --- | --- |\n| {escape(text)} | x |"
         assert list(kinds(table)).count("td_open") == 2, text
-        assert text in said(table)
+        assert text in visible_text(table)
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zs", "Zl", "Zp", "Cf", "Cs")), min_size=1))

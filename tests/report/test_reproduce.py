@@ -20,26 +20,26 @@ from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 
 ROOT = Path(__file__).parents[2]
-KEPT = [
+STORED_RUNS = [
     *RUNS.iterdir(),
     *(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file()),
 ]
 
 
-def typed(run):
+def parse_command(run):
     """Return the parsed options of the command that measures the run again."""
     (line,) = (line for line in reproduction_steps(run).splitlines() if line.startswith("lorameter "))
     return build_parser().parse_args(shlex.split(line)[1:])
 
 
-@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", STORED_RUNS, ids=lambda path: path.name)
 def test_the_line_of_every_run_is_a_command(path):
     """An A/B that does not record the arguments of its sides has no command, and the report says so."""
     run = store.read_run(str(path), path.parent)
     if run.manifest.sides:
-        assert "does not say by which words" in reproduction_steps(run)
+        assert "does not record the arguments of its sides" in reproduction_steps(run)
     else:
-        assert typed(run).calls == "run:run_study"
+        assert parse_command(run).calls == "run:run_study"
 
 
 def side(kind, spec, *, commit=None, rows=0):
@@ -65,10 +65,12 @@ def ab(write_run):
 def test_an_ab_is_repeated_as_an_ab(ab):
     """A revision is given by its commit, since its branch may have moved; requirements stay as written."""
     study = load_study("training-step")
-    options = typed(ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study))
+    options = parse_command(
+        ab(side("revision", "main", commit="a" * 40), side("requirements", "peft==0.21.2"), study=study)
+    )
     assert options.calls == "run:run_ab"
     assert (options.study, options.base, options.candidate) == ("training-step", "a" * 40, "peft==0.21.2")
-    planted = typed(ab(side("present", ""), side("present", "", rows=24), study=study))
+    planted = parse_command(ab(side("present", ""), side("present", "", rows=24), study=study))
     assert (planted.calls, planted.inject_rows) == ("calibrate:run_calibrate", 24)
 
 

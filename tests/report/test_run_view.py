@@ -137,13 +137,13 @@ def test_a_wrapped_run_is_valid_without_ratios_and_control(write_run, capsys):
     assert "This run" not in text
 
 
-ODD = (
+UNUSUAL_RUNS = (
     "failed one-replicate without-reference killed given-up noisy fewer-variants fallback cold resumed ab-failed "
     "swept-in-part"
 ).split()
 
 
-@pytest.mark.parametrize("run", ODD)
+@pytest.mark.parametrize("run", UNUSUAL_RUNS)
 def test_a_run_in_any_state_is_reported(run, capsys):
     """Each format reports the whole run; the exit code gives its state, and standard error stays empty."""
     for options in (["--markdown", "--verbose"], ["--json"]):
@@ -371,11 +371,11 @@ def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path)
     assert set(document["requests"]) == {"served", "merged"}
     assert document["requests"]["served"]["decode"]["time"]["value"] == pytest.approx(0.01)
     assert sum(document["cold_parts_s"].values()) == pytest.approx(6.2)
-    asked = []
-    monkeypatch.setattr(commands_profile, "_try", lambda *given: asked.append(given[2]))
+    tried = []
+    monkeypatch.setattr(commands_profile, "_try", lambda *arguments: tried.append(arguments[2]))
     cli.main([*LINE.split(), "--try", "--json"])
     cli.main([*LINE.split(), "--try", "adapter-unmerged", "--json"])
-    assert [dict(finding.changes) for finding in asked] == [{"copy_head_input": True}, {"merge_adapter": True}]
+    assert [dict(finding.changes) for finding in tried] == [{"copy_head_input": True}, {"merge_adapter": True}]
     capsys.readouterr()
     assert cli.main([*LINE.split(), "--try", "padding"]) == 2
     assert "no such finding" in capsys.readouterr().err

@@ -36,7 +36,7 @@ from lorameter.report.terminal import text_of
 from lorameter.run.workers import sides
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
-SHOWN = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"
+ESCAPED = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"
 STYLED = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -56,7 +56,7 @@ def hostile_document():
 
 
 @pytest.mark.parametrize("coloured", [False, True])
-def test_outside_text_is_printed_as_it_is_and_acts_on_nothing(coloured):
+def test_foreign_text_is_printed_literally(coloured):
     """Text in any field is not interpreted as markup, an emoji or an escape sequence."""
     document = hostile_document()
     text = text_of(document, width=4000, coloured=coloured, verbose=True)
@@ -64,7 +64,7 @@ def test_outside_text_is_printed_as_it_is_and_acts_on_nothing(coloured):
     plain = STYLED.sub("", text)
     assert not [one for one in plain if one != "\n" and not one.isprintable()]
     unfolded = repr([block for block in document if not isinstance(block, Collapsible)])
-    assert plain.count(SHOWN) == unfolded.count(repr(HOSTILE)[1:-1]) + 2  # the two spans of the collapsed line
+    assert plain.count(ESCAPED) == unfolded.count(repr(HOSTILE)[1:-1]) + 2  # the two spans of the collapsed line
 
 
 def test_a_collapsed_block_is_its_summary_and_verbose_expands_it():
@@ -118,7 +118,7 @@ URLS = (
 )
 
 
-def acts(text: str) -> bool:
+def has_control_chars(text: str) -> bool:
     return escape_control_chars(text) != text
 
 
@@ -156,9 +156,11 @@ def test_the_parser_repeats_no_credential_in_its_errors(line, capsys):
     """The parser refuses unknown options, values out of range and unknown commands without repeating a credential."""
     with pytest.raises(SystemExit):
         main(line)
-    said = capsys.readouterr().err
-    assert "example.org" in said or "unknown option --nope." in said  # the value of an unknown option is not repeated
-    assert SECRET not in said
+    errors = capsys.readouterr().err
+    assert (
+        "example.org" in errors or "unknown option --nope." in errors
+    )  # the value of an unknown option is not repeated
+    assert SECRET not in errors
 
 
 @pytest.mark.parametrize("url", URLS[:1])
@@ -242,15 +244,15 @@ def hostile_run(write_run, *, sides_too=False):
     "line",
     ["report {} --verbose", "report {} --format github", "gate {} {}", "gate {} {} --format github", "list runs"],
 )
-def test_no_command_shows_it_raw(line, write_run, capsys):
+def test_no_command_prints_control_characters(line, write_run, capsys):
     """Titles, notices, notes and names of runs, devices and files are escaped, on standard output and on standard
     error."""
     path = hostile_run(write_run)
     words = [word.replace("{}", str(path)) for word in line.split()]
     assert main([*words, "--runs-dir", str(path.parent)]) in (0, 1, 2, 3, 4, 5)
     out, errors = capsys.readouterr()
-    assert not acts(out)
-    assert not acts(errors)
+    assert not has_control_chars(out)
+    assert not has_control_chars(errors)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_no_command_shows_it_raw(line, write_run, capsys):
      ["run", "lora-or-qlora", "--model", ESCAPE], ["model", "fetch", ESCAPE],
      ["run", "x", "--runs-dir", f"/dev/null/{ESCAPE}"]],
 )  # fmt: skip
-def test_no_refusal_shows_it_raw(line, capsys, tmp_path, monkeypatch):
+def test_no_error_message_prints_control_characters(line, capsys, tmp_path, monkeypatch):
     """lorameter's and argparse's errors, which repeat arguments, are escaped, since scripts pass names of files."""
     monkeypatch.chdir(tmp_path)
     try:
@@ -269,10 +271,10 @@ def test_no_refusal_shows_it_raw(line, capsys, tmp_path, monkeypatch):
     assert code == 2
     errors = capsys.readouterr().err
     assert errors
-    assert not acts(errors)
+    assert not has_control_chars(errors)
 
 
-def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
+def test_an_unexpected_error_is_escaped(monkeypatch, capsys):
     """The traceback of an unexpected error is escaped."""
 
     def broken(*_, **__):
@@ -282,5 +284,5 @@ def test_an_unexpected_error_is_shown_visibly(monkeypatch, capsys):
     assert main(["list", "runs"]) == 70
     shown = capsys.readouterr().err
     assert "constructed" in shown
-    assert not acts(shown)
+    assert not has_control_chars(shown)
     assert SECRET not in shown

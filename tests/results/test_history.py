@@ -11,7 +11,7 @@ from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.report.history import describe_history
 from lorameter.report.terminal import text_of
-from lorameter.results.history import Measured, Moment, confirming, history_of
+from lorameter.results.history import Measured, Moment, confirm_command, history_of
 
 DAY_S = 86400.0
 
@@ -60,7 +60,7 @@ def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
     assert not track.breaks
 
 
-def test_a_change_of_fingerprint_is_a_known_break_and_no_change(nightly):
+def test_a_change_of_fingerprint_is_a_known_break_not_a_change(nightly):
     """Each fingerprint has its own line without a ratio across; the break has the differences and the A/B of the
     versions that measures it. The report has the levels of each line, and a row for each run."""
     runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
@@ -117,7 +117,7 @@ def test_the_command_that_would_confirm(before, after, words):
     )  # fmt: skip
     row = {"study": "mine", "variant": "plain"}
     sides = (Measured(msgspec.structs.replace(moment, **one), row, {}) for one in (before, after))
-    command = confirming(*sides)
+    command = confirm_command(*sides)
     assert command == (f"lorameter ab mine.toml {words} --variant plain" if words else "")
 
 

@@ -185,12 +185,12 @@ def test_a_pack_has_no_credentials_and_texts_only_on_request(mine, texts):
         assert (word in found) is texts
 
 
-def test_a_run_under_way_and_a_place_that_is_taken_are_refused(mine, tmp_path):
+def test_a_run_under_way_and_an_existing_output_are_refused(mine, tmp_path):
     """The errors say what to do."""
     pack("mine", mine.parent)
     with pytest.raises(UsageError, match="another --output"):
         pack("mine", mine.parent)
-    with pytest.raises(UsageError, match="packed already"):
+    with pytest.raises(UsageError, match="already packed"):
         pack("mine.lorameter.zip", mine.parent)
     with pytest.raises(UsageError, match="cannot be written"):
         pack("mine", mine.parent, tmp_path / "no" / "such" / "x.zip")
@@ -233,7 +233,7 @@ def rows_of(runs):
     return {row["run"]: row for row in list_runs(runs)}
 
 
-def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
+def test_damaged_runs_are_listed_with_the_others(tmp_path):
     """Each damaged run has its reason."""
     shutil.copytree(DAMAGED, tmp_path / "runs")
     shutil.copytree(RUNS / "sound", tmp_path / "runs" / "sound")
@@ -243,7 +243,7 @@ def test_damaged_runs_are_named_and_hide_no_other(tmp_path):
     assert "cannot be read" in found["cut-manifest"]["title"]
 
 
-def test_a_packed_run_in_the_folder_is_one_of_them(sound):
+def test_a_packed_run_in_the_folder_is_listed(sound):
     """A packed run is listed with its state and its verdict."""
     pack("sound", sound.parent, sound.parent / "sent.lorameter.zip")
     assert len(list_runs(sound.parent)) == 2

@@ -51,8 +51,10 @@ def test_every_sample_of_every_trial_is_a_row(read):
     assert [row["sample"] for row in mine] == list(range(len(mine)))
     turns = [row["turn"] for row in mine]
     assert [turns.count(turn) for turn in range(len(record.turn_lengths))] == list(record.turn_lengths)
-    held = sum(sum(map(len, one.samples.values())) + len(one.values | one.memory) for one in run.records)
-    assert len(rows) == held
+    expected = sum(
+        sum(map(len, record.samples.values())) + len(record.values | record.memory) for record in run.records
+    )
+    assert len(rows) == expected
 
 
 def test_estimates_and_ratios_are_those_of_the_report(read):
@@ -132,7 +134,7 @@ def test_a_script_has_its_command_and_no_setting_that_only_it_knows(write_run, s
     assert set(trials["torch"]) == {"9.9"}
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
+def test_a_missing_folder_is_refused(tmp_path, monkeypatch):
     """An empty table would say that there are no runs; an existing folder without runs gives one."""
     with pytest.raises(UsageError, match="/nope"):
         lorameter.load_all("/nope")

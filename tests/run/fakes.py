@@ -9,12 +9,12 @@ from lorameter.run.workers.local import LocalExecutor
 
 
 class FakeExecutor(LocalExecutor):
-    """Executor and worker in one; every step takes 0.1 s, and `asked` records the trial of each command."""
+    """Executor and worker in one; every step takes 0.1 s, and `commanded_trials` records the trial of each command."""
 
     start_latency_s = 0.01
     harness = "0.1 sha256:one"
     tokens = "a" * 64
-    asked: tuple[str, ...] = ()
+    commanded_trials: tuple[str, ...] = ()
 
     def __init__(self, *, host=None, label=""):
         super().__init__(host=host, label=label)
@@ -51,7 +51,7 @@ class FakeExecutor(LocalExecutor):
         return ()
 
     def ask(self, command, trial, timeout_s, **arguments):
-        FakeExecutor.asked = (*FakeExecutor.asked, trial)
+        FakeExecutor.commanded_trials = (*FakeExecutor.commanded_trials, trial)
         if command != "turn":
             return PartialRecord()
         counts = {"turn_tokens": (64.0,), "turn_sequences": (2.0,), "timed_loss": (2.0,)}

@@ -10,26 +10,26 @@ from pathlib import Path
 from lorameter.attach.observer import StepReading, TrainingInfo
 from lorameter.attach.script_trial import ScriptTrial
 
-HOW, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
+FAULT, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
 STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))
-FAULTY = 6
+FAULT_STEP = 6
 """The step of the fault, during the warm-up."""
 
 
 def fault(number):
     """Cause the fault of a step."""
-    if number == FAULTY:
-        if HOW == "crash":
+    if number == FAULT_STEP:
+        if FAULT == "crash":
             raise RuntimeError("the tensor does not fit")
-        if HOW == "kill":
+        if FAULT == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if HOW == "hang":
+        if FAULT == "hang":
             time.sleep(600)
-        if HOW == "orphan":
+        if FAULT == "orphan":
             if os.fork() == 0:
                 time.sleep(600)
             os._exit(7)
-        if HOW == "garbled":
+        if FAULT == "garbled":
             os.write(TURNS._connection.fileno(), b"what is this\n")
 
 
@@ -49,11 +49,11 @@ def train(steps):
     while number < steps:
         number += 1
         fault(number)
-        loss = 2.0 / number ** (0.05 if HOW == "worse" else 0.1)
+        loss = 2.0 / number ** (0.05 if FAULT == "worse" else 0.1)
         TURNS.step(
             StepReading(
                 number=number,
-                step_time_s=2e-3 if HOW == "slow" else STEP_TIME_S,
+                step_time_s=2e-3 if FAULT == "slow" else STEP_TIME_S,
                 cpu_time_s=1e-3,
                 loss=loss,
                 loss_dtype="float32",
@@ -66,12 +66,12 @@ def train(steps):
 
 
 TURNS = ScriptTrial()
-Path("came").write_text("here")  # written into the copy of its folder
-if HOW == "crash-before":
+Path("started").write_text("")  # written into the copy of its folder
+if FAULT == "crash-before":
     raise ValueError("no such data set")
-if HOW == "hang-before":
+if FAULT == "hang-before":
     time.sleep(600)
-if HOW == "never":
+if FAULT == "never":
     sys.exit(0)
 try:
     train(STEPS)

@@ -136,8 +136,8 @@ class FakeExecutor(fakes.FakeExecutor):
             self.rows = arguments["request"]["slowdown_rows"]
         if command == "turn":
             even = int(trial[1 : trial.index("-")]) % 2 == 0
-            luck = 0.0 if self.label == "base" else FakeExecutor.noise if even else -FakeExecutor.noise
-            step = self.step_s * (1 + self.rows / 1000) * (1 + luck)
+            deviation = 0.0 if self.label == "base" else FakeExecutor.noise if even else -FakeExecutor.noise
+            step = self.step_s * (1 + self.rows / 1000) * (1 + deviation)
             counts = {"turn_tokens": (32.0,), "turn_padded_tokens": (0.0,), "turn_sequences": (1.0,)}
             return PartialRecord(
                 samples={"step_time_s": (step,), "step_cpu_time_s": (step,), "timed_loss": (2.0,)} | counts
@@ -303,7 +303,7 @@ def test_an_ab_that_broke_off_is_resumed(fake, repository, study_file, lorameter
     fake.made.clear()
     code, message = lorameter("ab", "--resume", before["run"])
     assert code == 2
-    assert "its candidate would be of two kinds: packages.peft: '0.1' then" in message
+    assert "its candidate would change during the run: packages.peft: '0.1' then" in message
     assert fake.made == []
 
     (path / "manifest.json").write_text(text)
@@ -331,7 +331,7 @@ def calibration(fake, repository, study_file, lorameter, tmp_path):
     return path.name, document
 
 
-def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
+def test_an_interrupted_calibration_is_resumed(calibration, fake, lorameter):
     """A resumed calibration keeps its measurements and its injected work; rates and prices are those of the whole
     calibration."""
     name, before = calibration
@@ -349,7 +349,7 @@ def test_a_calibration_that_broke_off_is_resumed(calibration, fake, lorameter):
 
 @pytest.mark.parametrize(("rows", "message"), [
     (["--inject-rows", "50"], "resume: lorameter calibrate --resume"),
-    ([], "it sizes the slow-down of a calibration. Calibrate anew"),
+    ([], "it determines the slow-down of a calibration. Start a new calibration"),
 ])  # fmt: skip
 def test_a_stopped_calibration_names_the_kept_run(fake, repository, study_file, lorameter, monkeypatch, rows, message):
     """The message names the kept run or the kept run of a pilot; nothing else starts."""

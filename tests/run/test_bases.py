@@ -20,22 +20,22 @@ from lorameter.run.workers.sides import present_sides
 from lorameter.studies.variant import LoraVariant
 
 
-class Preparing:
+class FakeExecutor:
     """An executor that prepares bases or raises an error."""
 
     def __init__(self, name="", refuse=lambda request: None):
-        self.name, self.refuse, self.asked = name, refuse, []
+        self.name, self.refuse, self.requests = name, refuse, []
 
     def prepare_base(self, request):
-        self.asked.append(request)
+        self.requests.append(request)
         self.refuse(request)
         return BaseSummary(
-            path=f"/{self.name}/{len(self.asked)}", hash="0" * 64, base="b", bytes=1, conversions=1,
+            path=f"/{self.name}/{len(self.requests)}", hash="0" * 64, base="b", bytes=1, conversions=1,
             quantisations=0, seconds=0.0,
         )  # fmt: skip
 
 
-class Watching:
+class FakeListener:
     """A listener that records the events."""
 
     def __init__(self):
@@ -58,12 +58,12 @@ def study(small_study):
 
 def test_each_base_is_prepared_once(study):
     """The number of variants, controls and replicates on a base does not matter."""
-    executor, watching = Preparing(), Watching()
-    bases = prepare_bases(make_plan(study), {"": executor}, "cpu", watching)
-    forms = [(one.variant.quantization, one.variant.double_quant) for one in executor.asked]
+    executor, listener = FakeExecutor(), FakeListener()
+    bases = prepare_bases(make_plan(study), {"": executor}, "cpu", listener)
+    forms = [(one.variant.quantization, one.variant.double_quant) for one in executor.requests]
     assert sorted(forms) == [("nf4", False), ("nf4", True), ("none", True)]
     assert len(bases.folders) == len(bases.summaries) == 3
-    assert watching.phases == ["base"] * 3
+    assert listener.phases == ["base"] * 3
     assert not bases.notices
 
 
@@ -73,9 +73,9 @@ def crash(request):
         raise WorkerLostError("oom", Failure(phase="base", kind="MemoryError", message="no memory."))
 
 
-def test_trials_make_the_bases_that_could_not_be_prepared(study):
+def test_trials_build_a_base_that_could_not_be_prepared(study):
     """The run continues, with one notice for each base, and each trial makes its own."""
-    bases = prepare_bases(make_plan(study), {"": Preparing(refuse=crash)}, "cpu", Watching())
+    bases = prepare_bases(make_plan(study), {"": FakeExecutor(refuse=crash)}, "cpu", FakeListener())
     assert [key[1][3] for key in bases.folders] == ["none"]
     assert [notice.code for notice in bases.notices] == ["base-not-prepared"] * 2
     assert "tiny-llama, bfloat16, nf4" in bases.notices[0].message
@@ -86,8 +86,8 @@ def test_both_sides_map_their_bases_or_neither_does(study):
     """If one side cannot prepare a base, neither side maps one, so that both are measured under the same conditions."""
     plan = make_plan(study, arms=arms_on_sides(study, [one.name for one in study.variants[:2]], present_sides(0)))
     arms = {slot.executor for slot in plan.slots}
-    executors = {arm: Preparing(arm, crash if arm == "candidate" else lambda request: None) for arm in arms}
-    bases = prepare_bases(plan, executors, "cpu", Watching())
+    executors = {arm: FakeExecutor(arm, crash if arm == "candidate" else lambda request: None) for arm in arms}
+    bases = prepare_bases(plan, executors, "cpu", FakeListener())
     assert {key[1][3] for key in bases.folders} == {"none"}
     assert {key[0] for key in bases.folders} == arms
     assert len(bases.notices) == 1
@@ -100,7 +100,7 @@ def test_a_full_disk_ends_the_run(study):
         raise SystemLimitError("full")
 
     with pytest.raises(SystemLimitError):
-        prepare_bases(make_plan(study), {"": Preparing(refuse=refuse)}, "cpu", Watching())
+        prepare_bases(make_plan(study), {"": FakeExecutor(refuse=refuse)}, "cpu", FakeListener())
 
 
 PLAIN = LoraVariant(name="plain")
@@ -123,11 +123,11 @@ def worker(machine):
 )
 def test_a_variant_that_needs_bitsandbytes_is_refused_where_it_has_no_device(worker, changes):
     """The error names the variant before its first trial; variants without bitsandbytes are measured."""
-    needing = LoraVariant(name="needing", **changes)
-    with pytest.raises(InvalidRunError, match=f"needing cannot be measured here: {LACKS}"):
-        validate_worker(worker(lacks=LACKS), [PLAIN, needing])
+    dependent = LoraVariant(name="dependent", **changes)
+    with pytest.raises(InvalidRunError, match=f"dependent cannot be measured here: {LACKS}"):
+        validate_worker(worker(lacks=LACKS), [PLAIN, dependent])
     assert validate_worker(worker(lacks=LACKS), [PLAIN]).lacks == LACKS
-    assert validate_worker(worker(), [PLAIN, needing]).lacks is None
+    assert validate_worker(worker(), [PLAIN, dependent]).lacks is None
 
 
 def test_a_worker_on_another_device_is_refused(worker):

@@ -15,7 +15,7 @@ from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.run import bisect as bisect_candidates
-from lorameter.run.bisect import MAX_TIMES, Candidate, bisect, find_measured, list_steps
+from lorameter.run.bisect import MAX_FACTOR, Candidate, bisect, find_measured, list_steps
 from lorameter.run.build_plan import build_plan
 from lorameter.run.workers.sides import command_sides
 from lorameter.stats import compare_trials
@@ -67,7 +67,7 @@ def test_an_inconclusive_commit_is_named_and_the_search_continues():
     assert (found.before.label, found.culprit.label) == ("commit 3", "commit 5")
     assert [one.label for one in found.between] == ["commit 4"]
     assert "inconclusive: commit 4" in found.conclusion
-    assert asked.asked == [(8, 4), (4, 4), (4, 8), (4, 4 * MAX_TIMES), *asked.asked[4:]]
+    assert asked.asked == [(8, 4), (4, 4), (4, 8), (4, 4 * MAX_FACTOR), *asked.asked[4:]]
     assert {replicates for _, replicates in asked.asked[4:]} == {4}, "only the open one is repeated"
 
 
@@ -128,9 +128,9 @@ def test_ends_out_of_order_are_refused(repository):
     folder, _ = repository
     with pytest.raises(UsageError, match="same commit"):
         list_steps("HEAD", "main", folder)
-    with pytest.raises(UsageError, match="no ancestor"):
+    with pytest.raises(UsageError, match="not an ancestor"):
         list_steps("HEAD", "HEAD~2", folder)
-    with pytest.raises(UsageError, match="'no-such' is no"):
+    with pytest.raises(UsageError, match="'no-such' is neither"):
         list_steps("HEAD", "no-such", folder)
 
 
@@ -172,7 +172,7 @@ def test_releases_are_those_that_pip_has(pip, tmp_path):
         ("peft==0.19.0", "peft==0.21.0 torch==2.1", "version of one package"),
     ],
 )
-def test_requirements_that_are_no_range_are_refused(good, bad, message, pip, tmp_path):
+def test_requirements_that_are_not_a_range_are_refused(good, bad, message, pip, tmp_path):
     """The error has a valid replacement and comes before pip is called."""
     with pytest.raises(UsageError, match=message):
         list_steps(good, bad, tmp_path)

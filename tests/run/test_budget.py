@@ -39,7 +39,7 @@ def test_the_notice_names_skipped_parts_and_the_minutes_they_need():
     assert "--max-minutes to 12" in notice.remedy
 
 
-class Timed:
+class SimulatedExecutor:
     """Executor and worker in one; every command takes its cost in simulated time."""
 
     start_latency_s = 0.01
@@ -47,7 +47,7 @@ class Timed:
     def __init__(self, costs):
         self.costs = COSTS | costs
         self.now = 0.0
-        self.asked = []
+        self.commands = []
         self.steps = {}
 
     def clock(self):
@@ -69,7 +69,7 @@ class Timed:
         if command == "warm_up" and "steps" in arguments:
             seconds = self.costs["turn"] / 2 * arguments["steps"]
         self.now += seconds
-        self.asked.append((trial, command))
+        self.commands.append((trial, command))
         if command == "finish_training" and "isolated" not in trial:
             self.steps[trial] = arguments.get("steps")
         if command == "cold":
@@ -108,7 +108,7 @@ def measured(small_study):
             max_minutes=None if limit_s is None else limit_s / 60, **protocol,
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
-        executor = Timed(costs or {})
+        executor = SimulatedExecutor(costs or {})
         budget = Budget(limit_s, clock=executor.clock, replicates=replicates)
         budget.import_s, budget.load_s = executor.costs["imports"], executor.costs["cold"]
         site = RunContext(device="cpu")
@@ -122,7 +122,7 @@ def measured(small_study):
 
 def rounds(executor, command):
     """Return how often the trials that take turns got the command: by replicate, the set over its trials."""
-    counts = Counter(trial for trial, asked in executor.asked if asked == command and "isolated" not in trial)
+    counts = Counter(trial for trial, name in executor.commands if name == command and "isolated" not in trial)
     found = {}
     for trial, count in counts.items():
         found.setdefault(int(trial[1 : trial.index("-")]), set()).add(count)
@@ -193,7 +193,7 @@ def test_too_little_time_is_reported_and_training_is_still_measured(measured):
     assert executor.now <= 1.1 * 250.0
 
 
-def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
+def test_a_limit_too_short_for_one_replicate_is_refused(measured):
     """After the first steps, the error gives the needed minutes in one sentence."""
     with pytest.raises(
         UsageError, match=r"max_minutes = 0\.5: .* takes 1 min 45 s .* not even one fits\. Give 2 minutes"
@@ -203,16 +203,16 @@ def test_a_limit_that_not_one_replicate_keeps_is_refused(measured):
 
 def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):
     """No replicate starts if the longest one so far would exceed the limit."""
-    asked = Timed.ask
+    original_ask = SimulatedExecutor.ask
 
     def slowing(self, command, trial, timeout_s, **arguments):
-        answer = asked(self, command, trial, timeout_s, **arguments)
+        answer = original_ask(self, command, trial, timeout_s, **arguments)
         self.now += 30.0 if command == "turn" and trial.startswith("r1") else 0.0
         return answer
 
     _, found = measured(1000.0, phases=("train",))
     quick = replicates_of(found)
-    monkeypatch.setattr(Timed, "ask", slowing)
+    monkeypatch.setattr(SimulatedExecutor, "ask", slowing)
     _, found = measured(1000.0, phases=("train",))
     assert replicates_of(found) < quick
     assert "another replicate would end after the limit" in found.stopped

@@ -15,7 +15,7 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.peaks import find_card
+from lorameter.models.costs.peaks import find_gpu
 from lorameter.run.forecast import forecast, measured_peaks, needed_bytes, together_bytes
 from lorameter.run.forecast_time import half_width
 from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
@@ -33,18 +33,18 @@ WIDE = Workload(batch_size=6, sequence_length=1024)
 def fitter(machine):
     """A function that makes a fitter of a model and a GPU, or of this machine with the given memory."""
 
-    def make(model, card=None, memory_bytes=None):
-        if card is None:
+    def make(model, gpu=None, memory_bytes=None):
+        if gpu is None:
             device = on_machine(dataclasses.replace(machine, memory_bytes=memory_bytes or machine.memory_bytes), None)
         else:
-            device = on_gpu(machine, find_card(card))
+            device = on_gpu(machine, find_gpu(gpu))
         shape = shapes.shape(catalogue.resolve(f"random:{model}"))
         return Fitter(device=device, shape=shape, process_bytes=None)
 
     return make
 
 
-@pytest.mark.parametrize(("model", "card", "variant", "status"), [
+@pytest.mark.parametrize(("model", "gpu", "variant", "status"), [
     ("llama2-7b", "24GiB", LORA, "does-not-fit"), ("llama2-7b", "24GiB", QLORA, "fits"),
     ("llama2-7b", "RTX 4090", QLORA, "fits"), ("llama2-7b", "80GB", LORA, "may-not-fit"),
     ("llama2-7b", "H200", LORA, "fits"), ("llama2-70b", "H100", LORA, "does-not-fit"),
@@ -52,33 +52,33 @@ def fitter(machine):
     ("mistral-7b", "24GiB", LORA, "does-not-fit"), ("mistral-7b", "24GiB", QLORA, "fits"),
     ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
 ])  # fmt: skip
-def test_memory_fit_on_an_absent_gpu(fitter, model, card, variant, status):
+def test_memory_fit_on_an_absent_gpu(fitter, model, gpu, variant, status):
     """For real shapes and six sequences of 1024 tokens, LoRA saves all activations and checkpointed NF4 nearly none."""
-    one = fitter(model, card)
-    assert one.device.machine.device == "cuda"
-    assert one.status(one.needs(variant, WIDE)) == status
+    fit = fitter(model, gpu)
+    assert fit.device.machine.device == "cuda"
+    assert fit.status(fit.needs(variant, WIDE)) == status
 
 
 @pytest.mark.parametrize("key", ["batch_size", "sequence_length"])
-@pytest.mark.parametrize(("model", "card", "variant"), [
+@pytest.mark.parametrize(("model", "gpu", "variant"), [
     ("llama2-7b", "24GiB", QLORA), ("llama2-7b", "H200", LORA), ("mistral-7b", "24GiB", QLORA),
     ("llama2-70b", "H100", QLORA), ("gemma-7b", "L40S", QLORA), ("smollm2-135m", None, LORA),
     ("tiny-llama", None, LORA),
 ])  # fmt: skip
-def test_the_largest_fits_and_one_more_does_not(fitter, model, card, variant, key):
+def test_the_largest_size_fits_and_the_next_does_not(fitter, model, gpu, variant, key):
     """The size is limited by memory, the model or the study."""
-    one = fitter(model, card)
+    fit = fitter(model, gpu)
     workload = Workload(batch_size=2, sequence_length=512)
-    found = one.largest(variant, workload, key)
+    found = fit.largest(variant, workload, key)
 
     def status(size):
-        return one.status(one.needs(variant, dataclasses.replace(workload, **{key: size})))
+        return fit.status(fit.needs(variant, dataclasses.replace(workload, **{key: size})))
 
     assert status(found.value) == "fits"
     if found.bound == "memory":
         assert status(found.value + 1) != "fits"
     else:
-        assert found.value in (one.shape.context, MAX_BATCH)
+        assert found.value in (fit.shape.context, MAX_BATCH)
 
 
 def test_only_free_memory_of_this_machine_counts(machine):
@@ -86,27 +86,27 @@ def test_only_free_memory_of_this_machine_counts(machine):
     device = on_machine(machine, 3 * GIB)
     assert (device.usable_bytes, device.total_bytes, device.assumed) == (3 * GIB, machine.memory_bytes, ())
     assert on_machine(machine, 2**60).usable_bytes == machine.memory_bytes
-    card = dataclasses.replace(machine, device="cuda", device_name="GPU", device_memory_bytes=24 * GIB)
-    assert on_machine(card, None).usable_bytes == 24 * GIB
+    gpu = dataclasses.replace(machine, device="cuda", device_name="GPU", device_memory_bytes=24 * GIB)
+    assert on_machine(gpu, None).usable_bytes == 24 * GIB
     with pytest.raises(UsageError, match=r"not known.*--gpu"):
-        on_machine(dataclasses.replace(card, device_memory_bytes=None), None)
+        on_machine(dataclasses.replace(gpu, device_memory_bytes=None), None)
 
 
 @pytest.fixture
 def advice(machine):
     """A function that advises on a variant of a model on a GPU or on this machine."""
 
-    def make(variant, workload=WIDE, *, model="llama2-7b", card="24GiB", **asked):
-        device = on_machine(machine, None) if card is None else on_gpu(machine, find_card(card))
+    def make(variant, workload=WIDE, *, model="llama2-7b", gpu="24GiB", **options):
+        device = on_machine(machine, None) if gpu is None else on_gpu(machine, find_gpu(gpu))
         shape = shapes.shape(catalogue.resolve(f"random:{model}"))
         return advise(
-            Fitter(device=device, shape=shape, process_bytes=None), variant, workload, **asked
+            Fitter(device=device, shape=shape, process_bytes=None), variant, workload, **options
         )  # fmt: skip
 
     return make
 
 
-def turned(variant, workload, lines):
+def with_lines(variant, workload, lines):
     """Return variant and workload with these study lines applied."""
     for key, value in tomllib.loads("\n".join(lines)).items():
         owner = workload if key == "batch_size" else variant
@@ -123,13 +123,13 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "model", "card"), CASES)
-def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, model, card):
+@pytest.mark.parametrize(("variant", "model", "gpu"), CASES)
+def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, model, gpu):
     """Each line is valid in a study, frees as much as the estimate falls, and the largest change is first."""
-    found = advice(variant, model=model, card=card)
+    found = advice(variant, model=model, gpu=gpu)
     assert found.options
     for option in found.options:
-        alone = advice(*turned(variant, WIDE, [option.writes]), model=model, card=card)
+        alone = advice(*with_lines(variant, WIDE, [option.writes]), model=model, gpu=gpu)
         assert alone.needs == option.needs
         assert alone.status == option.status
         assert option.freed_bytes == found.needs.expected_bytes - option.needs.expected_bytes > 0
@@ -138,21 +138,21 @@ def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, m
     assert freed == sorted(freed, reverse=True)
 
 
-@pytest.mark.parametrize(("variant", "model", "card"), CASES)
-def test_the_fewest_make_it_fit_and_fewer_do_not(advice, variant, model, card):
+@pytest.mark.parametrize(("variant", "model", "gpu"), CASES)
+def test_the_suggested_changes_are_needed_and_sufficient(advice, variant, model, gpu):
     """Every change of a suggested set is needed, and no single change is enough where several are suggested."""
-    found = advice(variant, model=model, card=card)
+    found = advice(variant, model=model, gpu=gpu)
     assert found.status != "fits"
     if found.turn is None:
-        everything = turned(variant, dataclasses.replace(WIDE, batch_size=1), [
+        everything = with_lines(variant, dataclasses.replace(WIDE, batch_size=1), [
             option.writes for option in found.options if option.table == "variant"
         ])  # fmt: skip
-        assert advice(*everything, model=model, card=card).status != "fits"
+        assert advice(*everything, model=model, gpu=gpu).status != "fits"
         return
-    assert advice(*turned(variant, WIDE, found.turn), model=model, card=card).status == "fits"
+    assert advice(*with_lines(variant, WIDE, found.turn), model=model, gpu=gpu).status == "fits"
     for left in found.turn:
         fewer = [line for line in found.turn if line != left]
-        assert advice(*turned(variant, WIDE, fewer), model=model, card=card).status != "fits"
+        assert advice(*with_lines(variant, WIDE, fewer), model=model, gpu=gpu).status != "fits"
     if len(found.turn) > 1:
         assert all(option.status != "fits" for option in found.options)
 
@@ -241,7 +241,7 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
     assert 2 * total(plain) + total(half) - total(plain, half, plain) == base
 
 
-def test_peaks_of_another_workload_are_not_this_one_s(small_study, machine, tmp_path, write_run):
+def test_peaks_of_another_workload_are_not_used(small_study, machine, tmp_path, write_run):
     """A peak of a variant with its own workload is not used for the study's workload."""
     same = dataclasses.replace(small_study.variants[0], name="larger")
     own = {"larger": dataclasses.replace(small_study.workload, batch_size=64)}

@@ -153,7 +153,7 @@ def test_variants_that_do_not_fit_together_run_one_after_the_other():
         ({"bias": "lora_only"}, "biases"),
         ({"compile": True}, "recompile"),
         ({"liger_kernel": True}, "whole process"),
-        ({"merge_adapter": True}, "changes the base for its requests"),
+        ({"merge_adapter": True}, "changes the base during its requests"),
         ({"kv_cache": "static"}, "kv_cache"),
         ({"attention": "eager"}, "attention"),
         ({"optimizer": "adamw"}, "optimizer"),
@@ -180,11 +180,11 @@ def test_on_a_cpu_variants_on_one_base_have_a_heap_each(small_study, device, lev
     assert plan.interleaving == level
 
 
-def test_a_level_can_be_asked_for():
+def test_a_level_can_be_requested():
     """A coarser level is always accepted, shared-base only if the variants allow it, an unknown word never."""
     assert choose_interleaving(SWEEP, together_bytes=0, free_bytes=None, requested="replicates") == (
         "replicates",
-        "asked for",
+        "requested",
     )
     with pytest.raises(UsageError, match=r"nf4 differs from r8 in quantization.*Use lockstep"):
         choose_interleaving(MIXED, together_bytes=0, free_bytes=None, requested="shared-base")

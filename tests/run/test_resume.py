@@ -43,7 +43,7 @@ def runs(tmp_path, machine, monkeypatch):
     """The folder of runs, with a fake executor and a constant machine."""
     monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", Executor)
     monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
-    for name in ("asked", "harness", "tokens"):
+    for name in ("commanded_trials", "harness", "tokens"):
         monkeypatch.setattr(Executor, name, getattr(Executor, name))
     (tmp_path / "small.toml").write_text(STUDY)
     return tmp_path / "runs"
@@ -56,7 +56,7 @@ def whole():
 
 
 @pytest.fixture
-def broken_off(runs, whole, tmp_path, tmp_path_factory, capsys):
+def interrupted_run(runs, whole, tmp_path, tmp_path_factory, capsys):
     """A function that restores the state of a run after some of its records."""
 
     def make(records=4, *options):
@@ -68,7 +68,7 @@ def broken_off(runs, whole, tmp_path, tmp_path_factory, capsys):
         lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
         (path / "trials.jsonl").write_text("".join(lines[:records]))
         change(path, status="running")
-        Executor.asked = ()
+        Executor.commanded_trials = ()
         return path
 
     return make
@@ -84,9 +84,9 @@ def resume(path, *options):
     return main(["run", "--resume", path.name, "--runs-dir", str(path.parent), *options])
 
 
-def test_resuming_measures_only_the_missing_trials(broken_off, capsys):
+def test_resuming_measures_only_the_missing_trials(interrupted_run, capsys):
     """Records are appended, complete groups are not measured again, and the run is complete and valid."""
-    path = broken_off(6)  # the four trials of the first turns, and two isolated ones
+    path = interrupted_run(6)  # the four trials of the first turns, and two isolated ones
     before = (path / "trials.jsonl").read_bytes()
     assert resume(path, "--json") == 0
     captured = capsys.readouterr()
@@ -98,17 +98,17 @@ def test_resuming_measures_only_the_missing_trials(broken_off, capsys):
     assert (path / "trials.jsonl").read_bytes().startswith(before)
     assert tuple(record.trial for record in run.records) == run.manifest.order
     assert len({(record.name, record.variant) for record in run.records}) == 3, "a variant has one id before and after"
-    assert {record.trial for record in run.records[:6]}.isdisjoint(Executor.asked)
+    assert {record.trial for record in run.records[:6]}.isdisjoint(Executor.commanded_trials)
     (again,) = run.manifest.resumed
     assert again.unix_s > run.manifest.created_unix_s
     assert (again.harness, again.max_minutes) == ("0.1 sha256:one", None)
     assert run.measured_again == 0
 
 
-def test_a_group_that_broke_off_is_measured_again_as_a_whole(broken_off, capsys):
+def test_an_interrupted_group_is_measured_again_as_a_whole(interrupted_run, capsys):
     """Trials of a group are paired; records of the interrupted group stay in the file and are counted, but enter no
     estimate."""
-    path = broken_off(2)
+    path = interrupted_run(2)
     assert resume(path) == 0
     run = store.read_run(path.name, path.parent)
     assert run.measured_again == 2
@@ -117,9 +117,9 @@ def test_a_group_that_broke_off_is_measured_again_as_a_whole(broken_off, capsys)
     assert "2 trials measured again after an interruption" in " ".join(capsys.readouterr().out.split())
 
 
-def test_selection_level_and_phases_are_those_of_the_run(broken_off):
+def test_selection_level_and_phases_are_those_of_the_run(interrupted_run):
     """The plan comes from the manifest, not from the defaults."""
-    path = broken_off(3, "--variant", "b", "--interleave", "lockstep", "--replicates", "2")
+    path = interrupted_run(3, "--variant", "b", "--interleave", "lockstep", "--replicates", "2")
     order = store.read_run(path.name, path.parent).manifest.order
     assert not any("-c" in trial.replace("-control", "") for trial in order)
     assert resume(path) == 0
@@ -128,9 +128,9 @@ def test_selection_level_and_phases_are_those_of_the_run(broken_off):
     assert run.manifest.interleaving == "lockstep"
 
 
-def test_the_trial_of_a_truncated_line_is_measured_again(broken_off):
+def test_the_trial_of_a_truncated_line_is_measured_again(interrupted_run):
     """The next record is whole, and the trial of the truncated line is measured again."""
-    path = broken_off(7)
+    path = interrupted_run(7)
     with (path / "trials.jsonl").open("a") as file:
         file.write('{"schema": 3, "trial": "r1-')
     assert resume(path) == 0
@@ -138,22 +138,22 @@ def test_the_trial_of_a_truncated_line_is_measured_again(broken_off):
     assert (len(run.records), run.damaged_lines) == (21, 0)
 
 
-def test_a_run_that_is_complete_is_shown(broken_off, capsys):
+def test_a_run_that_is_complete_is_shown(interrupted_run, capsys):
     """A complete run is not measured; a message says so, and the exit code is that of its report."""
-    path = broken_off()
+    path = interrupted_run()
     resume(path)
     written = (path / "trials.jsonl").read_bytes()
-    Executor.asked = ()
+    Executor.commanded_trials = ()
     capsys.readouterr()
     assert resume(path) == 0
     assert "is complete: nothing is left to be measured" in capsys.readouterr().err
-    assert not Executor.asked
+    assert not Executor.commanded_trials
     assert (path / "trials.jsonl").read_bytes() == written
 
 
-def test_a_resumed_run_may_have_a_new_limit(broken_off):
+def test_a_resumed_run_may_have_a_new_limit(interrupted_run):
     """A new limit applies from the resumption, and the manifest holds it next to the study's own."""
-    path = broken_off(7)
+    path = interrupted_run(7)
     assert resume(path, "--max-minutes", "30") == 0
     manifest = store.read_manifest(path)
     assert manifest.resumed[0].max_minutes == 30.0
@@ -170,63 +170,63 @@ def test_a_resumed_run_may_have_a_new_limit(broken_off):
         (["lora-or-qlora"], "is of study 'small', not 'lora-or-qlora'"),
     ],
 )
-def test_options_that_would_change_the_plan_are_refused(broken_off, capsys, options, message):
+def test_options_that_would_change_the_plan_are_refused(interrupted_run, capsys, options, message):
     """The error names the option, and nothing is measured."""
-    assert resume(broken_off(), *options) == 2
+    assert resume(interrupted_run(), *options) == 2
     assert message in capsys.readouterr().err
-    assert not Executor.asked
+    assert not Executor.commanded_trials
 
 
-def test_another_machine_or_other_libraries_are_refused(broken_off, capsys):
+def test_another_machine_or_other_libraries_are_refused(interrupted_run, capsys):
     """The error gives both values of each difference."""
-    path = broken_off()
+    path = interrupted_run()
     provenance = store.read_manifest(path).provenance
     libraries = provenance["libraries"] | {"torch": "1.13"}
     change(path, provenance=provenance | {"libraries": libraries}, fingerprint="another")
     assert resume(path) == 2
     assert "libraries.torch: '1.13' then, " in capsys.readouterr().err
-    assert not Executor.asked
+    assert not Executor.commanded_trials
 
 
-def test_other_tokens_are_refused(broken_off, capsys):
+def test_other_tokens_are_refused(interrupted_run, capsys):
     """If the data changed under its name, nothing is measured and the run stays unchanged."""
-    path = broken_off()
+    path = interrupted_run()
     Executor.tokens = "b" * 64
     assert resume(path) == 2
     assert "the tokens have the hash bbbbbbbbbbbb now and had aaaaaaaaaaaa" in capsys.readouterr().err
-    assert not Executor.asked
+    assert not Executor.commanded_trials
     assert store.read_manifest(path).resumed == ()
 
 
-def test_another_harness_is_reported(broken_off, capsys):
+def test_another_harness_is_reported(interrupted_run, capsys):
     """Another version of the harness is accepted, since it may fix the interruption, and a notice reports it."""
-    path = broken_off()
+    path = interrupted_run()
     Executor.harness = "0.2 sha256:two"
     assert resume(path) == 0
     assert "harness-version-changed" in {notice.code for notice in store.read_manifest(path).notices}
     assert "0.2 sha256:two; before it was 0.1 sha256:one" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_plan_that_comes_out_otherwise_is_refused(broken_off, capsys):
+def test_a_plan_with_other_trials_is_refused(interrupted_run, capsys):
     """A plan with trials that the run does not have is refused."""
-    path = broken_off()
+    path = interrupted_run()
     change(path, order=["r0-x"])
     assert resume(path) == 2
     assert "plans other trials" in capsys.readouterr().err
 
 
-def test_a_run_that_is_being_measured_is_refused(broken_off, capsys):
+def test_a_run_that_is_being_measured_is_refused(interrupted_run, capsys):
     """Two measuring processes would disturb each other."""
-    path = broken_off()
+    path = interrupted_run()
     with store.writing(path):
         assert resume(path) == 2
     assert "another process is measuring it" in capsys.readouterr().err
-    assert not Executor.asked
+    assert not Executor.commanded_trials
 
 
-def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
+def test_a_complete_run_that_stopped_early_is_not_made_longer(interrupted_run):
     """Replicates beyond the early stop are not measured, and the reason of the stop is kept."""
-    path = broken_off(14)
+    path = interrupted_run(14)
     manifest = store.read_manifest(path)
     change(path, status="complete", order=manifest.order[:14], stopped="precise enough")
     lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
@@ -234,18 +234,18 @@ def test_a_complete_run_that_stopped_early_is_not_made_longer(broken_off):
     assert resume(path) == 0
     run = store.read_run(path.name, path.parent)
     assert (run.state, run.manifest.stopped, len(run.records)) == ("complete", "precise enough", 14)
-    assert set(Executor.asked) == {manifest.order[13]}
+    assert set(Executor.commanded_trials) == {manifest.order[13]}
 
 
-def test_a_complete_run_with_disturbed_trials_is_resumed(broken_off):
+def test_a_complete_run_with_disturbed_trials_is_resumed(interrupted_run):
     """Disturbed trials are measured again, whatever the number of their earlier attempts."""
-    path = broken_off(21)
+    path = interrupted_run(21)
     lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
-    failure = {"phase": "train", "kind": "Disturbed", "message": "it was hot", "traceback": ""}
+    failure = {"phase": "train", "kind": "Disturbed", "message": "the GPU throttled", "traceback": ""}
     lines[-1] |= {"status": "invalid", "failure": failure, "attempt": 2}
     (path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     change(path, status="complete")
     assert resume(path) == 0
     run = store.read_run(path.name, path.parent)
-    assert set(Executor.asked) == {lines[-1]["trial"]}
+    assert set(Executor.commanded_trials) == {lines[-1]["trial"]}
     assert (run.state, run.records[-1].status, run.records[-1].attempt) == ("complete", "ok", 3)

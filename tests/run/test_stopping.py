@@ -69,7 +69,7 @@ def test_precision_stops_from_the_fifth_replicate_on(rule, arms):
     assert reasons[:4] == [None] * 4
     assert all(reasons[4:])
     assert "after 5 replicates" in reasons[4]
-    assert "±1 % were asked for" in reasons[4]
+    assert "±1 % were requested" in reasons[4]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_significance_stops_nothing(rule, arms):
     assert stop(records(8, arms, ratio=3.0)) == stop(records(8, arms, ratio=1.0)) is not None
 
 
-def test_trials_that_failed_are_no_replicates(rule):
+def test_failed_trials_are_not_replicates(rule):
     """Five replicates with one failed trial give four pairs."""
     stop = rule(precision=0.01)
     assert stop(records(5, failed=[("", "nf4", "variant", 3)])) is None

@@ -35,7 +35,7 @@ def share(shape, sd, draws=150, seed=61, tolerance=0.02):
 
 @pytest.mark.parametrize("count", [20, 60, 200])
 @pytest.mark.parametrize("sd", [0.003, 0.02, 0.19])
-def test_flat_noise_is_no_drift(count, sd):
+def test_flat_noise_is_not_drift(count, sd):
     """At most one of 25 series without a shift is called drifting, for any noise."""
     assert share(np.zeros(count), sd) <= 0.04
 
@@ -168,7 +168,7 @@ def test_nan_is_refused():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.5])
-def test_sample_that_is_no_duration_is_named(bad):
+def test_a_sample_that_is_not_a_duration_is_named(bad):
     """A sample that is not finite and positive is refused by side, trial, index and value."""
     with pytest.raises(ValueError, match=rf"base trial 1 sample 2 is {bad!s}: .*leave it out"):
         checked_trials("base", [[1.0, 2.0], [1.0, 2.0, bad]], positive=True)

@@ -100,7 +100,7 @@ def test_mde80_is_seen_with_80_percent_power(replicates, family):
     assert seen == pytest.approx(0.8, abs=0.04)
 
 
-def test_replicates_needed_sees_the_margin_and_no_fewer_do():
+def test_replicates_needed_is_the_minimum_that_resolves_the_margin():
     """With the stated number a slow-down of the margin is called regressed in 80 % of runs; with one fewer it is
     not."""
     needed = replicates_needed(paired(0.03, 5), rule(), may_be_equivalent=True)

@@ -34,7 +34,7 @@ def test_interval_covers_the_true_value():
     """The 95 % interval over 4 replicates covers the true geometric centre in 94 to 96 % of runs."""
     rng = np.random.default_rng(41)
     runs = np.exp(rng.normal(math.log(0.44), 0.1, (3000, 4, 1)))
-    covered = [one.low <= 0.44 <= one.high for one in map(estimate_trials, runs)]
+    covered = [estimate.low <= 0.44 <= estimate.high for estimate in map(estimate_trials, runs)]
     assert 0.94 <= np.mean(covered) <= 0.96
 
 
@@ -158,15 +158,15 @@ SCATTERS = {
 
 @pytest.mark.parametrize("name", SCATTERS)
 @pytest.mark.parametrize(("replicates", "arms"), [(3, 4), (5, 6)])
-def test_all_intervals_of_a_run_hold_the_truth_in_94_percent_of_the_runs(name, replicates, arms):
+def test_all_intervals_of_a_run_cover_the_truth_in_94_percent_of_the_runs(name, replicates, arms):
     """In 1,000 simulated runs of identical arms, the first two arms are the reference and its second measurement."""
     rule = VerdictRule(tolerance=0.0, family=arms - 1)
-    held = 0
+    covered = 0
     for logs in simulated(SCATTERS[name](arms), replicates):
         shared = share_scatter(effects_of(logs)).values()
-        held += all(abs(one.log_ratio) <= one.spread.half_width(rule.tail(one.spread)) for one in shared)
+        covered += all(abs(one.log_ratio) <= one.spread.half_width(rule.tail(one.spread)) for one in shared)
     error = math.sqrt(0.94 * 0.06 / STUDIES)
-    assert held / STUDIES >= 0.94 - 2.6 * error  # a true coverage of 94 % fails in 0.5 % of the tests
+    assert covered / STUDIES >= 0.94 - 2.6 * error  # a true coverage of 94 % fails in 0.5 % of the tests
 
 
 def test_an_effect_of_a_replicate_on_all_arms_cancels():

@@ -30,7 +30,7 @@ def around(*means, sd=0.003, replicates=6, seed=0):
     return np.array(means) + sd * noise
 
 
-def both(statement, contrasts, limit, **level):
+def status_and_reason(statement, contrasts, limit, **level):
     found = statement(contrasts, limit, **level)
     return found.status, found.by
 
@@ -49,7 +49,7 @@ def both(statement, contrasts, limit, **level):
 )
 def test_beyond(means, expected):
     """All contrasts above the limit support, one shown below it refutes, and one at the limit is inconclusive."""
-    assert both(beyond, around(*means), TOLERANCE) == expected
+    assert status_and_reason(beyond, around(*means), TOLERANCE) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_beyond(means, expected):
 )
 def test_within(means, expected):
     """All contrasts inside the limit support, one shown outside refutes, and one near the limit is inconclusive."""
-    assert both(within, around(*means), MARGIN) == expected
+    assert status_and_reason(within, around(*means), MARGIN) == expected
 
 
 def test_no_difference_refutes_beyond_without_correction():
     """Contrasts that are equal within the limit refute it even if the corrected interval still reaches it."""
     contrasts = around(0.0, 0.0, 0.0, sd=0.03)
-    assert both(beyond, contrasts, MARGIN, family=20) == ("refuted", "equality")
+    assert status_and_reason(beyond, contrasts, MARGIN, family=20) == ("refuted", "equality")
     assert beyond(contrasts, MARGIN, family=20).level == pytest.approx(0.9)
 
 
@@ -87,7 +87,7 @@ def test_rounding_decides_nothing(mean):
 def test_a_family_widens_the_deciding_interval():
     """The deciding interval is that of alpha over the family; the shown interval stays the 95 % one."""
     contrasts = around(0.02, sd=0.006)
-    assert both(beyond, contrasts, TOLERANCE) == ("supported", "difference")
+    assert status_and_reason(beyond, contrasts, TOLERANCE) == ("supported", "difference")
     found = beyond(contrasts, TOLERANCE, family=20)
     assert (found.status, found.level) == ("inconclusive", pytest.approx(1 - 0.05 / 20))
     oracle = [stats.ttest_1samp(contrasts[:, 0], 0).confidence_interval(level) for level in (0.95, 1 - 0.05 / 20)]
@@ -124,9 +124,9 @@ def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
     """With the truth exactly at the limit, each assertion is made in at most 5 % of runs."""
     rng = np.random.default_rng(3)
     runs = 2000
-    said = sum(statement(rng.normal(mean, 0.005, (6, 1)), TOLERANCE).status == false for _ in range(runs))
-    assert stats.binomtest(said, runs, 0.05, "greater").pvalue > 0.001
-    assert said > 0
+    count = sum(statement(rng.normal(mean, 0.005, (6, 1)), TOLERANCE).status == false for _ in range(runs))
+    assert stats.binomtest(count, runs, 0.05, "greater").pvalue > 0.001
+    assert count > 0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_line_is_that_of_least_squares():
     ("levels", "scale", "words"),
     [([0.0, 0.1], "log", "0 has no logarithm"), ([16.0], "log", "two or more"), ([1.0, 1.0], "linear", "each once")],
 )
-def test_levels_that_make_no_axis_are_refused(levels, scale, words):
+def test_levels_that_do_not_form_an_axis_are_refused(levels, scale, words):
     """A level without a logarithm, a single level and a repeated level are refused."""
     with pytest.raises(ValueError, match=words):
         scores(levels, scale)
@@ -220,9 +220,9 @@ def test_noise_is_not_explained():
 
 def test_replicates_without_a_share_are_left_out():
     """Two points, equal x and equal y give no share; without other replicates there is none."""
-    silent = [([1, 2], [1, 2]), ([5, 5, 5], [1, 2, 3]), ([1, 2, 3], [4, 4, 4])]
-    assert explained_share(silent) is None
-    one = explained_share([*silent, ([1, 2, 3], [1, 3, 2])])
+    without_share = [([1, 2], [1, 2]), ([5, 5, 5], [1, 2, 3]), ([1, 2, 3], [4, 4, 4])]
+    assert explained_share(without_share) is None
+    one = explained_share([*without_share, ([1, 2, 3], [1, 3, 2])])
     assert (one.value, one.low, one.high, one.replicates) == (pytest.approx(0.25), None, None, 1)
 
 

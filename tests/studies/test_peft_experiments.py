@@ -66,7 +66,7 @@ def test_globs_select_and_quality_trains_all_steps(folder):
 
 
 @pytest.mark.parametrize(
-    ("select", "params", "said"),
+    ("select", "params", "expected"),
     [
         ("lora/rnk32", {}, "Did you mean 'lora/rank32'?"),
         ("*", {"batchsize": 2}, "Did you mean 'batch_size'?"),
@@ -74,8 +74,8 @@ def test_globs_select_and_quality_trains_all_steps(folder):
         ("*", {"use_amp": True}, "gradients are not scaled here"),
     ],
 )
-def test_unknown_names_and_settings_are_refused(folder, select, params, said):
+def test_unknown_names_and_settings_are_refused(folder, select, params, expected):
     """An unknown name, an unknown key and an unsupported setting are refused."""
     (folder / "experiments/lora/rank32/training_params.json").write_text(json.dumps(params))
-    with pytest.raises(UsageError, match=said.replace("?", r"\?")):
+    with pytest.raises(UsageError, match=expected.replace("?", r"\?")):
         study_of_experiments(str(folder), [select])

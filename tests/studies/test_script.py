@@ -69,7 +69,7 @@ def test_every_field_of_a_command_is_part_of_its_identity():
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"command": "python 'train.py"}, "Close the quote"),
         ({"command": "  "}, "no program in it"),
@@ -83,15 +83,15 @@ def test_every_field_of_a_command_is_part_of_its_identity():
         ({"command": "python t.py", "env": {"A": "\udcff"}}, "no UTF-8"),
     ],
 )
-def test_an_invalid_command_is_refused(fields, said):
+def test_an_invalid_command_is_refused(fields, message):
     """Each error has the key and the remedy, before anything is started."""
     with pytest.raises(UsageError) as refused:
         ScriptVariant(name="one", **fields)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (TOML + '\n[[variant]]\nname = "other"\nr = 8\n', "'other' has no command and others have one"),
         (TOML + "\n[workload]\nbatch_size = 8\n", "batch_size = 8: the variants are commands"),
@@ -102,11 +102,11 @@ def test_an_invalid_command_is_refused(fields, said):
         ('[[variant]]\nname = "one"\ncwd = "/x"\n', "cwd = '/x': the variant is LoRA"),
     ],
 )
-def test_a_study_of_commands_refuses_settings_of_the_scripts(tmp_path, text, said):
+def test_a_study_of_commands_refuses_settings_of_the_scripts(tmp_path, text, message):
     """The error names file and key."""
     with pytest.raises(UsageError, match=r"scripts\.toml") as refused:
         load_study(write(tmp_path, text))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -179,20 +179,20 @@ def test_braces_give_the_difference_of_two_commands(command, without, with_it):
     ("command", "words"),
     [
         ("python train.py", ["nothing differs", "'python train.py {--flag}'"]),
-        ("python train.py {}", ["an empty brace"]),
-        ("python train.py {  }", ["an empty brace"]),
-        ("python train.py {--flag", ["without its partner. Close it"]),
-        ("python train.py --flag}", ["without its partner"]),
-        ("python train.py {--a {--b}}", ["without its partner"]),
-        ("python train.py {--flag}}", ["without its partner. Close it"]),
+        ("python train.py {}", ["empty braces"]),
+        ("python train.py {  }", ["empty braces"]),
+        ("python train.py {--flag", ["unmatched brace. Close it"]),
+        ("python train.py --flag}", ["unmatched brace"]),
+        ("python train.py {--a {--b}}", ["unmatched brace"]),
+        ("python train.py {--flag}}", ["unmatched brace. Close it"]),
         ("python train.py {a|}", ["not two alternatives", "{without|with}"]),
         ("python train.py {a|b|c}", ["not two alternatives"]),
         ("python train.py {a|a}", ["nothing differs"]),
         ("python train.py 'x {--flag}", ["Close the quote"]),
         ("python train.py | tee {log}", ["for a shell"]),
         ("{python train.py}", ["no program in it"]),
-        ("""python train.py --cfg '{"r": 8}' {--flag}""", ["the script's own", "{{ and }}"]),
-        ("python train.py --out ${HOME}/out {--flag}", ["a shell's"]),
+        ("""python train.py --cfg '{"r": 8}' {--flag}""", ["belongs to the shell or the script", "{{ and }}"]),
+        ("python train.py --out ${HOME}/out {--flag}", ["belongs to the shell"]),
         ("python train.py {{{--flag}}}", ["three braces in a row", "a blank between them"]),
         ("", ["nothing differs"]),
     ],
@@ -219,7 +219,7 @@ def test_a_script_takes_the_place_of_both_variants(read):
 def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
     """The error lists the studies about engines and the command for two scripts."""
     for name in ("training-step", "llama2-lora-parameters"):
-        with pytest.raises(UsageError, match=r"it claims nothing of an engine.*lorameter ab"):
+        with pytest.raises(UsageError, match=r"it has no claim about an engine.*lorameter ab"):
             study_of_engine(load_study(name), "python train.py {--flag}")
 
 
@@ -228,8 +228,8 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
     [
         ({"engine": 'flags = "-x"'}, ["[engine]", "flags", "Did you mean flag?"]),
         ({"engine": 'needs = "tpu"'}, ["needs", "'tpu'"]),
-        ({"part": PART.replace("engine", "r")}, ["the rule is about a pair", 'axis = "engine"']),
-        ({"part": PART.replace("step_time_s", "tokens_per_s")}, ["no time"]),
+        ({"part": PART.replace("engine", "r")}, ["the rule compares two levels", 'axis = "engine"']),
+        ({"part": PART.replace("step_time_s", "tokens_per_s")}, ["not a time"]),
         ({"part": PART.replace("step_time_s", "peak_memory")}, ["'peak_memory': not known for this rule"]),
         ({"part": PART.replace("faster", "lowers") + ", by = 1.0"}, ["by = 1.0"]),
         ({"part": PART + ", by = 0.0"}, ["by = 0.0"]),

@@ -107,12 +107,12 @@ def parts_of(tmp_path):
         ('rule = "equal", axis = "r", metric = "speed"', ["'equal'", "'speed'", "step_time_s"]),
         ('rule = "rises", axis = "r", metric = "step_time_s"', ["'rises'", "trainable_parameters"]),
         ('rule = "differs", axis = "r", metric = "step_time_s", levels = [16]', ["levels = [16.0]: 2 expected"]),
-        ('rule = "differs", axis = "r", metric = "step_time_s", levels = [16, 16]', ["the same one twice"]),
+        ('rule = "differs", axis = "r", metric = "step_time_s", levels = [16, 16]', ["the same level twice"]),
         ('rule = "highest", axis = "r", metric = "step_time_s", levels = [64]', ["level 64 of r", "16, 32"]),
         ('rule = "best", axis = "r", metric = "step_time_s", levels = [16]', ["give metrics (with weights)"]),
         ('rule = "equal", axis = "lora_alpha", metric = "step_time_s"', ["'lora_alpha'", "fewer than two"]),
         ('rule = "largest-effect", axis = "r", metric = "step_time_s"', ["against = []"]),
-        ('rule = "largest-effect", axis = "r", metric = "step_time_s", against = ["r"]', ["holds the axis itself"]),
+        ('rule = "largest-effect", axis = "r", metric = "step_time_s", against = ["r"]', ["contains the axis itself"]),
         ('rule = "trend-up", axis = "lora_dropout", metric = "step_time_s"', ["level 0 has no logarithm", "linear"]),
         (
             'rule = "equal", axis = "r", metric = "step_time_s", margin = 1',
@@ -124,7 +124,7 @@ def parts_of(tmp_path):
         ),
     ],
 )
-def test_a_part_that_makes_no_statement_is_refused(parts_of, part, words):
+def test_an_invalid_part_of_a_claim_is_refused(parts_of, part, words):
     """The error has the study's file, the claim or part, and a valid replacement."""
     with pytest.raises(UsageError) as caught:
         parts_of(part)
@@ -145,19 +145,19 @@ def test_a_limit_of_another_rule_is_refused(parts_of, rule, own, name):
         return
     with pytest.raises(UsageError) as caught:
         parts_of(part)
-    said = str(caught.value)
+    message = str(caught.value)
     if name == own:  # the error says instead that the study is not about an engine
-        assert "does not go by it" not in said
+        assert "does not use it" not in message
         return
-    assert f"mine.toml, claim number 1: {name} = 0.2: rule '{rule}' " in said
-    assert (f"its limit is '{own}'" if own else "has no limit") in said
+    assert f"mine.toml, claim number 1: {name} = 0.2: rule '{rule}' " in message
+    assert (f"its limit is '{own}'" if own else "has no limit") in message
 
 
 NF4 = [
     "unmerged, nf4", "no adapter, nf4", "merged into nf4", "unmerged, nf4, asked again", "merged, nf4 dequantised",
     "unmerged, bfloat16", "merged into bfloat16",
 ]  # fmt: skip
-FOUR = ["unmerged, nf4", "merged into nf4"]
+IN_4_BITS = ["unmerged, nf4", "merged into nf4"]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ FOUR = ["unmerged, nf4", "merged into nf4"]
         ({"quantization": "nf4"}, NF4),
         ({"quantization": "nf4", "dtype": "float32"}, NF4),
         ({"quantization": "fp4"}, [name.replace("nf4", "fp4") for name in NF4]),
-        ({"quantization": "int8"}, [*(name.replace("nf4", "int8") for name in NF4), *FOUR]),
-        ({"dtype": "float16"}, [*(name.replace("nf4", "float16") for name in NF4[:4]), *FOUR]),
-        ({"dtype": "float32"}, [*(name.replace("nf4", "float32") for name in NF4[:4]), *NF4[5:], *FOUR]),
+        ({"quantization": "int8"}, [*(name.replace("nf4", "int8") for name in NF4), *IN_4_BITS]),
+        ({"dtype": "float16"}, [*(name.replace("nf4", "float16") for name in NF4[:4]), *IN_4_BITS]),
+        ({"dtype": "float32"}, [*(name.replace("nf4", "float32") for name in NF4[:4]), *NF4[5:], *IN_4_BITS]),
     ],
 )
 def test_a_variant_is_served_in_each_applicable_mode_once(fields, names):
@@ -299,11 +299,11 @@ def test_a_hub_id_may_have_a_configuration_and_a_split(data, name, config, split
         ("nothing.csv.gz", "no such file or folder"),
         ("/nowhere/at/all", "no such file or folder"),
         ("~", "no such file or folder"),
-        ("nothing", "no such file or folder, and no id of the hub"),
-        ("a/b/c", "no id of the hub"),
-        ("owner/name[train:100]", "no id of the hub"),
-        ("owner/name:", "no id of the hub"),
-        ("", "no id of the hub"),
+        ("nothing", "no such file or folder, and not an id of the hub"),
+        ("a/b/c", "not an id of the hub"),
+        ("owner/name[train:100]", "not an id of the hub"),
+        ("owner/name:", "not an id of the hub"),
+        ("", "not an id of the hub"),
     ],
 )
 def test_a_data_source_that_does_not_exist_is_refused(data, words, tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_existing_files_take_precedence_over_the_hub(tmp_path, monkeypatch):
     for data, words in (
         ("b.txt[train]", "a file has no splits"),
         ("notes.md", "a file of no known kind"),
-        ("pipe.jsonl", "no plain file"),
+        ("pipe.jsonl", "not a regular file"),
         ("owner", "no file in it is of a known kind"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -76,8 +76,8 @@ def test_a_step_equals_a_plain_loop(tokens):
         other.optimizer.zero_grad()
         by_hand.append(float(loss.detach()))
     assert losses == by_hand
-    for ours, theirs in zip(lora_b(trainee.model), lora_b(other.model), strict=True):
-        assert torch.equal(ours, theirs)
+    for measured, expected in zip(lora_b(trainee.model), lora_b(other.model), strict=True):
+        assert torch.equal(measured, expected)
     assert stream.real_tokens == 2 * 2 * 64
 
 
@@ -200,22 +200,22 @@ def test_a_lap_has_wall_and_cpu_time():
 
 def test_the_host_peak_is_that_of_its_phase():
     """Freed memory counts for its own phase and not for the next one."""
-    gauge = PeakMemoryTracker("cpu")
-    gauge.begin()
+    tracker = PeakMemoryTracker("cpu")
+    tracker.begin()
     before = host_bytes("VmRSS")
     block = torch.ones(64 * 2**20 // 4)
     del block
-    peak = gauge.peaks("load")["host_peak_load_bytes"]
+    peak = tracker.peaks("load")["host_peak_load_bytes"]
     assert peak >= before + 60 * 2**20
-    gauge.begin()
-    assert gauge.peaks("train")["host_peak_train_bytes"] < peak - 30 * 2**20
+    tracker.begin()
+    assert tracker.peaks("train")["host_peak_train_bytes"] < peak - 30 * 2**20
 
 
 def test_resident_bytes_are_exact_by_kind():
     """Frozen base, adapter, gradients and two Adam moments are exact to the byte; tied tensors count once."""
     model = nn.ModuleDict({"base": nn.Linear(8, 4, bias=False), "adapter": nn.Linear(4, 2, bias=False)})
-    model["twin"] = nn.Linear(8, 4, bias=False)
-    model["twin"].weight = model["base"].weight
+    model["tied"] = nn.Linear(8, 4, bias=False)
+    model["tied"].weight = model["base"].weight
     model["base"].weight.requires_grad_(False)
     optimizer = torch.optim.AdamW([model["adapter"].weight])
     model["adapter"](torch.ones(1, 4)).sum().backward()

@@ -276,7 +276,7 @@ def make_telemetry(monkeypatch):
 
 
 @pytest.mark.parametrize(("measures", "device"), [(("steps", "requests"), "cuda"), (("peaks",), "cpu")])
-def test_without_an_energy_counter_of_its_own_a_trial_takes_no_steps(make_telemetry, measures, device):
+def test_a_trial_without_its_own_energy_counter_takes_no_steps(make_telemetry, measures, device):
     """With turns, the GPU's counter would include the energy of other trials; a CPU has no counter."""
     telemetry, steps = make_telemetry(*measures, device=device)
     assert "energy_steps" not in telemetry.around(COMMANDS["turn"], PartialRecord).values

@@ -53,27 +53,27 @@ def write_ab(tmp_path, small_study):
 
         for replicate in range(replicates):
             for index, (variant, ratio) in enumerate(ratios.items()):
-                luck = random.Random(f"{replicate} {variant}")
-                level_s = 0.1 * math.exp(luck.gauss(0, 0.3))
-                machine = [level_s * math.exp(luck.gauss(0, 0.3)) for _ in range(TURNS)]
+                rng = random.Random(f"{replicate} {variant}")
+                level_s = 0.1 * math.exp(rng.gauss(0, 0.3))
+                machine = [level_s * math.exp(rng.gauss(0, 0.3)) for _ in range(TURNS)]
                 for side, role in ARMS if index == 0 else ARMS[:2]:
                     factor = {"candidate": ratio, "base": control if role == "control" else 1.0}[side]
                     factor = factor[replicate] if isinstance(factor, list) else factor
-                    steps = tuple(turn * factor * math.exp(luck.gauss(0, noise)) for turn in machine)
+                    steps = tuple(turn * factor * math.exp(rng.gauss(0, noise)) for turn in machine)
                     counts = {"turn_tokens": (64.0,) * TURNS, "turn_sequences": (2.0,) * TURNS}
                     samples = {"step_time_s": steps, "step_cpu_time_s": steps} | counts
                     if "generate" in phases:
                         samples["request_time_s"] = tuple(3 * step for step in steps)
                     add(variant, side, role, replicate, samples=samples, turn_lengths=(1,) * TURNS)
-                for side, seen in zip(("base", "candidate"), peaks, strict=True):
-                    if replicate < len(seen):
+                for side, sizes in zip(("base", "candidate"), peaks, strict=True):
+                    if replicate < len(sizes):
                         add(
                             variant,
                             side,
                             "variant",
                             replicate,
                             "-isolated",
-                            memory={"host_peak_train_bytes": seen[replicate]},
+                            memory={"host_peak_train_bytes": sizes[replicate]},
                         )
         kept = [changed for record in records if (changed := change(record)) is not None]
         writer = RunWriter(tmp_path / "runs", Manifest(
@@ -176,7 +176,7 @@ def fallback(record):
         ("candidate", fallback, "base.bits is fallback"),
     ],
 )
-def test_a_faulty_trial_makes_its_variant_invalid_and_no_other(write_ab, report, side, fault, words):
+def test_a_faulty_trial_makes_only_its_variant_invalid(write_ab, report, side, fault, words):
     """A failed trial, or one with an inactive required path, exits with 4 although the other variant regressed."""
 
     def change(record):
@@ -197,10 +197,10 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
     def died(record):
         return record.replaced(status="timeout", samples={}) if record.trial == "r1-plain-base-control" else record
 
-    for change, said in ((without, "was not measured"), (died, "r1-plain-base-control of the control is timeout")):
+    for change, message in ((without, "was not measured"), (died, "r1-plain-base-control of the control is timeout")):
         found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=change))
         assert {row.verdict for row in found.comparisons} == {"invalid"}
-        assert said in found.comparisons[0].reason
+        assert message in found.comparisons[0].reason
 
 
 def test_a_run_without_sides_is_refused(write_run, tmp_path):
@@ -223,9 +223,9 @@ def test_trials_are_paired_turn_by_turn(write_ab):
         replicate."""
         if "step_time_s" not in record.samples:
             return record
-        own = ("base", "candidate", "control")[record.replicate % 3]
+        slow_arm = ("base", "candidate", "control")[record.replicate % 3]
         steps = [0.1] * 6 + [0.3] * 5
-        if own == ("control" if record.role == "control" else record.side):
+        if slow_arm == ("control" if record.role == "control" else record.side):
             steps[0] = 0.3
         factor = 1.03 if record.side == "candidate" else 1.0
         # replicates differ by a thousandth, so that there is some scatter

@@ -99,18 +99,18 @@ def test_a_larger_peak_is_a_regression(write_run, compare):
     assert verdicts_of(beyond[1], "host_peak_train_bytes") == {"plain": "regressed", "nf4": "regressed"}
 
 
-@pytest.mark.parametrize(("facts", "said"), [
+@pytest.mark.parametrize(("facts", "expected"), [
     ({"device_name": "Other CPU"}, "device_name: 'Test CPU' in the base, 'Other CPU' in the candidate"),
     ({"libraries": {"torch": "2.0", "transformers": "1.0", "peft": "1.0", "bitsandbytes": "1.0"}},
      "libraries.torch: '1.0' in the base, '2.0' in the candidate"),
     ({"workload": {"model": "tiny-llama", "batch_size": 4}}, "workload.batch_size: 2 in the base, 4 in the candidate"),
 ])  # fmt: skip
-def test_different_fingerprints_are_not_comparable(write_run, compare, facts, said):
+def test_different_fingerprints_are_not_comparable(write_run, compare, facts, expected):
     """Every comparison exits with 5, although one is 20 % slower, and names the field and both values."""
     code, document = compare(write_run("a", BASE), write_run("b", slower(1.2, "nf4"), facts=facts))
     assert code == 5
     assert {row["verdict"] for row in document["comparisons"]} == {"not_comparable"}
-    assert all(said in row["reason"] for row in document["comparisons"])
+    assert all(expected in row["reason"] for row in document["comparisons"])
     assert all(row["ratio"] is None for row in document["comparisons"])
     assert len(document["differing"]) == 1
 
@@ -168,8 +168,8 @@ def oom(record):
     return record.replaced(status="oom", samples={}, memory={}) if record.trial == "r1-nf4" else record
 
 
-@pytest.mark.parametrize(("change", "said"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4 is oom")])
-def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compare, change, said):
+@pytest.mark.parametrize(("change", "expected"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4 is oom")])
+def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compare, change, expected):
     """On either side the exit code is 4; the other variant keeps its verdict."""
     write_run("good", BASE)
     write_run("bad", BASE, change=change)
@@ -177,7 +177,7 @@ def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compar
         code, document = compare(base, candidate)
         assert code == 4
         assert verdicts_of(document) == {"plain": "inconclusive", "nf4": "invalid"}
-        assert said in reasons_of(document)
+        assert expected in reasons_of(document)
 
 
 def test_a_damaged_or_incomplete_record_file_is_invalid(write_run, compare):
@@ -236,7 +236,7 @@ def test_a_shift_of_all_variants_is_a_change_of_the_machine(write_run, compare, 
     assert document["comparisons"][0]["ratio"] == pytest.approx(1.2)
 
 
-def test_metrics_that_follow_from_each_other_are_no_shift(write_run, compare):
+def test_metrics_that_follow_from_each_other_are_not_a_shift(write_run, compare):
     """One slower variant is slower in six metrics, which counts once."""
     phases = ("train", "generate")
 
@@ -308,7 +308,7 @@ def test_files_of_lorameter_are_compared_by_their_trials(saved, compare):
     assert document["comparisons"][0]["replicates"] == 4
 
 
-@pytest.mark.parametrize(("changes", "code", "said"), [
+@pytest.mark.parametrize(("changes", "code", "expected"), [
     ({"facts": FACTS | {"device": "cuda"}}, 5, "device: 'cpu' in the base, 'cuda' in the candidate"),
     ({"facts": FACTS | {"driver": None}}, 5, "driver: None in the base, None in the candidate"),
     ({"facts": {}}, 5, "fingerprint: 'known' in the base, 'unknown' in the candidate"),
@@ -321,11 +321,11 @@ def test_files_of_lorameter_are_compared_by_their_trials(saved, compare):
     ({"ids": ("i", "j")}, 4, "two variants, i and j"),
     ({"ids": ("j",)}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
 ])  # fmt: skip
-def test_an_invalid_or_different_file_of_lorameter_is_judged_as_a_run(saved, compare, changes, code, said):
+def test_an_invalid_or_different_file_of_lorameter_is_judged_as_a_run(saved, compare, changes, code, expected):
     """Reasons and exit codes are the same as for a run."""
     found, document = compare(saved("a"), saved("b", **changes))
     assert found == code
-    assert said in reasons_of(document)
+    assert expected in reasons_of(document)
 
 
 # pytest-benchmark files that this project did not write
@@ -390,7 +390,7 @@ def test_foreign_files_are_comparable_only_with_similar_ones(foreign, write_run,
     assert {row["verdict"] for row in document["comparisons"]} == {"not_comparable"}
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "expected"), [
     ("", "cannot be read as JSON"),
     ("[]", "some.json = []: a table is expected"),
     ('{"benchmarks": {}}', "benchmarks = {}: a list is expected"),
@@ -400,14 +400,14 @@ def test_foreign_files_are_comparable_only_with_similar_ones(foreign, write_run,
     ('{"benchmarks": [{"fullname": "a", "stats": {}}, {"fullname": "a", "stats": {}}]}', "a second benchmark"),
     ('{"benchmarks": [{"param": "a", "stats": {}, "extra_info": {"trials": [], "metric": "x"}}]}', "not a metric"),
 ])  # fmt: skip
-def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, said):
+def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, expected):
     """The error has file, key and value, and the exit code is 2."""
     path = tmp_path / "some.json"
     path.write_text(text)
     code, message = compare(path, path)
     assert code == 2
     assert "some.json" in message
-    assert said in message
+    assert expected in message
 
 
 # Exit codes of verdicts

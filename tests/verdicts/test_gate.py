@@ -216,7 +216,7 @@ def test_a_run_in_another_folder_is_refused(write_run, lorameter, tmp_path):
     assert f"--runs-dir {elsewhere.parent}" in text
 
 
-def test_a_baseline_that_was_deleted_is_an_error_and_no_pass(write_run, lorameter):
+def test_a_deleted_baseline_is_an_error_not_a_pass(write_run, lorameter):
     """A missing baseline exits with 2 and does not count as a missing comparison."""
     path = write_run("a", BASE)
     write_run("b", BASE)

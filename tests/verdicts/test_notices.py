@@ -50,7 +50,7 @@ def test_trials_measured_again_are_counted(notices):
 def test_disturbed_trials_are_a_notice_with_the_reason(notices):
     """The notice has the number of repeated trials with the reason, the trials that still do not count, and the
     remedy."""
-    hot = Failure(phase="train", kind=DISTURBED, message="while training the GPU held its clocks down")
+    hot = Failure(phase="train", kind=DISTURBED, message="while training the GPU lowered its clocks")
 
     def change(record):
         return record.replaced(status="invalid", failure=hot) if record.trial == "r0-nf4" else record
@@ -60,8 +60,8 @@ def test_disturbed_trials_are_a_notice_with_the_reason(notices):
         interleaving="replicates", started_unix_s=0.0, wall_time_s=1.0, failure=hot,
     )  # fmt: skip
     found = notices(change, disturbed=(first,))
-    assert found["disturbed"].message.startswith("1 trial measured again because of the surroundings, r1-plain")
-    assert "held its clocks down; 1 of them count now" in found["disturbed"].message
+    assert found["disturbed"].message.startswith("1 trial measured again because of disturbances, r1-plain")
+    assert "lowered its clocks; 1 of them count now" in found["disturbed"].message
     assert "1 trial left out" in found["still-disturbed"].message
     assert "--allow-disturbed" in found["still-disturbed"].remedy
     assert not {"disturbed", "still-disturbed"} & set(notices())
@@ -69,7 +69,7 @@ def test_disturbed_trials_are_a_notice_with_the_reason(notices):
 
 def test_damaged_lines_are_a_notice(notices):
     """Truncated lines and lines without evidence are counted together."""
-    assert notices(damaged_lines=3)["damaged-lines"].message.startswith("3 lines of trials.jsonl cut short, or with")
+    assert notices(damaged_lines=3)["damaged-lines"].message.startswith("3 lines of trials.jsonl truncated, or with")
     assert "damaged-lines" not in notices()
 
 
@@ -81,9 +81,9 @@ def test_a_constant_loss_is_a_notice(notices):
             return record
         return record.replaced(samples=record.samples | {"warmup_loss": (5.5, 4.25), "timed_loss": (4.25,) * 3})
 
-    said = notices(stuck)["loss-constant"]
-    assert "3 of 9 trials (nf4)" in said.message
-    assert "learning_rate" in said.remedy
+    notice = notices(stuck)["loss-constant"]
+    assert "3 of 9 trials (nf4)" in notice.message
+    assert "learning_rate" in notice.remedy
 
 
 def record(trial, *, interleaving="replicates", occupancy=None, **values):

@@ -147,7 +147,7 @@ def test_a_run_of_several_sites_has_a_notice_of_their_difference():
 def test_a_site_that_differs_from_the_median_is_named():
     """The notice names a site that is at least 10 % from the median; with two sites it names none."""
     notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
-    assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median of its like."
+    assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median site."
     assert [notice.code for notice in site_notices(run_of((1.0, 1.5)))] == ["sites"]
 
 

@@ -22,7 +22,7 @@ SHIFTED = "the loss is over the labels that are not -100, the first of each row 
 AS_GIVEN = "the loss is over the labels that are not -100"
 
 
-class Copied(NamedTuple):
+class BatchParts(NamedTuple):
     """The parts of a batch from which tokens are counted. A tuple is faster to make than a dataclass."""
 
     sequences: int | None = None
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
     conventions: tuple[str, ...] = ()
 
 
-def copy_batch(batch: Any) -> Copied:
+def copy_batch(batch: Any) -> BatchParts:
     """Copy the parts of a batch from which tokens are counted, on its own device and without synchronisation.
 
     Args:
@@ -57,17 +57,19 @@ def copy_batch(batch: Any) -> Copied:
         batch = batch[0]
     if not isinstance(batch, Mapping):
         whole = type(batch) is torch.Tensor and batch.dim() == 2 and not batch.is_floating_point()
-        return Copied(batch.shape[0], batch.shape) if whole else Copied()
+        return BatchParts(batch.shape[0], batch.shape) if whole else BatchParts()
     ids, vectors = batch.get("input_ids"), batch.get("inputs_embeds")
     shape = ids.shape if type(ids) is torch.Tensor else None
     if shape is None and type(vectors) is torch.Tensor:
         shape = vectors.shape[:-1]
     if shape is None or len(shape) != 2:
-        tensors = (one for one in batch.values() if type(one) is torch.Tensor and one.dim())
-        return Copied(next((one.shape[0] for one in tensors), None))
+        tensors = (value for value in batch.values() if type(value) is torch.Tensor and value.dim())
+        return BatchParts(next((tensor.shape[0] for tensor in tensors), None))
     mask = _copy_of(batch.get("attention_mask"), shape)
     positions = _copy_of(batch.get("position_ids"), shape) if mask is None else None
-    return Copied(shape[0], shape, mask, positions, _copy_of(batch.get("labels")), _copy_of(batch.get("shift_labels")))
+    return BatchParts(
+        shape[0], shape, mask, positions, _copy_of(batch.get("labels")), _copy_of(batch.get("shift_labels"))
+    )
 
 
 def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
@@ -75,7 +77,7 @@ def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None
     return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
 
 
-def count_tokens(copied: Copied) -> Tokens:
+def count_tokens(copied: BatchParts) -> Tokens:
     """The tokens of a batch. Waits for its device."""
     if copied.shape is None:
         return Tokens(copied.sequences)
@@ -96,16 +98,16 @@ def count_tokens(copied: Copied) -> Tokens:
     return Tokens(rows, rows * length, real, int((counted != IGNORED).sum()), (convention, over))
 
 
-def total_tokens(batches: Sequence[Copied]) -> Tokens:
+def total_tokens(batches: Sequence[BatchParts]) -> Tokens:
     """The tokens of all batches of a step; a count that one of them lacks is None."""
     found = [count_tokens(batch) for batch in batches]
     if not found:
         return Tokens()
     return Tokens(
-        sequences=sum_known([one.sequences for one in found]),
-        padded_tokens=sum_known([one.padded_tokens for one in found]),
-        real_tokens=sum_known([one.real_tokens for one in found]),
-        loss_tokens=sum_known([one.loss_tokens for one in found]),
+        sequences=sum_known([tokens.sequences for tokens in found]),
+        padded_tokens=sum_known([tokens.padded_tokens for tokens in found]),
+        real_tokens=sum_known([tokens.real_tokens for tokens in found]),
+        loss_tokens=sum_known([tokens.loss_tokens for tokens in found]),
         conventions=found[-1].conventions,
     )
 
@@ -124,9 +126,9 @@ MAX_AHEAD = 64
 class _Loader:
     """An iterator of a DataLoader."""
 
-    ahead: deque[Copied]
+    unused: deque[BatchParts]
     """Batches that no backward pass has used yet."""
-    early: bool
+    observed_late: bool
     """Whether it had loaded batches before it was observed."""
     loaded: int = 0
     """Number of batches that it has loaded in this step."""
@@ -143,12 +145,14 @@ class Loaders:
         self._loaders: dict[int, _Loader] = {}
         """By the id of their iterators."""
 
-    def put(self, iterator: Any, batch: Copied) -> None:
+    def put(self, iterator: Any, batch: BatchParts) -> None:
         """Record that the iterator has loaded a batch."""
         key, loaded = id(iterator), getattr(iterator, "_num_yielded", 1)
         if loaded <= 1 or key not in self._loaders:
-            self._loaders[key] = _Loader(deque([Copied()] * (loaded - 1), maxlen=MAX_AHEAD), early=loaded > 1)
-        self._loaders[key].ahead.append(batch)
+            self._loaders[key] = _Loader(
+                deque([BatchParts()] * (loaded - 1), maxlen=MAX_AHEAD), observed_late=loaded > 1
+            )
+        self._loaders[key].unused.append(batch)
         self._loaders[key].loaded += 1
 
     def end(self, iterator: Any) -> None:
@@ -160,24 +164,24 @@ class Loaders:
         else:
             self._loaders.pop(id(iterator), None)
 
-    def take(self) -> list[Copied]:
+    def take(self) -> list[BatchParts]:
         """The batches that a backward pass uses, as far as known."""
-        ready = [loader for loader in self._loaders.values() if loader.ahead]
+        ready = [loader for loader in self._loaders.values() if loader.unused]
         for loader in ready:
             loader.trains = True
-        return [loader.ahead.popleft() for loader in ready if not loader.early]
+        return [loader.unused.popleft() for loader in ready if not loader.observed_late]
 
-    def end_step(self) -> list[Copied]:
+    def end_step(self) -> list[BatchParts]:
         """The other batches that the step has used: all but the newest batch of each loader, which may be loaded ahead.
         The first observed step, like the unobserved one before it, has used as many batches as it has loaded."""
         found = []
         for loader in self._loaders.values():
-            if loader.early and loader.trains:
-                loader.early, batches = False, [*loader.ahead][loader.loaded :]
+            if loader.observed_late and loader.trains:
+                loader.observed_late, batches = False, [*loader.unused][loader.loaded :]
                 found += batches[: loader.loaded]
-                loader.ahead = deque(batches[loader.loaded :], maxlen=MAX_AHEAD)
-            while len(loader.ahead) > 1:
-                found.append(loader.ahead.popleft())
+                loader.unused = deque(batches[loader.loaded :], maxlen=MAX_AHEAD)
+            while len(loader.unused) > 1:
+                found.append(loader.unused.popleft())
             loader.loaded = 0
-        self._loaders = {key: one for key, one in self._loaders.items() if one.ahead or not one.ended}
+        self._loaders = {key: loader for key, loader in self._loaders.items() if loader.unused or not loader.ended}
         return found

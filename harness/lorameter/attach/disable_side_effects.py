@@ -11,7 +11,7 @@ import functools
 from types import ModuleType
 from typing import Any, NoReturn
 
-QUIET: dict[str, Any] = {
+TRAINER_OVERRIDES: dict[str, Any] = {
     "report_to": "none",
     "push_to_hub": False,
     "save_strategy": "no",
@@ -32,14 +32,14 @@ def disable_trainer_side_effects(module: ModuleType) -> None:
     arguments = module.TrainingArguments
     complete = arguments.__post_init__
 
-    def quietened(self: Any) -> None:
+    def post_init(self: Any) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # transformers' default; a script may use it for early stopping
-        for name, value in QUIET.items():
+        for name, value in TRAINER_OVERRIDES.items():
             setattr(self, name, value)
         complete(self)
 
-    arguments.__post_init__ = quietened
+    arguments.__post_init__ = post_init
 
 
 def block_hub_writes(module: ModuleType) -> None:
@@ -47,7 +47,7 @@ def block_hub_writes(module: ModuleType) -> None:
 
     def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
-            "lorameter: a measured script publishes nothing. Leave the upload to the script that is not measured."
+            "lorameter: a measured script publishes nothing. Upload from a run of the script that is not measured."
         )
 
     for name in dir(module.HfApi):

@@ -54,7 +54,7 @@ HOOK = Path(__file__).with_name("hook")
 HOOKED_FILE = "hooked"
 NOT_HOOKED = (
     "no Python of the command has loaded the hook. It must start a Python that reads PYTHONPATH (not -I, -E or -S, and "
-    "not in a container of its own)"
+    "not in a separate container)"
 )
 UNSEEN_END = "ended_unseen"
 """Key in the values of a record: no source observed the end of the training, and its process has ended."""

@@ -75,7 +75,7 @@ def untimed_columns(phase: str, readings: Sequence[StepReading]) -> Columns:
     }
 
 
-def whole_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
+def complete_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
     """The samples for which every step has a value."""
     return {
         name: tuple(float(value) for value in found if value is not None)
@@ -133,7 +133,7 @@ class StepSamples:
 
     def samples(self) -> dict[str, tuple[float, ...]]:
         """Samples as in a trial's record."""
-        return whole_columns(self._columns)
+        return complete_columns(self._columns)
 
 
 WAIT_S = 10.0
@@ -198,7 +198,7 @@ class Ranks:
                 )
             )
         of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")
-        return {name: one for name, one in samples.items() if name not in of_rank_0} | whole_columns(columns)
+        return {name: one for name, one in samples.items() if name not in of_rank_0} | complete_columns(columns)
 
     def _read(self) -> list[list[RankStep]]:
         """The steps of the other ranks with the same number of steps; waits for missing files."""
@@ -308,7 +308,7 @@ class Energy:
 RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
-class Work:
+class StepFlops:
     """The FLOPs of a training step, counted from the model's modules before the first step. It keeps no reference to
     the model."""
 

@@ -182,7 +182,7 @@ class Meter(TrainerCallback):
                     steps.end_step()
         finally:
             steps.within = False
-            steps.break_off()
+            steps.abandon_step()
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Mark the block as evaluation: no step's time includes it, and it has its own memory peak."""

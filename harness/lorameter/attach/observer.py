@@ -135,33 +135,33 @@ T = TypeVar("T")
 
 
 class NotFollowedError(Exception):
-    """The training was not measured to its end, for a reason of the meter's own."""
+    """Raised if the meter, not the training, ends the measurement early."""
 
 
 class ErrorGuard:
     """Calls functions of the meter, in the process that created it and until the first error. Not thread-safe."""
 
     def __init__(self) -> None:
-        self.up = True
+        self.is_working = True
         """Whether functions are still called: false after an error, and in a fork of the process."""
         self.on_error: Callable[[Exception], object] = lambda error: None
         """Called once, after the error was printed."""
         os.register_at_fork(after_in_child=self._stop)
 
     def _stop(self) -> None:
-        self.up = False
+        self.is_working = False
 
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """The result of the call; None if calls have stopped, or if it fails."""
-        if not self.up:
+        if not self.is_working:
             return None
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self.up = False
+            self.is_working = False
             what = "the measurement failed and has stopped; the training continues without it"
             if isinstance(error, NotFollowedError):
-                what = "this training is not followed"
+                what = "this training is not measured"
             print_notice(f"{what}: {format_error(error)}")
             with contextlib.suppress(Exception):
                 self.on_error(error)

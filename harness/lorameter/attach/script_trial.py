@@ -30,11 +30,11 @@ from lorameter import wire
 from lorameter.attach.launch import SOCKET, address
 from lorameter.attach.measures import (
     Peaks,
+    complete_columns,
     describe_end,
     loss_not_finite,
     turn_columns,
     untimed_columns,
-    whole_columns,
 )
 from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
 from lorameter.attach.sources import device_in_use
@@ -111,7 +111,7 @@ class ScriptTrial:
                 "invalid",
                 "EndedEarly",
                 f"the script's first training ended by itself after {format_count(self._steps, 'step')}, and more are "
-                f"measured. {TRAIN_LONGER}",
+                f"needed. {TRAIN_LONGER}",
             )
         status, failure = describe_end(error, self._phase)
         message = f"{type(error).__name__} in step {self._steps + 1}: {failure.message}"
@@ -163,7 +163,7 @@ class ScriptTrial:
         least = BEFORE_WARMUP + protocol.warmup_steps_min + protocol.turns * protocol.steps_per_turn
         if training.planned_steps is not None and training.planned_steps < least:
             message = (
-                f"the script trains {training.planned_steps} steps, and at least {least} are measured. {TRAIN_LONGER}"
+                f"the script trains {training.planned_steps} steps, and at least {least} are needed. {TRAIN_LONGER}"
             )
             raise TrainingOverError("invalid", Failure(phase="build", kind="TooFewSteps", message=message))
         parameters = [] if training.module is None else training.module.parameters()
@@ -183,7 +183,7 @@ class ScriptTrial:
         record = PartialRecord(
             checks=tuple(codec.to_json(check) for check in second.checks or ()),
             values={"first_step_time_s": first.step_time_s},
-            samples=whole_columns(untimed_columns("warmup", [first, second])),
+            samples=complete_columns(untimed_columns("warmup", [first, second])),
             tokens={"loss_dtype": first.loss_dtype} if first.loss_dtype else {},
         )
         record = _judge_losses(record, [first, second])
@@ -202,7 +202,7 @@ class ScriptTrial:
             taken.append((yield ObserverReply()))
             times.append(taken[-1].step_time_s)
         record = PartialRecord(
-            samples=whole_columns({"warmup_step_time_s": [*times], **untimed_columns("warmup", taken)}),
+            samples=complete_columns({"warmup_step_time_s": [*times], **untimed_columns("warmup", taken)}),
             values={"warmup_steady": float(is_steady(times))} if steps is None else {},
         )
         return _judge_losses(record, taken)
@@ -213,9 +213,9 @@ class ScriptTrial:
             for _ in range(steps):
                 taken.append((yield ObserverReply()))
         except TrainingOverError as over:
-            samples = whole_columns(turn_columns(taken)) if taken else {}
+            samples = complete_columns(turn_columns(taken)) if taken else {}
             return PartialRecord(samples=samples).failed(over.status, over.failure)
-        return _judge_losses(PartialRecord(samples=whole_columns(turn_columns(taken))), taken)
+        return _judge_losses(PartialRecord(samples=complete_columns(turn_columns(taken))), taken)
 
     def _finish(self, steps: int | None = None) -> Command:
         planned = self._request.protocol.total_steps
@@ -232,7 +232,7 @@ class ScriptTrial:
                 Notice(
                     code="training-ended-early",
                     message=f"{self._request.trial}: the script's training ended by itself after "
-                    f"{format_count(self._steps, 'step')}, when all timed ones had been taken.",
+                    f"{format_count(self._steps, 'step')}, after all timed steps.",
                     remedy="Have it train longer where losses are to be compared: it is stopped when it has taken its "
                     "steps.",
                 ),
@@ -240,7 +240,7 @@ class ScriptTrial:
         values = {"training_steps": float(self._steps)}
         values |= {} if steps is None else {"training_steps_planned": float(planned + 1)}
         record = PartialRecord(
-            samples=whole_columns(untimed_columns("remaining", taken)),
+            samples=complete_columns(untimed_columns("remaining", taken)),
             values=values,
             memory=self._peaks.so_far(),
             notices=notices,
@@ -248,7 +248,7 @@ class ScriptTrial:
         return _judge_losses(record, taken)
 
 
-TRAIN_LONGER = "Have it train longer (it is stopped when it has taken them), or ask for fewer turns in [protocol]."
+TRAIN_LONGER = "Make it train longer (it is stopped after the measured steps), or set fewer turns in [protocol]."
 
 
 def _judge_losses(record: PartialRecord, readings: list[StepReading]) -> PartialRecord:

@@ -83,7 +83,7 @@ class Attachment:
         Returns:
             The object to which the source reports its steps; None if another training is or was measured.
         """
-        if self._pid == os.getpid() and self._source is source and self.steps is not None and self.steps.up:
+        if self._pid == os.getpid() and self._source is source and self.steps is not None and self.steps.is_measuring:
             self.steps.restart()
             return self.steps
         if self._pid is not None:
@@ -120,7 +120,7 @@ class Attachment:
         if self._reported or self.steps is None or self._pid != os.getpid():
             return
         self._reported = True
-        print_notice(f"another training of this script (seen by its {source}) is not followed: the first one is")
+        print_notice(f"another training of this script (seen by its {source}) is not measured: only the first is")
         ErrorGuard().run(self.steps.observer.begin, TrainingInfo(source=source))
         self.steps.end(_unended_error(self.steps), seen=False)
 
@@ -150,7 +150,7 @@ class Attachment:
 def _unended_error(steps: Steps) -> BaseException | None:
     """The error for a Trainer that did not reach its end; a loop may have reached its own."""
     by_trainer = steps.training.source == "trainer"
-    return UnendedError("the Trainer did not come to the end of its training") if by_trainer else None
+    return UnendedError("the Trainer did not reach the end of its training") if by_trainer else None
 
 
 @functools.cache  # one per process, however many modules call this
@@ -228,7 +228,7 @@ class OptimizerSource:
         """Whether nothing is measured: no training was begun, or it has ended."""
         if self._over:
             print_notice(
-                "this training is not followed: torch.compile compiles its whole step, with the optimizer's update"
+                "this training is not measured: torch.compile compiles its whole step, with the optimizer's update"
             )
         self.begin_update = uncompiled(self._begin_update)
         """Called before an update."""

@@ -34,7 +34,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lorameter.attach.batches import Copied, Loaders, copy_batch, total_tokens
+from lorameter.attach.batches import BatchParts, Loaders, copy_batch, total_tokens
 from lorameter.attach.observer import (
     ErrorGuard,
     NotFollowedError,
@@ -133,7 +133,7 @@ class Steps:
         guard.on_error = self._failed
         self._number = 0
         self._next = ObserverReply()
-        self._noted: list[tuple[Any, ...]] = []
+        self._unreported: list[tuple[Any, ...]] = []
         """Arguments of `read_step` for steps that are not reported yet."""
         self._reported_s = -math.inf
         self._phase: Phase = "train"
@@ -157,9 +157,9 @@ class Steps:
         self._start_step()
 
     @property
-    def up(self) -> bool:
+    def is_measuring(self) -> bool:
         """Whether the training is being measured: it has not ended, and the meter has not failed."""
-        return self._guard.up and not self.ended
+        return self._guard.is_working and not self.ended
 
     def begin(self) -> None:
         """Begin to measure, before the first step."""
@@ -189,11 +189,11 @@ class Steps:
         self._patches.remove()
         while self._handles:
             self._handles.pop().remove()
-        self.break_off()
+        self.abandon_step()
 
     def batch(self, batch: Any) -> None:
         """Store the batch of the step, before it is moved or changed."""
-        self._batches.append(self._guard.run(copy_batch, batch) or Copied())
+        self._batches.append(self._guard.run(copy_batch, batch) or BatchParts())
 
     def begin_part(self, part: Part) -> None:
         """Mark the start of a part of the step."""
@@ -205,7 +205,7 @@ class Steps:
 
     @property
     def _active(self) -> bool:
-        return self.within and self.up
+        return self.within and self.is_measuring
 
     def begin_update(self) -> None:
         """Mark the start of an optimizer's update."""
@@ -257,7 +257,7 @@ class Steps:
             return
         self.end_part("data")
         if error is None:
-            self._loaders.put(args[0], self._guard.run(copy_batch, batch) or Copied())
+            self._loaders.put(args[0], self._guard.run(copy_batch, batch) or BatchParts())
         else:
             self._loaders.end(args[0])
 
@@ -268,7 +268,7 @@ class Steps:
     @property
     def watch_is_due(self) -> bool:
         """Whether a requested check has not begun yet."""
-        return self.up and self._next.watch is not None and not self._open
+        return self.is_measuring and self._next.watch is not None and not self._open
 
     def open_step(self) -> None:
         """Begin the work of a step, after its data is loaded; a requested check watches from here."""
@@ -290,21 +290,21 @@ class Steps:
         self._watch.__exit__(None, None, None)
         return tuple(self._watch.checks)
 
-    def break_off(self) -> None:
+    def abandon_step(self) -> None:
         """Abandon the current step, and remove the hooks of its check from the model."""
         if self._open:
-            error = NotFollowedError("the step was broken off")
+            error = NotFollowedError("the step was abandoned")
             watch, self._watch, self._open = self._watch, None, False
             self._guard.run(watch.__exit__, NotFollowedError, error, None)
 
     def restart(self) -> None:
         """Exclude the time until now from all steps: the clock of the next step starts now."""
-        self.break_off()
+        self.abandon_step()
         self._start_step()
 
     def end_step(self) -> None:
         """End the step; this waits until the observer returns."""
-        if self.up:
+        if self.is_measuring:
             self._guard.run(self._end_step)
         else:
             self._start_step()
@@ -320,19 +320,21 @@ class Steps:
         loss = sum(map(float, losses)) if losses else None  # read now: a script may modify the tensor later
         dtype = losses[-1].dtype if losses else None
         wall_s = ended_s - self._begun_s
-        self._noted.append((self._number, wall_s, cpu_s, self._borders, self._batches, loss, dtype, self._norm, checks))
+        self._unreported.append(
+            (self._number, wall_s, cpu_s, self._borders, self._batches, loss, dtype, self._norm, checks)
+        )
         if checks is not None or ended_s - self._reported_s >= self._next.flush_interval_s:
             self._report()
         self._start_step()
 
     def _report(self) -> None:
-        noted, self._noted = self._noted, []
-        for one in noted:
-            self._next = self.observer.step(read_step(*one))
+        unreported, self._unreported = self._unreported, []
+        for arguments in unreported:
+            self._next = self.observer.step(read_step(*arguments))
         self._reported_s = time.perf_counter()
 
     def _start_step(self) -> None:
-        self._batches: list[Copied] = []
+        self._batches: list[BatchParts] = []
         self._roots: list[torch.Tensor] = []
         """Losses from which the backward passes of this step started."""
         self._scaled: list[torch.Tensor] = []
@@ -344,7 +346,7 @@ class Steps:
 
     def phase(self, phase: Phase) -> None:
         """Enter a phase of the training; when it trains again, the clock of the next step starts."""
-        if phase != self._phase and self.up:
+        if phase != self._phase and self.is_measuring:
             self._guard.run(self._enter, phase)
 
     def _enter(self, phase: Phase) -> None:
@@ -416,7 +418,7 @@ def read_step(
     wall_s: float,
     cpu_s: float,
     borders: Sequence[Border],
-    batches: Sequence[Copied],
+    batches: Sequence[BatchParts],
     loss: float | None,
     loss_dtype: torch.dtype | None,
     gradient_norm: torch.Tensor | None,

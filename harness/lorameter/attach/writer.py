@@ -29,7 +29,7 @@ import torch
 import kernels_check
 import lorameter
 from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, tokens_in
-from lorameter.attach.measures import MAX_TIMED, Energy, Peaks, Ranks, StepSamples, Work, describe_end
+from lorameter.attach.measures import MAX_TIMED, Energy, Peaks, Ranks, StepFlops, StepSamples, describe_end
 from lorameter.attach.observer import (
     NotFollowedError,
     ObserverReply,
@@ -117,7 +117,7 @@ class RunFile:
         """Write the last record, the number of timed steps, and notes on the numbers."""
         with contextlib.suppress(OSError):
             text = record.failure.traceback if record.failure is not None else ""
-            log = text or "What the script printed went where it was started.\n"
+            log = text or "The output of the script went to its terminal.\n"
             (self.path / record.log).write_text(log, encoding="utf-8")
         protocol = dataclasses.replace(PROTOCOL, turns=max(1, len(record.turn_lengths)))
         study = dataclasses.replace(self.study, protocol=protocol, notes=tuple(notes))
@@ -206,7 +206,7 @@ class Writer:
         if training.rank:
             return AT_ONCE
         device = str(device_of([*training.module.parameters()])) if training.module is not None else device_in_use()
-        self._samples, self._work = StepSamples(training.planned_steps), Work(training)
+        self._samples, self._work = StepSamples(training.planned_steps), StepFlops(training)
         self._values = training.counts | {"threads": float(torch.get_num_threads())}
         self._file = RunFile(path, device=device, requirements=self._require, values=dict(self._values))
         self._peaks, self._telemetry, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
@@ -326,8 +326,8 @@ class Writer:
         if failure is None and not self._samples.timed:
             steps = format_count(int(self._samples.values["training_steps"]), "step")
             message = (
-                f"the training ended after {steps}, all of them its first, its warm-up or one that was watched, so "
-                "none is timed. Train for longer."
+                f"the training ended after {steps}: only its first step, its warm-up and watched steps, so "
+                "none is timed. Train for more steps."
             )
             failure = Failure(phase="warm_up", kind="NothingTimed", message=message)
         failure = failure or find_unmet(self._checks or (), self._require)
@@ -369,6 +369,8 @@ def describe_measuring(
     notes += [f"peak memory while {', '.join(peaks)} ({where.split('_')[0]})"] if len(peaks) > 1 else []
     found = [f"{one['path']} {one['observed']}" for one in checks or () if one["observed"] is not None]
     watched = (
-        f"seen in a step after the warm-up: {', '.join(found)}" if found else "a step was watched, and nothing seen"
+        f"seen in a step after the warm-up: {', '.join(found)}"
+        if found
+        else "a step was watched, but nothing was observed"
     )
     return [*notes, "no step was watched" if checks is None else watched]

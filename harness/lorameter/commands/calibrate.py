@@ -46,7 +46,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     rows = options.inject_rows
     require(
         rows is None or 1 <= rows <= MAX_ROWS,
-        f"--inject-rows = {rows}: no amount of work. Use 1 to {MAX_ROWS}, or leave it out.",
+        f"--inject-rows = {rows}: not a valid amount of work. Use 1 to {MAX_ROWS}, or omit it.",
     )
     study, variant = _load_calibrated(options)
     with open_placement(study, options.runs_dir) as placement:
@@ -66,16 +66,17 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
     study = load_study(options.study or CALIBRATED_STUDY, device=open_executor().machine().kind)
     study = override(study, options, replicates=CALIBRATION_REPLICATES)
     require(
-        not study.protocol.mixed, f"study {study.name}: mixed: a calibration is of one kind of machine. Take it out."
+        not study.protocol.mixed,
+        f"study {study.name}: mixed: a calibration needs machines of one kind. Remove the key.",
     )
     require(
         study.protocol.on == HERE,
-        f"{format_on(study.protocol.on)}: a calibration is of the machine that it is started on, whose sites it may "
-        "take. Start it on a node, with --on here.",
+        f"{format_on(study.protocol.on)}: a calibration is of the machine that it is started on, and may use "
+        "its sites. Start it on a node, with --on here.",
     )
     require(
         study.protocol.replicates >= MIN_TO_CALIBRATE,
-        f"{study.protocol.replicates} replicates: gates are drawn from them, which takes {MIN_TO_CALIBRATE} or "
+        f"{study.protocol.replicates} replicates: simulated gates sample them, which needs {MIN_TO_CALIBRATE} or "
         f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default.",
     )
     variant = study.variant(options.variant[0] if options.variant else study.reference)
@@ -92,7 +93,7 @@ def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, 
     """The slow-down caused by this many rows. Raises `InvalidRunError` if the pilot did not complete or
     measured nothing."""
     run = _measure_injected(study, variant, rows, placement, options)
-    _require_whole(run, "it sizes the slow-down of a calibration. Calibrate anew")
+    _require_whole(run, "it determines the slow-down of a calibration. Start a new calibration")
     base, candidate = (group_trials(run.records, side).get((variant, "variant")) for side in SIDES)
     comparison = compare_series(base, candidate, PRIMARY["train"]) if base and candidate else None
     if comparison is None or comparison.ratio is None:
@@ -103,10 +104,10 @@ def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, 
 def _resume_calibration(options: argparse.Namespace) -> int:
     run = store.read_run(options.resume, store.runs_dir(options.runs_dir))
     name = run.manifest.run
-    require(is_calibration(run.manifest), f"run {name} is no calibration. Resume: lorameter run --resume {name}")
+    require(is_calibration(run.manifest), f"run {name} is not a calibration. Use: lorameter run --resume {name}")
     require(
         study_of(run).protocol.replicates >= MIN_TO_CALIBRATE,
-        f"run {name} sized the slow-down of a calibration, and is none itself. Calibrate anew.",
+        f"run {name} determined the slow-down of a calibration, but is not a calibration. Start a new one.",
     )
     return _show_calibration(resume(find_interrupted(options), options), options)
 
@@ -153,10 +154,10 @@ def run_bisect(options: argparse.Namespace) -> int:
             return verdict_only("invalid", str(error))
         if run.manifest.status == "interrupted":
             raise InvalidRunError(
-                f"run {run.manifest.run} was stopped, and so is the search: what was found is in its runs."
+                f"run {run.manifest.run} was stopped, and the search with it; the finished comparisons are kept."
             )
         compared = report_of(run, metrics=[options.metric]).comparisons
-        return compared[0] if compared else verdict_only("invalid", f"run {run.manifest.run}: no number")
+        return compared[0] if compared else verdict_only("invalid", f"run {run.manifest.run}: no value")
 
     bisection = bisect(candidates, compare, replicates=study.protocol.replicates)
     title = f"{METRICS[options.metric].title} of {variant} in study {study.name}"

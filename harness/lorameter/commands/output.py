@@ -52,10 +52,10 @@ def check_page(path: str | None, option: str = "--html") -> None:
     if path is None:
         return
     folder = Path(path).absolute().parent
-    what = "is a folder" if Path(path).is_dir() else f"{folder} is no folder that can be written into"
+    what = "is a folder" if Path(path).is_dir() else f"{folder} is not a writable folder"
     require(
         not Path(path).is_dir() and folder.is_dir() and os.access(folder, os.W_OK),
-        f"{option} {path}: {what}. Name a file in a folder that is there.",
+        f"{option} {path}: {what}. Name a file in an existing folder.",
     )
 
 

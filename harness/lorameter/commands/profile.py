@@ -131,14 +131,14 @@ def run_parity(options: argparse.Namespace) -> int:
     """Train or load the adapter, serve it in each mode, and report the differences."""
     require(
         options.adapter is None or options.epochs is None,
-        "--adapter and --epochs: an adapter that is given is not trained. Leave one of them out.",
+        "--adapter and --epochs: a given adapter is not trained. Leave one of them out.",
     )
     adapter = None if options.adapter is None else check_adapter(options.adapter)
     executor = open_executor()
     study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
     require(
         isinstance(variant, LoraVariant),
-        f"parity: variant {variant.name!r}: answers of LoRA in its short form are compared, and its method is "
+        f"parity: variant {variant.name!r}: only LoRA in its short form can be compared, and its method is "
         f"{variant.method_name}. Name another variant.",
     )
     study = study.with_overrides(model=options.model, data=options.data)

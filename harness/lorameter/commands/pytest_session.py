@@ -42,7 +42,7 @@ from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study
-from lorameter.verdicts.benchmark_files import about_run, extra_info, unlike
+from lorameter.verdicts.benchmark_files import about_run, differences_from_saved, extra_info
 from lorameter.verdicts.compare import (
     ComparisonInput,
     compare,
@@ -114,8 +114,8 @@ class Session:
             self._study = self._load_study(open_executor().machine().kind)
         require(
             not self._study.protocol.mixed,
-            f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, and each site "
-            "has its own. Measure it by `lorameter run`.",
+            f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, but "
+            "each site needs its own row. Use `lorameter run`.",
         )
         require(
             not options.policy or self._gate,
@@ -312,7 +312,7 @@ class Session:
         """Refuse to compare different machines, libraries or workloads, and name the differences."""
         option = "--benchmark-compare"
         with usage_errors():
-            different = unlike(self._study, machine_info["lorameter"], compared_benchmark, option)
+            different = differences_from_saved(self._study, machine_info["lorameter"], compared_benchmark, option)
             why = f"{option}: not comparable: {'; '.join(different)}."
             require(not different, f"{why} Measure the base again on this machine.")
 

@@ -203,7 +203,7 @@ def _show_both_sides(options: argparse.Namespace) -> int:
     """The comparison of the two sides of one run. Raises `UsageError` for a run that has one side."""
     run = _read_run(options.base, options)
     name, given = run.manifest.run, vars(options)
-    require(run.manifest.sides, f"run {name} has one side, and nothing was named to compare it with. Name a CANDIDATE.")
+    require(run.manifest.sides, f"run {name} has one side, so it needs a second run to compare with. Name a CANDIDATE.")
     require(
         not (given.get("force") or given.get("all_metrics")),
         f"run {name} is an A/B: --force and --all-metrics are for two runs.",

@@ -283,13 +283,13 @@ def run_ab(options: argparse.Namespace) -> int:
     """Measure an A/B, print it, and return the exit code of the verdicts under the policy."""
     require(
         0 <= options.inject_rows <= MAX_ROWS,
-        f"--inject-rows = {options.inject_rows}: no amount of work. Use 0 to {MAX_ROWS}.",
+        f"--inject-rows = {options.inject_rows}: not a valid amount of work. Use 0 to {MAX_ROWS}.",
     )
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:
         interrupted = find_interrupted(options)
         name = interrupted.manifest.run
-        require(interrupted.manifest.sides, f"run {name} is no A/B. Resume: lorameter run --resume {name}")
+        require(interrupted.manifest.sides, f"run {name} is not an A/B. Resume it with: lorameter run --resume {name}")
         return _show(resume(interrupted, options), options)
     of_commands = study_of_commands(options)
     require(
@@ -367,7 +367,7 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
 def run_wrap(options: argparse.Namespace) -> int:
     """Run the command; returns its exit code, 128 plus the number of the signal that ended it, or 4."""
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    require(words, "wrap: no command. Write it behind --, as in `lorameter wrap -- python train.py`.")
+    require(words, "wrap: no command. Write it after --, as in `lorameter wrap -- python train.py`.")
     required = read_requirements(options.require)
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
     path, invalid = runs / store.new_run_id(name_of_words(words), runs), True
@@ -411,5 +411,5 @@ def read_requirements(given: list[str]) -> dict[str, Any]:
         with contextlib.suppress(codec.NotReadableError):
             requirements[path] = codec.parse({"True": "true", "False": "false"}.get(value, value))
         if problem := REQUIREMENTS[path].problem(requirements[path]):
-            raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Mend the value.")
+            raise UsageError(f"wrap: --require {path}={shorten(value, 60)}: {problem}. Correct the value.")
     return requirements

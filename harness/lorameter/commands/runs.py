@@ -17,7 +17,7 @@ from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.estimate import describe_sizes
 from lorameter.report.history import describe_history, describe_runs, figures_of_history, names_of
-from lorameter.results.export import OF_TRENDS, TABULAR, text_of, write_tables, write_text
+from lorameter.results.export import DASHBOARDS, TABULAR, text_of, write_tables, write_text
 from lorameter.results.history import DEFAULT_METRIC, history_of, list_runs
 from lorameter.results.prune import pack, parse_age, prune
 from lorameter.studies.study import Study
@@ -35,9 +35,9 @@ def run_export(options: argparse.Namespace) -> int:
     )
     require(
         not options.table or form in TABULAR,
-        f"--table {options.table}: --format {form} is no table. Use csv or parquet.",
+        f"--table {options.table}: --format {form} does not write tables. Use csv or parquet.",
     )
-    require(not options.metric or form in OF_TRENDS, f"--metric: --format {form} has all metrics. Leave it out.")
+    require(not options.metric or form in DASHBOARDS, f"--metric: --format {form} has all metrics. Leave it out.")
     run = store.read_run(options.run, store.runs_dir(options.runs_dir))
     if form in TABULAR and options.output:
         written = write_tables(run, form, Path(options.output), options.table)
@@ -69,16 +69,16 @@ def run_prune(options: argparse.Namespace) -> int:
     """Remove runs; print the removed runs and those kept for a reason."""
     require(
         options.keep is not None or options.older is not None,
-        "prune: nothing says what goes. Give --keep N, --older D, or both.",
+        "prune: no runs were selected. Give --keep N, --older D, or both.",
     )
-    require(options.keep is None or options.keep >= 0, f"--keep = {options.keep}: no number of runs. Use 0 or more.")
+    require(options.keep is None or options.keep >= 0, f"--keep = {options.keep}: not a number of runs. Use 0 or more.")
     older_s = None if options.older is None else parse_age(options.older)
     pruned = prune(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s, dry_run=options.dry_run)
-    word, freed = ("would go", "would be freed") if options.dry_run else ("removed", "freed")
-    size = format_bytes(sum(one.size_bytes for one in pruned.removed))
+    word, freed = ("would be removed", "would be freed") if options.dry_run else ("removed", "freed")
+    size = format_bytes(sum(run.size_bytes for run in pruned.removed))
     lines = [
-        *(f"{word}  {one.run}  {format_bytes(one.size_bytes)}  {one.study}" for one in pruned.removed),
-        *(f"stays  {one.run}  {one.why}" for one in pruned.staying),
+        *(f"{word}  {run.run}  {format_bytes(run.size_bytes)}  {run.study}" for run in pruned.removed),
+        *(f"kept  {run.run}  {run.why}" for run in pruned.staying),
         f"{format_count(len(pruned.removed), 'run')}, {size} {freed}; {pruned.kept} others kept",
     ]
     data = {"dry_run": options.dry_run, "removed": pruned.removed, "kept_for_a_reason": pruned.staying}

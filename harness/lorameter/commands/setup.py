@@ -14,9 +14,9 @@ from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, require
 from lorameter.machine.doctor import examine, is_fit, survey
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import uncounted
-from lorameter.models.costs.memory import PEAK_RANGES, MemoryEstimate, birth_bytes, estimate_phases
-from lorameter.models.costs.peaks import find_card
+from lorameter.models.costs.lora import missing_formula
+from lorameter.models.costs.memory import PEAK_RANGES, MemoryEstimate, baseline_bytes, estimate_phases
+from lorameter.models.costs.peaks import find_gpu
 from lorameter.records import codec, store
 from lorameter.records.record import MEMORY_PHASES, MemoryPhase
 from lorameter.report.estimate import describe_basis, describe_checks, describe_estimate, describe_fit
@@ -104,18 +104,18 @@ def run_completion(options: argparse.Namespace) -> int:
 
 def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate, the peaks of earlier runs, and whether it fits; or why there is no estimate."""
-    card = None if options.gpu is None else find_card(options.gpu)
+    gpu = None if options.gpu is None else find_gpu(options.gpu)
     executor, runs = open_executor(), store.runs_dir(options.runs_dir)
     here = executor.machine()
-    device = None if card is None else on_gpu(here, card)
+    device = None if gpu is None else on_gpu(here, gpu)
     if device is None and options.max_batch:
         device = on_machine(here, executor.free_bytes())
     machine = here if device is None else device.machine
     study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
     workload = study.with_overrides(model=options.model, data=options.data).workload
     shape = shapes.shape(catalogue.resolve(workload.model))
-    process, estimates, advice = birth_bytes(here.cuda), dict[MemoryPhase, MemoryEstimate](), None
-    unknown = uncounted(variant, shape)
+    process, estimates, advice = baseline_bytes(here.cuda), dict[MemoryPhase, MemoryEstimate](), None
+    unknown = missing_formula(variant, shape)
     notices = [layers_notice(workload.model, unknown)] if unknown else []
     if not unknown:
         phase_estimates = estimate_phases(
@@ -126,12 +126,12 @@ def run_estimate(options: argparse.Namespace) -> int:
             fitter = Fitter(device=device, shape=shape, process_bytes=process)
             advice = advise(fitter, variant, workload, with_largest=options.max_batch)
     notices += type_notices(variant, machine)
-    if estimates and card is None:
+    if estimates and gpu is None:
         most = max(estimates.values(), key=lambda one: one.needed_bytes)
         notices += memory_notices(variant, most, machine, executor.free_bytes())
     # Peaks of this machine's runs are those of its own device: CPU peaks say nothing about a GPU.
     measured = _measured(variant, workload, here, runs) if machine.device == here.device else {}
-    profile, elsewhere = study.profile or None, card is not None
+    profile, elsewhere = study.profile or None, gpu is not None
     document = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere)
     fit = () if advice is None else describe_fit(advice, workload, profile)
     about = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}

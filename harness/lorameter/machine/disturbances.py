@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lorameter.machine.host import GIVEN, withheld_share
+from lorameter.machine.host import CPU_TIME_GIVEN, withheld_share
 from lorameter.machine.nvml import UNEXPLAINED_LIMIT
 from lorameter.machine.telemetry import telemetry_key
 from lorameter.records.units import format_bytes, format_count
@@ -122,9 +122,9 @@ def _throttled(values: _PhaseValues) -> Iterator[Disturbance]:
     if share > NOTICED:
         yield Disturbance(
             code="throttled",
-            message=f"the GPU held its clocks down to protect itself in {words} ({share:.0%}; from "
+            message=f"the GPU lowered its clocks to protect itself in {words} ({share:.0%}; from "
             f"{NOTICED:.0%} it is a notice, above {THROTTLED_INVALID:.0%} the trial is invalid)",
-            remedy="Give it air and power, or lock a lower clock (nvidia-smi -lgc), and measure again.",
+            remedy="Improve its cooling or power supply, or lock a lower clock (nvidia-smi -lgc), and measure again.",
             weight=share / NOTICED,
             invalid=share > THROTTLED_INVALID,
         )
@@ -171,7 +171,7 @@ def _shared(values: _PhaseValues) -> Iterator[Disturbance]:
             code="unaccounted-gpu-memory",
             message=f"{format_bytes(hidden)} of the device were in use by processes that are not visible (from "
             f"{format_bytes(UNEXPLAINED_LIMIT)} it is a notice)",
-            remedy="Look from outside the container (nvidia-smi on the machine), or start it with the machine's "
+            remedy="Run nvidia-smi outside the container, or start the container with the machine's "
             "process numbers (--pid=host).",
             weight=hidden / UNEXPLAINED_LIMIT,
         )
@@ -199,7 +199,7 @@ def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
         yield Disturbance(
             code="memory-retrying",
             message=f"the allocator emptied its cache {format_count(retries, 'time')} and failed "
-            f"{format_count(failures, 'time')} for want of device memory (from 1 it is a notice)",
+            f"{format_count(failures, 'time')} for lack of device memory (from 1 it is a notice)",
             remedy="Each time stops the device; take a smaller batch, checkpointing, or a larger GPU to time compute.",
             weight=float(retries + failures),
         )
@@ -226,15 +226,15 @@ def _contended(values: _PhaseValues, occupancy: float | None, *, in_turns: bool)
 
 def _withheld(values: _PhaseValues, *, in_turns: bool) -> Iterator[Disturbance]:
     for code, what, who, remedy in (
-        ("stolen", "steal_s", "the hypervisor gave this machine's CPUs to others", "Use a machine of its own."),
+        ("stolen", "steal_s", "the hypervisor gave this machine's CPUs to others", "Use a dedicated machine."),
         (
             "quota",
             "quota_stall_s",
-            "the container's CPU quota held work back",
+            "the container's CPU quota withheld CPU time",
             "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
         ),
     ):
-        share = withheld_share(values.host(what), values.host(GIVEN[what]))
+        share = withheld_share(values.host(what), values.host(CPU_TIME_GIVEN[what]))
         if share is not None and share > NOTICED:
             yield Disturbance(
                 code=code,

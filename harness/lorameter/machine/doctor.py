@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.machine.disturbances import CONTENDED, NOTICED, SHARED_INVALID_BYTES
-from lorameter.machine.host import GIVEN, MIN_ASKED_S, HostTelemetry, system_facts, withheld_share
+from lorameter.machine.host import CPU_TIME_GIVEN, MIN_REQUESTED_S, HostTelemetry, system_facts, withheld_share
 from lorameter.machine.nvml import PROTECTING, Neighbours, device_session, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing, unavailable
@@ -28,7 +28,7 @@ from lorameter.models.costs.memory import bare_process_bytes
 from lorameter.records.units import format_bytes
 from lorameter.studies.workload import Workload
 
-LOOK_S = 1.1 * MIN_ASKED_S
+COMPUTE_S = 1.1 * MIN_REQUESTED_S
 """Seconds of computation: a little more than the minimum CPU time for a share."""
 REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 """Distributions that every trial needs."""
@@ -80,20 +80,20 @@ def survey(runs: Path) -> Survey:
     system = system_facts()  # before the computation, which increases the load
     watch = HostTelemetry()
     watch.begin()
-    end = time.monotonic() + LOOK_S
+    end = time.monotonic() + COMPUTE_S
     while time.monotonic() < end:
         pass
     host = watch.end()
-    with device_session() as device:
-        gpu = device.then(
-            lambda one: GpuSurvey(
-                facts=one.facts(),
-                sample=one.sample(),
-                neighbours=neighbours_of(one, generations=0),
-                sliced=one.sliced,
+    with device_session() as session:
+        gpu = session.then(
+            lambda device: GpuSurvey(
+                facts=device.facts(),
+                sample=device.sample(),
+                neighbours=neighbours_of(device, generations=0),
+                sliced=device.sliced,
             )
         )
-    folder = next(one for one in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(one))  # noqa: PTH112 no error
+    folder = next(path for path in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(path))  # noqa: PTH112 no error
     return Survey(
         machine=probe_machine(),
         system=system,
@@ -228,13 +228,13 @@ def device(found: Survey) -> DoctorCheck:
                 "Start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install all of the driver."
             )
     elif gpu is not None:
-        words = f"{gpu.facts['name'].value_or_reason()} is there, and torch is built for CPUs: trials run on the CPU"
+        words = f"{gpu.facts['name'].value_or_reason()} was found, but torch is built for CPUs: trials run on the CPU"
         grade = "bad"
-        remedy = "Install torch for CUDA (pytorch.org, Get Started), or set CUDA_VISIBLE_DEVICES= to mean the CPU."
+        remedy = "Install torch for CUDA (pytorch.org, Get Started), or set CUDA_VISIBLE_DEVICES= to use the CPU."
     elif machine.cuda is not None:
         words = f"{machine.cpu_model}: torch is built for CUDA {machine.cuda}, and no GPU is found ({found.gpu.reason})"
         grade = "note"
-        remedy = "If there should be one, look at nvidia-smi, CUDA_VISIBLE_DEVICES and docker run --gpus."
+        remedy = "If it has a GPU, check nvidia-smi, CUDA_VISIBLE_DEVICES and docker run --gpus."
     else:
         bf16 = "with" if machine.avx512_bf16 else "without"
         words = f"{machine.cpu_model} {bf16} AVX512-BF16, {machine.cpus} CPUs; torch is built for CPUs"
@@ -257,7 +257,7 @@ def memory(found: Survey) -> DoctorCheck:
 
 def runs_folder(found: Survey) -> DoctorCheck:
     """Whether locks work in the folder of runs; they keep two runs from mixing."""
-    without = found.locks.reason or "locks have no effect: two runs would not see each other"
+    without = found.locks.reason or "locks have no effect: two runs could write at the same time"
     words = f"{found.runs}: {'locks work' if found.locks.value else without}"
     remedy = "Use a folder on a disk of this machine: --runs-dir, or LORAMETER_RUNS."
     return _check("runs", "runs folder", words, "good" if found.locks.value else "bad", remedy)
@@ -284,7 +284,7 @@ def meters(found: Survey) -> list[DoctorCheck]:
             ),
             ("throttled time", sample["thermal_slowdown_s"].reason, "Samples at the ends of turns replace it."),
             ("heat margin", sample["temperature_margin_c"].reason, "Watch the temperature with nvidia-smi."),
-            ("neighbours", others.reason, "Look from outside the container, or start it with --pid=host."),
+            ("neighbours", others.reason, "Run nvidia-smi outside the container, or start it with --pid=host."),
         ]
     return [
         _check(
@@ -309,11 +309,11 @@ def load(found: Survey) -> DoctorCheck:
         "load",
         found.system["load"],
         lambda load: (
-            f"{load:.2f} on {cpus} CPUs (above {BUSY * cpus:g} others are at work, above {cpus:g} they leave none free)"
+            f"{load:.2f} on {cpus} CPUs (above {BUSY * cpus:g} there is other work, above {cpus:g} no CPU is free)"
         ),
         wrong=lambda load: load > BUSY * cpus,
         grade="unfit" if value > cpus and waits else "bad",
-        remedy="Stop other work; if it must stay, measure more replicates and trust only what took turns.",
+        remedy="Stop other work; if it must stay, measure more replicates and trust only variants that took turns.",
     )
 
 
@@ -329,13 +329,13 @@ def waits(found: Survey) -> list[DoctorCheck]:
             words = f"{what} in {share:.0%} of {watched:.1f} s (above {limit:.0%} it matters)"
             checks.append(_check("spoils", name, words, "bad" if share > limit else "good", remedy))
     for name, counter, what, remedy in (
-        ("stolen time", "steal_s", "the hypervisor ran others", "Use a machine or an instance of its own."),
-        ("withheld time", "quota_stall_s", "the quota held work back", "Raise the quota, or use a cpuset instead."),
+        ("stolen time", "steal_s", "the hypervisor ran other machines", "Use a dedicated machine or instance."),
+        ("withheld time", "quota_stall_s", "the quota withheld CPU time", "Raise the quota, or use a cpuset instead."),
     ):
         if counter in found.host:
-            withheld, given = found.host[counter], found.host.get(GIVEN[counter], 0.0)
+            withheld, given = found.host[counter], found.host.get(CPU_TIME_GIVEN[counter], 0.0)
             requested, part = f"{withheld + given:.1f} s of CPU time", withheld_share(withheld, given)
-            words = f"only {requested} were requested; a share needs {MIN_ASKED_S:.0f} s"
+            words = f"only {requested} were requested; a share needs {MIN_REQUESTED_S:.0f} s"
             if part is not None:
                 words = f"{what} for {part:.0%} of {requested} that were requested (above {NOTICED:.0%} it matters)"
             grade: Grade = "note" if part is None else "bad" if part > NOTICED else "good"
@@ -366,7 +366,7 @@ def settings(found: Survey) -> list[DoctorCheck]:
         _value(
             "huge pages",
             system["huge_pages"],
-            lambda mode: f"{mode}: which process gets one is luck" if mode == "always" else mode,
+            lambda mode: f"{mode}: it depends on chance which process gets one" if mode == "always" else mode,
             wrong=lambda mode: mode == "always",
             grade="note",
             remedy="echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
@@ -394,15 +394,15 @@ def limits(found: Survey) -> list[DoctorCheck]:
     quota, container, threads = found.system["quota_cpus"].value, found.system["container"].value, Workload().threads
     usable = min(found.cpus, quota or found.cpus)
     words = f"{threads} a trial, {usable:g} CPUs' worth of time"
-    remedy = "Give it a whole CPU: less stops every thread in each period."
+    remedy = "Give the container at least one whole CPU: with less, each thread is paused in every scheduling period."
     checks = [_check("spoils", "threads", words, "unfit" if threads > usable else "good", remedy)]
     if quota is not None:
-        words = f"{quota:g} of {found.cpus} CPUs: what exceeds it waits for the next period"
+        words = f"{quota:g} of {found.cpus} CPUs: work beyond it is paused until the next scheduling period"
         remedy = "Use a cpuset (docker run --cpuset-cpus) instead of a quota."
         checks.append(_check("spoils", "CPU quota", words, "bad", remedy))
     if container is not None:
-        words = f"{container}: other processes of the machine are not seen"
-        remedy = "Look at the machine from outside before a result matters."
+        words = f"{container}: other processes of the machine are not visible"
+        remedy = "For important results, check the load of the machine outside the container."
         checks.append(_check("spoils", "container", words, "note", remedy))
     return checks
 
@@ -441,7 +441,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             remedy="Ask the administrator for nvidia-smi -lgc; otherwise the clock is recorded and not fixed.",
         ),
         *(
-            [_check("spoils", "MIG", sliced, "note", "Use a whole GPU for numbers that are to hold for it.")]
+            [_check("spoils", "MIG", sliced, "note", "Use a whole GPU for results that describe one.")]
             if gpu.sliced
             else []
         ),
@@ -451,20 +451,20 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             lambda reasons: ", ".join(reasons) or "none",
             wrong=lambda reasons: bool(PROTECTING & set(reasons)),
             grade="unfit",
-            remedy="Let the GPU cool, look at its power supply, and ask again.",
+            remedy="Let the GPU cool down, check its power supply, and run doctor again.",
         ),
         _value(
             "heat",
             gpu.sample["temperature_margin_c"],
-            lambda degrees: f"{degrees:.0f} °C below the slow-down (under {HOT_MARGIN_C:.0f} °C is too near)",
+            lambda degrees: f"{degrees:.0f} °C below the slow-down (less than {HOT_MARGIN_C:.0f} °C is too close)",
             wrong=lambda degrees: degrees < HOT_MARGIN_C,
-            remedy="Give it air, or let it cool.",
+            remedy="Improve its cooling, or let it cool down.",
         ),
         _value(
             "ECC",
             facts["ecc"],
             lambda on: (
-                ("on" if on else "off: an error in memory would go unseen") + (counts if broken or corrected else "")
+                ("on" if on else "off: a memory error would not be noticed") + (counts if broken or corrected else "")
             ),
             wrong=lambda on: bool(broken) or not on,
             grade="unfit" if broken else "note",
@@ -477,7 +477,7 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
 def other_processes(neighbours: Neighbours) -> DoctorCheck:
     """This process holds nothing on the device, so all used memory belongs to others."""
     others, others_bytes, used = neighbours.others.value, neighbours.others_bytes.value, neighbours.used_bytes.value
-    limit = f"above {format_bytes(SHARED_INVALID_BYTES)} they are at work"
+    limit = f"above {format_bytes(SHARED_INVALID_BYTES)} they are assumed to be working"
     if others:
         size = "memory of unknown size" if others_bytes is None else format_bytes(others_bytes)
         words = f"{len(others)} on the device ({', '.join(map(str, others))}) hold {size}; {limit}"

@@ -33,19 +33,19 @@ from lorameter.machine.processes import holds_any
 from lorameter.machine.reading import Reading, increase, missing, read_file, unavailable
 
 ROOT = Path("/")
-NO_PRESSURE = "the kernel keeps no pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
-NO_FREQUENCY = "the kernel does not know the CPU's clock (no cpufreq), as is usual in a virtual machine"
-NO_QUOTA = "no cgroup of this process counts what a quota withheld"
-GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
+NO_PRESSURE = "the kernel does not record pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
+NO_FREQUENCY = "the kernel does not report the clock of the CPU (no cpufreq), as is usual in a virtual machine"
+NO_QUOTA = "no cgroup of this process counts the CPU time that a quota withheld"
+CPU_TIME_GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
 """Withheld CPU time and the CPU time given on the same CPUs, by the names of `HostTelemetry`."""
-MIN_ASKED_S = 1.0
+MIN_REQUESTED_S = 1.0
 """Minimum CPU time for which a share is computed. The kernel counts steal in ticks of 10 ms; with less CPU time, a
 single tick would exceed the 1 % at which a share gives a notice."""
 
 
 def withheld_share(withheld_s: float | None, given_s: float | None) -> float | None:
     """The withheld part of the requested CPU time; None if either is unknown or both are too short."""
-    if withheld_s is None or given_s is None or withheld_s + given_s < MIN_ASKED_S:
+    if withheld_s is None or given_s is None or withheld_s + given_s < MIN_REQUESTED_S:
         return None
     return withheld_s / (withheld_s + given_s)
 
@@ -121,7 +121,7 @@ def _cpu_times(text: str, cpus: set[int]) -> tuple[float, float]:
         raise ValueError("none of the CPUs of this process")
     busy = sum(user + nice + system + irq + soft for user, nice, system, _, _, irq, soft, _ in ticks)
     tick = os.sysconf("SC_CLK_TCK")
-    return busy / tick, sum(one[7] for one in ticks) / tick
+    return busy / tick, sum(fields[7] for fields in ticks) / tick
 
 
 def _swapped_bytes(text: str) -> tuple[float, float]:
@@ -301,18 +301,18 @@ def _turbo(root: Path) -> Reading[bool]:
 
 def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
     lists = (root / "sys/devices/system/node").glob("node[0-9]*/cpulist")
-    used = [one for one in lists if read_file(one, lambda text: holds_any(text, cpus), "").value]
+    used = [path for path in lists if read_file(path, lambda text: holds_any(text, cpus), "").value]
     return Reading(value=len(used)) if used else missing("the kernel reports no memory nodes")
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
     """Bytes from /proc/meminfo, which counts in units of 1024 that it calls kB."""
 
-    def picked(text: str) -> int:
+    def pick_from(text: str) -> int:
         fields = (line.partition(":") for line in text.splitlines())
         return pick({name: int(value.split()[0]) * 1024 for name, _, value in fields})
 
-    return read_file(root / "proc/meminfo", picked, "there is no /proc/meminfo")
+    return read_file(root / "proc/meminfo", pick_from, "there is no /proc/meminfo")
 
 
 def _container(root: Path) -> Reading[str]:
@@ -320,7 +320,7 @@ def _container(root: Path) -> Reading[str]:
     if mark is not None:
         return Reading(value=f"/{mark} is there")
     if has_own_pids(root / "proc"):
-        return Reading(value="process numbers of its own")
+        return Reading(value="a PID namespace of its own")
     return missing("nothing looks like a container")
 
 
@@ -348,4 +348,4 @@ def settings(*, gpu: bool, environment: Mapping[str, str] | None = None) -> dict
 
 def plain_facts(facts: Mapping[str, Reading[Any]]) -> dict[str, Any]:
     """Facts as a document: the value of each, or why it is unavailable."""
-    return {name: one.value_or_reason() for name, one in facts.items()}
+    return {name: reading.value_or_reason() for name, reading in facts.items()}

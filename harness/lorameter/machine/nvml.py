@@ -426,7 +426,7 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
     unmapped = [one for one in processes if not (proc / str(one.pid)).exists()]
     if unmapped and os.getpid() not in [one.pid for one in processes]:  # PIDs of another namespace, perhaps its own
         unclear = statement = (
-            f"{len(unmapped)} listed processes have numbers that mean nothing in this container, so none of them can "
+            f"{len(unmapped)} listed processes have PIDs that do not exist in this container, so none of them can "
             "be distinguished from this run's own"
         )
     total: Reading[int] = missing(listed.reason) if listed.value is None else _sum(processes)
@@ -443,7 +443,7 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
 def _sum(processes: Iterable[Any]) -> Reading[int]:
     sizes = [one.usedGpuMemory for one in processes]
     if None in sizes:
-        return missing("the driver does not say how much memory each process holds")
+        return missing("the driver does not report the memory of each process")
     return Reading(value=sum(map(int, sizes)))
 
 
@@ -451,8 +451,8 @@ def _describe_hidden_memory(hidden_bytes: int, proc: Path) -> str:
     if hidden_bytes <= UNEXPLAINED_LIMIT:
         return ""
     private = has_own_pids(proc)
-    reason = "this container has process numbers of its own, which hides others" if private else "others are hidden"
-    return f"{format_bytes(hidden_bytes)} of device memory are in use and no listed process holds them: {reason}"
+    reason = "this container has its own process numbers, so others are hidden" if private else "others are hidden"
+    return f"{format_bytes(hidden_bytes)} of device memory are in use, but no listed process uses them: {reason}"
 
 
 def has_own_pids(proc: Path) -> bool:

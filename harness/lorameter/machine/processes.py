@@ -31,7 +31,7 @@ PARENT = "LORAMETER_PARENT"
 """The variable with the PID of the parent of a measuring process."""
 CPUS = "LORAMETER_CPUS"
 """The variable with the CPU numbers to which a measuring process is pinned; not set: any CPU."""
-FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """Signals that report a crash of the process itself."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a program to end."""
@@ -129,10 +129,10 @@ def explain_kill(code: int | None) -> str:
 
 
 ATTEMPTS = 5
-"""A process that starts during one search is found by the next one."""
+"""Number of searches for marked processes; one that starts during a search is found by the next."""
 
 
-def marked(marker: bytes) -> list[int]:
+def find_marked(marker: bytes) -> list[int]:
     """Processes whose initial environment contains this variable."""
     found = []
     for folder in Path("/proc").iterdir():
@@ -146,7 +146,7 @@ def marked(marker: bytes) -> list[int]:
 def kill_marked(marker: bytes) -> None:
     """Kill all of these processes, and those that they start meanwhile."""
     for _ in range(ATTEMPTS):
-        pids = marked(marker)
+        pids = find_marked(marker)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -167,7 +167,7 @@ class OrphanReaper:
             stderr=subprocess.DEVNULL,
             env={},
             cwd="/",
-            start_new_session=True,  # signals from a terminal are not for it
+            start_new_session=True,  # so that it ignores signals from the terminal
         )
 
     def close(self) -> None:
@@ -223,7 +223,7 @@ def cores_of(cpus: Iterable[int]) -> list[tuple[int, ...]]:
         with contextlib.suppress(OSError):  # the list is the same for all threads of a core
             threads = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
         found.setdefault(threads, []).append(cpu)
-    return [tuple(of_one) for of_one in found.values()]
+    return [tuple(threads) for threads in found.values()]
 
 
 def holds_any(listed: str, cpus: Collection[int]) -> bool:

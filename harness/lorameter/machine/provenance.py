@@ -57,7 +57,7 @@ FINGERPRINT = ("device", "device_name", "driver", "cuda", "cpu_model", "threads"
 """Fields of the provenance that must agree for two runs to be compared."""
 POWER_LIMIT = "power_limit_w"
 """A further field for runs on a GPU: the power limit in force, in whole watts, if known."""
-OF_A_KIND = ("device_name", "driver", "cpu_model", POWER_LIMIT)
+HARDWARE_FIELDS = ("device_name", "driver", "cpu_model", POWER_LIMIT)
 """Fields of the fingerprint in which machines with the same software may differ."""
 
 

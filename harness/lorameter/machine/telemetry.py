@@ -239,9 +239,9 @@ def energy_between(first: Reading[float], last: Reading[float], seconds: float) 
     spent = increase(first, last)
     if spent.known and seconds < MIN_S:
         return missing(
-            f"{seconds:.2f} s were measured, and the energy counter may move every {COUNTER_PERIOD_S:g} s only: under "
-            f"{MIN_S:g} s its difference says little"
+            f"{seconds:.2f} s were measured, and the energy counter may be updated every {COUNTER_PERIOD_S:g} s only: "
+            f"below {MIN_S:g} s, a difference is too uncertain"
         )
     if spent.value == 0:
-        return missing(f"the energy counter stood still at {last.value:.3f} J for {seconds:.2f} s")
+        return missing(f"the energy counter stayed at {last.value:.3f} J for {seconds:.2f} s")
     return spent

@@ -57,13 +57,13 @@ def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
     """
     short = [one for one in variants if isinstance(one, LoraVariant) and one.optimizer in (*ADAMW, *PAGED)]
     found = {one.name: LORA for one in short if not one.optimizer_args}
-    places = {one.name: _place(one) for one in variants if one.name not in found}
-    found |= {name: facts for name, place in places.items() if (facts := _read(place)) is not None}
-    missing = [one for one in variants if one.name not in found]
+    paths = {variant.name: _cache_path(variant) for variant in variants if variant.name not in found}
+    found |= {name: facts for name, path in paths.items() if (facts := _read(path)) is not None}
+    missing = [variant for variant in variants if variant.name not in found]
     for variant, facts in zip(missing, _probe(missing) if missing else (), strict=True):
         found[variant.name] = facts
-        places[variant.name].parent.mkdir(parents=True, exist_ok=True)
-        fileio.write_document(places[variant.name], facts)
+        paths[variant.name].parent.mkdir(parents=True, exist_ok=True)
+        fileio.write_document(paths[variant.name], facts)
     return found
 
 
@@ -73,7 +73,7 @@ def check_methods(where: str, variants: Sequence[Variant]) -> None:
         require(not facts.refused, f"{where}: variant {name!r}: {facts.refused}")
 
 
-def _place(variant: Variant) -> Path:
+def _cache_path(variant: Variant) -> Path:
     content = codec.dumps({"variant": variant.id, "versions": {name: _version(name) for name in LIBRARIES}})
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     return catalogue.cache_dir() / "methods" / f"peft-{_version('peft')}-{name}.json"
@@ -86,9 +86,9 @@ def _version(package: str) -> str:
         return ""
 
 
-def _read(place: Path) -> MethodFacts | None:
+def _read(path: Path) -> MethodFacts | None:
     try:
-        return codec.from_json(MethodFacts, fileio.read_json(place), "facts of a method")
+        return codec.from_json(MethodFacts, fileio.read_json(path), "facts of a method")
     except (OSError, ValueError, LorameterError):  # missing, or from another lorameter
         return None
 

@@ -60,7 +60,7 @@ STEPS = Names(
         "backward": "backward",
         "update": "clipping and optimizer",
     },
-    between="the loss read and the times kept",
+    between="reading the loss and storing the times",
 )
 SERVED = Names(
     what="request",
@@ -70,7 +70,7 @@ SERVED = Names(
         "decode": "decode: passes over one token",
         "choose": "between passes and after the last",
     },
-    between="its times kept",
+    between="storing its times",
 )
 MERGED = dataclasses.replace(SERVED, prefix="merged_")
 
@@ -302,7 +302,7 @@ def ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
     """MFU and HFU of the step; or the reason if the model's layers or the peak are unknown."""
     if "product" not in profile.peaks:
         return (
-            f"what {profile.device_name} does at best is not stated here, and the trial left no memory to measure it: "
+            f"the peak of {profile.device_name} is not known, and the trial left too little memory to measure it: "
             "product"
         )
     variant, workload, values = profile.variant, profile.workload, profile.record.values

@@ -161,12 +161,13 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         idle=shares.pop(IDLE, 0.0),
         categories=shares,
         calls=profile.activity.calls,
-        casts=time_of(profile, step, lambda phase: phase.casts_s, recorded("casts_s")) / step_s,
-        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s, recorded("wide_products_s")) / step_s,
+        casts=time_of(profile, step, lambda phase: phase.casts_s, count_records("casts_s")) / step_s,
+        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s, count_records("wide_products_s"))
+        / step_s,
         logits_bytes=profile.memory.kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
         unpacking=time_of(profile, step, unpacking_s) / step_s,
-        dropout=time_of(profile, step, dropout_s, recorded(DROPOUT, "dropout_backward_s")) / step_s,
+        dropout=time_of(profile, step, dropout_s, count_records(DROPOUT, "dropout_backward_s")) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -200,10 +201,10 @@ def unpacking_s(phase: PhaseActivity) -> float:
     If nothing is unpacked, those functions multiply by packed weights directly.
     """
     unpacked = phase.categories_s.get("dequantize", 0.0)
-    return unpacked and unpacked + sum(one.time_s for one in phase.operators if one.name in UNPACKING)
+    return unpacked and unpacked + sum(operator.time_s for operator in phase.operators if operator.name in UNPACKING)
 
 
-def recorded(*names: str) -> Callable[[PhaseActivity], float]:
+def count_records(*names: str) -> Callable[[PhaseActivity], float]:
     """The number of profiler records in the parts of a phase with these names."""
     return lambda phase: sum(phase.records.get(name, 0.0) for name in names)
 
@@ -211,7 +212,7 @@ def recorded(*names: str) -> Callable[[PhaseActivity], float]:
 def dropout_s(phase: PhaseActivity) -> float:
     """Seconds of a phase spent on drawing masks and, if that can be distinguished from other products, on applying
     them."""
-    drawn = (one.time_s for one in phase.operators if any(word in one.name for word in DROPOUT_KERNELS))
+    drawn = (kernel.time_s for kernel in phase.operators if any(word in kernel.name for word in DROPOUT_KERNELS))
     forward = phase.totals_s.get(DROPOUT_OPERATOR, 0.0) if phase.totals_s else sum(drawn)
     return forward + phase.dropout_backward_s
 
@@ -297,26 +298,28 @@ def evidence_of_requests(
 def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str, count: int) -> PassEvidence:
     """A phase with `count` passes, as one mean pass."""
     whole = account.whole
-    ran = next((one for one in profile.activity.phases if one.phase == phase), None)
-    if ran is None or profile.activity.missing:  # the operators are unknown
+    activity = next((one for one in profile.activity.phases if one.phase == phase), None)
+    if activity is None or profile.activity.missing:  # the operators are unknown
         return PassEvidence(time_s=whole.phases[phase].value / count)
 
     def plain(seconds: Callable[[PhaseActivity], float], *names: str) -> float:
-        records = recorded(*names)(ran) if names else None
-        return plain_s(profile, whole, ran, seconds(ran), records=records) / count
+        records = count_records(*names)(activity) if names else None
+        return plain_s(profile, whole, activity, seconds(activity), records=records) / count
 
     copies = tuple(
-        msgspec.structs.replace(one, calls=one.calls / count, time_s=plain_s(profile, whole, ran, one.time_s) / count)
-        for one in ran.copies
+        msgspec.structs.replace(
+            one, calls=one.calls / count, time_s=plain_s(profile, whole, activity, one.time_s) / count
+        )
+        for one in activity.copies
     )
     return PassEvidence(
         time_s=whole.phases[phase].value / count,
-        calls=ran.calls / count,
+        calls=activity.calls / count,
         idle_s=categories_s(profile, whole)[IDLE][phase] / count,
         dequantise_s=plain(unpacking_s),
-        casts_s=plain(lambda one: one.casts_s, "casts_s"),
-        cache_s=plain(lambda one: one.parts_s.get(CACHE, 0.0)),
-        head_s=plain(lambda one: one.parts_s.get(HEAD, 0.0)),
+        casts_s=plain(lambda part: part.casts_s, "casts_s"),
+        cache_s=plain(lambda part: part.parts_s.get(CACHE, 0.0)),
+        head_s=plain(lambda part: part.parts_s.get(HEAD, 0.0)),
         copies=copies,
     )
 

@@ -24,7 +24,7 @@ from typing import Any
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.memory import birth_bytes, estimate_phases, stored_dtype
+from lorameter.models.costs.memory import baseline_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, product_rate, stated_peak
 from lorameter.profile.facts import Profile, RequestProfile, find_shape
 from lorameter.records import codec, fileio
@@ -177,7 +177,7 @@ class TrialSession:
 
     def keep(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
         """Write the facts, and copy the profiler's recordings. Raises `UsageError` if they cannot be written."""
-        with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure anew")):
+        with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure again")):
             for trace in traces:
                 self.executor.fetch(self.request.trial, trace, self.folder)
             write_document(self.folder / document, found)
@@ -203,8 +203,8 @@ def open_trial(
     """
     if study.workload.ranks > 1:
         raise UsageError(
-            f"study {study.name}: ranks = {study.workload.ranks}: a {label} is taken of the trial of one process. "
-            f"Take the {label} with one rank; a run of the study says how its ranks spend a step."
+            f"study {study.name}: ranks = {study.workload.ranks}: a {label} needs a trial of one process. "
+            f"Use one rank for the {label}; a run of the study reports how its ranks spend a step."
         )
     ends_s = time.monotonic() + 60 * (study.protocol.max_minutes or math.inf)
     study = dataclasses.replace(study, allow_fallback=True)
@@ -279,11 +279,11 @@ def profile_variant(
         trial.ask("profile", budget_s=trial.pairs_s(STEPS_S))
         trial.measure_peaks()
         trial.ask("activity")
-        birth = trial.record.memory.get(RSS_AT_START, birth_bytes(trial.machine.cuda))
+        baseline = trial.record.memory.get(RSS_AT_START, baseline_bytes(trial.machine.cuda))
         profile = Profile(
             **trial.facts(ACTIVITY),
             memory=trial.read(MemoryAccount, ACCOUNTS["train"]),
-            estimates=_estimates(variant, study.workload, trial.machine.device, birth),
+            estimates=_estimates(variant, study.workload, trial.machine.device, baseline),
         )
         trial.keep(DOCUMENT, profile, (TRACE,))
     return profile, trial.folder
@@ -365,5 +365,5 @@ def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
 
 
 def format_failure(failure: Failure | None) -> str:
-    """Its kind and message, without a full stop."""
+    """Kind and message of a failure, without a full stop."""
     return "no message" if failure is None else f"{failure.kind}: {failure.message.removesuffix('.')}"

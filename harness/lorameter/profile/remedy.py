@@ -58,8 +58,8 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
             turns=min(protocol.turns, 2),  # trials that take turns need some
         )  # fmt: skip
         workload = dataclasses.replace(workload, open_ended_tokens=0)
-    own = {} if finding.changes else {name: dict(finding.workload_changes)}
-    if own:
+    changed_workloads = {} if finding.changes else {name: dict(finding.workload_changes)}
+    if changed_workloads:
         notes = (f"{variant.name} and {name} train on different workloads; their losses are not compared.",)
         protocol = dataclasses.replace(protocol, epochs=0.0)  # further epochs serve only the losses
     changes = ", ".join(f"{key} = {value}" for key, value in finding.suggestion.items())
@@ -67,7 +67,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
         name=f"try-{finding.code}",
         title=f"{variant.name} against {changes}",
         workload=workload,
-        workloads=own,
+        workloads=changed_workloads,
         protocol=protocol,
         variants=(variant, dataclasses.replace(variant, name=name, **finding.changes)),
         reference=variant.name,

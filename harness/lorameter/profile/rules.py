@@ -19,19 +19,19 @@ from lorameter.profile.evidence import ProfileEvidence, RequestEvidence, changes
 from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
 
-WORTH = 0.02
+MIN_SHARE = 0.02
 """Minimum share of a step for a finding: twice the smallest slow-down that a comparison detects."""
-HALVED = 0.5
+SAVED_BY_16_BITS = 0.5
 """Time share that 16 bits save in an adapter's product: it has few columns and is memory-bound."""
 MIN_IDLE = 0.10
 """Share of a step in which nothing runs: a busy GPU idles less, and a single synchronisation costs less."""
-BETWEEN = 0.20
+MIN_IDLE_CPU = 0.20
 """The same on a CPU, where the profiler lengthens the gaps between operators more than the operators."""
 LARGE_LOGITS = 0.10
 """Minimum share of the peak for a finding about logits."""
 LOSS_CHUNKS = 8
 """Number of chunks into which a fused loss is assumed to split the rows; one chunk is in memory at a time."""
-FRAGMENTED = 0.10
+LARGE_FRAGMENTATION = 0.10
 """Share of the memory reserved by CUDA's allocator. It rounds blocks up to 2 MiB and splits larger ones, which costs a
 few percent."""
 
@@ -77,7 +77,7 @@ def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
 
 
 def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if evidence.idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN):
+    if evidence.idle <= (MIN_IDLE if evidence.device == "cuda" else MIN_IDLE_CPU):
         return
     busy_s = evidence.step_s * (1 - evidence.idle)
     yield _make_finding(
@@ -92,16 +92,16 @@ def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
     share = evidence.unpacking
-    if share <= WORTH:
+    if share <= MIN_SHARE:
         return
     fits, extra = evidence.fits("quantization"), format_bytes(evidence.extra_bytes.get("quantization", 0))
     yield _make_finding(
         "dequantisation", evidence.step_s, share,
         f"unpacking {evidence.variant.quantization} weights takes {share:.1%} of a step",
-        f'quantization = "none" needs about {extra} more, which is free.'
+        f'quantization = "none" needs about {extra} more memory, and that much is unused.'
         if fits
-        else "There may be no memory for them unpacked; each weight is unpacked once a pass, so more tokens in it cost "
-        "no more of this.",
+        else "Unpacked weights may not fit into memory. Each weight is unpacked once in each pass, so a larger batch "
+        "needs no more unpacking.",
         changes=changes_without(evidence.variant, "quantization") if fits else {},
         workload={} if fits else {"batch_size": 2 * evidence.workload.batch_size},
     )  # fmt: skip
@@ -111,8 +111,8 @@ def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
     narrow, products = _compute_type(evidence.variant), evidence.wide_products
     if not evidence.wide_registers or evidence.variant.prepare_for_kbit:  # slower in 16 bits, or those of the head too
         products = 0.0
-    share = evidence.casts + HALVED * products
-    if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast or share <= WORTH:
+    share = evidence.casts + SAVED_BY_16_BITS * products
+    if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast or share <= MIN_SHARE:
         return
     yield _make_finding(
         "float32-adapter", evidence.step_s, share,
@@ -125,7 +125,7 @@ def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
     share, variant = evidence.categories.get("matmul", 0.0), evidence.variant
-    if _compute_type(variant) != "float32" or variant.tf32 or not evidence.wide_registers or share <= WORTH:
+    if _compute_type(variant) != "float32" or variant.tf32 or not evidence.wide_registers or share <= MIN_SHARE:
         return
     key = "compute_dtype" if variant.is_4bit else "dtype"
     tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and not variant.is_4bit else ""
@@ -139,7 +139,7 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
     share, variant = evidence.categories.get("attention", 0.0), evidence.variant
     written_out = evidence.attention_backend in ("eager", "math")
     cost = share if written_out else share * evidence.masked_pairs
-    if not (written_out or evidence.attention_mask == "explicit") or cost <= WORTH:
+    if not (written_out or evidence.attention_mask == "explicit") or cost <= MIN_SHARE:
         return
     changes: dict[str, Any] = {}
     obstacle = ""
@@ -167,13 +167,13 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _padding(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if evidence.padded <= WORTH:
+    if evidence.padded <= MIN_SHARE:
         return
     packs = {"layout": "packed"} if evidence.workload.layout == "padded" else {}
     yield _make_finding(
         "padding", evidence.step_s, evidence.padded, f"{evidence.padded:.0%} of the positions are padding",
         'layout = "packed" fills rows with records.' if packs else "Drop the last, partly filled rows.",
-        workload=packs, obstacle="" if packs else "no field leaves rows out",
+        workload=packs, obstacle="" if packs else "no setting drops rows",
     )  # fmt: skip
 
 
@@ -186,14 +186,14 @@ def _checkpointing(evidence: ProfileEvidence) -> Iterator[Finding]:
         "needless-checkpointing", evidence.step_s, evidence.recomputed * passes,
         f"checkpointing repeats {evidence.recomputed:.0%} of all FLOPs, at a peak of "
         f"{format_bytes(evidence.peak_bytes)} of {format_bytes(evidence.memory_bytes)}",
-        f"gradient_checkpointing = false needs about {format_bytes(extra)} more, which is free.",
+        f"gradient_checkpointing = false needs about {format_bytes(extra)} more memory, and that much is unused.",
         changes=changes_without(evidence.variant, "gradient_checkpointing"),
     )  # fmt: skip
 
 
 def _optimizer(evidence: ProfileEvidence) -> Iterator[Finding]:
     share = evidence.phases_s.get("update", 0.0) / evidence.step_s
-    if evidence.variant.optimizer == "adamw_fused" or share <= WORTH:
+    if evidence.variant.optimizer == "adamw_fused" or share <= MIN_SHARE:
         return
     if evidence.variant.optimizer != "adamw" and not evidence.fits("optimizer"):
         return
@@ -205,7 +205,11 @@ def _optimizer(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _dropout(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if not isinstance(evidence.variant, LoraVariant) or evidence.variant.lora_dropout <= 0 or evidence.dropout <= WORTH:
+    if (
+        not isinstance(evidence.variant, LoraVariant)
+        or evidence.variant.lora_dropout <= 0
+        or evidence.dropout <= MIN_SHARE
+    ):
         return
     yield _make_finding(
         "dropout", evidence.step_s, evidence.dropout,
@@ -221,16 +225,16 @@ def _logits(evidence: ProfileEvidence) -> Iterator[Finding]:
     fuses = evidence.device == "cuda" and not evidence.variant.liger_kernel
     obstacle = "" if fuses and evidence.liger else "liger-kernel is not installed"
     if not fuses:
-        obstacle = "a chunked loss is the training code's own, and the fused one runs on a GPU"
+        obstacle = "a chunked loss must be written in the training code, and the fused one needs a GPU"
     yield Finding(
         code="logits",
-        message=f"logits and what the loss makes of them take {format_bytes(evidence.logits_bytes)}, "
+        message=f"logits and the intermediate values of the loss take {format_bytes(evidence.logits_bytes)}, "
         f"{evidence.logits_bytes / evidence.peak_bytes:.0%} of the peak; the loss takes {loss:.1%} of a step",
-        cost_s=loss * evidence.step_s if loss > WORTH else None,
-        cost_share=loss if loss > WORTH else None,
+        cost_s=loss * evidence.step_s if loss > MIN_SHARE else None,
+        cost_share=loss if loss > MIN_SHARE else None,
         cost_bytes=evidence.logits_bytes - evidence.logits_bytes // LOSS_CHUNKS,
-        remedy="liger_kernel = true fuses head and loss, a part of the rows at a time, so that all logits are never "
-        "there at once." if fuses else "A loss that takes a part of the rows at a time never holds all logits.",
+        remedy="liger_kernel = true fuses head and loss and takes a part of the rows at a time, so that not all logits "
+        "are in memory at once." if fuses else "A loss over part of the rows at a time never has all logits in memory.",
         changes={"liger_kernel": True} if fuses and evidence.liger else {},
         obstacle=obstacle,
     )  # fmt: skip
@@ -240,11 +244,11 @@ def _fragmentation(evidence: ProfileEvidence) -> Iterator[Finding]:
     if not evidence.reserved_bytes:
         return
     lost = evidence.reserved_bytes - evidence.peak_bytes
-    if lost <= FRAGMENTED * evidence.reserved_bytes and not evidence.alloc_retries:
+    if lost <= LARGE_FRAGMENTATION * evidence.reserved_bytes and not evidence.alloc_retries:
         return
     reserved, used = format_bytes(evidence.reserved_bytes), format_bytes(evidence.peak_bytes)
     retries = format_count(evidence.alloc_retries, "time")
-    retried = f", and gave its cache back {retries} to go on" if evidence.alloc_retries else ""
+    retried = f", and had to free its cache {retries}" if evidence.alloc_retries else ""
     yield Finding(
         code="fragmentation",
         message=f"the allocator reserved {reserved} for {used}{retried}",
@@ -272,7 +276,7 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
 """The rules by the code of their findings."""
 
 
-OF_WHAT_RAN = frozenset(
+RULES_ON_OPERATORS = frozenset(
     ("launch-bound", "dequantisation", "float32-adapter", "float32-compute", "masked-attention", "dropout")
 )
 """Rules that judge the recorded operators; they find nothing if no operators are known."""
@@ -316,7 +320,7 @@ def describe_idle(device: str, share: float, of: str, calls: float, busy_s: floa
 
 def advise_adapter_dtype(narrow: str) -> str:
     """The gain and the drawback of an adapter in the dtype of the surrounding products."""
-    return f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so look at the loss.'
+    return f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so compare the loss.'
 
 
 def _compute_type(variant: Variant) -> str:
@@ -326,7 +330,7 @@ def _compute_type(variant: Variant) -> str:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 FIRST, LATER, WHOLE = "first_token_time_s", "time_per_output_token_s", "request_time_s"
-MOVED = 0.5
+MIN_REALLOCATED = 0.5
 """Share of the tokens at which the cache was reallocated; a cache that grows by concatenation moves at every token."""
 
 
@@ -339,11 +343,11 @@ def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
 
 def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
     """Findings by the shape of the copied weight: usually the output head, in its product before the first token."""
-    for metric, one, name in ((FIRST, evidence.prefill, "prefill"), (LATER, evidence.decode, "decode")):
-        cost = sum(copy.time_s for copy in one.copies)
-        if not one.copies or cost <= WORTH * _whole(evidence, metric):
+    for metric, account, name in ((FIRST, evidence.prefill, "prefill"), (LATER, evidence.decode, "decode")):
+        cost = sum(copy.time_s for copy in account.copies)
+        if not account.copies or cost <= MIN_SHARE * _whole(evidence, metric):
             continue
-        costliest = one.copies[0]
+        costliest = account.copies[0]
         shape = " × ".join(map(str, costliest.shape))
         copies = (
             f"{name} copies the whole of {costliest.weight or 'a weight'} ({costliest.operator} of {shape}, "
@@ -352,23 +356,24 @@ def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
         if not costliest.in_product:
             yield _request_finding(
                 "weight-copied", evidence, metric, cost,
-                f"{copies}, outside of any product: it is cast, or made anew, for each pass",
-                "Make that copy once, where the model is loaded: cast the weight there, or merge what changes it.",
-                obstacle="no field changes who copies that weight",
+                f"{copies}, outside of any product: it is cast or recreated in each pass",
+                "Make that copy once, when the model is loaded: cast the weight there, or merge the adapter that "
+                "changes it.",
+                obstacle="no field controls that copy",
             )  # fmt: skip
             continue
         is_head = costliest.weight == evidence.facts.head != ""
         if is_head and evidence.bytes_per_s:  # the product disappears too; its replacement reads the weight once
-            cost += max(0.0, one.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
+            cost += max(0.0, account.head_s - cost - evidence.facts.size.head_bytes / evidence.bytes_per_s)
         foldable = (
-            "a copy laid out anew, hidden.clone(memory_format=torch.contiguous_format), which torch's linear folds; a "
+            "a compact copy, hidden.clone(memory_format=torch.contiguous_format), which torch's linear folds; a "
             "clone that keeps the strides does not help, nor does contiguous() of a single row, and leaving "
             "requires_grad on for the weight does."
         )
         yield _request_finding(
             "weight-copied", evidence, metric, cost,
             f"{copies}: torch's linear does not fold its input and calls a batched product, which needs the "
-            "weight laid out anew",
+            "weight in another layout",
             f"copy_head_input = true hands the head {foldable}" if is_head else f"That layer must be handed {foldable}",
             changes={"copy_head_input": True} if is_head and not evidence.variant.copy_head_input else {},
             obstacle="" if is_head and not evidence.variant.copy_head_input else "no field changes that layer's input",
@@ -380,14 +385,14 @@ def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
     if merged is None or request.low is None or merged.high is None or request.low <= merged.high:
         return
     cost = request.value - merged.value
-    if cost <= WORTH * request.value:
+    if cost <= MIN_SHARE * request.value:
         return
     calls = ""
     if evidence.merged_calls is not None and evidence.decode.calls:
         unit = "launches" if evidence.device == "cuda" else "operators"
         saved = evidence.decode.calls - evidence.merged_calls
         calls = f", {saved:.0f} of the {evidence.decode.calls:.0f} {unit} of a token"
-    rounding = " Merging rounds the weights anew, to 4 bits where they are stored so: compare the answers."
+    rounding = " Merging rounds the weights again, 4-bit weights to 4 bits: compare the answers."
     yield _request_finding(
         "adapter-unmerged", evidence, WHOLE, cost,
         f"the unmerged adapter takes {cost / request.value:.1%} of a request, as measured in the same process "
@@ -399,7 +404,7 @@ def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
 
 def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
     unpacking = evidence.decode.dequantise_s
-    if unpacking <= WORTH * evidence.token.value:
+    if unpacking <= MIN_SHARE * evidence.token.value:
         return
     extra = evidence.unquantised_bytes
     more = 0.0 if extra is None or not evidence.bytes_per_s else extra / evidence.bytes_per_s
@@ -409,15 +414,15 @@ def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
         f"unpacking {evidence.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
         f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
         if fits
-        else "A kernel that multiplies packed weights as they are would not unpack them.",
+        else "A kernel that multiplies packed weights directly would not unpack them.",
         changes=changes_without(evidence.variant, "quantization") if fits else {},
-        obstacle="" if fits else "there is no memory for the weights unpacked, or reading them would take longer",
+        obstacle="" if fits else "the unpacked weights do not fit into memory, or reading them would take longer",
     )  # fmt: skip
 
 
 def _request_launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
     idle, decode = evidence.decode.idle_s, evidence.decode
-    if idle <= (MIN_IDLE if evidence.device == "cuda" else BETWEEN) * decode.time_s:
+    if idle <= (MIN_IDLE if evidence.device == "cuda" else MIN_IDLE_CPU) * decode.time_s:
         return
     yield _request_finding(
         "launch-bound", evidence, LATER, idle,
@@ -426,18 +431,18 @@ def _request_launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
         ),
         "Several prompts in a request share the launches (request_batch of [workload]), and a captured graph makes one "
         "of them.",
-        obstacle="how many prompts a request has is the workload's, and no graph is captured",
+        obstacle="the workload sets the number of prompts, and graphs are not captured",
     )  # fmt: skip
 
 
 def _cache_reallocated(evidence: RequestEvidence) -> Iterator[Finding]:
-    if evidence.facts.cache_moved <= MOVED or evidence.decode.cache_s <= WORTH * evidence.token.value:
+    if evidence.facts.cache_moved <= MIN_REALLOCATED or evidence.decode.cache_s <= MIN_SHARE * evidence.token.value:
         return
     yield _request_finding(
         "cache-reallocated", evidence, LATER, evidence.decode.cache_s,
-        f"the cache ({evidence.facts.cache}) is made anew at {evidence.facts.cache_moved:.0%} of the tokens, "
+        f"the cache ({evidence.facts.cache}) is reallocated at {evidence.facts.cache_moved:.0%} of the tokens, "
         f"{format_bytes(evidence.facts.cache_bytes)} at the end",
-        'kv_cache = "static" makes it once, of the whole length; attention then reads all of that.',
+        'kv_cache = "static" allocates it once, for the whole length; attention then reads all of it.',
         changes={"kv_cache": "static"},
     )  # fmt: skip
 
@@ -446,7 +451,7 @@ def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
     variant, cost = evidence.variant, evidence.prefill.casts_s + evidence.passes * evidence.decode.casts_s
     narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
     wide = evidence.adapter_dtype == "float32" and not variant.merge_adapter
-    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= WORTH * evidence.request.value:
+    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= MIN_SHARE * evidence.request.value:
         return
     what = "adapters" if wide else "norms, embeddings and head"
     yield _request_finding(
@@ -454,7 +459,7 @@ def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
         f"{what} in float32 next to weights in {narrow}: casts take {cost / evidence.request.value:.1%} of a request",
         advise_adapter_dtype(narrow)
         if wide
-        else "prepare_for_kbit = false leaves them in the type of the base; look at the loss.",
+        else "prepare_for_kbit = false leaves them in the dtype of the base; compare the loss.",
         changes={"adapter_dtype": narrow} if wide else {"prepare_for_kbit": False},
     )  # fmt: skip
 
@@ -468,7 +473,7 @@ REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
     "mixed-types": _mixed_types,
 }
 """The rules by the code of their findings."""
-REQUESTS_OF_WHAT_RAN = frozenset(
+REQUEST_RULES_ON_OPERATORS = frozenset(
     ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "mixed-types")
 )
 """Rules that judge the recorded operators; they find nothing if no operators are known."""

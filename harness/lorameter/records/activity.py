@@ -116,7 +116,7 @@ class Activity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 MIN_STEP_PAIRS = 8
-"""If fewer undisturbed pairs would remain, all pairs count."""
+"""Minimum undisturbed pairs of a plain and a profiled step; if fewer would remain, all pairs count."""
 
 
 class ModelSize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

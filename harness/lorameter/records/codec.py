@@ -95,7 +95,7 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
         cls = _form(cls, data)
         for path, key, value, known in _unknown_keys(cls, data, ""):
             near = difflib.get_close_matches(key, known, n=1)
-            remedy = f"Did you mean {near[0]}?" if near else "Take it out."
+            remedy = f"Did you mean {near[0]}?" if near else "Remove it."
             raise impossible(where, f"{path}.{key}".lstrip("."), value, "unknown key", remedy)
         return msgspec.convert(data, cls, strict=strict, str_keys=True, dec_hook=decode)
     except msgspec.ValidationError as error:

@@ -57,7 +57,7 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 a descriptor
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
-            raise NotReadableError("Is a directory" if stat.S_ISDIR(mode) else "it is no plain file")
+            raise NotReadableError("Is a directory" if stat.S_ISDIR(mode) else "it is not a regular file")
         yield file
 
 
@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
         with open_plain(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise NotReadableError(f"it has more than the {MAX_BYTES >> 20} MiB that are read of one")
+            raise NotReadableError(f"it has more than {MAX_BYTES >> 20} MiB, the limit")
         return content.decode("utf-8")
     except OSError as error:
         raise NotReadableError(error.strerror or str(error)) from None
@@ -96,11 +96,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         data = tomllib.loads(text)
         json.dumps(data)
     except RecursionError:
-        raise NotReadableError("lists and tables are nested too deeply. Write fewer.") from None
+        raise NotReadableError("lists and tables are nested too deeply. Nest them less deeply.") from None
     except ValueError as error:  # not TOML, or a number with thousands of digits
-        raise NotReadableError(f"not a TOML file: {str(error).partition(';')[0]}. Mend the line named.") from None
+        raise NotReadableError(f"not a TOML file: {str(error).partition(';')[0]}. Correct the named line.") from None
     except TypeError:
-        raise NotReadableError("a value is a date, and no key takes one. Write it in quotes.") from None
+        raise NotReadableError("a value is a date, and no key accepts dates. Write it in quotes.") from None
     return data
 
 
@@ -233,7 +233,7 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-ASKING_S = 1.0
+TEST_LOCK_S = 1.0
 """Maximum time for which a process that only tests the lock (`is_locked`) may delay one that wants it."""
 
 
@@ -264,7 +264,7 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        acquired = filelock.FileLock(lock_of(target)).acquire(timeout=ASKING_S)
+        acquired = filelock.FileLock(lock_of(target)).acquire(timeout=TEST_LOCK_S)
     except filelock.Timeout:
         raise UsageError(refusal) from None
     with acquired:
@@ -311,7 +311,9 @@ def scratch_folder() -> Iterator[Path]:
         remove_abandoned()
         folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
     except FileNotFoundError as error:  # tempfile's message, with all folders that it has tried
-        raise InvalidRunError(f"{error.strerror}. Free space in one of them, or name another with TMPDIR.") from None
+        raise InvalidRunError(
+            f"{error.strerror}. Free space in one of them, or set TMPDIR to another folder."
+        ) from None
     try:
         draft = folder / _DRAFT
         with draft.open("w") as owner:

@@ -84,8 +84,8 @@ def _time_per_real_token_s(record: TrialRecord) -> Samples:
 
 def _scaling_efficiency(record: TrialRecord) -> Samples:
     """The step time of one rank over that of several ranks times their number, turn by turn; 1 is ideal."""
-    ranks, one = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
-    pairs = zip(one, record.samples.get("step_time_s", ()), strict=False)
+    ranks, one_rank = record.values.get("ranks", 0.0), record.samples.get("one_rank_step_time_s", ())
+    pairs = zip(one_rank, record.samples.get("step_time_s", ()), strict=False)
     return tuple(alone / (ranks * together) for alone, together in pairs) if ranks else ()
 
 
@@ -106,12 +106,12 @@ def _output_tokens_per_s(record: TrialRecord) -> Samples:
     return tuple(tokens / seconds for seconds in record.samples.get("request_time_s", ()))
 
 
-def _over_request(*names: str) -> Callable[[TrialRecord], Samples]:
+def _ratio_to_request(*names: str) -> Callable[[TrialRecord], Samples]:
     """The sum of these times over the time of a request with the same prompts, one adapter and no switch."""
 
     def derive(record: TrialRecord) -> Samples:
         parts = zip(*(record.samples.get(name, ()) for name in (*names, "request_time_s")), strict=False)
-        return tuple(sum(taken) / alone for *taken, alone in parts)
+        return tuple(sum(times) / request for *times, request in parts)
 
     return derive
 
@@ -277,7 +277,7 @@ METRICS: dict[str, Metric] = {
             unit="1",
             phase="generate",
             column="always",
-            derive=_over_request("switch_time_s", "switched_request_time_s"),
+            derive=_ratio_to_request("switch_time_s", "switched_request_time_s"),
         ),
         Metric(name="mixed_request_time_s", title="request, mixed", unit="s", phase="generate", column="always"),
         Metric(name="mixed_first_token_time_s", title="first token, mixed", unit="s", phase="generate"),
@@ -288,7 +288,7 @@ METRICS: dict[str, Metric] = {
             unit="1",
             phase="generate",
             column="always",
-            derive=_over_request("mixed_request_time_s"),
+            derive=_ratio_to_request("mixed_request_time_s"),
         ),
         Metric(name="cold_start_time_s", title="cold start to completion", unit="s", phase="cold"),
         Metric(name="cold_import_time_s", title="import", unit="s", phase="cold", column="always"),

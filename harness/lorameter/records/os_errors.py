@@ -1,8 +1,8 @@
 """Turns operating-system errors (full disk, no file descriptors) into messages with remedies, and exceptions into
 failures.
 
-Such an error is neither a defect of lorameter nor a fault of a trial. It ends a run as on a machine that cannot
-measure, and earlier measurements are kept.
+Such an error is neither a defect of lorameter nor a fault of a trial. It ends a run with the exit code of an unsuitable
+machine, and earlier measurements are kept.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ REMEDIES = {
     errno.EPERM: "Choose a folder that can be written",
     errno.EFBIG: "Raise the limit of file sizes (ulimit -f)",
     errno.EMFILE: "Raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "Close what has too many files open",
+    errno.ENFILE: "Close programs that have many files open",
     errno.ENOMEM: "Free memory",
     errno.EAGAIN: "End other processes, or raise their limit (ulimit -u)",
     errno.EIO: "Check the disk",
     errno.ESTALE: "Check the disk",
     errno.ENAMETOOLONG: "Choose a shorter path",
-    errno.ENOENT: "Restore what was there, and leave it alone while something is measured",
+    errno.ENOENT: "Restore the file, and do not change it during a measurement",
 }
 """Remedies by error number."""
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 """Errors that are not a fault of a trial, and that would also affect the next trial."""
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "OutOfMemoryError", "MemoryError", "std::bad_alloc")
 REFUSED = "Refused"
@@ -60,7 +60,7 @@ def find_system_error(error: BaseException | None) -> str | None:
     message (safetensors: "I/O error: No space left on device (os error 28)").
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             return format_os_error(error)
         if refusal := extract_os_error(str(error)):
             return refusal
@@ -71,10 +71,10 @@ def find_system_error(error: BaseException | None) -> str | None:
 def extract_os_error(text: str) -> str | None:
     """The system error message that a library or another program repeats, in the form of Rust or Python; None if there
     is none."""
-    for one in OF_THE_MACHINE:
-        words = os.strerror(one)
-        if f"{words} (os error {one})" in text or f"[Errno {one}] {words}" in text:
-            return format_os_error(OSError(one, words))
+    for number in MACHINE_ERRORS:
+        words = os.strerror(number)
+        if f"{words} (os error {number})" in text or f"[Errno {number}] {words}" in text:
+            return format_os_error(OSError(number, words))
     return None
 
 
@@ -91,12 +91,12 @@ def mentions_out_of_memory(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_errors(path: Path) -> Iterator[None]:
     """Add the path to a system error of a library that writes the file, since libraries omit it."""
     try:
         yield
     except Exception as error:
-        unnamed = {format_os_error(OSError(number, os.strerror(number))): number for number in OF_THE_MACHINE}
+        unnamed = {format_os_error(OSError(number, os.strerror(number))): number for number in MACHINE_ERRORS}
         number = unnamed.get(find_system_error(error) or "")
         if number is None:
             raise
@@ -111,13 +111,13 @@ def translate_write_errors(where: str, remedy: str, *, done: str = "written") ->
     Args:
         where: the option or the variable, and its value.
         remedy: a sentence that says what to use instead.
-        done: the participle of the failed operation.
+        done: the past participle of the failed operation, such as "written".
     """
     try:
         yield
     except OSError as error:
         number = error.errno or 0
-        if number in OF_THE_MACHINE:
+        if number in MACHINE_ERRORS:
             reason = format_os_error(OSError(number, os.strerror(number)))
             raise InvalidRunError(f"{where}: {reason}, or {remedy[0].lower()}{remedy[1:]}") from None
         raise UsageError(f"{where}: cannot be {done}: {error.strerror or error}. {remedy}") from None
@@ -151,7 +151,7 @@ name."""
 def describe_error(error: BaseException, phase: str) -> tuple[Status, Failure]:
     """The status and the failure of a trial that an exception ended, with its traceback: `oom` if memory ran out,
     `interrupted` for a system error that would affect any trial (a full disk), else `crashed`."""
-    text = _cut("".join(traceback.format_exception(error)))
+    text = _truncate("".join(traceback.format_exception(error)))
     if refusal := find_system_error(error):
         return "interrupted", Failure(phase=phase, kind=REFUSED, message=refusal, traceback=text)
     status: Status = "oom" if is_out_of_memory(error) else "crashed"
@@ -170,6 +170,6 @@ def failed_record(error: BaseException, phase: str) -> PartialRecord:
     return PartialRecord().failed(status, failure)
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     lines = "\n".join(line[:MAX_LINE] for line in text.splitlines())
     return f"{lines}\n" if len(lines) <= MAX_TRACEBACK else lines[-MAX_TRACEBACK:].partition("\n")[2]

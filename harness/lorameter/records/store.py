@@ -33,7 +33,7 @@ from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import alone, is_locked, scratch_folder, write_document, write_whole
-from lorameter.records.os_errors import OF_THE_MACHINE, translate_os_errors, translate_write_errors
+from lorameter.records.os_errors import MACHINE_ERRORS, translate_os_errors, translate_write_errors
 from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
 from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, line_of, read_trials, with_steps
 from lorameter.records.trials import TRIALS as TRIALS
@@ -195,12 +195,12 @@ class RunWriter:
         stopped: str | None = None,
         measured: Sequence[str] | None = None,
         notices: Sequence[Notice] = (),
-        came: Mapping[str, SiteFacts] | None = None,
+        new_sites: Mapping[str, SiteFacts] | None = None,
         spending: TimeBreakdown | None = None,
         skipped: Sequence[str] = (),
     ) -> None:
         """Write the final state: `measured` are the trials of a run that ended before all replicates, `notices` those
-        found during the run, `came` sites that joined it, `spending` how the time was spent, and `skipped` the parts
+        found during the run, `new_sites` those that joined it, `spending` how the time was spent, `skipped` the parts
         that the time limit left out."""
         self._manifest = msgspec.structs.replace(
             self._manifest,
@@ -208,7 +208,7 @@ class RunWriter:
             stopped=stopped,
             order=self._manifest.order if measured is None else tuple(measured),
             notices=(*self._manifest.notices, *notices),
-            site_facts={**self._manifest.site_facts, **(came or {})},
+            site_facts={**self._manifest.site_facts, **(new_sites or {})},
             spending=spending or self._manifest.spending,
             skipped=tuple(skipped) or self._manifest.skipped,
         )
@@ -242,7 +242,7 @@ def refusal_of(path: Path) -> tuple[str, str]:
     """What a failed write means for the run of this directory, and what to do once its cause is removed."""
     if not (path / MANIFEST).is_file():
         return f"run {path.name} could not begin, or its folder was removed", ""
-    effect = f"run {path.name} ended before its time, and what it had measured is kept"
+    effect = f"run {path.name} ended early; its measurements are kept"
     return effect, f"resume: lorameter run --resume {path.name}"
 
 
@@ -421,7 +421,7 @@ def unpacked(path: Path) -> Iterator[Path]:
                     _extract(archive, path, folder)
             # zipfile raises RuntimeError for an encrypted member, and a subclass of it for an unknown compression.
             except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                     raise
                 raise UsageError(f"{path}: cannot be unpacked: {error}. {_ASK_AGAIN}") from None
         try:
@@ -434,7 +434,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
     entries = {info.filename: info for info in archive.infolist()}
     if MANIFEST not in entries:
-        raise UsageError(f"{path}: an archive without {MANIFEST} is no packed run. {_ASK_AGAIN}")
+        raise UsageError(f"{path}: an archive without {MANIFEST} is not a packed run. {_ASK_AGAIN}")
     files = [name for name in PACKED_FILES if name in entries]
     if sum(entries[name].file_size for name in files) > MAX_PACKED_BYTES:  # reading stops at the stated size
         raise UsageError(f"{path}: it holds more than the {MAX_PACKED_BYTES >> 30} GiB that are read. {_ASK_AGAIN}")

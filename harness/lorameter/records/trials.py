@@ -48,7 +48,7 @@ class StoredCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 _RECORD = msgspec.json.Decoder(StoredRecord, strict=False)
 _CHECK = msgspec.json.Decoder(StoredCheck)
-_KEPT = tuple(field.name for field in msgspec.structs.fields(TrialRecord) if field.name != "checks")
+_FIELDS = tuple(field.name for field in msgspec.structs.fields(TrialRecord) if field.name != "checks")
 
 
 class EvidenceFile:
@@ -147,7 +147,7 @@ def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | None]:
             yield None
             continue
         checks = evidence.find(stored.checks)
-        fields = {field: getattr(stored, field) for field in _KEPT}
+        fields = {field: getattr(stored, field) for field in _FIELDS}
         yield None if checks is None else TrialRecord(checks=checks, **fields)
 
 
@@ -157,7 +157,7 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         data = codec.parse(line)
         if not isinstance(data, dict):  # a truncated line such as "5" can still be valid JSON
-            raise codec.NotReadableError("it is no table") from None
+            raise codec.NotReadableError("it is not a JSON object") from None
         require_readable(data, source)
         record = codec.from_json(StoredRecord, data, where)
     if record.schema != SCHEMA:

@@ -7,7 +7,7 @@ pass has its reason.
 from __future__ import annotations
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import outcome_of, title_of_report, write_compared
+from lorameter.report.comparison import outcome_of, title_of_report, write_ratio_or_peak
 from lorameter.report.phrases import title_of
 from lorameter.report.run_view import RunView
 from lorameter.verdicts.claims import ClaimsReport
@@ -25,14 +25,14 @@ def comparison_annotations(report: ComparisonReport, gate: GateResult | None = N
         level, name, about = "notice" if gate.passed else "error", "lorameter gate", f"{outcome_of(gate)}: {about}"
         lenient, unmet = gate.policy.inconclusive == "pass", gate.unmet
     lines = [annotation(level, name, f"{_invalid(report.why_invalid)}{about}")]
-    for one in sorted(report.comparisons, key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict])):
-        if EXIT_OF[one.verdict]:
-            ratio = f"{write_compared(one).line}, " if one.ratio is not None else ""
-            level = "warning" if one.verdict == "inconclusive" and lenient else "error"
-            title = f"lorameter: {one.name}, {title_of(one.metric)} {one.verdict}"
-            lines.append(annotation(level, title, f"{ratio}{one.reason}"))
+    for row in sorted(report.comparisons, key=lambda row: PRECEDENCE.index(EXIT_OF[row.verdict])):
+        if EXIT_OF[row.verdict]:
+            ratio = f"{write_ratio_or_peak(row).line}, " if row.ratio is not None else ""
+            level = "warning" if row.verdict == "inconclusive" and lenient else "error"
+            title = f"lorameter: {row.name}, {title_of(row.metric)} {row.verdict}"
+            lines.append(annotation(level, title, f"{ratio}{row.reason}"))
     lines += [annotation("error", "lorameter: policy", line) for line in unmet]
-    lines += [annotation("warning", "lorameter: differing", str(one)) for one in report.differing]
+    lines += [annotation("warning", "lorameter: differing", str(field)) for field in report.differing]
     return "\n".join(lines) + "\n"
 
 
@@ -56,14 +56,17 @@ def run_annotations(view: RunView) -> str:
     message = f"{_invalid(view.validity.invalid)}{view.run.manifest.run} is {state}: {counted}"
     lines = [annotation("notice" if view.valid else "error", "lorameter run", message)]
     lines += [annotation("error", "lorameter: trial without a result", failure) for failure in view.validity.failures]
-    lines += [annotation("warning", f"lorameter: {one.code}", f"{one.message} {one.remedy}") for one in view.notices]
+    lines += [
+        annotation("warning", f"lorameter: {notice.code}", f"{notice.message} {notice.remedy}")
+        for notice in view.notices
+    ]
     return "\n".join(lines) + "\n"
 
 
 def claims_annotations(report: ClaimsReport) -> str:
     """Annotations of claims: a warning for each refuted claim, else a notice; claims are findings, not failures."""
     lines = [annotation("notice" if report.valid else "error", "lorameter claims", f"{report.title}: run {report.run}")]
-    for claim in sorted(report.claims, key=lambda one: one.verdict != "refuted"):
+    for claim in sorted(report.claims, key=lambda claim: claim.verdict != "refuted"):
         level = "warning" if claim.verdict == "refuted" else "notice"
         reasons = "; ".join(part.reason for part in claim.parts)
         lines.append(annotation(level, f"lorameter: claim {claim.id} {claim.verdict}", f"{claim.says}: {reasons}"))

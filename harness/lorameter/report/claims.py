@@ -46,7 +46,7 @@ def describe_claims(report: ClaimsReport) -> Document:
         *describe_verdicts(report),
         *list_sections(
             {
-                "Machine and versions": tuple(_place(report)),
+                "Machine and versions": tuple(_describe_machine(report)),
                 "Differs from the study as written": report.deviations,
                 "Notes": report.notes,
             }
@@ -116,7 +116,7 @@ def _answers(report: ClaimsReport) -> Iterator[str]:
             )
 
 
-def _place(report: ClaimsReport) -> Iterator[str]:
+def _describe_machine(report: ClaimsReport) -> Iterator[str]:
     """The machine and the versions with which an engine was tested; a run's own report has them at its top."""
     if report.engine is not None:
         yield report.engine.machine

@@ -50,7 +50,7 @@ from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport, Co
 from lorameter.verdicts.gate import GateResult
 from lorameter.verdicts.series import is_memory
 
-NAMED = 3
+MAX_NAMED = 3
 """Maximum comparisons that are named if several have the same reason."""
 MAX_FINDINGS = 6
 """Maximum findings that are not collapsed; the table has them all."""
@@ -89,7 +89,7 @@ def _findings(report: ComparisonReport) -> Iterator[Line]:
         grouped.setdefault((row.verdict, _reason(row)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
         word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
-        yield to_line(f"{first_few(names, NAMED, '; ')}: ", word, reason)
+        yield to_line(f"{first_few(names, MAX_NAMED, '; ')}: ", word, reason)
     if report.comparisons and not rows:
         yield to_line(Span(text="equivalent", tone="note"), ", each within its margin")
 
@@ -129,7 +129,7 @@ def _tabulate(report: ComparisonReport) -> Table:
     return collapse_constant_columns(table)
 
 
-def write_compared(row: ComparisonRow) -> Cell:
+def write_ratio_or_peak(row: ComparisonRow) -> Cell:
     """The ratio; for peaks without an interval, since the ratio of two maxima has none."""
     if is_memory(row.metric) and row.ratio is not None:
         return write_number(row.ratio, ".4g")
@@ -142,7 +142,7 @@ def _statistics(report: ComparisonReport) -> Iterator[Block]:
         reasons.setdefault(row.reason, []).append(_name(row))
     if reasons:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
-        lines = to_lines(f"{first_few(names, NAMED, '; ')}: {reason}" for reason, names in reasons.items())
+        lines = to_lines(f"{first_few(names, MAX_NAMED, '; ')}: {reason}" for reason, names in reasons.items())
         yield Section(title="Statistics")
         yield Collapsible(summary=to_line(Span(text=f"what {count} on", tone="faint")), lines=lines)
 
@@ -151,7 +151,7 @@ def describe_attribution(attribution: Attribution, run: Run) -> Document:
     """Facts of the run, differing packages, and the ratio of each part of the work with its interval."""
     facts = tuple(to_line(text, label=label) for label, text in _sides(attribution, run))
     rows = (write_row(part.variant, title_of_ratio(part.metric), write_ratio(part)) for part in attribution.parts)
-    title = "Where the time went (one by one, not corrected for looking at all)"
+    title = "Where the time went (intervals not corrected for several parts)"
     heads = (*name_columns("variant", "part", left=2), _RATIO)
     return Section(title="Sides", lines=facts), Table(title=title, heads=heads, rows=tuple(rows))
 

@@ -63,7 +63,7 @@ _STATUSES: Mapping[FitStatus, tuple[str, Tone]] = {
     "may-not-fit": ("may not fit", "warning"),
     "does-not-fit": ("does not fit", "bad"),
 }
-_BOUNDS = {"memory": "", "context": ", which is the model's context", "study": ", the most that a study may ask for"}
+_BOUNDS = {"memory": "", "context": ", which is the model's context", "study": ", the maximum of a study"}
 
 
 def describe_estimate(
@@ -93,7 +93,9 @@ def describe_estimate(
     has = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
     after = [] if measured else ["No earlier run of this variant and workload on this machine has measured it."]
     if has is not None:
-        after.append(f"{format_bytes(max(one.needed_bytes for one in estimates))} of {format_bytes(has)} here")
+        after.append(
+            f"{format_bytes(max(estimate.needed_bytes for estimate in estimates))} of {format_bytes(has)} here"
+        )
     below = (to_line(text, indented=False) for text in (() if elsewhere else after))
     return (to_line(*lines, indented=False), table, *below)
 
@@ -106,7 +108,8 @@ def _memory_rows(estimates: Sequence[MemoryEstimate], measured: Mapping[str, int
     yield write_row("estimated peak", *(_mib(estimate.total_bytes) for estimate in estimates), strong=True)
     if measured:
         peaks = [measured.get(estimate.phase, 0) for estimate in estimates]
-        errors = [one.total_bytes / peak - 1 if peak else None for one, peak in zip(estimates, peaks, strict=True)]
+        pairs = zip(estimates, peaks, strict=True)
+        errors = [estimate.total_bytes / peak - 1 if peak else None for estimate, peak in pairs]
         yield write_row("measured peak", *map(_mib, peaks))
         written = (Cell() if error is None else write_number(error, "+.1%") for error in errors)
         yield write_row("error of the estimate", *written)
@@ -128,7 +131,7 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
     low, high = PEAK_RANGES[device.machine.device]
     lines = [f"It has {format_bytes(device.total_bytes)}: {device.source}."]
     if device.assumed:
-        lines.append(f"Assumed, and measured on no GPU: {'; '.join(device.assumed)}.")
+        lines.append(f"Assumed, not measured on a GPU: {'; '.join(device.assumed)}.")
     lines.append(f"Range: {_span((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}")
     if profile is not None:
         lines.append(f"The study's profile {profile!r} is taken, as a run there would; --profile takes another.")
@@ -157,7 +160,7 @@ def _finding(advice: Advice) -> Line:
     rest = {
         "fits": f"{format_bytes(left)} or more are left",
         "may-not-fit": f"from {format_bytes(-lacking)} left to {format_bytes(-left)} too little",
-        "does-not-fit": f"{format_bytes(lacking)} or more are lacking",
+        "does-not-fit": f"{format_bytes(lacking)} or more are missing",
     }[advice.status]
     what = "free now" if advice.device.is_here else "usable"
     return to_line(
@@ -183,13 +186,13 @@ def _span(errors: tuple[float, float]) -> str:
     return " to ".join(f"{100 * error:+.1f} %".replace("-", "−") for error in errors)
 
 
-def _most(one: Largest, workload: Workload) -> str:
+def _most(largest: Largest, workload: Workload) -> str:
     sizes = {"batch_size": workload.batch_size, "sequence_length": workload.sequence_length}
-    sizes[one.key] = one.value or one.least
+    sizes[largest.key] = largest.value or largest.least
     text = f"{format_count(sizes['batch_size'], 'sequence')} of {sizes['sequence_length']} tokens"
-    if one.value is None:
-        return f"{one.key}: none, for not even {text} would fit."
-    return f"{one.key} = {one.value}: {text}{_BOUNDS[one.bound]}."
+    if largest.value is None:
+        return f"{largest.key}: none, because not even {text} would fit."
+    return f"{largest.key} = {largest.value}: {text}{_BOUNDS[largest.bound]}."
 
 
 def _first(advice: Advice) -> Line:
@@ -200,7 +203,7 @@ def _first(advice: Advice) -> Line:
     lines = Span(text=", ".join(advice.turn), tone="strong")
     if len(advice.turn) == 1:
         return to_line("Change first: ", lines, ". It fits with that alone.")
-    return to_line("None alone is enough. The fewest that are: ", lines, ".")
+    return to_line("No single change is enough. The smallest set that is: ", lines, ".")
 
 
 def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = None) -> Document:
@@ -208,11 +211,11 @@ def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = 
     lines = [f"{model}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded"]
     lines += [f"counted by PEFT alone; other memory of the training is unknown: {unknown}"] if unknown else []
     rows = []
-    for one in sizes:
-        bytes_of = (one.adapter_bytes, one.optimizer_state_bytes, one.gradient_bytes)
-        share = Cell(text=f"{100 * one.share:.3f} %", value=one.share, unit="1")
+    for setting in sizes:
+        bytes_of = (setting.adapter_bytes, setting.optimizer_state_bytes, setting.gradient_bytes)
+        share = Cell(text=f"{100 * setting.share:.3f} %", value=setting.share, unit="1")
         cells = (Cell(text=f"{size / MIB:.2f}", value=size, unit="byte") for size in bytes_of)
-        rows.append(write_row(one.variant, write_number(one.trainable_parameters, ","), share, *cells))
+        rows.append(write_row(setting.variant, write_number(setting.trainable_parameters, ","), share, *cells))
     heads = name_columns(
         "setting", "trainable parameters", "of the base", "adapter, MiB", "optimizer, MiB", "gradients, MiB"
     )
@@ -245,7 +248,7 @@ def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"
     yield from _time_lines(expected, plan.study.protocol)
-    live = " for what is live together, processes included"
+    live = " for everything that is in memory at the same time, including processes"
     for what, size, words in (("memory", expected.memory_bytes, live), ("disk  ", expected.disk_bytes, "")):
         known = f"unknown ({expected.unknown})" if size is None else f"estimate: {format_bytes(size)}{words}"
         yield f"{what}  {known}"
@@ -290,9 +293,9 @@ def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
     counts = Counter(check.grade for check in checks)
     grades = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
     if not fit:
-        answer, rest = Span(text="unfit", tone="alarm"), ": what it measured would not count"
+        answer, rest = Span(text="unfit", tone="alarm"), ": its measurements would not be valid"
     elif counts["bad"]:
-        answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": mend what is bad first"
+        answer, rest = Span(text="fit to measure, with less precision", tone="warning"), ": fix the bad settings first"
     else:
         answer, rest = Span(text="fit to measure", tone="good"), ""
     return (*tables, to_line("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False))
@@ -315,11 +318,11 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             write_row(str(rate.replicates), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
             for rate in result.rates
         ),
-        notes=to_lines([f"All draws are from {replicates} one run: they hold for this run, not for another hour."]),
+        notes=to_lines([f"All draws are from {replicates} one run: they do not describe other times."]),
     )
     return (
         to_line(
-            Span(text="What this machine can see", tone="strong"),
+            Span(text="What this machine can detect", tone="strong"),
             f": {result.device}, {result.interleaving}",
             indented=False,
         ),
@@ -331,7 +334,7 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
         to_line(f"injected slow-down {injected} ({rows} rows in each adapted layer)"),
         rates,
         Section(
-            title="To see a slow-down in 80 % of the runs",
+            title="To detect a slow-down in 80 % of the runs",
             lines=to_lines(planned_effects(result)),
         ),
     )

@@ -99,7 +99,7 @@ class LiveDisplay(Display):
 
     def _draw(self, *, at_once: bool = False) -> None:
         if self._console.is_terminal and (at_once or time.monotonic() - self._drawn >= MIN_BETWEEN_S):
-            self._live.update(self.picture(), refresh=True)
+            self._live.update(self.render(), refresh=True)
             self._drawn = time.monotonic()
 
     def picture(self) -> Group:

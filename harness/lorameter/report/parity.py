@@ -41,7 +41,7 @@ from lorameter.report.phrases import describe_notices
 from lorameter.stats import Estimate, Proportion
 from lorameter.studies.study_file import read_own_workloads, read_study
 
-SHOWN = 3
+MAX_SHOWN = 3
 """Maximum answers of each way that are shown with the reference's."""
 
 
@@ -89,7 +89,7 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
 
 _VERDICT_TEXTS: Mapping[Verdict, tuple[str, Tone]] = {
     "same": ("same answers", "note"),
-    "noise": ("answers differ no more than the reference's from its own", "note"),
+    "noise": ("answers differ no more than between two runs of the reference", "note"),
     "differ": ("answers differ", "warning"),
 }
 
@@ -101,7 +101,7 @@ def format_likeness(one: Likeness) -> str:
     if one.difference_max == 0:
         logits = "no logit differs"
     elif one.verdict != "noise" and one.within_floor:
-        logits = "logits differ no more than the reference's from its own"
+        logits = "logits differ no more than between two runs of the reference"
     return f"{one.answers.count} of {one.answers.of} differ {_interval(one.answers)}{first}; {logits}"
 
 
@@ -202,7 +202,7 @@ def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Do
                     for author, tokens in (("prompt", prompt), (parity.reference.way, ours), (one.way, theirs))
                 ),
             )
-            for index, place, prompt, ours, theirs in differing[:SHOWN]
+            for index, place, prompt, ours, theirs in differing[:MAX_SHOWN]
         )
     return tuple(panels)
 

@@ -41,7 +41,7 @@ def plot(chart: Chart, width: int) -> list[str]:
         if across.named:
             plotext.scatter(places, values, marker="•")
     ends = (min(point.x for point in points), max(point.x for point in points))
-    named = _thinned(across.named or [(x, f"{x:g}") for x in ends])
+    named = _select_ticks(across.named or [(x, f"{x:g}") for x in ends])
     plotext.xticks([_place(x, across) for x, _ in named], [name for _, name in named])
     marks = sorted({low, (low + high) / 2, high})
     plotext.yticks(marks, _labels(marks))
@@ -53,7 +53,7 @@ def _place(x: float, across: Axis) -> float:
     return math.log(x) if across.log else x
 
 
-def _thinned(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+def _select_ticks(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
     """The ticks, or as many as fit, always including the first and the last."""
     if len(ticks) <= MAX_TICKS:
         return list(ticks)

@@ -21,7 +21,7 @@ from lorameter.profile.accounting import (
 )
 from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialProfile
 from lorameter.profile.remedy import RemedyResult
-from lorameter.profile.rules import OF_WHAT_RAN, REQUEST_RULES, REQUESTS_OF_WHAT_RAN, RULES, Finding
+from lorameter.profile.rules import REQUEST_RULES, REQUEST_RULES_ON_OPERATORS, RULES, RULES_ON_OPERATORS, Finding
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import MemoryAccount, in_order, title_of
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
@@ -70,7 +70,7 @@ def describe_profile(
         _memory(profile),
         Section(title="Tokens of a step", lines=(to_line(", ".join(shares)),)),
         Section(title="Ceilings", lines=to_lines(_ceilings(ceilings, profile))),
-        _tabulate_findings(findings, RULES, OF_WHAT_RAN if profile.activity.missing else ()),
+        _tabulate_findings(findings, RULES, RULES_ON_OPERATORS if profile.activity.missing else ()),
         *_notices(profile),
     )
 
@@ -238,7 +238,7 @@ def _operators(profile: TrialProfile, step: StepAccount, names: Names) -> Iterat
     if profile.activity.device == "cuda":
         yield f"{seen}, which slows down the host and no kernel"
     else:
-        yield f"{seen}; times are shares of a phase there, of the phase above"
+        yield f"{seen}; times are scaled to the unprofiled phases above"
     uses = [
         (plain_s(profile, step, phase, use.time_s), use, phase.phase)
         for phase in profile.activity.phases
@@ -256,7 +256,7 @@ def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_ob
     rest = [code for code in codes if code not in {finding.code for finding in findings}]
     unseen = [code for code in rest if code in not_observable]
     notes = [f"looked for and not found: {', '.join(code for code in rest if code not in unseen)}"]
-    notes += [f"not judged, since it is not known what ran: {', '.join(unseen)}"] if unseen else []
+    notes += [f"not judged, since the operators are unknown: {', '.join(unseen)}"] if unseen else []
     finding, message, cost, remedy = name_columns("finding", "seen", "cost", "what to try", left=2)
     return Table(
         title="Findings, and what each costs",
@@ -333,7 +333,7 @@ def describe_requests(
         *(_tabulate_categories(side, account.whole, SERVED, suffix=suffix) for side, account, suffix in sides),
         _request_memory(profile),
         *([_cold(profile)] if profile.cold_parts_s else []),
-        _tabulate_findings(findings, REQUEST_RULES, REQUESTS_OF_WHAT_RAN if profile.activity.missing else ()),
+        _tabulate_findings(findings, REQUEST_RULES, REQUEST_RULES_ON_OPERATORS if profile.activity.missing else ()),
         *_notices(profile),
     )
 
@@ -345,7 +345,7 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
         rows.append(_pass(f"a token of decode{suffix}", account.decode))
     calls = "launches" if profile.device == "cuda" else "operators"
     return Table(
-        title="Forward passes, and how near they came to the peak",
+        title="Forward passes and their share of the peak",
         heads=name_columns("pass", "time", calls, "FLOPs", "MFU", "bytes", "MBU"),
         rows=tuple(rows),
         notes=to_lines(_pass_lines(profile, accounts)),
@@ -379,14 +379,14 @@ def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount
             yield str(one)
     lacking = [name for name in ("product", "memory") if name not in profile.peaks]
     if lacking:
-        yield f"what this device does at best is neither stated nor measured: {', '.join(lacking)}"
+        yield f"no peak of this device is stated or measured for: {', '.join(lacking)}"
 
 
 def _request_memory(profile: RequestProfile) -> Table:
     account, memory, facts = profile.memory, profile.record.memory, profile.facts
     first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
-    lines = [] if first is None else [f"up to the first token, in a request of its own: {format_bytes(first)}"]
-    moved = f"is made anew at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "stays where it is"
+    lines = [] if first is None else [f"up to the first token, in a separate request: {format_bytes(first)}"]
+    moved = f"is reallocated at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "is never reallocated"
     size = format_bytes(facts.cache_bytes)
     lines.append(f"cache: {facts.cache}, {size} at the end of a request; it {moved}" if facts.cache else "cache: none")
     rows = [write_row(title_of(kind), write_value(size, "byte")) for kind, size in in_order(account.kinds).items()]

@@ -16,8 +16,8 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.verdicts.same_training import BETWEEN, facts_of
 
-FILE = ".toml"
-NOT_BUILT_IN = "# the study is no built-in one: write it from the values below, or from `study` in the run's manifest"
+STUDY_SUFFIX = ".toml"
+NOT_BUILT_IN = "# the study is not built in: write it from the values below, or from `study` in the run's manifest"
 OVERRIDES = {
     "workload": {"model": "--model", "data": "--data"},
     "protocol": {
@@ -55,17 +55,17 @@ def _comment(text: str) -> str:
     return f"# {' '.join(text.splitlines())}"
 
 
-def _of_one(run: Run) -> Iterator[str]:
+def _variant_commands(run: Run) -> Iterator[str]:
     """The commands for a run that compares variants."""
-    named, given = _study(run)
-    if named.endswith(FILE):
+    study_word, overrides = _study(run)
+    if study_word.endswith(STUDY_SUFFIX):
         yield NOT_BUILT_IN
     profile = run.manifest.study.get("profile")
-    words = ["lorameter", "run", named, *(["--profile", str(profile)] if profile else [])]
-    yield shlex.join([*words, *given, *_selected(run)])
+    words = ["lorameter", "run", study_word, *(["--profile", str(profile)] if profile else [])]
+    yield shlex.join([*words, *overrides, *_selected(run)])
 
 
-def _of_sides(run: Run) -> Iterator[str]:
+def _ab_commands(run: Run) -> Iterator[str]:
     """The commands for an A/B, with the words that name both sides."""
     manifest = run.manifest
     sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
@@ -75,22 +75,26 @@ def _of_sides(run: Run) -> Iterator[str]:
         yield f"# judged by --policy FILE, of {json.dumps(manifest.policy, ensure_ascii=False, sort_keys=True)}"
     specs = {name: _spec(side) for name, side in sides.items()}
     if not all(specs.values()):
-        yield "# the run does not say by which words its sides were named"
+        yield "# the run does not record the arguments of its sides"
         return
-    named, given = _study(run)
+    study_word, overrides = _study(run)
     suffix = "-command" if {side["kind"] for side in manifest.sides.values()} == {SIDE} else ""
     sided = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
     command = str(manifest.study["variants"][0].get("command") or "")
-    if suffix or (command and named.endswith(FILE)):  # a command is itself the study
-        words = ["ab", *([] if suffix else ["--command", command]), *sided, *_of_script(run)]
+    if suffix or (command and study_word.endswith(STUDY_SUFFIX)):  # a command is itself the study
+        words = ["ab", *([] if suffix else ["--command", command]), *sided, *_script_options(run)]
         words += _selected(run, variants=False)
     else:
-        if named.endswith(FILE):
+        if study_word.endswith(STUDY_SUFFIX):
             yield NOT_BUILT_IN
-        own = all(side.get("kind") == PRESENT for side in sides.values())
+        is_calibration = all(side.get("kind") == PRESENT for side in sides.values())
         rows = max(int(side.get("slowdown_rows") or 0) for side in sides.values())
-        words = ["calibrate", named] if own else ["ab", named, *sided]
-        words += [*given, *(["--inject-rows", str(rows)] if rows else []), *_selected(run, phases=not own)]
+        words = ["calibrate", study_word] if is_calibration else ["ab", study_word, *sided]
+        words += [
+            *overrides,
+            *(["--inject-rows", str(rows)] if rows else []),
+            *_selected(run, phases=not is_calibration),
+        ]
     yield shlex.join(["lorameter", *words])
 
 
@@ -101,7 +105,7 @@ def _spec(side: Mapping[str, Any]) -> str:
     return str(side.get("spec") or (side.get("kind") == PRESENT and PRESENT) or "")
 
 
-def _of_script(run: Run) -> list[str]:
+def _script_options(run: Run) -> list[str]:
     """The folder of a command, and the number of its timed steps."""
     protocol, variant = run.manifest.study.get("protocol", {}), run.manifest.study["variants"][0]
     steps = int(protocol.get("turns", 0)) * int(protocol.get("steps_per_turn", 0))
@@ -122,7 +126,7 @@ def _study(run: Run) -> tuple[str, list[str]]:
     stored, words = run.manifest.study, list[str]()
     name = str(stored.get("name", ""))
     if name not in builtin_studies():
-        return f"{name}{FILE}", words
+        return f"{name}{STUDY_SUFFIX}", words
     try:
         written = codec.to_json(load_study(name, profile=stored.get("profile") or None))
     except UsageError:  # a profile that no longer exists in this version

@@ -36,7 +36,7 @@ from lorameter.verdicts.series import (
     ratios_of,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
-from lorameter.verdicts.validity import RunValidity, discounted, is_single_script_run, run_validity
+from lorameter.verdicts.validity import RunValidity, is_single_script_run, mark_invalid, run_validity
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]
 """The order of the variants: as in the study, or by name, ratio to the reference, estimate, or peak memory."""
@@ -227,7 +227,7 @@ def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | 
     """A table of a phase: its primary metric and (with `whole`) all other metrics that are columns of it."""
     reference, shown = source.study.reference, source.shown
     compared = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
-    ratios = {name: discounted(one, source.validity.invalid) for name, one in compared.items()}
+    ratios = {name: mark_invalid(one, source.validity.invalid) for name, one in compared.items()}
     columns = list(_columns(source, phase, metric, ratios, whole=whole))
     heads = tuple(head for head, _ in columns)
     lines = zip(*(cells for _, cells in columns), strict=True)

@@ -63,7 +63,7 @@ _INDENT = "  "
 _CHART_WIDTH = 38
 _GAP = 2
 """Characters between two columns."""
-_COMFORT = 16
+_MIN_PROSE_WIDTH = 16
 """Characters below which prose is hard to read."""
 _WHISKER_PRIORITY = 5
 """Priority of a ratio's picture when a narrow table drops columns; the ratio column has the same numbers."""
@@ -81,7 +81,7 @@ def draw_text(text: str, tone: Tone = "plain") -> Text:
     return Text(escape_control_chars(text), style=STYLES[tone])
 
 
-def _glued(text: str, tone: Tone = "plain") -> Text:
+def _unbreakable(text: str, tone: Tone = "plain") -> Text:
     """The text, with no line break between a number and its unit or inside an interval."""
     return draw_text(_UNBREAKABLE.sub(lambda found: found[0].replace(" ", _GLUE), text), tone)
 
@@ -92,7 +92,7 @@ def _draw(block: Block, console: Console, *, verbose: bool) -> Iterator[Renderab
         yield from _paragraphs([block], console)
     elif isinstance(block, Section):
         if block.title:
-            title = _glued(block.title)
+            title = _unbreakable(block.title)
             title.stylize(f"bold {STYLES[block.tone]}")
             yield title
         yield from _paragraphs(block.lines, console)
@@ -116,7 +116,7 @@ def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -
     for line in lines:
         before = (len(_INDENT) if line.indented else 0) + (widest + len(_INDENT) if widest else 0)
         lead = min(before, console.width // 3)
-        body = Text().join(_glued(span.text, span.tone) for span in line.spans)
+        body = Text().join(_unbreakable(span.text, span.tone) for span in line.spans)
         if cut and console.is_terminal and body.cell_len > console.width - lead:
             body = body.wrap(console, max(console.width - lead - 2, 1))[0]
             body.rstrip()
@@ -124,7 +124,7 @@ def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -
         grid = RichTable.grid()
         grid.add_column(width=lead, overflow="fold")
         grid.add_column(overflow="fold")
-        grid.add_row(_glued(f"{_INDENT * line.indented}{line.label}", "faint"), body)
+        grid.add_row(_unbreakable(f"{_INDENT * line.indented}{line.label}", "faint"), body)
         yield grid if before else body
 
 
@@ -149,13 +149,13 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
     """A table with one line a row if all columns fit; otherwise intervals go below their values, and columns that do
     not fit are dropped."""
     if table.title:
-        yield _glued(table.title, "strong")
+        yield _unbreakable(table.title, "strong")
     columns = list(_columns(table, stacked=False))
     if _total(columns) > console.width:
         columns = list(_columns(table, stacked=True))
     kept = list(columns)
-    while _total(kept) > console.width and (droppable := [one for one in kept if one.priority]):
-        kept.remove(max(droppable, key=lambda one: (one.priority, one.place)))
+    while _total(kept) > console.width and (droppable := [column for column in kept if column.priority]):
+        kept.remove(max(droppable, key=lambda column: (column.priority, column.place)))
     if sum(column.longest for column in kept) + _GAP * (len(kept) - 1) > console.width:
         yield from _records(table, console)
         return
@@ -178,9 +178,9 @@ def _columns(table: Table, *, stacked: bool) -> Iterator[_Column]:
         lines = [line for text in texts for line in text.plain.split("\n")]
         natural = max(map(cell_len, lines), default=0)
         words = [word for line in (lines if not head.right else []) for word in line.split()]
-        longest = max(map(cell_len, [*words, *_glued(head.text).plain.split()]), default=0)
+        longest = max(map(cell_len, [*words, *_unbreakable(head.text).plain.split()]), default=0)
         longest, natural = max(longest, natural if head.right else 0), max(longest, natural)
-        least = max(longest, min(natural, _COMFORT))
+        least = max(longest, min(natural, _MIN_PROSE_WIDTH))
         yield _Column(head=head, place=place, whisker=False, texts=texts, priority=head.drop_priority,
                       longest=longest, least=least, natural=natural)  # fmt: skip
         if head.ratio and any(row.cells[place].value for row in table.rows):
@@ -210,7 +210,7 @@ def _cell(cell: Cell, *, stacked: bool) -> Text:
     for before, text, tone in parts:
         if text:
             drawn.append(before if drawn else "")
-            drawn.append_text(_glued(text, tone))
+            drawn.append_text(_unbreakable(text, tone))
     return drawn
 
 
@@ -227,7 +227,7 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
     for column, least, lack in zip(columns, widths, lacks, strict=True):
         given = left * lack // max(lacking, 1)
         left, lacking = left - given, lacking - lack
-        width, head, texts = least + given, _glued(column.head.text), column.texts
+        width, head, texts = least + given, _unbreakable(column.head.text), column.texts
         if column.whisker:
             bound, odd = scale_of(row.cells[column.place] for row in table.rows), width - 1 + width % 2
             head = draw_text(draw_scale(bound, odd), "faint")
@@ -284,7 +284,7 @@ def show(document: Document, console: Console, *, verbose: bool = False) -> None
         _print(document, console, verbose=verbose)
         if not verbose and any(isinstance(block, Collapsible) for block in document):
             console.print(draw_text("--verbose shows full notices and statistics.", "faint"))
-        if last := tuple(_last(document)):
+        if last := tuple(_repeated_sections(document)):
             console.print()
             _print(last, console, verbose=verbose)
     console.file.write(re.sub(" +$", "", captured.get().replace(_GLUE, " "), flags=re.MULTILINE))
@@ -306,7 +306,7 @@ def _begins_part(block: Block, before: Block) -> bool:
     return isinstance(block, (Section, Table, ChartGroup))
 
 
-def _last(document: Document) -> Iterator[Section]:
+def _repeated_sections(document: Document) -> Iterator[Section]:
     """The blocks repeated below a report, so that a reader of a long report need not scroll up."""
     for block in document:
         if isinstance(block, Section) and block.last:

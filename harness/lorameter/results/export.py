@@ -128,7 +128,7 @@ def _frames(runs: list[Tables], unreadable: Mapping[str, str]) -> Frames:
 SCHEMA = 1
 """Version of the JSON document. 1: first form."""
 TABULAR = ("csv", "parquet")
-OF_TRENDS = ("github-action-benchmark", "bencher")
+DASHBOARDS = ("github-action-benchmark", "bencher")
 
 
 def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
@@ -136,7 +136,7 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
 
     Args:
         run: the run.
-        form: json, csv or one of `OF_TRENDS`.
+        form: json, csv or one of `DASHBOARDS`.
         table: the table to write, for csv.
         metrics: metrics for a dashboard; see `trend_rows`.
 
@@ -148,11 +148,11 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
         return csv_of(table, table_of(run, table))
     if form == "json":
         return _json_of(run)
-    if form in OF_TRENDS:
+    if form in DASHBOARDS:
         encode = encode_action if form == "github-action-benchmark" else encode_bencher
         return iter((json.dumps(encode(run, metrics), allow_nan=False), "\n"))
-    what = "is no text" if form == "parquet" else f"is one table: add --table {'|'.join(TABLES)}"
-    raise UsageError(f"export --format {form}: {what}. Give a place with --output.")
+    what = "is not text" if form == "parquet" else f"is one table: add --table {'|'.join(TABLES)}"
+    raise UsageError(f"export --format {form}: {what}. Give a path with --output.")
 
 
 def write_tables(run: Run, form: str, output: Path, table: TableName | None = None) -> list[Path]:
@@ -224,7 +224,7 @@ def _json_of(run: Run) -> Iterator[str]:
 
 
 def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
-    return translate_write_errors(f"--output {output}", "Give another place.")
+    return translate_write_errors(f"--output {output}", "Choose another path.")
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
@@ -241,16 +241,14 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
     study, name = read_study(run), run.manifest.run
     if invalid := run_validity(run, study).invalid:
         raise InvalidRunError(
-            f"run {name} is invalid: {invalid}. A page of trends would keep its numbers as good ones. Measure again, "
+            f"run {name} is invalid: {invalid}. A dashboard would keep its numbers as valid ones. Measure again, "
             "or export it as json."
         )
     rows = [row for row in estimate_rows(run, study) if row["role"] == "variant" and math.isfinite(row["value"])]
     known = list(dict.fromkeys(row["metric"] for row in rows))
     wanted = matching(known, metrics) if metrics else default_metrics(run.manifest.phases, known)
     if metrics and not wanted:
-        raise UsageError(
-            f"--metric {' '.join(metrics)}: nothing of that name in run {name}. It has {', '.join(known)}."
-        )
+        raise UsageError(f"--metric {' '.join(metrics)}: run {name} has no such metric. It has {', '.join(known)}.")
     return [row for row in rows if row["metric"] in wanted]
 
 

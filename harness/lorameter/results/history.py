@@ -40,7 +40,7 @@ from lorameter.verdicts.validity import run_validity
 
 DEFAULT_METRIC = PRIMARY["train"]
 Direction = Literal["slower", "faster", "worse", "better"]
-_LEFT_OUT = ("worker", "packages")
+_OMITTED = ("worker", "packages")
 """Fields of the provenance that are large and cannot cause a change."""
 
 
@@ -174,12 +174,12 @@ def history_of(
         found_tracks = tuple(_track(tracks[key]) for key in sorted(tracks))
         return History(metric=metric, tracks=found_tracks, unreadable=unreadable)
     if measured:
-        there = sorted({f"{one.row['variant']} of {one.row['study']}" for one in measured})
+        known = sorted({f"{one.row['variant']} of {one.row['study']}" for one in measured})
         selection = " ".join(f"--{name} {value}" for name, value in (("study", study), ("variant", variant)) if value)
-        raise UsageError(f"history: no run here has {metric} with {selection}. There are {', '.join(there[:12])}.")
+        raise UsageError(f"history: no run here has {metric} with {selection}. There are {', '.join(known[:12])}.")
     if known := sorted({one.row["metric"] for one in read_estimates(runs, None)[0]}):
         raise UsageError(f"history: no run here has the metric {metric!r}. They have {', '.join(known)}.")
-    raise UsageError("history: no run here has a number. Measure some with `lorameter run`, or give --runs-dir.")
+    raise UsageError("history: no run here has a value. Measure some with `lorameter run`, or give --runs-dir.")
 
 
 def read_estimates(runs: Path, metric: str | None) -> tuple[list[Measured], dict[str, str]]:
@@ -199,7 +199,7 @@ def _measured(run: Run, metric: str | None) -> Iterator[Measured]:
     if run.manifest.sides or is_mixed(run):
         return
     provenance = facts_of(run.manifest.provenance, run.records)
-    facts = {name: value for name, value in provenance.items() if name not in _LEFT_OUT}
+    facts = {name: value for name, value in provenance.items() if name not in _OMITTED}
     facts = codec.to_json(facts | {"harness": provenance.get("worker", {}).get("harness")})
     for row in estimate_rows(run, read_study(run), metric):
         if row["role"] != "variant":
@@ -275,27 +275,27 @@ def _suspicion(change: LevelShift, old: Level, new: Level, counting: Sequence[Me
         high=high,
         direction=words[0] if ratio > 1 else words[1],
         differing=tuple(differences(before.facts, after.facts)),
-        confirm=confirming(before, after),
+        confirm=confirm_command(before, after),
     )
 
 
 def _break(before: Measured, after: Measured) -> Break:
     """The break between the last run of a line and the first run with another fingerprint or variant."""
-    (was, old), (now, new) = before.key, after.key
+    (fingerprint_before, old), (fingerprint_after, new) = before.key, after.key
     differing = differences(before.facts, after.facts)
     if old != new:
         differing.insert(0, Difference(field=f"variant {after.row['variant']}", base=old, candidate=new))
     return Break(
         before=before.moment,
         after=after.moment,
-        fingerprint_before=was,
-        fingerprint_after=now,
+        fingerprint_before=fingerprint_before,
+        fingerprint_after=fingerprint_after,
         differing=tuple(differing),
-        confirm=confirming(before, after),
+        confirm=confirm_command(before, after),
     )
 
 
-def confirming(before: Measured, after: Measured) -> str:
+def confirm_command(before: Measured, after: Measured) -> str:
     """The A/B that would confirm a change between two runs: of their versions if they differ, else of their commits.
 
     Empty if no nameable difference exists, or if a run was made with uncommitted changes.

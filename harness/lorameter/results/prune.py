@@ -58,7 +58,7 @@ def parse_age(text: str) -> float:
     """Seconds of `12h`, `30d` or `8w`. Raises `UsageError`."""
     match = _AGE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"--older = {text!r}: no age. Write hours, days or weeks, as in 12h, 30d, 8w.")
+        raise UsageError(f"--older = {text!r}: not an age. Write hours, days or weeks, as in 12h, 30d, 8w.")
     return float(match[1]) * _UNITS_S[match[2]]
 
 
@@ -151,7 +151,7 @@ def _remove(path: Path) -> str:
 
 DAMAGED = '{"damaged\n'
 """Replaces a damaged line, which must stay damaged: otherwise a run with a lost trial would look complete."""
-_TEXTS = re.compile(r"(?:base_)?answer_\d+|(?:cold_)?completion|examples")
+_TEXT_KEYS = re.compile(r"(?:base_)?answer_\d+|(?:cold_)?completion|examples")
 """Keys whose values are texts of records."""
 
 
@@ -169,7 +169,7 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
     """
     run = store.read_run(name, runs)
     if not fileio.is_folder(run.path):
-        raise UsageError(f"run {name!r}: it is packed already. Send that file.")
+        raise UsageError(f"run {name!r}: it is already packed. Send that file.")
     if run.live:
         raise UsageError(f"run {run.manifest.run}: it is being measured. Wait for its end, and pack it then.")
     target = output or Path(f"{run.manifest.run}{PACKED_SUFFIX}")
@@ -198,6 +198,6 @@ def _clean(data: Any, *, texts: bool) -> Any:
     if isinstance(data, list):
         return [_clean(item, texts=texts) for item in data]
     if isinstance(data, dict):
-        kept = {key: value for key, value in data.items() if texts or not _TEXTS.fullmatch(key)}
+        kept = {key: value for key, value in data.items() if texts or not _TEXT_KEYS.fullmatch(key)}
         return {redact(key): _clean(value, texts=texts) for key, value in kept.items()}
     return data

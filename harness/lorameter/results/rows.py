@@ -29,7 +29,7 @@ from lorameter.verdicts.ab import report_of
 from lorameter.verdicts.compare import row_of
 from lorameter.verdicts.same_training import facts_of
 from lorameter.verdicts.series import Series, group_trials, ratios_of
-from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, discounted, format_faults, run_validity
+from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, format_faults, mark_invalid, run_validity
 
 Row: TypeAlias = dict[str, Any]
 _UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
@@ -61,7 +61,7 @@ class Settings:
     def __init__(self, run: Run, study: Study) -> None:
         self._run, self._study = run, study
         self._variants = {variant.name: variant for variant in study.variants}
-        self._own = {} if study.of_scripts else read_own_workloads(run)
+        self._own_workloads = {} if study.of_scripts else read_own_workloads(run)
         self._faults: Sequence[Fault]
         try:
             self._faults = run_validity(run, study).faults
@@ -71,13 +71,13 @@ class Settings:
     def of(self, records: Sequence[TrialRecord]) -> Row:
         """The common columns of trials of one variant, role and side."""
         record, manifest = records[0], self._run.manifest
-        workload = None if self._study.of_scripts else self._own.get(record.name, self._study.workload)
+        workload = None if self._study.of_scripts else self._own_workloads.get(record.name, self._study.workload)
         return {
             "run": manifest.run,
             "study": self._study.name,
             "fingerprint": manifest.fingerprint,
             **_about_variant(record),
-            "variant_id": identify(record.variant, self._own.get(record.name)),
+            "variant_id": identify(record.variant, self._own_workloads.get(record.name)),
             **self._validity(record),
             **self._of_variant(record),
             **{
@@ -88,8 +88,8 @@ class Settings:
         }
 
     def _validity(self, record: TrialRecord) -> Row:
-        own = (record.name, record.side) if record.role == "variant" else None
-        faults = [fault for fault in self._faults if not fault.variant or own == (fault.variant, fault.side)]
+        key = (record.name, record.side) if record.role == "variant" else None
+        faults = [fault for fault in self._faults if not fault.variant or key == (fault.variant, fault.side)]
         if not faults:
             return {"valid": True}
         return {"valid": False, "invalid_reason": faults[0].reason.value, "invalid_message": format_faults(faults)}
@@ -111,9 +111,9 @@ class Settings:
     def _of_software(self, records: Sequence[TrialRecord]) -> Row:
         manifest = self._run.manifest
         provenance: Mapping[str, Any] = manifest.provenance
-        if own := manifest.sides.get(records[0].side, {}).get("facts"):  # in an A/B of environments or revisions
-            libraries = {package: own["packages"].get(normal_name(package)) for package in MAIN_LIBRARIES}
-            provenance = {**provenance, "libraries": libraries, "git": own.get("git", {})}
+        if side_facts := manifest.sides.get(records[0].side, {}).get("facts"):  # in an A/B of environments or revisions
+            libraries = {package: side_facts["packages"].get(normal_name(package)) for package in MAIN_LIBRARIES}
+            provenance = {**provenance, "libraries": libraries, "git": side_facts.get("git", {})}
         facts = facts_of(provenance, records)
         git, libraries = facts.get("git", {}), facts.get("libraries", {})
         versions = {package: libraries.get(package) for package in MAIN_LIBRARIES}
@@ -137,7 +137,7 @@ def trial_rows(run: Run, study: Study) -> Iterator[Row]:
     """A row for each trial; earlier attempts come before the last one."""
     settings, known = Settings(run, study), dict[tuple[str, str, str], Row]()
     attempts = [*((record, False) for record in run.disturbed), *((record, True) for record in run.records)]
-    for record, counts in sorted(attempts, key=lambda one: (one[0].position, one[0].attempt)):
+    for record, counts in sorted(attempts, key=lambda attempt: (attempt[0].position, attempt[0].attempt)):
         key, failure = (record.name, record.role, record.side), record.failure
         if key not in known or record.software:  # each process of a script reports its own
             known[key] = settings.of([record])
@@ -235,8 +235,8 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
         found += [] if control is None else [("control", reference, control)]
         for role, name, comparison in found:
             sides = {"role": role, "base": reference, "candidate": name}
-            counted = discounted(comparison, validity.invalid)
-            yield {**about, **sides, **_compared(name, metric, counted, groups.get((name, role)))}
+            counted = mark_invalid(comparison, validity.invalid)
+            yield {**about, **sides, **_comparison_row(name, metric, counted, groups.get((name, role)))}
 
 
 def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
@@ -244,15 +244,15 @@ def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
     for compared in report.comparisons:
         sides = {"role": "variant", "base": report.base, "candidate": report.candidate}
         yield sides | dataclasses.asdict(compared)
-    twin = next((name for name, role in groups if role == "control"), "")
+    reference = next((name for name, role in groups if role == "control"), "")
     for phase, control in validity.controls.items():
         if control is not None:
             sides = {"role": "control", "base": report.base, "candidate": report.base}
-            comparison = discounted(control, validity.broken)
-            yield sides | _compared(twin, PRIMARY[phase], comparison, groups.get((twin, "control")))
+            comparison = mark_invalid(control, validity.broken)
+            yield sides | _comparison_row(reference, PRIMARY[phase], comparison, groups.get((reference, "control")))
 
 
-def _compared(variant: str, metric: str, comparison: Comparison, series: Series | None) -> Row:
+def _comparison_row(variant: str, metric: str, comparison: Comparison, series: Series | None) -> Row:
     level = (series.interleaving(metric) if series else None) or "replicates"
     return dataclasses.asdict(row_of(variant, metric, comparison, level))
 
@@ -380,7 +380,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         _PHASE,
         _METRIC,
         _UNIT,
-        FrameColumn("higher_is_better", "flag", "which way is better"),
+        FrameColumn("higher_is_better", "flag", "whether a larger value is better"),
         FrameColumn("value", "number", "the estimate over replicates; for memory the maximum"),
         FrameColumn("low", "number", "lower end of the interval; missing if there is none"),
         FrameColumn("high", "number", "upper end"),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from packaging.version import Version
 
 
-MAX_TIMES = 4
+MAX_FACTOR = 4
 """Maximum factor by which an inconclusive comparison multiplies the replicates."""
 Side = Literal["slow", "fast", "open", "not measured"]
 Compare = Callable[[str, int], Comparison]
@@ -92,7 +92,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
     Args:
         candidates: in order, the good end first and the bad end last.
         compare: measures a candidate's spec against the good end.
-        replicates: number for one comparison; an inconclusive one gets up to `MAX_TIMES` times as many.
+        replicates: number for one comparison; an inconclusive one gets up to `MAX_FACTOR` times as many.
 
     Raises:
         ValueError: fewer than two candidates.
@@ -110,7 +110,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
             failed_twice = side == "not measured" and any(look.place == place and look.side == side for look in looks)
             looks.append(Look(place=place, label=label, side=side, comparison=result))
             count *= 2
-            if side in ("slow", "fast") or failed_twice or count > MAX_TIMES * replicates:
+            if side in ("slow", "fast") or failed_twice or count > MAX_FACTOR * replicates:
                 return side
 
     fast, slow = 0, len(candidates) - 1
@@ -195,8 +195,8 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
         return _releases(requirements[0], requirements[1])
     unknown = bad if first or requirements[0] else good
     raise UsageError(
-        f"bisect: --good {good!r} and --bad {bad!r}: {unknown!r} is no revision of {repository}, and no requirement of "
-        "an exact version. Name two commits, or two releases of one package as in peft==0.19.0."
+        f"bisect: --good {good!r} and --bad {bad!r}: {unknown!r} is neither a revision of {repository} nor a "
+        "requirement of an exact version. Name two commits, or two releases of one package as in peft==0.19.0."
     )
 
 
@@ -217,7 +217,7 @@ def _revisions(good: str, bad: str, first: str, last: str, repository: Path) -> 
     require(first != last, f"bisect: {good} and {bad} are the same commit. Name two.")
     require(
         run_git(repository, "merge-base", "--is-ancestor", first, last).returncode == 0,
-        f"bisect: {good} is no ancestor of {bad}. Name a good end that the bad one was made from.",
+        f"bisect: {good} is not an ancestor of {bad}. Name an ancestor of the bad end.",
     )
     listed = run_git(repository, "log", "--reverse", "--first-parent", "--format=%H %h %s", f"{first}..{last}")
     require(

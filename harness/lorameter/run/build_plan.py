@@ -127,7 +127,7 @@ def probe_memory(
             records[_key(slot.arm)] = _rehearse(plan, slot, executors[slot.executor], context)
     sizes = [size for arm in plan.arms if (size := _needed_bytes(records[_key(arm)])) is not None]
     level: Interleaving = "lockstep" if sizes and fits(sum(sizes), free) else "replicates"
-    why = "none of the scripts took a step, so the memory of all together is not known"
+    why = "none of the scripts took a step, so the memory of all scripts together is unknown"
     if sizes:
         why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
     settled = make_plan(plan.study, arms=plan.arms, phases=plan.phases, interleaving=level, why=why, sides=plan.sides)

@@ -16,8 +16,8 @@ from lorameter.errors import UsageError, require, shorten
 from lorameter.machine.nvml import VARIABLE, describe_gpus, shared_boards, visible_devices, visible_gpus
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import lora_of, uncounted, unknown_targets
-from lorameter.models.costs.memory import MemoryEstimate, birth_bytes, estimate_peak, peak_range
+from lorameter.models.costs.lora import lora_of, missing_formula, unknown_targets
+from lorameter.models.costs.memory import MemoryEstimate, baseline_bytes, estimate_peak, peak_range
 from lorameter.models.costs.peaks import stated_peak
 from lorameter.models.methods import check_methods
 from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
@@ -95,7 +95,7 @@ def check_feasible(
         if workload.model in unknown:
             continue
         check_widths(where, variant, shape, machine)
-        if uncounted(variant, shape):
+        if missing_formula(variant, shape):
             continue
         variant = lora_of(variant, shape)
         notices += _target_notices(where, variant, workload.model, shape)
@@ -108,7 +108,7 @@ def check_feasible(
             answers=answers,
             device=machine.device,
             repacks=machine.avx512_bf16,
-            process_bytes=birth_bytes(machine.cuda),
+            process_bytes=baseline_bytes(machine.cuda),
         )
         has, (low, _) = _memory(machine), peak_range(expected.needed_bytes, machine.device)
         if has is not None and low > has:
@@ -201,7 +201,7 @@ def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine,
     elif free is not None and high > free:
         yield Notice(
             code="memory-taken",
-            message=f"{about}, and only {format_bytes(free)} are free now: others hold the rest.",
+            message=f"{about}, and only {format_bytes(free)} are free now: other processes use the rest.",
             remedy="End them (`lorameter doctor` names those on the GPU), or measure where that much is free.",
         )
 

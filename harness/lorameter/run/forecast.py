@@ -11,16 +11,16 @@ from pathlib import Path
 
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import adapter_parameters, uncounted
+from lorameter.models.costs.lora import adapter_parameters, missing_formula
 from lorameter.models.costs.memory import (
     COPIED_SHARE,
     CUDA_CONTEXT_BYTES,
-    birth_bytes,
+    baseline_bytes,
     bound_bytes,
     estimate_peak,
     lora_like,
     mapped_bytes,
-    passing_bytes,
+    transient_bytes,
 )
 from lorameter.models.shapes import unknown_layers
 from lorameter.records import codec
@@ -43,7 +43,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     needs = needed_bytes(plan.arms, machine, runs)
     memory = combine(max, (_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups))
-    unknown = next(filter(None, (uncounted(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
+    unknown = next(filter(None, (missing_formula(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
     if unknown is not None:
         return dataclasses.replace(expected, memory_bytes=memory, unknown=unknown)
     tokens = sum(
@@ -78,13 +78,13 @@ def together_bytes(
     total = combine(sum, (needs[arm.name] for arm in arms))
     if total is None or machine.device != "cpu" or arms[0].workload.model == OWN:
         return total
-    shared = (len(arms) - 1) * int((1 - COPIED_SHARE) * birth_bytes(machine.cuda)) if forked else 0
+    shared = (len(arms) - 1) * int((1 - COPIED_SHARE) * baseline_bytes(machine.cuda)) if forked else 0
     mapped: set[BaseKey] = set()
     logits: list[int] = []
     for arm in arms:
         shape = shapes.shape(catalogue.resolve(arm.workload.model))
-        unknown = uncounted(arm.built, shape)
-        logits.append(passing_bytes(lora_like(arm.built) if unknown else arm.built, arm.workload, shape))
+        unknown = missing_formula(arm.built, shape)
+        logits.append(transient_bytes(lora_like(arm.built) if unknown else arm.built, arm.workload, shape))
         # A base that the adapter's initialisation changes, or whose biases train, is not mapped.
         if not (arm.built.rewrites_base or arm.built.trains_base or unknown):
             key = base_key(arm.built, arm.workload)
@@ -97,7 +97,7 @@ def together_bytes(
 def needed_bytes(arms: Sequence[Arm], machine: Machine, runs: Path | None) -> dict[str, int | None]:
     """Expected memory of a trial's processes on a device, by the name of the arm: the peak of an earlier run if there
     is one, else the estimate; None if the model's layers are unknown. On a GPU it is device memory."""
-    birth = birth_bytes(machine.cuda)
+    baseline = baseline_bytes(machine.cuda)
     kind, extra = "host_peak_train_bytes", 0
     if machine.device == "cuda":
         kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
@@ -110,10 +110,10 @@ def needed_bytes(arms: Sequence[Arm], machine: Machine, runs: Path | None) -> di
         shape = None if workload.model == OWN else shapes.shape(catalogue.resolve(workload.model))
         if shape is None or not isinstance(variant, Variant) or unknown_layers(shape):
             return None if peak is None else processes * peak
-        if uncounted(variant, shape):  # there is no formula for its method
-            return processes * (peak or bound_bytes(variant, workload, shape, machine.device, birth))
+        if missing_formula(variant, shape):  # there is no formula for its method
+            return processes * (peak or bound_bytes(variant, workload, shape, machine.device, baseline))
         expected = estimate_peak(
-            variant, workload, shape, device=machine.device, repacks=machine.avx512_bf16, process_bytes=birth
+            variant, workload, shape, device=machine.device, repacks=machine.avx512_bf16, process_bytes=baseline
         )
         if peak is None:
             return processes * expected.needed_bytes

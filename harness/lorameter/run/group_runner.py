@@ -80,7 +80,7 @@ class GroupRecords:
         ]
 
     def values(self, name: str) -> list[float]:
-        """A value of the live trials, as far as they have it."""
+        """The values with this name in the records of the live trials that have it."""
         records = (self.records[trial] for trial in self.live())
         return [record.values[name] for record in records if name in record.values]
 
@@ -97,13 +97,13 @@ class GroupRecords:
             record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
         self.records[trial] = record
 
-    def add_loss(self, trials: Iterable[str], lost: WorkerLostError) -> None:
-        """Record the death of their process; trials that had already failed keep their failure."""
+    def add_lost_worker(self, trials: Iterable[str], lost: WorkerLostError) -> None:
+        """Record that the process of these trials has died; trials that had already failed keep their failure."""
         for trial in trials:
             if self.is_ok(trial):
                 self.add(trial, PartialRecord().failed(lost.status, lost.failure))
 
-    def break_off(self, kind: str, message: str) -> None:
+    def record_interruption(self, kind: str, message: str) -> None:
         """Mark trials that have not ended as interrupted, or as not run if they had not begun."""
         for trial in self.live():
             if trial not in self.ended:
@@ -172,7 +172,7 @@ class GroupRunner:
             worker = executor.launch()
         except WorkerLostError as lost:
             records.begin(launch, begun)
-            records.add_loss([slot.trial for slot in launch], lost)
+            records.add_lost_worker([slot.trial for slot in launch], lost)
             return
         records.begin(launch, begun)
         for slot in launch:  # all of them before the first command, so that each has a record if the process dies
@@ -226,7 +226,7 @@ class GroupRunner:
 
     def _generate(self) -> None:
         wanted = {"requests", "open_ended", "merged", "cold"} & {
-            one for slot in self._group.slots for one in slot.measures
+            measure for slot in self._group.slots for measure in slot.measures
         }
         if self._group.turns and not (wanted and self._begin_requests()):
             for part in ("open_ended", "merged"):  # both need requests, and their rounds are counted as missing
@@ -252,13 +252,13 @@ class GroupRunner:
         find out whether there is time for more."""
         if not self._due(COMMANDS["begin_generate"]):
             return True
-        one = self._records.live()[:1] if self._budget.is_judging else []
-        seconds = self._run_untimed("begin_generate", trials=one)
+        first = self._records.live()[:1] if self._budget.is_judging else []
+        seconds = self._run_untimed("begin_generate", trials=first)
         self._request_s = seconds / self._first_requests
-        if one and not self._admits("requests"):
+        if first and not self._admits("requests"):
             self._budget.lap(None)
             return False
-        self._run_untimed("begin_generate", trials=[trial for trial in self._records.live() if trial not in one])
+        self._run_untimed("begin_generate", trials=[trial for trial in self._records.live() if trial not in first])
         self._lap_requests()
         return True
 
@@ -292,7 +292,7 @@ class GroupRunner:
         try:
             fragment = measure(self._records.slots[trial], self._requests[trial])
         except WorkerLostError as lost:
-            self._records.add_loss([trial], lost)
+            self._records.add_lost_worker([trial], lost)
             return
         warm, cold = self._records.records[trial].tokens.get("completion"), fragment.tokens.get("cold_completion")
         if fragment.status == "ok" and warm is not None and warm != cold:
@@ -426,7 +426,7 @@ class GroupRunner:
             fragment = answer()
         except WorkerLostError as lost:
             worker = self._workers[trial]
-            self._records.add_loss([other for other, host in self._workers.items() if host is worker], lost)
+            self._records.add_lost_worker([other for other, host in self._workers.items() if host is worker], lost)
             return
         changes: dict[str, Any] = {}
         if COMMANDS[command] is ROUNDS["steps"]:

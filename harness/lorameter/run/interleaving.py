@@ -60,12 +60,12 @@ def choose_interleaving(
         UsageError: the requested level is unknown, or not possible for these variants.
     """
     obstacles = (
-        (sided, "base and candidate are processes of their own"),
+        (sided, "base and candidate are separate processes"),
         (
             adapters > 1,
             f"requests have {adapters} adapters on a base, and those of other trials would take part in a switch",
         ),
-        (ranks > 1, f"a trial has {ranks} ranks, which are processes of its own"),
+        (ranks > 1, f"a trial has {ranks} ranks, each of which is a process"),
         # Trials on one base share values, such as its held-out loss, that depend on the workload.
         (workloads > 1, f"the variants are measured on {workloads} workloads"),
     )
@@ -77,25 +77,25 @@ def choose_interleaving(
             requested != "shared-base" or obstacle is None,
             f"interleave = 'shared-base': {obstacle}. Use lockstep, or leave the choice to lorameter.",
         )
-        return requested, "asked for"
+        return requested, "requested"
     on_one_base = "the variants differ in their adapters only"
     if obstacle is None and not one_heap:
         return "shared-base", on_one_base
     other: Interleaving = "replicates" if obstacle else "shared-base"
     why = obstacle or on_one_base
     if free_bytes is None:
-        return other, f"{why}, and how much memory is free cannot be known"
+        return other, f"{why}, and the amount of free memory is unknown"
     if together_bytes is None:
-        return other, f"{why}, and how much memory they need together cannot be known"
+        return other, f"{why}, and their total memory is unknown"
     sizes = f"all live together need about {format_bytes(together_bytes)} of {format_bytes(free_bytes)} free"
     if not fits(together_bytes, free_bytes):
         return other, f"{why}, and {sizes}"
     return "lockstep", f"{obstacle or ONE_HEAP}; {sizes}"
 
 
-_OF_A_PROCESS = {
+_PER_PROCESS = {
     "compile": "compile = True would recompile for every adapter, and fall back at its limit",
-    "merge_adapter": "merge_adapter = True changes the base for its requests",
+    "merge_adapter": "merge_adapter = True changes the base during its requests",
     "liger_kernel": "liger_kernel = True swaps functions of the architecture for the whole process",
 }
 """Why a variant with one of these keys shares no process."""
@@ -112,9 +112,9 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
     for variant in variants:
         label = variant.name or variant.id
         if not isinstance(variant, Variant):
-            return f"{label} is a command, which has a model of its own"
+            return f"{label} is a command, which has its own model"
         if variant.method_name != first.method_name:
-            return f"{label} has another method than {first.name or first.id}, and PEFT has adapters of one on a base"
+            return f"{label} and {first.name or first.id} have different methods, and PEFT allows one method on a base"
         if isinstance(variant, LoraVariant):
             if variant.rewrites_base:
                 return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
@@ -123,8 +123,8 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
         else:
             facts = facts_of([variant])[variant.name]
             if variant.trains_base or not (facts.keeps_base and facts.several):
-                return f"{label}: {variant.method_name} changes the base, or has one adapter on it"
-        if why := next((why for key, why in _OF_A_PROCESS.items() if getattr(variant, key)), None):
+                return f"{label}: {variant.method_name} changes the base, or allows only one adapter on it"
+        if why := next((why for key, why in _PER_PROCESS.items() if getattr(variant, key)), None):
             return f"{label}: {why}"
         differing = sorted(
             key for key in variant.differences(first) if key not in ADAPTER_FIELDS and not key.startswith("peft.")

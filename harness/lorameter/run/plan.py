@@ -239,7 +239,7 @@ def make_plan(
     arms: Sequence[Arm] = (),
     phases: Sequence[str] = PHASES,
     interleaving: Interleaving = "replicates",
-    why: str = "asked for",
+    why: str = "requested",
     provisional: bool = False,
     sides: Sides | None = None,
 ) -> Plan:

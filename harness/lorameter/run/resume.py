@@ -19,7 +19,7 @@ import msgspec
 
 from lorameter.errors import UsageError, require
 from lorameter.machine import provenance
-from lorameter.machine.provenance import OF_A_KIND, MachineFacts, git_state
+from lorameter.machine.provenance import HARDWARE_FIELDS, MachineFacts, git_state
 from lorameter.records import codec, store
 from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
@@ -117,17 +117,19 @@ def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
         if side["kind"] not in (PRESENT, SIDE):
             fields = (*SIDE_FIELDS, *(("git",) if side["kind"] == "revision" else ()))
             now = codec.to_json(facts[name].host or {})
-            was, is_now = ({field: one.get(field) for field in fields} for one in (side["facts"], now))
-            if was != is_now:
-                raise _other_kind(run, f"its {name}", was, is_now)
+            then, is_now = (
+                {field: facts_of_side.get(field) for field in fields} for facts_of_side in (side["facts"], now)
+            )
+            if then != is_now:
+                raise _other_kind(run, f"its {name}", then, is_now)
     check_place(run, next(iter(facts.values())))
 
 
 def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
     changes = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(was, now))
     return UsageError(
-        f"run {run.manifest.run}: it cannot be resumed here, because {what} would be of two kinds: {changes}. "
-        "Resume it where it began, with what was installed there, or measure a new run."
+        f"run {run.manifest.run}: it cannot be resumed here, because {what} would change during the run: {changes}. "
+        "Resume it on the original machine with the original packages, or measure a new run."
     )
 
 
@@ -140,7 +142,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
     manifest, study = run.manifest, study_of(run)
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
-    without += OF_A_KIND if study.protocol.mixed else ()
+    without += HARDWARE_FIELDS if study.protocol.mixed else ()
     was, now = (
         codec.to_json(provenance.fingerprint_fields(one, without=without)) for one in (manifest.provenance, here)
     )
@@ -159,7 +161,7 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
     if not manifest.sides:
         check_place(run, placement.facts)
     elif is_calibration(manifest) and placement.is_remote:
-        raise UsageError(f"run {manifest.run} is a calibration, of the machine that it is started on. Use --on here.")
+        raise UsageError(f"run {manifest.run} is a calibration, which measures the current machine. Use --on here.")
     sides: dict[Side, SideSpec] = {}
     for name in SIDES if manifest.sides else ():
         side, spec = manifest.sides[name], manifest.sides[name]["spec"]
@@ -227,7 +229,7 @@ def continue_manifest(manifest: Manifest, begun: Manifest, max_minutes: float | 
             Notice(
                 code="harness-version-changed",
                 message=f"the run was resumed by harness {harness}; before it was {earlier[-1]}.",
-                remedy="Measure a new run if what changed in between bears on a number.",
+                remedy="Measure a new run if a change between the versions affects a number.",
             ),
         )
     resumed = (*manifest.resumed, again)

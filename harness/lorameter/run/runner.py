@@ -40,11 +40,11 @@ def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str
     if protocol.precision is not None:
         comparisons = _compare_all(plan, records)
         if is_precise(comparisons, half_width=protocol.precision, least_replicates=MIN_TO_STOP):
-            widest = max(width for one in comparisons if (width := relative_half_width(one)) is not None)
+            widest = max(width for comparison in comparisons if (width := relative_half_width(comparison)) is not None)
             replicates = len({record.replicate for record in records})
             return (
                 f"every interval is within ±{100 * widest:.2g} % after {format_count(replicates, 'replicate')}, and "
-                f"±{100 * protocol.precision:.2g} % were asked for"
+                f"±{100 * protocol.precision:.2g} % were requested"
             )
     if budget.longest_s is not None and budget.longest_s > budget.left_s:
         return f"another replicate would end after the limit of {protocol.max_minutes:g} minutes"
@@ -131,7 +131,7 @@ class _PlanRun:
         self._parts, self._earlier, self._stops = parts, earlier, stops
         self._on_cpu = parts.context.device == "cpu"
         self._ended = {record.trial: record for record in records_outside(self.left, earlier)}
-        self._untouched = {record.trial: record for record in earlier if record.trial not in self._ended}
+        self._interrupted = {record.trial: record for record in earlier if record.trial not in self._ended}
         self._took_s: dict[Group, float] = {}
 
     def records(self) -> tuple[TrialRecord, ...]:
@@ -165,10 +165,10 @@ class _PlanRun:
         except TimeLimitTooShortError:
             raise
         except KeyboardInterrupt as interrupt:
-            records.break_off("Interrupted", "stopped by the user")
+            records.record_interruption("Interrupted", "stopped by the user")
             ended_by = interrupt
         except Exception as defect:  # a defect of the harness must not lose measurements
-            records.break_off(type(defect).__name__, f"the parent failed: {defect}")
+            records.record_interruption(type(defect).__name__, f"the parent failed: {defect}")
             ended_by = defect
         for record in records.records.values():
             if record.settled or record.trial not in self._ended:  # an interrupted second attempt keeps the first one
@@ -192,8 +192,8 @@ class _PlanRun:
     def give_up(self) -> None:
         """Save a record for each remaining trial: its state when the run was interrupted, else `not_run`."""
         for slot in (slot for group in self.left for slot in group.slots if slot.trial not in self._ended):
-            if slot.trial in self._untouched:
-                self._ended[slot.trial] = self._untouched[slot.trial]
+            if slot.trial in self._interrupted:
+                self._ended[slot.trial] = self._interrupted[slot.trial]
             else:
                 self._keep(begin_record(slot, "not_run"))
 

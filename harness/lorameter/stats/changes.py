@@ -9,7 +9,7 @@ vectorised operations.
 
 The penalty is in units of the variance, which must be estimated. A first estimate from successive differences, which a
 change hardly affects, gives a first segmentation. The scatter around its levels is a better estimate, free of the
-changes, and gives the final segmentation. `OF_FEW` accounts for the uncertain scatter of few values.
+changes, and gives the final segmentation. `FEW_VALUES_PENALTY` accounts for the uncertain scatter of few values.
 
 Levels give no verdict: runs at different times have only the machine in common, and two similar levels are never called
 equivalent.
@@ -45,14 +45,14 @@ MIN_POINTS = 10
 """With fewer values, the scatter cannot be estimated."""
 MIN_SEGMENT = 3
 """Minimum values of a level."""
-WINDOW, FARTHEST = 5, 3.0
-"""A value is an outlier if it is farther than `FARTHEST` standard deviations from the median of `WINDOW` neighbours
+WINDOW, OUTLIER_SDS = 5, 3.0
+"""A value is an outlier if it is farther than `OUTLIER_SDS` standard deviations from the median of `WINDOW` neighbours
 (including itself), and is moved to that distance: one night with other load must not make a level, but three nights of
 a new level are a majority."""
-PENALTY, OF_FEW = 9.0, 110.0
-"""A change must reduce the sum of squares by `PENALTY` variances, plus `OF_FEW` divided by the number of values,
-because few values underestimate the scatter. With these, at most 4 % of simulated series of 10 to 90 values without a
-change show one."""
+PENALTY, FEW_VALUES_PENALTY = 9.0, 110.0
+"""A change must reduce the sum of squares by `PENALTY` variances, plus `FEW_VALUES_PENALTY` divided by the number of
+values, because few values underestimate the scatter. With these, at most 4 % of simulated series of 10 to 90 values
+without a change show one."""
 ALPHA = 0.05
 POWER_Z = 0.8416
 """Distance from a limit, in standard deviations, at which the limit is exceeded with 80 % power."""
@@ -114,7 +114,7 @@ def find_changes(logs: Sequence[float]) -> Course:
     if values.size < MIN_POINTS:
         few = [_level(values, 0, values.size, None, 0)] if values.size else []
         return Course(levels=tuple(few), changes=(), scatter=None, detectable=None)
-    needed, guess = PENALTY + OF_FEW / values.size, _guess_scatter(values)
+    needed, guess = PENALTY + FEW_VALUES_PENALTY / values.size, _guess_scatter(values)
     values = _without_outliers(values, guess)
     ends = divide(values, needed * guess**2)
     scatter = _scatter_around(values, ends)
@@ -179,7 +179,7 @@ def _without_outliers(values: NDArray[float64], scatter: float) -> NDArray[float
     places = np.arange(values.size)
     first = np.clip(places - WINDOW // 2, 0, values.size - WINDOW)
     medians = np.median(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[first], axis=1)
-    return np.clip(values, medians - FARTHEST * scatter, medians + FARTHEST * scatter)
+    return np.clip(values, medians - OUTLIER_SDS * scatter, medians + OUTLIER_SDS * scatter)
 
 
 def _scatter_around(values: NDArray[float64], ends: Sequence[int]) -> float:
@@ -217,7 +217,7 @@ _MAD_TO_SD = 1.4826 / math.sqrt(2)
 # Barrett et al. require the last quarter of a series to be steady; and most steps after its start must be at its level.
 _MIN_STEADY_SHARE = 0.25
 _MIN_SHARE_AT_LEVEL = 0.75
-_AT_ONCE = 1000
+_CHUNK_SIZE = 1000
 """Number of series that are processed together: a run of this many series with 200 steps takes a few megabytes."""
 
 
@@ -237,14 +237,14 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
     series = [checked_samples(f"trial {index}", trial, positive=True) for index, trial in enumerate(trials)]
     found = [False] * len(series)
     by_length: dict[int, list[int]] = {}
-    for index, one in enumerate(series):
-        if one.size >= 2 * MIN_SEGMENT:
-            by_length.setdefault(one.size, []).append(index)
-    for alike in by_length.values():
-        for start in range(0, len(alike), _AT_ONCE):
-            some = alike[start : start + _AT_ONCE]
-            log_times = np.log(np.stack([series[index] for index in some]))
-            for index, drifted in zip(some, _drifting(log_times, allowed), strict=True):
+    for index, times in enumerate(series):
+        if times.size >= 2 * MIN_SEGMENT:
+            by_length.setdefault(times.size, []).append(index)
+    for same_length in by_length.values():
+        for start in range(0, len(same_length), _CHUNK_SIZE):
+            chunk = same_length[start : start + _CHUNK_SIZE]
+            log_times = np.log(np.stack([series[index] for index in chunk]))
+            for index, drifted in zip(chunk, _drifting(log_times, allowed), strict=True):
                 found[index] = drifted
     return found
 

@@ -47,7 +47,7 @@ from lorameter.stats.verdict import (
     replicates_needed,
 )
 
-_HOW = {"none": "not paired", "replicate": "paired by replicate", "turn": "paired turn by turn"}
+_PAIRING_WORDS = {"none": "not paired", "replicate": "paired by replicate", "turn": "paired turn by turn"}
 
 
 def compare_trials(
@@ -81,7 +81,7 @@ def effect_of(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
     )
     if not (math.isfinite(effect.log_ratio) and from_log(effect.log_ratio)):
         raise ValueError(
-            f"the log ratio of candidate to base is {effect.log_ratio:g}, more than a number holds: check the units"
+            f"the log ratio of candidate to base is {effect.log_ratio:g}, too large for a float: check the units"
         )
     return effect
 
@@ -95,7 +95,7 @@ def decide(effect: Effect, rule: VerdictRule) -> Comparison:
             ratio=math.exp(effect.log_ratio),
             low=None,
             high=None,
-            reason="one replicate gives no interval and no scatter to plan with: measure 5 on both sides, at least 2",
+            reason="one replicate gives neither an interval nor a scatter: measure 5 on both sides, at least 2",
             replicates=effect.replicates,
             replicates_needed=None,
             mde80=None,
@@ -139,7 +139,7 @@ def _reason(
     interval = _interval(1 - 2 * tail, effect.log_ratio, spread.half_width(tail))
     narrow = _interval(1 - 2 * rule.alpha, effect.log_ratio, spread.half_width(rule.alpha))
     tolerance, margin = _percent(rule.tolerance), _percent(rule.margin)
-    count = f"{effect.replicates} replicates, {_HOW[effect.pairing]}"
+    count = f"{effect.replicates} replicates, {_PAIRING_WORDS[effect.pairing]}"
     if spread.shared_by:
         count += f", scatter shared by {spread.shared_by} comparisons, {spread.df:.3g} degrees of freedom"
     if spread.standard_error == 0:

@@ -92,8 +92,8 @@ def log_ratios(
     """
     if len(base) != len(candidate):
         raise ValueError(
-            f"base has {len(base)} trials and candidate {len(candidate)}: pairing {pairing!r} needs one of each a "
-            "replicate; leave a replicate that failed on one side out on both, or pass pairing='none'"
+            f"base has {len(base)} trials and candidate {len(candidate)}: pairing {pairing!r} needs one of each per "
+            "replicate; if a replicate failed on one side, omit it on both, or pass pairing='none'"
         )
     if pairing == "replicate":
         return _log_medians(candidate) - _log_medians(base)

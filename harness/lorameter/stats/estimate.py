@@ -85,7 +85,7 @@ def estimate_trials(
     value, low, high = (from_log(end) if logs and end is not None else end for end in ends)
     value = float(medians[0]) if medians.size == 1 else value
     if value is None or not all(math.isfinite(number) for number in (value, low or 0, high or 0)):
-        raise ValueError(f"the trials' medians, up to {np.abs(medians).max():g}, add up to no number: check the units")
+        raise ValueError(f"the trials' medians, up to {np.abs(medians).max():g}, have no finite sum: check the units")
     return TrialsEstimate(
         value=value, low=low, high=high, replicates=len(arrays), samples=sum(array.size for array in arrays)
     )

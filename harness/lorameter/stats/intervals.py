@@ -65,10 +65,10 @@ _NORMAL_DF = 1e6
 # used.
 _LARGE_T = 1000.0
 # Calibration and families repeat the same few calls thousands of times.
-_REMEMBERED = 4096
+_CACHE_SIZE = 4096
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=_CACHE_SIZE)
 def quantile(df: float, tail: float) -> float:
     """The t value that is exceeded with probability `tail` (0 < tail < 1) at `df` degrees of freedom."""
     from scipy.special import stdtrit
@@ -77,7 +77,7 @@ def quantile(df: float, tail: float) -> float:
     return -float(stdtrit(min(df, _NORMAL_DF), tail))
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=_CACHE_SIZE)
 def noncentrality(df: float, tail: float, power: float) -> float:
     """The effect, in standard errors, for which `T > quantile(df, tail)` holds with probability `power`."""
     from scipy.special import chdtri, nctdtrinc
@@ -110,7 +110,7 @@ def mean_interval(values: Sequence[float] | NDArray[float64], *, alpha: float = 
     import numpy as np
 
     if not len(values):
-        raise ValueError("no value: pass one at least")
+        raise ValueError("no value: pass at least one")
     mean = float(np.mean(values))
     if len(values) == 1:
         return Estimate(value=mean, low=None, high=None)
@@ -169,7 +169,7 @@ def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> Estimate
 
     ordered = np.sort(checked_samples("values", values, positive=False))
     median, tail = float(np.median(ordered)), alpha / 2
-    if ordered.size < _least_samples(0.5, tail):
+    if ordered.size < _min_samples(0.5, tail):
         return Estimate(value=median, low=None, high=None)
     low, high = _ranks(ordered.size, 0.5, tail)
     return Estimate(value=median, low=float(ordered[low - 1]), high=float(ordered[high - 1]))
@@ -188,7 +188,7 @@ def percentile(
 
     ordered = np.sort(checked_samples("samples", samples, positive=False))
     size = ordered.size if effective_size is None else min(ordered.size, math.floor(effective_size))
-    if size < _least_samples(q, 1 - confidence):
+    if size < _min_samples(q, 1 - confidence):
         return None
     low, high = _ranks(size, q, 1 - confidence)
     # The ranks are for `size` independent samples; they are rounded outwards to ranks among all samples.
@@ -200,7 +200,7 @@ def percentile(
     )
 
 
-def _least_samples(q: float, tail: float) -> int:
+def _min_samples(q: float, tail: float) -> int:
     """The smallest n for which the extremes bound the quantile on both sides: max(q, 1 - q)^n <= tail."""
     exact = math.log(tail) / math.log(max(q, 1 - q))
     return max(math.ceil(exact - 1e-9), 1)
@@ -326,4 +326,4 @@ def _interval(count: float, of: float, alpha: float) -> tuple[float, float]:
 
 def _check(count: int, of: int) -> None:
     if of < 1 or not 0 <= count <= of:
-        raise ValueError(f"{count} of {of}: pass a part of something")
+        raise ValueError(f"{count} of {of}: the count must be between 0 and the total, and the total at least 1")

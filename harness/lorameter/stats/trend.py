@@ -235,7 +235,7 @@ def _checked(contrasts: NDArray[float64]) -> list[_Contrast]:
     for index, column in enumerate(columns.T):
         effect = paired_effect(column, "replicate")
         if effect.spread is None:
-            raise ValueError("one replicate has no scatter to judge by: measure 2 or more")
+            raise ValueError("one replicate gives no scatter: measure at least 2")
         found.append(_Contrast(index=index, mean=effect.log_ratio, spread=effect.spread, replicates=effect.replicates))
     return found
 

@@ -114,10 +114,10 @@ class ClaimPart:
         of_pair = self.rule in OF_PAIRS and self.axis != ENGINE
         needed = 2 if of_pair else _LEVELS.get(self.rule, 0)
         listed = f"{where}: levels = {list(self.levels)}"
-        pair = f'the rule is about a pair. Name the two levels, what it starts from first, or write axis = "{ENGINE}".'
+        pair = f'the rule compares two levels. Name both, the base first, or write axis = "{ENGINE}".'
         require(not of_pair or len(self.levels) == needed, f"{listed}: {pair}")
         require(len(self.levels) == needed, f"{listed}: {needed} expected. Name that many of the axis.")
-        require(len(set(self.levels)) == len(self.levels), f"{listed}: the same one twice. Name two.")
+        require(len(set(self.levels)) == len(self.levels), f"{listed}: the same level twice. Name two different ones.")
         best = self.rule == "best"
         require(
             bool(self.metrics) == best and bool(self.metric) != best,
@@ -126,7 +126,7 @@ class ClaimPart:
         others = f"{where}: against = {list(self.against)}"
         largest = self.rule == "largest-effect"
         require(bool(self.against) == largest, f"{others}: needed by 'largest-effect', and by it only.")
-        require(self.axis not in self.against, f"{others}: holds the axis itself. Leave it out.")
+        require(self.axis not in self.against, f"{others}: contains the axis itself. Leave it out.")
         of_memory = self.rule in ("lowers", "costs-at-most")
         known = COUNTED if self.rule == "rises" else (*METRICS, *([PEAK] if of_memory else []))
         for name in self.metrics or (self.metric,):
@@ -140,11 +140,11 @@ class ClaimPart:
         if name == "by":
             known_metric = METRICS.get(self.metric)
             is_time = known_metric and known_metric.unit == "s" and not known_metric.higher_is_better
-            no_time = f"{where}: metric {self.metric!r}: no time. Name one, such as step_time_s."
+            no_time = f"{where}: metric {self.metric!r}: not a time. Name a time, such as step_time_s."
             require(is_time or self.rule != "faster", no_time)
             require(
                 0 < limit < (1 if self.rule == "lowers" else 1000),
-                f"{where}: by = {limit}: no share that can be promised. 0.2 is 20 %; nothing falls by 1 or more.",
+                f"{where}: by = {limit}: not a possible share. 0.2 means 20 %; a metric cannot fall by 1 or more.",
             )
 
     @property

@@ -40,11 +40,11 @@ class Engine:
     proof: dict[str, Any]
     """Paths of kernels_check with their required values: true, a word, or one of "any", "less" and "not false"."""
     needs: Literal["", "cuda"] = ""
-    """The device that it needs; other devices have nothing to measure."""
+    """The device that it needs; on other devices it cannot be measured."""
     package: str = ""
     """The distribution whose version is part of a result."""
     flag: str = ""
-    """The usual option of a training script for it, in braces, for messages."""
+    """Its usual option in a training script, in braces; shown in messages."""
 
     def __post_init__(self) -> None:
         require(self.title and self.variant, "[engine]: title and variant are needed. Add them.")

@@ -111,8 +111,8 @@ class Protocol:
         require(self.phases, f"protocol: phases = []: nothing to measure. Name some of {', '.join(PHASES)}.")
         require(
             not self.mixed or self.precision is None,
-            f"protocol: precision = {self.precision}: it is of one interval, and with mixed each site has its own. "
-            "Leave one of the two out, and give replicates.",
+            f"protocol: precision = {self.precision}: a precision needs one interval, but with "
+            "mixed each site has its own. Remove one of the two, and set replicates.",
         )
         self._check_place()
 
@@ -145,7 +145,7 @@ class Protocol:
             )
             require(
                 not self.mixed or len(self.sites) > 1,
-                "mixed: there is one site here, which is like itself. Name several by sites, or take it out.",
+                "mixed: there is only one site. Name several in sites, or remove mixed.",
             )
         else:
             require(

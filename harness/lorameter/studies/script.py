@@ -151,7 +151,7 @@ def hide_credentials(words: Sequence[str]) -> list[str]:
     shown: list[str] = []
     secret = False
     for word in words:
-        shown.append(HIDDEN if secret and is_credential(word, apart=True) else _hide_word(word))
+        shown.append(HIDDEN if secret and is_credential(word, after_blank=True) else _hide_word(word))
         secret = word.startswith("-") and "=" not in word and sounds_secret(word)
     return shown
 
@@ -172,6 +172,6 @@ def _hide_word(word: str) -> str:
     a command line."""
     name, equals, value = word.partition("=")
     whole = name.startswith("-") or len(word.split()) == 1
-    if equals and whole and _FIELD.fullmatch(name) and sounds_secret(name) and is_credential(value, apart=False):
+    if equals and whole and _FIELD.fullmatch(name) and sounds_secret(name) and is_credential(value, after_blank=False):
         return f"{name}={HIDDEN}"
     return redact(word, whole_addresses=False)

@@ -74,13 +74,13 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
         text, before = found["group"], command[found.start() - 1 : found.start()]
         if text is None:
             if found[0] in "{}":
-                raise _refused(command, "a brace without its partner", "Close it, or write {{ or }} for a brace")
+                raise _refused(command, "an unmatched brace", "Close it, or write {{ or }} for a literal brace")
             return found[0][0]
         if before == "$" or text[:1] in ("'", '"'):
-            raise _refused(command, "a brace that is a shell's or the script's own", "Double those: {{ and }}")
+            raise _refused(command, "a brace that belongs to the shell or the script", "Double it: {{ and }}")
         off, bar, on = text.replace("{{", "{").replace("}}", "}").partition("|")
         if not text.strip():
-            raise _refused(command, "an empty brace", f"Write what turns the engine on: {example}")
+            raise _refused(command, "empty braces", f"Write the text that turns the engine on: {example}")
         if bar and (not off.strip() or not on.strip() or "|" in on):
             raise _refused(command, f"{{{text}}} is not two alternatives", "Write {without|with}")
         return (on if with_it else off) if bar else (off if with_it else "")
@@ -89,7 +89,7 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
         raise _refused(command, "three braces in a row are ambiguous", "Put a blank between them")
     lines = [_BRACES.sub(lambda found, one=one: choose(found, one), command) for one in (False, True)]  # type: ignore[misc]
     if lines[0] == lines[1]:
-        raise _refused(command, "nothing differs", f"Put what turns the engine on in braces: {example}")
+        raise _refused(command, "nothing differs", f"Put the text that turns the engine on into braces: {example}")
     off, on = (shlex.join(split_command(_LABEL, line)) for line in lines)
     return off, on
 
@@ -112,8 +112,8 @@ def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
     engine = study.engine
     if engine is None or not study.claims:
         raise UsageError(
-            f"study {study.name}: it claims nothing of an engine, so there is nothing to judge a script by. Name one "
-            "that does (`lorameter list studies`), or compare two commands: lorameter ab --base-command ... "
+            f"study {study.name}: it has no claim about an engine, by which a script could be judged. Name one "
+            "that has (`lorameter list studies`), or compare two commands: lorameter ab --base-command ... "
             "--candidate-command ..."
         )
     off, on = split_braces(command, f"'python train.py {engine.flag or '{--flag}'}'")

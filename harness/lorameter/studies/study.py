@@ -73,12 +73,12 @@ class Study:
             require(names.count(name) == 1, f"{where}: variant name {name!r} is used twice. Rename one.")
         require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
         for key in self.replaced:
-            require(self._place_of(key), f"{where}: replaced = {key!r}: no field of it. Take it out.")
+            require(self._place_of(key), f"{where}: replaced = {key!r}: not a field of the study. Remove it.")
         if self.scripts:
             require(
                 not self.built,
                 f"{where}: variant {self.built[0].name if self.built else ''!r} has no command and others have one: a "
-                "script and a variant of lorameter's own have no step in common. Make it a study of its own.",
+                "script and a variant of lorameter's own have no common step. Write a separate study for it.",
             )
             check_scripts(self)
         if self.engine is not None:
@@ -148,7 +148,7 @@ class Study:
             )
             require(
                 not (self.of_scripts or self.workload.ranks > 1),
-                f"{where}: variants of commands and of several ranks have none. Leave it out.",
+                f"{where}: commands and variants of several ranks cannot have their own workload. Remove it.",
             )
             for key in fields:
                 require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
@@ -156,7 +156,9 @@ class Study:
 
     def _check_claims(self) -> None:
         ids = Counter(claim.id for claim in self.claims)
-        levels = {axis: self.levels(axis) for axis in dict.fromkeys(axis for one in self.claims for axis in one.axes)}
+        levels = {
+            axis: self.levels(axis) for axis in dict.fromkeys(axis for claim in self.claims for axis in claim.axes)
+        }
         for claim in self.claims:
             where = f"study {self.name}, claim {claim.id!r}"
             require(ids[claim.id] == 1, f"{where}: the id is used twice. Rename one.")
@@ -175,7 +177,7 @@ class Study:
                 numbers = [float(level) for level in known if is_number(level)]
                 require(
                     part.rule not in LINEAR or part.rule == "equal" or len(numbers) == len(known),
-                    f"{where}: axis = {part.axis!r}: its levels are no numbers, and {part.rule!r} lays a line through "
+                    f"{where}: axis = {part.axis!r}: its levels are not numbers, and {part.rule!r} fits a line through "
                     'them. Use "differs", "equal", "highest", "lowest", "lowers" or "costs-at-most".',
                 )
                 least = min(numbers, default=1.0)
@@ -210,7 +212,7 @@ class Study:
 
         found = [
             (_level(value_of(variant)), variant.name)
-            for variant in (centre, *(one for one in self.variants if one is not centre))
+            for variant in (centre, *(variant for variant in self.variants if variant is not centre))
             if set(self._differences(variant, own)) <= {axis}
         ]
         return tuple(sorted(found)) if all(is_number(level) for level, _ in found) else tuple(found)

@@ -270,13 +270,13 @@ def resolve(data: str) -> DataSource:
         return _folder(Path(name), split, where)
     if fileio.is_there(name):
         require(not split, f"{where}: a file has no splits. Leave [{split}] out.")
-        require(fileio.is_file(name), f"{where}: it is no plain file. {REMEDY}")  # a pipe would block
+        require(fileio.is_file(name), f"{where}: it is not a regular file. {REMEDY}")  # a pipe would block
         ends = f"its name ends in none of {', '.join(ENDINGS)}"
         require(name.endswith(ENDINGS), f"{where}: a file of no known kind: {ends}. {REMEDY}")
         return DataSource(kind="file", name=name, files=(Path(name),))
     hub = None if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) else _HUB.fullmatch(name)
     if hub is None:
-        raise UsageError(f"{where}: no such file or folder, and no id of the hub. {REMEDY}")
+        raise UsageError(f"{where}: no such file or folder, and not an id of the hub. {REMEDY}")
     return DataSource(kind="hub", name=hub["name"], config=hub["config"] or "", split=split or DEFAULT_SPLIT)
 
 

@@ -40,7 +40,9 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     `adapter_bytes` all parameters that train, `gradient_bytes` the current gradients, `optimizer_state_bytes` all state
     of the optimizer, and `paged_optimizer_state_bytes` the part of that state in managed memory.
     """
-    sizes = {kind: sum(one.nbytes for one in tensors) for kind, tensors in resident_tensors(model, optimizer).items()}
+    sizes = {
+        kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in resident_tensors(model, optimizer).items()
+    }
     trained, paged, gradients, state, quantization = (
         sizes.pop(kind)
         for kind in ("adapter", "paged_optimizer_state", "gradients", "optimizer_state", "quantization_state")
@@ -154,19 +156,19 @@ def read_pages() -> Pages:
     files: Counter[str] = Counter()
     ranges: list[tuple[int, int, str]] = []
     generated = 0
-    for one in psutil.Process().memory_maps(grouped=False):
-        if one.path.startswith("/"):
-            first, _, end = one.addr.partition("-")
-            ranges.append((int(first, 16), int(end, 16), one.path))
-            files[one.path] += one.rss
-        elif one.path == "[anon]" and "x" in one.perms:  # the kernel's own pages have names
-            generated += one.rss
+    for mapping in psutil.Process().memory_maps(grouped=False):
+        if mapping.path.startswith("/"):
+            first, _, end = mapping.addr.partition("-")
+            ranges.append((int(first, 16), int(end, 16), mapping.path))
+            files[mapping.path] += mapping.rss
+        elif mapping.path == "[anon]" and "x" in mapping.perms:  # the kernel's own pages have names
+            generated += mapping.rss
     return Pages(resident_bytes=host_bytes("VmRSS"), files=files, generated_bytes=generated, ranges=tuple(ranges))
 
 
 # --- live tensors -----------------------------------------------------------------------------------------------------
 
-RANK = ("temporaries", "activations", "gradients", "kv_cache", "logits")
+KIND_ORDER = ("temporaries", "activations", "gradients", "kv_cache", "logits")
 """A storage's kind can only rise in this order: a temporary becomes an activation when it is saved."""
 
 
@@ -191,10 +193,10 @@ class LiveTensors(TorchDispatchMode):
         self._device = torch.device(device).type
         self._on_change = on_change
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
-        self.bytes: dict[str, int] = dict.fromkeys(RANK, 0)
+        self.bytes: dict[str, int] = dict.fromkeys(KIND_ORDER, 0)
         """Bytes that are currently alive."""
 
-    def note(self, tensor: torch.Tensor, kind: str) -> None:
+    def count(self, tensor: torch.Tensor, kind: str) -> None:
         """Count a tensor's storage under this kind, unless it has a higher kind."""
         if tensor.device.type != self._device or tensor.layout is not torch.strided:
             return
@@ -209,7 +211,7 @@ class LiveTensors(TorchDispatchMode):
             self.bytes[kind] += storage.nbytes()
             return
         reference, before, size = self._alive[key]
-        if RANK.index(kind) > RANK.index(before):
+        if KIND_ORDER.index(kind) > KIND_ORDER.index(before):
             self._alive[key] = reference, kind, size
             self.bytes[before] -= size
             self.bytes[kind] += size
@@ -230,20 +232,20 @@ class LiveTensors(TorchDispatchMode):
             yield
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.note(tensor, "activations")
+        self.count(tensor, "activations")
         self._on_change(self.bytes)
         return tensor.detach()  # the tensor itself would form a reference cycle, which only garbage collection frees
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            self.note(parameter.grad, "gradients")
+            self.count(parameter.grad, "gradients")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator and count its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.note(leaf, "temporaries")
+                self.count(leaf, "temporaries")
         self._on_change(self.bytes)
         return result
 
@@ -262,7 +264,7 @@ def measure_breakdown(
     optimizer: torch.optim.Optimizer,
     call: Callable[[], object],
     *,
-    birth: Pages,
+    initial_pages: Pages,
     device: str,
     phase: MemoryPhase = "train",
     compiled: bool = False,
@@ -277,7 +279,7 @@ def measure_breakdown(
         model: a PEFT model, or a plain transformers model.
         optimizer: its state and existing gradients count as resident; clear both before a request is observed.
         call: runs the whole phase; gradients that it leaves behind stay.
-        birth: result of `read_pages()` before the model was loaded.
+        initial_pages: result of `read_pages()` before the model was loaded.
         device: torch device type.
         phase: phase of `call`.
         compiled: whether the step was compiled; see `LiveTensors`.
@@ -289,11 +291,11 @@ def measure_breakdown(
     vocabulary = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 0
     live = LiveTensors(
         resident={tensor.untyped_storage().data_ptr() for tensor in resident}, vocabulary=int(vocabulary),
-        device=device, on_change=tracker.look,
+        device=device, on_change=tracker.update,
     )  # fmt: skip
     give_back_free()  # otherwise this step would reuse the heap of earlier ones, and its own peak would be hidden
     gauge.begin()
-    tracker.look(live.bytes)  # the peak before the first operator
+    tracker.update(live.bytes)  # the peak before the first operator
     with contextlib.ExitStack() as stack:
         for hook in watch_cache(model, live):
             stack.callback(hook.remove)
@@ -310,7 +312,7 @@ def measure_breakdown(
         outside_allocator["paged_optimizer_state"] = kinds.pop("paged_optimizer_state", 0)
     else:
         peak = peaks[f"host_peak_{phase}_bytes"]
-        kinds |= _file_bytes(birth, resident) | {"heap_growth": max(0, peak - tracker.peak)}
+        kinds |= _file_bytes(initial_pages, resident) | {"heap_growth": max(0, peak - tracker.peak)}
     return MemoryAccount(
         phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, outside_allocator=outside_allocator
     )
@@ -331,7 +333,7 @@ class _PeakTracker:
         self.peak = 0
         self.kinds: dict[str, int] = {}
 
-    def look(self, kinds: dict[str, int]) -> None:
+    def update(self, kinds: dict[str, int]) -> None:
         """Keep the current kinds if their sum is the largest so far."""
         peak = torch.cuda.max_memory_allocated() if self._cuda else host_bytes("VmHWM")
         scratch = 0
@@ -345,7 +347,7 @@ class _PeakTracker:
             self.kinds = kinds | {"operator_scratch": scratch}
 
 
-def _file_bytes(birth: Pages, resident: Collection[torch.Tensor]) -> dict[str, int]:
+def _file_bytes(initial_pages: Pages, resident: Collection[torch.Tensor]) -> dict[str, int]:
     """Kinds of memory outside torch: pages of files and of code."""
     now, mapped = read_pages(), Counter[str]()
     for tensor in resident:
@@ -353,11 +355,13 @@ def _file_bytes(birth: Pages, resident: Collection[torch.Tensor]) -> dict[str, i
         path = next((path for first, end, path in now.ranges if first <= address < end), None)
         if path is not None:
             mapped[path] += storage_bytes(tensor)
-    code, before = (sum(size for path, size in pages.files.items() if path not in mapped) for pages in (now, birth))
+    code, before = (
+        sum(size for path, size in pages.files.items() if path not in mapped) for pages in (now, initial_pages)
+    )
     return {
-        "process": birth.resident_bytes,
+        "process": initial_pages.resident_bytes,
         "library_code": code - before,
-        "generated_code": now.generated_bytes - birth.generated_bytes,
+        "generated_code": now.generated_bytes - initial_pages.generated_bytes,
         "checkpoint_pages": sum(now.files[path] - size for path, size in mapped.items()),
     }
 
@@ -376,7 +380,7 @@ def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
 
     def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
         for tensor in cached_tensors(cache_of(given), slice(module.layer_idx, module.layer_idx + 1)):
-            live.note(tensor, "kv_cache")
+            live.count(tensor, "kv_cache")
 
     attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     return [module.register_forward_hook(mark, with_kwargs=True) for module in attentions]

@@ -134,8 +134,10 @@ def read_saved(data: Any, where: str) -> ComparisonInput:
         raise UsageError(
             f"{error} Give a file that pytest-benchmark wrote (--benchmark-save or --benchmark-json), or a run."
         ) from None
-    ours = "lorameter" in saved.machine_info or any("trials" in test.extra_info for test in saved.benchmarks)
-    return _read_ours(where, saved) if ours else _read_foreign(where, saved)
+    is_lorameter_file = "lorameter" in saved.machine_info or any(
+        "trials" in test.extra_info for test in saved.benchmarks
+    )
+    return _read_lorameter_file(where, saved) if is_lorameter_file else _read_foreign(where, saved)
 
 
 def list_benchmarks(name: str) -> list[Path]:
@@ -155,7 +157,7 @@ def read_benchmarks(name: str) -> ComparisonInput:
     sides = [read_benchmark_json(path) for path in list_benchmarks(name)]
     trials: dict[str, Trials] = {}
     for side in sides:
-        _check_alike(sides[0], side)
+        _check_same_machine(sides[0], side)
         for name, measured in side.variants.items():
             trials.setdefault(name, []).extend(measured.trials(FOREIGN_METRIC))
     return dataclasses.replace(
@@ -172,16 +174,16 @@ def read_benchmarks(name: str) -> ComparisonInput:
     )
 
 
-def _check_alike(first: ComparisonInput, side: ComparisonInput) -> None:
+def _check_same_machine(first: ComparisonInput, side: ComparisonInput) -> None:
     require(
         side.facts and side.facts.get("written_by") == FOREIGN,
-        f"{side.name}: it was written by lorameter and has all of its replicates. Name it by itself.",
+        f"{side.name}: it was written by lorameter and contains all replicates. Name it alone.",
     )
     if found := differences(first.facts or {}, side.facts or {}):
-        one = found[0]
+        difference = found[0]
         raise UsageError(
-            f"{side.name}: {one.field} is {one.candidate!r}, and {one.base!r} in {first.name}: the files of one "
-            "side are replicates of one machine. Move it to a folder of its own."
+            f"{side.name}: {difference.field} is {difference.candidate!r}, and {difference.base!r} in {first.name}: "
+            "the files of one side are replicates of one machine. Move it to a separate folder."
         )
 
 
@@ -190,7 +192,7 @@ def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
     for index, test in enumerate(saved.benchmarks):
         name = test.fullname or test.name
         if not name or name in variants:
-            why = "a second benchmark of that name" if name else "a benchmark has a name"
+            why = "a second benchmark of that name" if name else "a benchmark needs a name"
             raise impossible(where, f"benchmarks[{index}].fullname", name, why, "Save them separately.")
         summary = () if test.stats.median is None else (test.stats.median,)
         samples = test.stats.data or summary
@@ -211,7 +213,7 @@ def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
     )
 
 
-def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
+def _read_lorameter_file(where: str, saved: SavedFile) -> ComparisonInput:
     about, facts = saved.lorameter, saved.machine_info.get("lorameter")
     variants = {name: Measurements(name=name, broken=f"{where}: {why}") for name, why in about.failed.items()}
     known = {variant.name: variant for variant in about.variants}
@@ -223,7 +225,7 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
         info = codec.from_json(ExtraInfo, test.extra_info, f"{place}.extra_info", strict=True)
         name = info.name or test.param
         if not isinstance(name, str):
-            raise impossible(place, "param", name, "names no variant", "Save it again.")
+            raise impossible(place, "param", name, "not a variant name", "Save it again.")
         if info.metric not in METRICS:
             raise impossible(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
         phases[METRICS[info.metric].phase] = None
@@ -242,7 +244,7 @@ def _read_ours(where: str, saved: SavedFile) -> ComparisonInput:
     control = about.control or {}
     invalid = about.invalid or format_faults(tuple(control_faults(control.items())))
     if about.control is None:
-        invalid = "it does not say how its control came out. Save it again"
+        invalid = "it has no result of its control. Save it again"
     return ComparisonInput(
         name=where,
         variants=variants,
@@ -305,12 +307,12 @@ def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, A
     }
 
 
-def unlike(study: Study, ours: dict[str, Any], saved: dict[str, Any], where: str) -> list[str]:
+def differences_from_saved(study: Study, session_facts: dict[str, Any], saved: dict[str, Any], where: str) -> list[str]:
     """The differences between this session and a saved file that make the two not comparable.
 
     Args:
         study: study of this session.
-        ours: facts of this session that must agree (`provenance.fingerprint_fields`).
+        session_facts: facts of this session that must agree (`provenance.fingerprint_fields`).
         saved: the content of the file.
         where: names the file in errors.
 

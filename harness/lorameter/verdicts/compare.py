@@ -163,27 +163,27 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
     """Facts about machine, libraries and workload that must agree but differ; an unknown fact never agrees."""
     if base.absent is not None:
         return []
-    ours, theirs = base.facts, candidate.facts
-    if ours is None or theirs is None:
-        words = ["unknown" if facts is None else "known" for facts in (ours, theirs)]
+    base_facts, candidate_facts = base.facts, candidate.facts
+    if base_facts is None or candidate_facts is None:
+        words = ["unknown" if facts is None else "known" for facts in (base_facts, candidate_facts)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
-    return differences(codec.to_json(ours), codec.to_json(theirs))
+    return differences(codec.to_json(base_facts), codec.to_json(candidate_facts))
 
 
 def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
     """Changes of a variant that kept its name."""
-    ours, theirs = base.variants.get(name), candidate.variants.get(name)
-    if ours is None or theirs is None or ours.id == theirs.id or None in (ours.id, theirs.id):
+    old, new = base.variants.get(name), candidate.variants.get(name)
+    if old is None or new is None or old.id == new.id or None in (old.id, new.id):
         return []
-    if ours.variant is None or theirs.variant is None or ours.variant == theirs.variant:
-        return [Difference(field=f"variant {name}", base=ours.id, candidate=theirs.id)]
+    if old.variant is None or new.variant is None or old.variant == new.variant:
+        return [Difference(field=f"variant {name}", base=old.id, candidate=new.id)]
     return [
         Difference(
             field=f"variant {name}: {key}",
-            base=codec.to_json(ours.variant.setting(key)),
-            candidate=codec.to_json(theirs.variant.setting(key)),
+            base=codec.to_json(old.variant.setting(key)),
+            candidate=codec.to_json(new.variant.setting(key)),
         )
-        for key in theirs.variant.differences(ours.variant)
+        for key in new.variant.differences(old.variant)
     ]
 
 
@@ -201,11 +201,11 @@ def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: s
     """Fields of two tables that differ, by dotted name; a missing field is None."""
     found: list[Difference] = []
     for key in dict.fromkeys((*base, *candidate)):
-        ours, theirs = base.get(key), candidate.get(key)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            found += differences(ours, theirs, f"{prefix}{key}.")
-        elif ours != theirs or (key in base) != (key in candidate):
-            found.append(Difference(field=f"{prefix}{key}", base=ours, candidate=theirs))
+        old, new = base.get(key), candidate.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new or (key in base) != (key in candidate):
+            found.append(Difference(field=f"{prefix}{key}", base=old, candidate=new))
     return found
 
 
@@ -427,19 +427,23 @@ def _refuse(
 ) -> Comparison | None:
     """The verdict if the numbers do not count, are missing, or come from sides that are not comparable; None if they
     can be compared."""
-    ours, theirs = base.variants.get(name), candidate.variants.get(name)
-    faults = [base.broken, candidate.broken, *(side.broken for side in (ours, theirs) if side is not None)]
+    base_variant, candidate_variant = base.variants.get(name), candidate.variants.get(name)
+    faults = [
+        base.broken,
+        candidate.broken,
+        *(side.broken for side in (base_variant, candidate_variant) if side is not None),
+    ]
     if any(faults):
         return verdict_only("invalid", "; ".join(filter(None, faults)))
     if base.absent is not None:
         return verdict_only("no_baseline", base.absent)
-    if theirs is None:
+    if candidate_variant is None:
         return verdict_only("not_comparable", f"variant {name!r}: it is in the base and not in the candidate")
-    if ours is None:
+    if base_variant is None:
         return verdict_only("no_baseline", f"variant {name!r}: it is in the candidate and not in the base")
-    if not theirs.trials(metric):
+    if not candidate_variant.trials(metric):
         return verdict_only("not_comparable", f"the candidate has no {metric} of variant {name!r}")
-    if not ours.trials(metric):
+    if not base_variant.trials(metric):
         return verdict_only("no_baseline", f"the base has no {metric} of variant {name!r}")
     return verdict_only("not_comparable", disagreement(unlike)) if unlike else None
 
@@ -448,8 +452,8 @@ def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: 
     """One metric of one variant as an unpaired pair."""
     sides = base.variants[name], candidate.variants[name]
     reasons = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
-    ours, theirs = (side.trials(metric) for side in sides)
-    return Pair(metric=metric, base=ours, candidate=theirs, no_interval="; ".join(reasons))
+    base_trials, candidate_trials = (side.trials(metric) for side in sides)
+    return Pair(metric=metric, base=base_trials, candidate=candidate_trials, no_interval="; ".join(reasons))
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
@@ -487,6 +491,6 @@ def _notices(
     if unmeasured or not compared:
         yield Notice(
             code="nothing-compared",
-            message=f"neither side measured {', '.join(unmeasured) or 'anything that was asked for'}.",
-            remedy="Look at what there is with --all-metrics.",
+            message=f"neither side measured {', '.join(unmeasured) or 'any requested metric'}.",
+            remedy="--all-metrics lists the recorded metrics.",
         )

@@ -243,7 +243,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     )
     require(
         not run.manifest.sides,
-        f"run {run.path.name}: an A/B run has two sides and is no baseline. Accept an ordinary run.",
+        f"run {run.path.name}: an A/B run has two sides and cannot be a baseline. Accept a run without sides.",
     )
     refuse_mixed(run, "a baseline")
     validity = run_validity(run, read_study(run))

@@ -142,7 +142,7 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
             code="loss-constant",
             message=f"the loss of {len(flat)} of {len(ok)} trials ({names}) is the same to the last bit in every step "
             "after the first, on batches that differ: they learned nothing.",
-            remedy="Lower learning_rate or lora_alpha, or set max_grad_norm; believe their times, and no loss.",
+            remedy="Lower learning_rate or lora_alpha, or set max_grad_norm; only their times are valid.",
         )
 
 
@@ -167,7 +167,7 @@ def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
                 code="cold-start-sum",
                 message=f"{where}: a whole cold start took {format_duration(whole_s)}, and the sum of its parts is "
                 f"{format_duration(math.exp(statistics.fmean(logs)))}.",
-                remedy="Measure more replicates on a quiet machine; if it stays so, believe the whole and report it.",
+                remedy="Measure more replicates on a quiet machine; if it remains, trust the whole and report it.",
             )
 
 
@@ -175,9 +175,9 @@ def _damaged(run: Run) -> Iterator[Notice]:
     if run.damaged_lines:
         yield Notice(
             code="damaged-lines",
-            message=f"{format_count(run.damaged_lines, 'line')} of trials.jsonl cut short, or with checks that "
-            "checks.jsonl does not hold: those measurements count as not run.",
-            remedy=f"Restore the files, or have them measured again: lorameter run --resume {run.manifest.run}",
+            message=f"{format_count(run.damaged_lines, 'line')} of trials.jsonl truncated, or with checks that are "
+            "missing from checks.jsonl: those measurements count as not run.",
+            remedy=f"Restore the files, or measure them again: lorameter run --resume {run.manifest.run}",
         )
 
 
@@ -199,16 +199,16 @@ def _disturbed(run: Run) -> Iterator[Notice]:
         why = first.failure.message if first.failure else ""
         yield Notice(
             code="disturbed",
-            message=f"{format_count(len(again), 'trial')} measured again because of the surroundings, {first.trial} "
+            message=f"{format_count(len(again), 'trial')} measured again because of disturbances, {first.trial} "
             f"among them: {why}; {counting} of them count now.",
             remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
         )
     if left:
         yield Notice(
             code="still-disturbed",
-            message=f"{format_count(len(left), 'trial')} left out because the surroundings were past a limit, "
+            message=f"{format_count(len(left), 'trial')} left out because of disturbances above a limit, "
             f"{left[0]} among them.",
-            remedy="Quieten the machine and measure again; on one that you cannot have to yourself let such trials "
+            remedy="Stop other work on this machine and measure again. On a shared machine, let such trials "
             "count: --allow-disturbed, --lorameter-allow-disturbed (pytest), or allow_disturbed in [protocol].",
         )
 
@@ -221,7 +221,7 @@ def _control(title: str, control: Comparison | None) -> Iterator[Notice]:
         yield Notice(
             code="control-failed",
             message=f"{title}: the reference differs from itself, {ratio}, so this run is invalid.",
-            remedy="Quieten the machine and measure again; believe no difference of this run.",
+            remedy="Stop other work on this machine and measure again; ignore the differences in this run.",
         )
     elif control.verdict == "inconclusive":
         count = control.replicates_needed or 5

@@ -36,7 +36,7 @@ MARGIN = 0.02
 """Losses within it are the same: kernels that only change the order of operations change a 16-bit loss by less."""
 ROUNDING = 2.0**-8
 """Rounding error of bfloat16; losses on the same batches may differ by this much."""
-FEWEST_STEPS = 16
+MIN_STEPS = 16
 """With fewer steps, agreement of the losses over all steps is not judged."""
 OTHER_PARAMETERS, LOSS_DIFFERS = "trains-other-parameters", "loss-differs"
 """Codes of notices for scripts that are not the same training."""
@@ -132,7 +132,7 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
         )
     base, candidate = sides.steps(losses_of_steps)
     if not base or not all(base) or not all(candidate):
-        return LossAgreement(found="unknown", reason="no trial of both in which every loss was seen")
+        return LossAgreement(found="unknown", reason="no trial recorded every loss of both scripts")
     steps = min(map(len, (*base, *candidate)))
     try:
         first, trend = (
@@ -147,12 +147,12 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
         )
     except ValueError as error:
         return LossAgreement(found="unknown", reason=f"they have no ratio: {error}")
-    which = "first step that both show" if any(sides.skipped) else "first step"
+    which = "first step that both report" if any(sides.skipped) else "first step"
     values = (
         f"{base[0][0]:.4g} in {sides.names[0]} and {candidate[0][0]:.4g} in {sides.names[1]} in the {which}, and "
         f"over {steps} steps {format_ratio(trend.ratio, trend.low, trend.high)} of the first"
     )
-    unknown = "" if sides.same_tokens else "; whether both see the same tokens is not known"
+    unknown = "" if sides.same_tokens else "; it is unknown whether both see the same tokens"
     if is_difference(first) or is_difference(trend):
         return LossAgreement(found="differ", reason=values + unknown)
     if not _have_same_order(base, candidate):
@@ -171,14 +171,14 @@ def _have_same_order(base: Sequence[Sequence[float]], candidate: Sequence[Sequen
     are closer to those of a neighbouring step. The limit is halfway between."""
     aligned: list[float] = []
     closer: list[bool] = []
-    for ours, theirs in zip(map(_scatter, base), map(_scatter, candidate), strict=True):
+    for base_logs, candidate_logs in zip(map(_scatter, base), map(_scatter, candidate), strict=True):
         for (our, our_next), (their, their_next) in zip(
-            itertools.pairwise(ours), itertools.pairwise(theirs), strict=False
+            itertools.pairwise(base_logs), itertools.pairwise(candidate_logs), strict=False
         ):
             same = abs(our - their)
             aligned.append(same)
             closer += [same <= abs(our - their_next), same <= abs(our_next - their)]
-    if len(aligned) < FEWEST_STEPS * len(base) or statistics.median(aligned) <= ROUNDING:
+    if len(aligned) < MIN_STEPS * len(base) or statistics.median(aligned) <= ROUNDING:
         return True
     return sum(closer) / len(closer) >= 0.75
 
@@ -217,15 +217,15 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
     if software:
         yield Notice(
             code=SOFTWARE_DIFFERS,
-            message=f"{name}: the processes have not the same software: {first_few(software, MAX_NAMED, '; ')}.",
-            remedy="Start both with the same interpreter, unless this is what is compared.",
+            message=f"{name}: the processes use different software: {first_few(software, MAX_NAMED, '; ')}.",
+            remedy="Start both with the same interpreter, unless this difference is what you compare.",
         )
     losses = compare_losses(sides)
     if losses.found == "differ":
         yield Notice(
             code=LOSS_DIFFERS,
             message=f"{name}: the losses differ: {losses.reason}.",
-            remedy="Find out why before believing the time: it is not that of the same training.",
+            remedy="Find out why before you trust the times: the two scripts do not train the same.",
         )
     elif losses.reason.startswith(OTHER_BATCHES):
         yield Notice(
@@ -237,9 +237,9 @@ def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
 
 FACTS: tuple[tuple[str, str, str, str], ...] = (
     (OTHER_PARAMETERS, "trainable_parameters", "{:,.0f} parameters are trained", "the same adapter"),
-    (OTHER_PARAMETERS, "trainable_dtype", "what is trained is {}", "the same adapter"),
+    (OTHER_PARAMETERS, "trainable_dtype", "the trainable parameters are {}", "the same adapter"),
     ("loss-dtype-differs", "loss_dtype", "the loss is {}", "the same precision"),
-    ("threads-differ", "threads", "torch computes on {:g} threads", "as many"),
+    ("threads-differ", "threads", "torch computes on {:g} threads", "the same number"),
 )
 """Facts that two scripts must share: the notice's code, the key in a record, the text, and the remedy."""
 
@@ -248,7 +248,7 @@ def _differ(name: str, sides: ScriptPair, facts: Sequence[str], remedy: str, *, 
     return Notice(
         code=code,
         message=f"{name}: {facts[0]} in {sides.names[0]}, and {facts[1]} in {sides.names[1]}.",
-        remedy=f"Give both {remedy}, unless this is what is compared.",
+        remedy=f"Give both {remedy}, unless this difference is what you compare.",
     )
 
 

@@ -147,7 +147,7 @@ def _named(name: str, metric: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InvalidRunError(f"{metric} of {name}: no number can be had from its samples: {error}.") from None
+        raise InvalidRunError(f"{metric} of {name}: its samples give no value: {error}.") from None
 
 
 Groups = Mapping[tuple[str, Role], Series]
@@ -162,8 +162,8 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
     """
     require(
         not any(record.machine for record in records),
-        "these trials are of sites that are different machines, and no number holds over all of them. Read each "
-        "site by `lorameter report RUN`.",
+        "these trials ran on sites that are different machines, so their values cannot be combined. Read each "
+        "site with `lorameter report RUN`.",
     )
     groups: dict[tuple[str, Role], list[TrialRecord]] = {}
     for record in records:
@@ -237,12 +237,12 @@ def pairs_of(base: Series, candidate: Series, metric: str) -> Pair:
     if pairing == "none":
         return Pair(metric=metric, base=base.trials(metric), candidate=candidate.trials(metric))
     others = {record.replicate: (record, samples) for record, samples in candidate.measured(metric)}
-    found = [(ours, others[ours[0].replicate]) for ours in base.measured(metric) if ours[0].replicate in others]
+    found = [(first, others[first[0].replicate]) for first in base.measured(metric) if first[0].replicate in others]
     if pairing == "turn":
-        found = [(ours, theirs) for ours, theirs in found if ours[0].attempt == theirs[0].attempt]
+        found = [(first, second) for first, second in found if first[0].attempt == second[0].attempt]
     if METRICS[metric].is_loss:
-        found = [(ours, theirs) for ours, theirs in found if _trained_alike(ours[0], theirs[0])]
-    drops = _undisturbed([(ours, theirs) for (ours, _), (theirs, _) in found], metric, pairing)
+        found = [(first, second) for first, second in found if _trained_alike(first[0], second[0])]
+    drops = _undisturbed([(first, second) for (first, _), (second, _) in found], metric, pairing)
     if drops is not None and drops.balanced:
         found = [found[index] for index in drops.kept]
     return Pair(
@@ -382,11 +382,11 @@ def compare_series(base: Series, candidate: Series, metric: str, *, family: int 
 def compare_base_to_itself(records: Sequence[TrialRecord], phases: Sequence[Phase]) -> dict[Phase, Comparison | None]:
     """The base of an A/B compared with itself, by phase; None if it was not measured."""
     groups = group_trials(records, "base")
-    twin = next((name for name, role in groups if role == "control"), "")
-    base, again = groups.get((twin, "variant")), groups.get((twin, "control"))
-    if base is None or again is None:
+    name = next((name for name, role in groups if role == "control"), "")
+    base, control = groups.get((name, "variant")), groups.get((name, "control"))
+    if base is None or control is None:
         return dict.fromkeys(phases)
-    return {phase: compare_series(base, again, PRIMARY[phase], family=len(phases)) for phase in phases}
+    return {phase: compare_series(base, control, PRIMARY[phase], family=len(phases)) for phase in phases}
 
 
 def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
@@ -435,12 +435,12 @@ def without_equality(found: Mapping[Key, Comparison], reason: str, *, appended: 
     their times. The reason replaces that of each comparison, or is `appended` to it."""
     downgraded = {
         key: dataclasses.replace(
-            one,
+            comparison,
             verdict="inconclusive",
-            reason=f"{one.reason}; {reason}" if appended else reason,
+            reason=f"{comparison.reason}; {reason}" if appended else reason,
             replicates_needed=None,  # more replicates of this pair do not help: the control must be measured better
         )
-        for key, one in found.items()
-        if one.verdict == "equivalent"
+        for key, comparison in found.items()
+        if comparison.verdict == "equivalent"
     }
     return {**found, **downgraded}

@@ -27,7 +27,7 @@ from lorameter.records.store import Run
 MIXED = "mixed"
 """The field of the protocol that allows different sites."""
 
-UNLIKE = 0.10
+MIN_SITE_DIFFERENCE = 0.10
 """Distance from the median step time of all sites at which a site is reported."""
 
 
@@ -99,8 +99,8 @@ def refuse_mixed(run: Run, what: str) -> None:
     require(
         not is_mixed(run),
         f"run {run.manifest.run}: its sites are different machines ({describe_machines(run.records)}), and {what} is "
-        f"of one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a run of its "
-        "own.",
+        f"of one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a separate "
+        "run.",
     )
 
 
@@ -136,8 +136,7 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
         if abs(away) > UNLIKE:
             yield Notice(
                 code="node-mismatch",
-                message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median of its "
-                "like.",
+                message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median site.",
                 remedy="Check its clocks, its temperature and other processes on it (lorameter doctor), or leave it "
                 "out.",
             )

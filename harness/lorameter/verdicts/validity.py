@@ -43,7 +43,7 @@ class InvalidReason(enum.StrEnum):
     CONTROL_DIFFERS = "control-differs"
     """The reference differs from itself."""
     SITE_NOT_MEASURED = "site-not-measured"
-    """A site has measured nothing, and the others cannot stand in for it."""
+    """A site has measured nothing, and the others cannot replace it."""
     TRIAL_FAILED = "trial-failed"
     """A trial crashed, ran out of memory or time, or ended invalid."""
     DISTURBED = "disturbed"
@@ -122,11 +122,11 @@ def run_validity(run: Run, study: Study) -> RunValidity:
     faults = list(_run_faults(run))
     if is_mixed(run):
         sites = {site: run_validity(part, study) for site, part in runs_of_sites(run).items()}
-        primary = next((one.primary for one in sites.values()), {})
-        for site, its in sites.items():
-            of_site = control_faults((f"{phase} on {site}", control) for phase, control in its.controls.items())
+        primary = next((validity.primary for validity in sites.values()), {})
+        for site, validity in sites.items():
+            of_site = control_faults((f"{phase} on {site}", control) for phase, control in validity.controls.items())
             faults += [dataclasses.replace(fault, site=site) for fault in of_site]
-        faults += [Fault(reason=InvalidReason.SITE_NOT_MEASURED, message=one) for one in unmeasured_sites(run)]
+        faults += [Fault(reason=InvalidReason.SITE_NOT_MEASURED, message=message) for message in unmeasured_sites(run)]
     else:
         if run.manifest.sides:
             controls = compare_base_to_itself(run.records, phases_of(run))
@@ -169,7 +169,7 @@ def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterato
             yield Fault(reason=InvalidReason.CONTROL_DIFFERS, message=message)
 
 
-def discounted(found: Comparison, invalid: str | None) -> Comparison:
+def mark_invalid(found: Comparison, invalid: str | None) -> Comparison:
     """A comparison as it counts in its run: in an invalid run its numbers stay, and its verdict is `invalid`."""
     if invalid is None:
         return found
@@ -214,7 +214,9 @@ def _variant_faults(run: Run, study: Study) -> Iterator[Fault]:
                 for check in record.checks
                 if check.get("required") is not None and check.get("status") != "active"
             ]
-        yield from (Fault(reason=reason, message=one, variant=record.name, side=record.side) for one in messages)
+        yield from (
+            Fault(reason=reason, message=message, variant=record.name, side=record.side) for message in messages
+        )
     for (name, side), found in identities.items():
         if len(found) > 1:
             message = f"the trials of {name} are of {len(found)} different variants"
@@ -240,7 +242,7 @@ def _ending(record: TrialRecord) -> str:
 
 
 def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Disturbance]]:
-    """The disturbances of a trial by its surroundings (other jobs, heat, swapping), each with its phase.
+    """The disturbances of a trial by its environment (other jobs, heat, swapping), each with its phase.
 
     Only external conditions are judged, never the times: such a rule would bias them. Too little CPU time of a
     single-threaded training trial is left to the notice on occupancy, which covers all such trials, unless the trial
@@ -256,10 +258,12 @@ def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str,
 
 def mark_disturbed(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
     """The record, unchanged or marked as invalid if a disturbance exceeded a limit; the samples stay in it."""
-    past = [(phase, one) for phase, one in disturbances_of(record, on_cpu=on_cpu) if one.invalid]
+    past = [
+        (phase, disturbance) for phase, disturbance in disturbances_of(record, on_cpu=on_cpu) if disturbance.invalid
+    ]
     if record.status != "ok" or not past:
         return record
-    message = "; ".join(f"while {WATCHED[phase]} {one.message}" for phase, one in past)
+    message = "; ".join(f"while {WATCHED[phase]} {disturbance.message}" for phase, disturbance in past)
     return record.replaced(status="invalid", failure=Failure(phase=past[0][0], kind=DISTURBED, message=message))
 
 

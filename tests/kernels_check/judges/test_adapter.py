@@ -40,7 +40,7 @@ def test_an_exclusion_hides_no_misspelt_target(training):
     configuration = LoraConfig(target_modules=["q_proj", "down_proj", "qurey"], exclude_modules=["down_proj"])
     check = training(adapter=lambda: configuration).check("peft.attached", True)
     assert check.status == "fallback"
-    assert "asked for and matched nothing: target_modules 'qurey' (" in check.reason
+    assert "requested, but matched nothing: target_modules 'qurey' (" in check.reason
 
 
 def linear4bit_layers(run):

@@ -60,12 +60,12 @@ class Remembers(nn.Module):
         return hidden
 
 
-def test_a_buffer_that_is_not_saved_is_no_base():
+def test_a_buffer_that_is_not_saved_is_not_part_of_the_base():
     """A non-persistent buffer that the forward recomputes, such as rotary positions, does not count; a persistent one
     does."""
-    made_anew = _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=False))))
-    assert made_anew.met
-    assert "made anew by the forward, and not saved with the model: base_model.model.1.last" in made_anew.reason
+    recomputed = _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=False))))
+    assert recomputed.met
+    assert "which are not saved with the model: base_model.model.1.last" in recomputed.reason
     assert not _judged(*_tuned(nn.Sequential(nn.Linear(8, 8), Remembers(saved=True)))).met
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_merged_for_each_forward_leaves_rounding():
     model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
     check = _judged(model, optimizer, inputs=inputs)
     assert check.met, check.reason
-    assert "but for rounding, since PEFT merges" in check.reason
+    assert "except rounding, because PEFT merges" in check.reason
     model, optimizer = _tuned(Attends().to(dtype), target_modules=["attention"])
 
     def drift():
@@ -180,7 +180,7 @@ def test_sharded_weights_of_which_only_the_state_was_repacked_are_found(training
     assert "do not fit their states" in checks["base.frozen"].reason
     assert "support_avx512bf16_for_cpu=False" in checks["base.frozen"].reason
     assert checks["base.bits"].status == "unknown"
-    assert "laid out anew for AVX512 and the weight is not" in checks["base.bits"].reason
+    assert "repacked for AVX512, but the weight was not" in checks["base.bits"].reason
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,14 @@ def test_an_unset_compute_dtype_is_read_after_the_first_forward(training):
     assert training(compute=None, dtype="bfloat16").check("base.compute_dtype", "bfloat16").met
 
 
-def test_a_bias_cast_by_the_forward_is_no_training(training):
+def test_a_bias_cast_by_the_forward_is_not_training(training):
     """bitsandbytes casts a float32 bias to the compute dtype in the first forward; the reason says so."""
     run = training()
     base = _bases(run)[0]
     base.bias = torch.nn.Parameter(torch.full((128,), 0.1), requires_grad=False)
     check = run.check("base.frozen", True)
     assert check.met
-    assert "cast once by the forward" in check.reason
+    assert "except values that the first forward cast" in check.reason
     assert "q_proj.base_layer.bias" in check.reason
 
 

@@ -98,7 +98,7 @@ def test_an_update_without_an_optimizer_is_unknown(training):
         assert "8 parameters changed" in check.reason
 
 
-def _whole(*, tied, rate=1e-3):
+def _full_training_run(*, tied, rate=1e-3):
     """Return a run that trains all parameters of a model without an adapter, with tied or untied embeddings."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -111,7 +111,7 @@ def _whole(*, tied, rate=1e-3):
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_that_share_a_weight_count_once(tied):
     """Tied embeddings count as one, also without an adapter."""
-    check = _whole(tied=tied).check("embedding.trained", True)
+    check = _full_training_run(tied=tied).check("embedding.trained", True)
     assert check.met
     assert check.reason.startswith("1 of 1" if tied else "2 of 2")
 
@@ -139,10 +139,10 @@ def test_copies_that_train_count_for_the_modules_they_replace(training):
 
 def test_a_rate_of_zero_is_unknown():
     """A learning rate of zero and a step without an optimizer are unknown."""
-    check = _whole(tied=True, rate=0.0).check("embedding.trained", True)
+    check = _full_training_run(tied=True, rate=0.0).check("embedding.trained", True)
     assert (check.status, check.observed) == ("unknown", None)
     assert "the learning rate is 0" in check.reason
-    run = _whole(tied=True)
+    run = _full_training_run(tied=True)
     run.optimizer.step = lambda: None
     assert "no torch.optim.Optimizer stepped" in run.check("embedding.trained", False).reason
 
@@ -158,20 +158,20 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
     ("seen", "observed", "words"),
     [
         (_passes(30), True, "the loss is over 30 of 64 tokens; in one pass"),
-        (_passes(30, 10), True, "in 2 passes of 30, 10; each weighs the same"),
+        (_passes(30, 10), True, "in 2 passes of 30, 10; all tokens have the same weight"),
         (_passes(30, 10, weights=[0.5 / 30, 0.5 / 10]), False, "3 times as much"),
         (_passes(30, 10, weights=[0.025, 0.0251]), False, "1 times as much"),
-        (_passes(30, 10, weights=[0.025, 0.0251], tolerance=2e-2), True, "each weighs the same"),
+        (_passes(30, 10, weights=[0.025, 0.0251], tolerance=2e-2), True, "all tokens have the same weight"),
         (_passes(20, 20, weights=[1 / 20, 1 / 20]), False, "add up to 2"),
-        (_passes(20, 20, weights=[1 / 20, 1 / 20], mean=False), True, "all together 2"),
-        (_passes(20, 20, weights=[1024 / 40, 1024 / 40]), True, "each weighs the same"),
+        (_passes(20, 20, weights=[1 / 20, 1 / 20], mean=False), True, "the weights sum to 2"),
+        (_passes(20, 20, weights=[1024 / 40, 1024 / 40]), True, "all tokens have the same weight"),
         (_passes(30, 0, weights=[1 / 30, 0.0]), False, "1 of 2 passes have none"),
         (_passes(30, 10, weights=[0.0, 0.1]), False, "0.1, others 0"),
-        (_passes(20, 20, weights=[1 / 20 * 1.0011] * 2), True, "each weighs the same, and all together 2"),
+        (_passes(20, 20, weights=[1 / 20 * 1.0011] * 2), True, "all tokens have the same weight; the weights sum to 2"),
         (_passes(20, 20, weights=[1 / 20 * 1.0009] * 2), False, "add up to 2"),
         (_passes(30, 10, weights=[1 / 30, 1 / 10], sums=[0, 1]), True, "each in one pass"),
         (_passes(30, 10, 30, weights=[0.5 / 30, 0.5 / 10, 1 / 30], sums=[0, 0, 1]), False, "3 times as much"),
-        (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "all together 1"),
+        (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "the weights sum to 1"),
     ],
 )
 def test_losses_are_judged_by_the_weights_of_their_passes(seen, observed, words):
@@ -191,18 +191,18 @@ def test_a_loss_computed_outside_the_model_is_unknown(training):
         return backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets))
 
     run.passes = from_logits
-    assert "its loss is made elsewhere" in run.check("loss.tokens", True).reason
+    assert "its loss is computed elsewhere" in run.check("loss.tokens", True).reason
 
     run.passes = lambda run: backward(
         run.model(**run.inputs, labels=run.inputs["input_ids"]).logits.float().square().mean()
     )
     check = run.check("loss.tokens", True)
     assert check.status == "unknown"
-    assert "nothing went back through the loss" in check.reason
+    assert "no gradient flowed through the loss" in check.reason
     assert run.check("loss.tokens").status == "not_applicable"
 
 
-def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training):
+def test_a_pass_whose_gradients_are_cleared_makes_the_next_unknown(training):
     """The cleared pass may have had another purpose, or its gradients may be stored elsewhere until the update."""
     run = training()
 
@@ -215,7 +215,7 @@ def test_a_pass_whose_gradients_are_cleared_leaves_the_next_in_doubt(training):
     run.passes = passes
     check = run.check("loss.tokens", True)
     assert check.status == "unknown"
-    assert "gone before the next" in check.reason
+    assert "removed before the next" in check.reason
 
 
 def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
@@ -227,15 +227,15 @@ def test_two_losses_that_go_back_at_once_are_two_passes_of_one_sum(training):
 
     run.passes = passes
     check = run.check("loss.tokens", True)
-    assert check.reason.endswith("in 2 passes of 30, 30; each weighs the same, and all together 1")
+    assert check.reason.endswith("in 2 passes of 30, 30; all tokens have the same weight; the weights sum to 1")
 
 
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        ({}, "active", "the loss is over 44 of 64 tokens, in 2 passes of 30, 14; each weighs the same, and all"),
+        ({}, "active", "the loss is over 44 of 64 tokens, in 2 passes of 30, 14; all tokens have the same weight"),
         ({"counted": False}, "fallback", "a mean of means"),
-        ({"weigh": lambda scores: scores.exp().detach()}, "unknown", "the loss weighs each token by itself"),
+        ({"weigh": lambda scores: scores.exp().detach()}, "unknown", "the loss weights tokens individually"),
     ],
 )
 def test_a_loss_of_log_probabilities_is_judged_by_their_gradients(training, options, status, words):
@@ -280,7 +280,7 @@ def judge():
         ("fused", (FLASH, BACKWARD), "active", "flash"),
     ],
 )  # fmt: skip
-def test_a_request_is_fused_where_a_step_must_be(judge, required, calls, status, observed):
+def test_any_fused_backend_meets_the_requirement_of_a_request(judge, required, calls, status, observed):
     """Any fused backend is accepted, also one other than the step's; every call of the request counts, and no other."""
     check = judge(required, *calls)
     assert (check.path, check.status, check.observed) == ("request.attention", status, observed)
@@ -291,11 +291,11 @@ def test_a_real_request_is_watched(training, attention, observed):
     """Prefill and one decoding step each have one call in each layer."""
     run = training(attention=attention, quant=None)
     run.model.eval()
-    asked = []
+    requests = []
 
     @torch.no_grad()
     def request():
-        asked.append(1)
+        requests.append(1)
         prompt = run.inputs["input_ids"][:1, :6]
         run.model.generate(input_ids=prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
@@ -303,7 +303,7 @@ def test_a_real_request_is_watched(training, attention, observed):
     assert check.met, check.reason
     layers = run.model.config.num_hidden_layers
     assert check.reason.startswith(f"forward: {2 * layers} {observed}")
-    assert len(asked) == 1
+    assert len(requests) == 1
     other = "eager" if observed == "flash" else "fused"
     check = kernels_check.watch_request(run.model, request, other)
     assert (check.status, check.observed) == ("fallback", observed)

@@ -19,7 +19,7 @@ from kernels_check.selftest import silence_dropout
 from negative_controls.small_run import SmallRun, replace_step
 
 
-def rest_dropout_once(run: SmallRun) -> None:
+def disable_dropout_in_one_pass(run: SmallRun) -> None:
     """Disable the adapter's dropout for the second of two micro-batches only."""
 
     def passes(run: SmallRun) -> Any:
@@ -32,7 +32,7 @@ def rest_dropout_once(run: SmallRun) -> None:
     run.passes = passes
 
 
-def spoil_a_gradient(run: SmallRun) -> None:
+def multiply_gradient_by_nan(run: SmallRun) -> None:
     """Multiply a gradient by NaN."""
     value = next(value for value in run.model.parameters() if value.requires_grad)
     value.register_hook(lambda gradient: gradient * float("nan"))
@@ -95,10 +95,10 @@ def minimise_sharpness(run: SmallRun, *, undone: bool = False) -> None:
 
 def step_in_a_thread(run: SmallRun) -> None:
     """Execute the whole step in another thread."""
-    sound = run.step
+    original = run.step
 
     def step() -> None:
-        thread = threading.Thread(target=sound)
+        thread = threading.Thread(target=original)
         thread.start()
         thread.join()
 
@@ -112,7 +112,7 @@ def share_a_factor(run: SmallRun) -> None:
     run.optimizer = torch.optim.AdamW([value for value in run.model.parameters() if value.requires_grad], lr=1e-3)
 
 
-def pass_one_by(run: SmallRun) -> None:
+def skip_one_adapter_layer(run: SmallRun) -> None:
     """Share a factor, and call the base layer in place of the second adapter layer."""
     share_a_factor(run)
     _, second = _queries(run)

@@ -96,7 +96,7 @@ def add_quantised_experts(run: SmallRun) -> None:
     replace_parameter_4bit(add_experts(run), "gate_up_proj", quant_type="nf4")
 
 
-def take_scales_of_another(run: SmallRun) -> None:
+def swap_quant_states(run: SmallRun) -> None:
     """Swap the quantisation state of two layers, as a loader with wrong keys does."""
     first, second = (layer.base for layer in adapter_layers(run.model) if layer.name.endswith("q_proj"))
     first.weight.quant_state = second.weight.quant_state
@@ -118,7 +118,7 @@ def pack_without_cache(run: SmallRun) -> None:
     pack(run, use_cache=False)
 
 
-def then_pass_a_mask_of_ones(run: SmallRun) -> None:
+def pass_mask_of_ones(run: SmallRun) -> None:
     """Pass a mask of ones, as a tokenizer returns it, which removes the record boundaries."""
     run.inputs |= {"attention_mask": run.inputs["input_ids"].new_ones(run.inputs["input_ids"].shape)}
 
@@ -132,16 +132,16 @@ def accumulate(**more: Any) -> Callable[[SmallRun], None]:
     return change
 
 
-def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
+def mask_blocks(run: SmallRun, *, merged_record: int | None = None) -> None:
     """Pack four records into a row, marked by a block mask.
 
     Args:
         run: to be changed.
-        lost: number of a record that attends to the previous one.
+        merged_record: number of a record that attends to the previous one.
     """
     ids = run.inputs["input_ids"]
     numbers = torch.arange(ids.shape[1], device=ids.device) // 4
-    merged = torch.where(numbers == lost, numbers - 1, numbers) if lost is not None else numbers
+    merged = torch.where(numbers == merged_record, numbers - 1, numbers) if merged_record is not None else numbers
     mask = merged[:, None] == merged[None, :]
     positions = torch.arange(4, device=ids.device).repeat(len(ids), ids.shape[1] // 4)
     shape = len(ids), 1, ids.shape[1], ids.shape[1]
@@ -150,9 +150,9 @@ def mask_blocks(run: SmallRun, *, lost: int | None = None) -> None:
     run.packed = dict(run.inputs)
 
 
-def lose_a_boundary(run: SmallRun) -> None:
+def merge_two_records(run: SmallRun) -> None:
     """Merge two records, neither of them the first, in the block mask."""
-    mask_blocks(run, lost=3)
+    mask_blocks(run, merged_record=3)
 
 
 def pad_most(run: SmallRun) -> None:
@@ -162,7 +162,7 @@ def pad_most(run: SmallRun) -> None:
     pad(run, real=2)
 
 
-def hide_in_ones(run: SmallRun) -> None:
+def mask_padding_with_ones(run: SmallRun) -> None:
     """Pad most of the batch, with a mask that marks no padding."""
     pad_most(run)
     run.inputs["attention_mask"].fill_(1)
@@ -184,7 +184,7 @@ def label_the_answer(run: SmallRun) -> None:
     run.inputs = {"input_ids": ids, "labels": labels}
 
 
-def fill_the_row_up(run: SmallRun) -> None:
+def pad_packed_rows(run: SmallRun) -> None:
     """Pack two short records into a row, with padding that is marked as a third record."""
     ids = run.inputs["input_ids"].clone()
     ids[:, 6:] = PAD_TOKEN

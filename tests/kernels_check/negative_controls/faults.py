@@ -96,7 +96,7 @@ def target_nothing(run: SmallRun) -> None:
     _new_optimizer(run)
 
 
-def target_what_never_runs(run: SmallRun) -> None:
+def target_uncalled_module(run: SmallRun) -> None:
     """Adapt a module that no forward calls, such as a spare head."""
     base = run.model.unload()
     base.spare_head = torch.nn.Linear(128, 96)
@@ -190,8 +190,8 @@ class Verifier:
 
     def failures(self, control: Control) -> list[str]:
         """Return everything that the control requires and that does not hold."""
-        broken, sound = (self._check(recipe, control) for recipe in (control.fault, control.healthy))
-        return find_failures(control, broken, sound)
+        faulty, healthy = (self._check(recipe, control) for recipe in (control.fault, control.healthy))
+        return find_failures(control, faulty, healthy)
 
     def _check(self, recipe: Recipe, control: Control) -> Check:
         key = recipe.text, control.path, control.required
@@ -208,18 +208,18 @@ class Verifier:
         return self._checks[key]
 
 
-def find_failures(control: Control, broken: Check, sound: Check) -> list[str]:
+def find_failures(control: Control, faulty: Check, healthy: Check) -> list[str]:
     """Return everything that a control requires and that these checks do not show."""
     failures = []
-    caught = {"status": broken.status in ("fallback", "absent"), "unknown": broken.status == "unknown"}
-    if not caught.get(control.caught_by, broken.met):
-        failures.append(f"the faulty run is {broken.status}")
-    missing = [word for word in control.words if word not in broken.reason]
-    failures += [f"its reason lacks {', '.join(map(repr, missing))}: {broken.reason}"] if missing else []
-    present = [word for word in control.not_words if word in broken.reason]
-    failures += [f"its reason has {', '.join(map(repr, present))}: {broken.reason}"] if present else []
-    if not sound.met:
-        failures.append(f"the healthy run is {sound.status}: {sound.reason}")
-    if control.caught_by == "reason" and all(word in sound.reason for word in control.words):
-        failures.append(f"the healthy run is given the same warning: {sound.reason}")
+    caught = {"status": faulty.status in ("fallback", "absent"), "unknown": faulty.status == "unknown"}
+    if not caught.get(control.caught_by, faulty.met):
+        failures.append(f"the faulty run is {faulty.status}")
+    missing = [word for word in control.words if word not in faulty.reason]
+    failures += [f"its reason lacks {', '.join(map(repr, missing))}: {faulty.reason}"] if missing else []
+    present = [word for word in control.not_words if word in faulty.reason]
+    failures += [f"its reason has {', '.join(map(repr, present))}: {faulty.reason}"] if present else []
+    if not healthy.met:
+        failures.append(f"the healthy run is {healthy.status}: {healthy.reason}")
+    if control.caught_by == "reason" and all(word in healthy.reason for word in control.words):
+        failures.append(f"the healthy run is given the same warning: {healthy.reason}")
     return failures

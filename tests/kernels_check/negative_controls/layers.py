@@ -13,14 +13,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from negative_controls.small_run import SmallRun, wrap_step
 
 
-def take_again(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
+def retry_pass(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
     """Let the first pass of each step fail after its last block, and repeat it."""
     failing: list[bool] = []
 
     def fail(*_: object) -> None:
         if failing:
             failing.pop()
-            raise MemoryError("no more of it")
+            raise MemoryError("out of memory")
 
     def passes(run: SmallRun) -> Any:
         failing.append(True)
@@ -69,13 +69,13 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     run.model.get_base_model().config._attn_implementation = name
 
 
-def pass_attention_by(run: SmallRun) -> None:
+def skip_attention(run: SmallRun) -> None:
     """Remove the attention of a block and keep its feed-forward part."""
     block = _layers(run)[1]
     block.forward = lambda hidden_states, **_: hidden_states + block.mlp(hidden_states)
 
 
-def pass_products_by(run: SmallRun) -> None:
+def skip_products(run: SmallRun) -> None:
     """Replace a feed-forward part by the identity."""
     _layers(run)[1].mlp.forward = lambda x: x
 

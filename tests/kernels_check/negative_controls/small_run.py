@@ -149,11 +149,11 @@ def wrap_step(
     run: SmallRun, *, before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None
 ) -> None:
     """Call functions before and after every step."""
-    sound = run.step
+    original = run.step
 
     def step() -> None:
         before()
-        sound()
+        original()
         after()
 
     replace_step(run, step)

@@ -56,7 +56,7 @@ def by_hand(run):
 
 HEALTHY = {
     "optimizers in the backward pass": in_backward,
-    "gradients put there by hand": by_hand,
+    "gradients set by the training code": by_hand,
 }
 
 
@@ -90,7 +90,7 @@ def test_master_weights_that_are_copied_back_are_unknown(training):
     assert "copy of master weights" in check.reason
 
 
-def test_ranks_that_adalora_takes_away_are_no_loss(training):
+def test_ranks_that_adalora_prunes_are_not_reported_as_lost(training):
     """AdaLoRA itself masks ranks between updates."""
     adapter = peft.AdaLoraConfig(
         **{"init_r": 4, "target_r": 2, "total_step": 100, "tinit": 0, "tfinal": 90, "deltaT": 1},

@@ -201,7 +201,7 @@ def test_a_repeated_position_is_one_filler():
     assert record_numbers(positions).tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2]]
 
 
-def test_records_of_one_token_each_are_no_filler():
+def test_records_of_one_token_each_are_not_padding():
     """One-token records have the positions of padding but differing tokens; with equal tokens they count as one
     record."""
     given = {"position_ids": torch.tensor([[0, 1, 0, 0, 0, 1]] * 2)}

@@ -55,14 +55,14 @@ def test_a_healthy_training_passes_every_path():
         ({"whole": ("e", "f", "g", "h")}, "rank 1 trains on other data than rank 0"),
     ],
 )
-def test_data_of_a_step_is_shared_out_once(changes, words):
+def test_each_sequence_of_a_step_goes_to_one_rank(changes, words):
     """The reason distinguishes repeated, foreign, missing and differing sequences."""
     check = judged(fact(0), fact(1, **changes))["ranks.data"]
     assert check.status == "fallback"
     assert words in check.reason
 
 
-def given(*own_and_exchanged, **more):
+def gradient_finding(*own_and_exchanged, **more):
     """Return the finding on the gradient of one parameter, from each rank's own gradient and the gradient that its
     optimizer got."""
     ranks = [
@@ -90,7 +90,7 @@ def given(*own_and_exchanged, **more):
 )
 def test_gradients_are_the_mean_over_ranks(given_to, observed, words):
     """A missing exchange is named, and NaN is not a mean."""
-    found = given(*given_to)
+    found = gradient_finding(*given_to)
     assert (found.observed, words in found.reason) == (observed, True), found.reason
 
 
@@ -103,7 +103,7 @@ def test_gradients_are_the_mean_over_ranks(given_to, observed, words):
         (0.25, False, True, "the mean over 2 ranks times 0.25, as clipping or a scaler does"),
     ],
 )
-def test_a_sum_is_no_mean_and_clipping_is_no_fault(factor, sharded, observed, words):
+def test_a_sum_is_not_a_mean_and_clipping_is_not_a_fault(factor, sharded, observed, words):
     """All gradients may be scaled by one factor; the parts of a sharded gradient are added up."""
     parts = (1.5, 2.5) if sharded else (4.0, 4.0)
     ranks = [
@@ -116,15 +116,15 @@ def test_a_sum_is_no_mean_and_clipping_is_no_fault(factor, sharded, observed, wo
 
 def test_a_mean_in_16_bits_is_rounded():
     """A difference that is a fault in float32 is rounding in 16 bits."""
-    assert given((3.0, 4.1), (5.0, 4.1), coarse=True).observed is True
-    assert given((3.0, 4.1), (5.0, 4.1)).observed is False
+    assert gradient_finding((3.0, 4.1), (5.0, 4.1), coarse=True).observed is True
+    assert gradient_finding((3.0, 4.1), (5.0, 4.1)).observed is False
 
 
-def test_a_gradient_that_was_not_seen_decides_nothing():
+def test_an_unobserved_gradient_is_unknown():
     """A gradient that exists only after the exchange, or on no rank, is unknown; a non-finite one is a fault."""
-    assert given((0.0, 2.0), (0.0, 2.0), size=0.0).status == "unknown"
-    assert "1 had a gradient of zero" in given((0.0, 0.0), (0.0, 0.0), size=0.0).reason
-    assert "no finite gradient: a" in given((NAN, NAN), (5.0, NAN), size=NAN).reason
+    assert gradient_finding((0.0, 2.0), (0.0, 2.0), size=0.0).status == "unknown"
+    assert "1 had a gradient of zero" in gradient_finding((0.0, 0.0), (0.0, 0.0), size=0.0).reason
+    assert "no finite gradient: a" in gradient_finding((NAN, NAN), (5.0, NAN), size=NAN).reason
 
 
 def test_an_adapter_that_differs_is_named():
@@ -144,9 +144,9 @@ HALF = {"w": (50, 100), "n": (1, 1)}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"base": {"w": (100, 100), "n": (1, 1)}}, "2 of 2 parameters of the base lie whole on every rank, 100%"),
-        ({"base": {"w": (40, 100), "n": (1, 1)}}, "the parts of w on 2 ranks are not its whole"),
-        ({"base": HALF, "four_bit": {"w": 50}}, "1 of 1 weights in 4 bits take more since they are sharded: w"),
+        ({"base": {"w": (100, 100), "n": (1, 1)}}, "2 of 2 parameters of the base are whole on every rank, 100%"),
+        ({"base": {"w": (40, 100), "n": (1, 1)}}, "the parts of w on 2 ranks do not add up to the whole"),
+        ({"base": HALF, "four_bit": {"w": 50}}, "1 of 1 4-bit weights take more than 4 bits after sharding: w"),
     ],
 )
 def test_a_base_is_sharded_and_keeps_its_bits(changes, words):
@@ -164,7 +164,7 @@ def test_a_sharded_base_in_4_bits_passes():
     assert "1 weights still in 4 bits" in check.reason
 
 
-def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause():
+def test_a_loss_that_changes_without_an_update_is_a_fault_with_its_known_cause():
     """The cause is named only for a sharded 4-bit base."""
     moved = {"base_losses": (4.93485, 4.93347, 4.90823, 4.87422)}
     sharded = fact(1, base=HALF, four_bit={"w": 200}, **moved)
@@ -179,7 +179,7 @@ def test_a_loss_that_moves_with_nothing_updated_is_a_fault_with_its_known_cause(
 
 
 def check(observed, status, *, required=4, path="base.bits"):
-    return Check(path=path, required=required, observed=observed, status=status, reason="said")
+    return Check(path=path, required=required, observed=observed, status=status, reason="a reason")
 
 
 def test_the_worst_check_of_the_ranks_counts_and_names_those_that_differ():
@@ -190,18 +190,18 @@ def test_the_worst_check_of_the_ranks_counts_and_names_those_that_differ():
     assert "the ranks differ: rank 0: 4 (active); rank 1: 16 (fallback)" in merged.reason
     assert merge_checks([[check(4, "active")], [check(4, "active")]]) == [check(4, "active")]
     assert merge_checks([[check(16, "fallback")], [check(16, "fallback")]]) == [check(16, "fallback")]
-    (lacking,) = merge_checks([[check(4, "active")], []])
-    assert lacking.status == "unknown"
-    assert "no row of rank 1" in lacking.reason
-    free = check(None, "not_applicable", required=None)
-    assert merge_checks([[check(3, "active", required=None)], [free]])[0].observed == 3
+    (unreported,) = merge_checks([[check(4, "active")], []])
+    assert unreported.status == "unknown"
+    assert "rank 1 has no check of it" in unreported.reason
+    unrequired = check(None, "not_applicable", required=None)
+    assert merge_checks([[check(3, "active", required=None)], [unrequired]])[0].observed == 3
 
 
-def test_a_step_that_exchanges_nothing_is_all_its_own():
+def test_a_step_without_exchange_is_all_own_time():
     """A single rank waits for no other rank and passes a barrier before each step."""
-    met = []
-    share = profile_steps(lambda: time.sleep(0.02), lambda: met.append(1))
-    assert len(met) == STEPS
+    barriers = []
+    share = profile_steps(lambda: time.sleep(0.02), lambda: barriers.append(1))
+    assert len(barriers) == STEPS
     assert share.exchange_s == share.exposed_s == 0
     assert 0.02 <= share.own_s <= share.step_s  # the smallest of the steps, and their mean
 
@@ -241,10 +241,10 @@ def on_gpu(at_s):
     ]
 
 
-@pytest.mark.parametrize(("one", "on_device"), [(on_cpu, False), (on_gpu, True)])
-def test_exchange_is_separated_from_concurrent_computation(one, on_device):
+@pytest.mark.parametrize(("make_step", "on_device"), [(on_cpu, False), (on_gpu, True)])
+def test_exchange_is_separated_from_concurrent_computation(make_step, on_device):
     """For gloo and NCCL, each of two steps has 0.4 s of exchange, of which 0.1 s are hidden."""
-    share = read_times([*one(3.0), *one(7.0)], on_device=on_device)
+    share = read_times([*make_step(3.0), *make_step(7.0)], on_device=on_device)
     times = {name: getattr(share, name) for name in ("step_s", "exchange_s", "exposed_s", "own_s")}
     assert times == pytest.approx({"step_s": 1.0, "exchange_s": 0.4, "exposed_s": 0.3, "own_s": 0.7})
 

@@ -98,7 +98,7 @@ def test_a_softmax_kernel_needs_its_operator_to_name_the_backend(judge, operator
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def test_annotations_and_host_events_are_no_gpu_time(judge):
+def test_annotations_and_host_events_are_not_gpu_time(judge):
     """A nested annotation on the GPU spans its kernels and a runtime call waits for them, but neither is GPU work."""
     kernels = [kernel(GEMM, 10, 10), kernel(FLASH, 30, 10)]
     around = [

@@ -57,15 +57,15 @@ def refusal_of(tmp_path, content):
         (b"{}", "has no event of a GPU kernel or an operator"),
         (b"[]", "has no event of a GPU kernel"),
         (b'{"traceEvents": [{"ph": "X", "name": "a", "cat": "renderer"}]}', "another program's trace?"),
-        (b'{"traceEvents": {"a": 1}}', "is no trace: Expected `array`, got `object` - at `$.traceEvents`"),
-        (b'{"traceEvents": [1, null, "x"]}', "is no trace: Expected `object`, got `int`"),
+        (b'{"traceEvents": {"a": 1}}', "is not a trace: Expected `array`, got `object` - at `$.traceEvents`"),
+        (b'{"traceEvents": [1, null, "x"]}', "is not a trace: Expected `object`, got `int`"),
         (json.dumps({"traceEvents": [EVENTS[0] | {"dur": None}]}).encode(), "no event has a usable duration"),
         (TABLE.replace(b"void k", b"void \0"), "is binary"),
-        (json.dumps({"traceEvents": [EVENTS[0] | {"dur": 0}]}).encode(), "what ran has 0.0 ms in all"),
+        (json.dumps({"traceEvents": [EVENTS[0] | {"dur": 0}]}).encode(), "the events have 0.0 ms in total"),
         (TRACE[:300], "the JSON ends early: the file was cut off"),
-        (TRACE + b"{}", "is no trace: JSON is malformed"),
-        (TRACE.replace(b"10.5", b"NaN", 1), "is no trace: JSON is malformed"),
-        (TRACE.replace(b'{"stream"', 50_000 * b"[" + b'{"stream"', 1), "is no trace"),
+        (TRACE + b"{}", "is not a trace: JSON is malformed"),
+        (TRACE.replace(b"10.5", b"NaN", 1), "is not a trace: JSON is malformed"),
+        (TRACE.replace(b'{"stream"', 50_000 * b"[" + b'{"stream"', 1), "is not a trace"),
         (b"a,b\n1,2\n", "has no table of kernels"),
         (b"Processing ...\nSKIPPED: r.sqlite does not contain CUDA kernel data.\n", "where it says SKIPPED"),
     ],
@@ -103,7 +103,7 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path):
 @given(cut=st.integers(1, len(TRACE) - 1))
 def test_a_trace_cut_anywhere_is_refused(tmp_path_factory, cut):
     """A cut after the last event is refused as well, since the missing part is unknown."""
-    assert "nothing of a damaged file is reported" in refusal_of(tmp_path_factory.mktemp("cut"), TRACE[:cut])
+    assert "no part of a damaged file is reported" in refusal_of(tmp_path_factory.mktemp("cut"), TRACE[:cut])
 
 
 @settings(deadline=None, max_examples=30)
@@ -243,7 +243,7 @@ def test_other_tables_do_not_count(judge):
     assert both.time_ms == once.time_ms
 
 
-def test_rounded_percentages_are_no_missing_rows(judge):
+def test_rounded_percentages_are_not_missing_rows(judge):
     """Many small kernels may each show 0.0 %."""
     rows = "".join(f"0.0,100,1,1.0,1.0,1,1,0.0,kernel_{i}\n" for i in range(40))
     assert judge(HEADING + "98.1,210000,1,1.0,1.0,1,1,0.0,ampere_sgemm_128x64_tn\n" + rows).calls == 41
@@ -259,7 +259,7 @@ def test_rounded_percentages_are_no_missing_rows(judge):
         ("100.0,1000,1,1,1,1,1,1,\n", "has no name, calls or time"),
         ('100.0,1000,1,1,1,1,1,1,"k\n', "is neither JSON nor CSV"),
         ("", "has no table of kernels"),
-        ("100.0,0,1,1,1,1,1,1,k\n", "what ran has 0.0 ms in all"),
+        ("100.0,0,1,1,1,1,1,1,k\n", "the events have 0.0 ms in total"),
         (FLASH + NF4, "2 rows add up to 90.0 % of their time: rows are missing"),
     ],
 )

@@ -1,7 +1,7 @@
 """Tests of real GPU recordings against an independent count of their sums.
 
 The recordings are not part of the project: $LORAMETER_TRACES names their folder, or they are in a folder `shared` next
-to the checkout. Other recordings than those in the table must only have nearly no unclassified time.
+to the checkout. Recordings that are not in the table must only have almost no unclassified time.
 """
 
 import csv
@@ -20,7 +20,7 @@ RECORDINGS = sorted(
     path for ending in ("*.json.gz", "*.json", "*.csv", "*.csv.gz") for path in FOLDER.glob(ending) if path.is_file()
 )
 MAX_UNCLASSIFIED = 0.03
-MAX_APART = 0.02
+MAX_DIFFERENCE = 0.02
 
 pytestmark = pytest.mark.skipif(
     not RECORDINGS, reason=f"no recording in {FOLDER}: $LORAMETER_TRACES names their folder"
@@ -61,7 +61,7 @@ WORDS = (
 """Categories by words in names: an independent count without the rules."""
 
 
-def counted(times):
+def count_shares(times):
     """Return shares of the time by the first matching category; elementwise is the rest."""
     shares = dict.fromkeys(("attention", "communication", "matmul", "copy", "elementwise"), 0.0)
     for name, time in times.items():
@@ -77,7 +77,7 @@ def test_the_judgement_of_a_recording_agrees_with_its_sums(path):
     assert summary.time_ms == pytest.approx(sum(times.values()) / 1e3, rel=1e-6)
     assert sum(summary.categories.values()) == pytest.approx(1.0)
     assert summary.unclassified.time_share <= MAX_UNCLASSIFIED, summary.unclassified.names
-    shares = counted(times)
+    shares = count_shares(times)
     found = {category: summary.categories[category] for category in shares}
     found["elementwise"] += sum(summary.categories[name] for name in ("loss", "optimizer", "other", "dequantize"))
-    assert found == pytest.approx(shares, abs=MAX_APART)
+    assert found == pytest.approx(shares, abs=MAX_DIFFERENCE)

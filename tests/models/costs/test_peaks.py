@@ -16,7 +16,7 @@ from lorameter.models.costs.peaks import (
     DRIVER_SHARE,
     Peak,
     ceiling_of,
-    find_card,
+    find_gpu,
     product_rate,
     stated_peak,
     utilisation,
@@ -115,7 +115,7 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
     assert product_rate(LoraVariant(**options)) == rate
 
 
-@pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is no bound here")])
+@pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is not a bound here")])
 def test_a_share_above_the_peak_is_explained(rate, words):
     """The text says so, also for a share without an interval."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
@@ -133,9 +133,9 @@ GIB = 2**30
 ])  # fmt: skip
 def test_a_memory_size_is_accepted_as_a_gpu(text, size):
     """A GiB is 2^30 bytes, a GB is 10^9 bytes, and the device has no name."""
-    card = find_card(text)
-    assert (card.total_bytes, card.device_name, card.source) == (size, "", "as given")
-    assert card.usable_bytes == int(size * (1 - DRIVER_SHARE)) < size
+    gpu = find_gpu(text)
+    assert (gpu.total_bytes, gpu.device_name, gpu.source) == (size, "", "as given")
+    assert gpu.usable_bytes == int(size * (1 - DRIVER_SHARE)) < size
 
 
 @pytest.mark.parametrize(("text", "label", "mib"), [
@@ -145,16 +145,16 @@ def test_a_memory_size_is_accepted_as_a_gpu(text, size):
 ])  # fmt: skip
 def test_a_gpu_name_is_found_without_its_optional_words(text, label, mib):
     """Maker, form factor and memory are optional in a name, and the spelling of nvidia-smi is accepted."""
-    card = find_card(text)
-    assert (card.name, card.total_bytes) == (label, mib * 2**20)
-    assert "nvidia-smi" in card.source
+    gpu = find_gpu(text)
+    assert (gpu.name, gpu.total_bytes) == (label, mib * 2**20)
+    assert "nvidia-smi" in gpu.source
 
 
 def test_every_gpu_is_found_by_each_of_its_names():
     """Each GPU of the table is found by each of its names and by its label."""
     for device in DEVICES:
         for name in (*device.names, device.label):
-            assert find_card(name).total_bytes == device.memory_mib * 2**20, name
+            assert find_gpu(name).total_bytes == device.memory_mib * 2**20, name
 
 
 @pytest.mark.parametrize(("text", "choices"), [
@@ -162,18 +162,18 @@ def test_every_gpu_is_found_by_each_of_its_names():
 ])  # fmt: skip
 def test_a_name_of_gpus_of_different_memory_is_refused_with_the_choices(text, choices):
     """Each choice in the error is a valid argument."""
-    with pytest.raises(UsageError, match="several, of different memory") as refused:
-        find_card(text)
+    with pytest.raises(UsageError, match="several GPUs have this name, with different memory") as refused:
+        find_gpu(text)
     for choice in choices:
         assert choice in str(refused.value)
-        assert find_card(choice)
+        assert find_gpu(choice)
 
 
 @pytest.mark.parametrize("text", ["L40", "A10G", "RTX 4090 Laptop GPU", "MI300X", "", "GB", "24", "24XB", "x" * 5000])
 def test_an_unknown_name_is_refused_with_the_known_ones(text):
     """A similar name is not accepted; the short error says that a memory size can be given instead."""
     with pytest.raises(UsageError) as refused:
-        find_card(text)
+        find_gpu(text)
     assert "Known: A100 40GB" in str(refused.value)
     assert "24GiB" in str(refused.value)
     assert len(str(refused.value)) < 500

@@ -39,7 +39,7 @@ def document(output):
     return json.JSONDecoder().raw_decode(output[output.index("{") :])[0]
 
 
-def break_off(run, *, keep):
+def truncate(run, *, keep):
     """Truncate the run to its first `keep` lines."""
     lines = (run.path / "trials.jsonl").read_text().splitlines(keepends=True)
     (run.path / "trials.jsonl").write_text("".join(lines[:keep]))
@@ -61,7 +61,7 @@ def test_a_slower_site_is_named_in_the_report(placed, run, pretended, monkeypatc
     _, last, output = run("run", placed('sites = ["0", "1", "2"]', replicates=3))
     assert sites_of(last) == {"cpus-0", "cpus-1", "cpus-2"}
     for text in (output, run("report", last.manifest.run)[2]):
-        assert "site cpus-2 is 50% slower than the median of its like" in text
+        assert "site cpus-2 is 50% slower than the median site" in text
     assert [notice["code"] for notice in document(run("report", last.manifest.run, "--json")[2])["notices"]].count(
         "node-mismatch"
     ) == 1
@@ -101,10 +101,10 @@ def test_both_sides_of_an_ab_are_measured_on_each_site(placed, run):
     assert first.manifest.sides["candidate"]["kind"] == "interpreter"
     (comparison,) = (one for one in document(output)["comparisons"] if one["metric"] == "step_time_s")
     assert comparison["ratio"] == pytest.approx(1.0)
-    break_off(first, keep=1)
-    code, again, output = run("ab", "--resume", first.manifest.run)
+    truncate(first, keep=1)
+    code, resumed, output = run("ab", "--resume", first.manifest.run)
     assert code in (0, 3), output
-    assert sites_of_whole(again) == {"cpus-0", "cpus-1"}
+    assert sites_of_whole(resumed) == {"cpus-0", "cpus-1"}
 
 
 def test_a_calibration_on_a_cluster_is_refused(placed, run):
@@ -239,7 +239,7 @@ def test_sites_of_a_gpu_machine_are_its_visible_gpus(machine, monkeypatch, entri
         (("H100", "H100", "A100"), (700.0, 700.0, 400.0), r"different kinds \(A100 at 400 W, H100 at 700 W\)"),
         (("H100", "H100", "H100"), (700.0, 700.0, 400.0), r"different kinds \(H100 at 400 W, H100 at 700 W\)"),
         (("H100", "H100", "H100"), (700.0, 700.0, None), r"different kinds \(H100, H100 at 700 W\)"),
-        (("H100", "H100", None), (700.0, 700.0, 700.0), r"what GPU 2 is cannot be known: it is gone"),
+        (("H100", "H100", None), (700.0, 700.0, 700.0), r"GPU 2 cannot be identified: it is gone"),
     ],
 )
 def test_missing_and_different_gpus_are_refused(machine, monkeypatch, names, limits, words):
@@ -289,7 +289,7 @@ SECOND = "5"
 
 
 @pytest.fixture
-def spread(placed, run, pretended):
+def run_on_two_sites(placed, run, pretended):
     """A function that measures eight replicates on two sites, the second of which is slow for some trials."""
 
     def measure(command, *words, slow=()):
@@ -299,10 +299,10 @@ def spread(placed, run, pretended):
     return measure
 
 
-def test_ratios_are_those_of_each_site(spread, run, tmp_path):
+def test_ratios_are_those_of_each_site(run_on_two_sites, run, tmp_path):
     """Each site has the same number of replicates however fast it is. The mean of both ratios, 1.22 here, describes
     neither site, so that commands which would pool sites refuse with each site and its machine."""
-    _, last, _ = spread("run", slow=[(SECOND, "large", 1.5)])
+    _, last, _ = run_on_two_sites("run", slow=[(SECOND, "large", 1.5)])
     name = last.manifest.run
     assert {record.machine for record in last.records} == {"Test CPU"}
     assert last.manifest.sites == ("cpus-0", "cpus-1")
@@ -313,8 +313,8 @@ def test_ratios_are_those_of_each_site(spread, run, tmp_path):
         ("cpus-0", "Training on cpus-0"), ("cpus-1", "Training on cpus-1"),
     ]  # fmt: skip
     ratios = [{row["name"]: row["ratio"] for row in table["rows"]}["large"] for table in tables]
-    assert [one["ratio"] for one in ratios] == pytest.approx([1.0, 1.5])
-    assert [one["replicates"] for one in ratios] == [4, 4]
+    assert [ratio["ratio"] for ratio in ratios] == pytest.approx([1.0, 1.5])
+    assert [ratio["replicates"] for ratio in ratios] == [4, 4]
     assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in run("report", name)[2]
     for words in (
         ("compare", name, name), ("gate", name, name), ("accept", name), ("claims", name), ("export", name),
@@ -327,26 +327,26 @@ def test_ratios_are_those_of_each_site(spread, run, tmp_path):
     lines = (last.path / "trials.jsonl").read_text().splitlines(keepends=True)
     (last.path / "trials.jsonl").write_text(lines[0])
     for words, refusal in (
-        (("--on", "here"), "mixed: there is one site here"), (("--mixed",), "--mixed cannot be given"),
+        (("--on", "here"), "mixed: there is only one site"), (("--mixed",), "--mixed cannot be given"),
     ):  # fmt: skip
         code, _, output = run("run", "--resume", name, *words)
         assert (code, refusal in output) == (2, True), output
-    code, again, _ = run("run", "--resume", name)
-    assert {record.machine for record in again.records} == {"Test CPU"}
-    assert {record.status for record in again.records} == {"ok"}
+    code, resumed, _ = run("run", "--resume", name)
+    assert {record.machine for record in resumed.records} == {"Test CPU"}
+    assert {record.status for record in resumed.records} == {"ok"}
 
 
-def test_a_control_that_fails_on_one_site_fails_the_run(spread):
+def test_a_control_that_fails_on_one_site_fails_the_run(run_on_two_sites):
     """The other site does not matter."""
-    code, last, _ = spread("run", slow=[(SECOND, "control", 1.5)])
-    stands = run_validity(last, read_study(last))
+    code, last, _ = run_on_two_sites("run", slow=[(SECOND, "control", 1.5)])
+    validity = run_validity(last, read_study(last))
     assert code == 4
-    assert any("regressed in phase 'train on cpus-1'" in fault.message for fault in stands.faults)
+    assert any("regressed in phase 'train on cpus-1'" in fault.message for fault in validity.faults)
 
 
-def test_a_gate_of_an_ab_fails_where_one_site_regresses(spread, run):
+def test_a_gate_of_an_ab_fails_where_one_site_regresses(run_on_two_sites, run):
     """The verdict names the site, also in the stored run."""
-    code, last, output = spread("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
+    code, last, output = run_on_two_sites("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
     assert code == 1, output
     rows = {row.site: row for row in report_of(last).comparisons if row.metric == "step_time_s"}
     assert {site: row.verdict for site, row in rows.items()} == {"cpus-0": "equivalent", "cpus-1": "regressed"}

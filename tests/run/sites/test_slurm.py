@@ -265,7 +265,7 @@ def nodes():
 
 
 @pytest.mark.selftest
-def test_a_node_that_is_killed_loses_its_replicate_under_way_and_no_other(nodes, study, tmp_path):
+def test_a_killed_node_loses_only_its_replicate_under_way(nodes, study, tmp_path):
     """Completed replicates are kept, the interrupted one is measured elsewhere from the start, and a notice names the
     node."""
     runs, begun = tmp_path / "runs", {}

@@ -20,7 +20,7 @@ from lorameter.run.workers.local import LocalExecutor
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/no/such/python"])
-def test_a_program_that_is_no_python_is_refused(program):
+def test_a_program_other_than_python_is_refused(program):
     """The error names the program and its output, whether it fails, prints something else or does not exist."""
     with pytest.raises(UsageError, match=program):
         inspect(Host(python=program))

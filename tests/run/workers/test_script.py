@@ -79,11 +79,11 @@ def measured(study, folder, display=None, interleaving="lockstep"):
 FAULTS = {
     "plain": ("ok", ""),
     "crash-before": ("crashed", "the script ended with exit code 1 before it trained: ValueError: no such data set"),
-    "never": ("invalid", "exit code 0 and trained nothing"),
+    "never": ("invalid", "exit code 0 without training"),
     "crash": ("crashed", "RuntimeError in step 6: the tensor does not fit"),
     "kill": ("crashed", "signal 9 (SIGKILL)) during warm_up"),
     "orphan": ("crashed", "exit code 7) during warm_up"),
-    "garbled": ("crashed", "no answer that can be read"),
+    "garbled": ("crashed", "an unreadable answer"),
     "hang-before": ("timeout", "did not begin to train within 2 s and was killed"),
     "hang": ("timeout", "no answer within 2 s during warm_up; it was killed"),
     "late": ("ok", ""),
@@ -164,7 +164,7 @@ def test_code_after_the_training_is_not_run(run, records):
     """The script is ended after its last step, so that its later code does not run, and its copy is removed."""
     folder = run.path.parents[1]
     assert not (folder / "mark").exists()
-    assert not (folder / "came").exists()
+    assert not (folder / "started").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["runs", "scripted.py"]
 
 

@@ -58,7 +58,7 @@ def take_turns(folder, commands, monkeypatch):
     return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
 
 
-def left_of(folder):
+def remaining_processes(folder):
     """Return the processes of `take_turns` in this folder, and their children, that do not end by themselves."""
     found = []
     for process in psutil.process_iter():
@@ -88,7 +88,7 @@ def test_launched_trainings_take_turns_and_the_launcher_does_not(tmp_path, monke
         assert by_trial[name].values["ranks"] == 2
     assert by_trial["r0-accelerate"].samples["timed_loss"] == by_trial["r0-plain"].samples["timed_loss"]
     assert all(record.turn_lengths == (2, 2) for record in run.records)
-    assert left_of(tmp_path) == []
+    assert remaining_processes(tmp_path) == []
 
 
 WORKERS = """
@@ -122,7 +122,7 @@ def test_data_workers_take_no_turns(tmp_path, monkeypatch):
     losses = {record.samples["timed_loss"] for record in run.records}
     assert len(losses) == 1
     assert all(record.turn_lengths == (2, 2) for record in run.records)
-    assert left_of(tmp_path) == []
+    assert remaining_processes(tmp_path) == []
 
 
 TRAINER = """
@@ -190,9 +190,9 @@ def test_unmodified_scripts_are_measured_step_by_step(tmp_path, monkeypatch):
         assert record.turn_lengths == (2, 2, 2)
         assert record.values["training_steps"] == 2 + 4 + 6
         assert all(math.isfinite(loss) for loss in record.samples["timed_loss"])
-    ours, twin, loop = (by_name[name] for name in ("r0-r4", "r0-r4-control", "r0-loop"))
-    assert (ours.tokens["source"], loop.tokens["source"]) == ("trainer", "optimizer")
-    assert ours.samples["turn_tokens"] == (2 * 2 * 16.0,) * 3
-    assert ours.samples["warmup_loss"] == twin.samples["warmup_loss"]
-    assert ours.samples["timed_loss"] == twin.samples["timed_loss"]
+    reference, control, loop = (by_name[name] for name in ("r0-r4", "r0-r4-control", "r0-loop"))
+    assert (reference.tokens["source"], loop.tokens["source"]) == ("trainer", "optimizer")
+    assert reference.samples["turn_tokens"] == (2 * 2 * 16.0,) * 3
+    assert reference.samples["warmup_loss"] == control.samples["warmup_loss"]
+    assert reference.samples["timed_loss"] == control.samples["timed_loss"]
     assert sorted(path.name for path in folder.iterdir()) == ["loop.py", "runs", "trainer.py"]

@@ -41,7 +41,7 @@ def project(tmp_path):
     return folder
 
 
-def test_each_process_has_a_copy_of_its_own(project, tmp_path):
+def test_each_process_has_its_own_copy(project, tmp_path):
     """Writes in a copy change neither another copy nor the original; a link keeps its target."""
     first, second = (take_snapshot(project, tmp_path / name) for name in ("first", "second"))
     (first / "out" / "old" / "model.bin").write_text("trained")

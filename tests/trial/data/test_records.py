@@ -103,12 +103,7 @@ ROWS = [{"prompt": f"p{number}", "completion": "c", "score": number} for number 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def saved(path, rows):
-    datasets.Dataset.from_list(rows).save_to_disk(path)
-    return str(path)
-
-
-def test_a_saved_data_set_is_read_whole(tmp_path):
+def test_a_saved_data_set_is_read_completely(tmp_path):
     """A shuffled data set in several shards is read, with only the columns that are trained on."""
     data = datasets.Dataset.from_list(ROWS).shuffle(seed=1).select(range(500))
     data.save_to_disk(tmp_path / "mine", num_shards=3)
@@ -219,7 +214,7 @@ MARKED = (
     "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }};"
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
-THINKING = (  # as Qwen3: the last answer gets a block of its own, and earlier ones lose theirs
+THINKING = (  # as Qwen3: only the last answer has a block of reasoning
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
     "{{ m['content'] }}</>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )

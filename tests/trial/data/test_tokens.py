@@ -49,11 +49,11 @@ def test_padding_is_counted_and_has_no_label(tmp_path):
 def test_joined_rows_have_the_tokens_of_packed_ones_without_isolation(tmp_path):
     """Positions run over the whole row, and each token but the first is predicted from the token before it."""
     joined, packed = (prepare(dataclasses.replace(SMALL, layout=layout), tmp_path) for layout in ("joined", "packed"))
-    ours, theirs = load_file(joined.path), load_file(packed.path)
-    assert (ours["train.input_ids"] == theirs["train.input_ids"]).all()
-    assert (ours["train.position_ids"] == np.arange(64)).all()
-    starts = ours["train.labels"] == IGNORED
-    records = ours["train.input_ids"] == ours["train.input_ids"][0, 0]  # each record begins with the BOS token
+    joined_rows, packed_rows = load_file(joined.path), load_file(packed.path)
+    assert (joined_rows["train.input_ids"] == packed_rows["train.input_ids"]).all()
+    assert (joined_rows["train.position_ids"] == np.arange(64)).all()
+    starts = joined_rows["train.labels"] == IGNORED
+    records = joined_rows["train.input_ids"] == joined_rows["train.input_ids"][0, 0]  # the BOS token
     assert starts[:, 0].all()
     assert not (starts & ~records)[:, 1:].any()
 
@@ -137,7 +137,7 @@ def test_the_byte_tokenizer_encodes_utf8():
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
 
 
-def test_bytes_replace_the_tokenizer_of_a_random_model_alone(monkeypatch, tmp_path):
+def test_bytes_replace_only_the_tokenizer_of_a_random_model(monkeypatch, tmp_path):
     """A random model whose tokenizer cannot be loaded gets the byte tokenizer, which is reported; for real weights this
     is an error."""
     monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)

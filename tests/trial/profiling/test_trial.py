@@ -63,9 +63,9 @@ def trial(tmp_path):
         tokens_path=prepare(workload, tmp_path).path, scratch=str(tmp_path), log_path="",
     )  # fmt: skip
     torch.set_num_threads(1)
-    one = ProfiledTrial(request, SharedBase())
-    one.run("build")
-    return one
+    trial = ProfiledTrial(request, SharedBase())
+    trial.run("build")
+    return trial
 
 
 def test_a_profile_times_phases_and_counts_products(trial, monkeypatch):
@@ -111,7 +111,7 @@ def serving(tmp_path, monkeypatch):
     return make
 
 
-def of(kind, folder, name):
+def read_result(kind, folder, name):
     return codec.from_json(kind, json.loads((folder / name).read_text(encoding="utf-8")), name)
 
 
@@ -124,16 +124,16 @@ def test_a_profiled_request(serving, tmp_path):
         phases = [samples[f"phase_{phase}_s"][index] for phase in REQUEST_PHASES]
         assert min(phases) > 0
         assert sum(phases) <= lap_s
-    looked = trial.run("request_facts")
-    assert looked.memory["host_peak_first_token_bytes"] > 0
-    facts = of(RequestFacts, tmp_path, REQUEST_FACTS)
+    observed = trial.run("request_facts")
+    assert observed.memory["host_peak_first_token_bytes"] > 0
+    facts = read_result(RequestFacts, tmp_path, REQUEST_FACTS)
     assert (facts.prompt_rows, facts.logit_rows) == (PROMPT, 1)
     assert (facts.cache, facts.cache_moved, facts.head) == ("DynamicCache", 1.0, "lm_head.weight")
     config = trial._trainee.model.get_base_model().config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     assert facts.cache_bytes == 2 * config.num_hidden_layers * heads * (PROMPT + NEW - 1) * 2
     trial.run("request_activity", merged=False)
-    activity = of(Activity, tmp_path, REQUEST_ACTIVITY)
+    activity = read_result(Activity, tmp_path, REQUEST_ACTIVITY)
     assert (tmp_path / REQUEST_TRACE).stat().st_size > 0
     assert [phase.phase for phase in activity.phases] == list(REQUEST_PHASES)
     ran = {phase.phase: phase for phase in activity.phases}
@@ -264,7 +264,7 @@ def test_a_step_of_known_size_is_explained_on_the_host():
 
     step()
     optimizer.zero_grad()
-    found = measure_breakdown(wide, optimizer, step, birth=read_pages(), device="cpu")
+    found = measure_breakdown(wide, optimizer, step, initial_pages=read_pages(), device="cpu")
     assert found.kinds["activations"] >= size
     assert found.kinds["activations"] + found.kinds["temporaries"] == pytest.approx(3 * size, rel=0.01)
     assert found.unexplained_bytes == found.peak_bytes - sum(found.kinds.values())
@@ -285,7 +285,7 @@ def test_a_step_on_a_gpu_is_explained_within_two_percent():
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    found = measure_breakdown(layers, optimizer, step, birth=read_pages(), device="cuda")
+    found = measure_breakdown(layers, optimizer, step, initial_pages=read_pages(), device="cuda")
     assert abs(found.share) < 0.02
     assert found.outside_allocator["fragmentation"] >= 0
 

@@ -43,11 +43,11 @@ def on_rank(number, change):
     """Apply `change` to the trial of this rank after its construction."""
     from lorameter.trial.ranks import rank
 
-    made = rank.RankTrial.__init__
+    original = rank.RankTrial.__init__
 
-    def init(self, request, own):
-        made(self, request, own)
-        if own == number:
+    def init(self, request, rank_number):
+        original(self, request, rank_number)
+        if rank_number == number:
             change(self)
 
     rank.RankTrial.__init__ = init
@@ -57,11 +57,11 @@ def in_eval_mode():
     """Keep the model in eval mode, as `from_pretrained` returns it."""
     from lorameter.trial.ranks import rank
 
-    wrapped = rank.distribute
-    rank.distribute = lambda model, strategy, **options: wrapped(model.eval(), strategy, **options)
+    original = rank.distribute
+    rank.distribute = lambda model, strategy, **options: original(model.eval(), strategy, **options)
 
 
-def later(change_step):
+def from_the_first_turn(change_step):
     """Return a fault that changes rank 1 from its first turn on."""
 
     def sabotage():
@@ -70,11 +70,11 @@ def later(change_step):
         def change(trial):
             turn = Trial.turn
 
-            def acting(self, steps):
+            def faulty_turn(self, steps):
                 change_step(self)
                 return turn(self, steps)
 
-            Trial.turn = acting
+            Trial.turn = faulty_turn
 
         on_rank(1, change)
 
@@ -123,14 +123,14 @@ SCENARIOS = {
         strategy="fsdp2", commands=WHOLE, variant=NF4, workload={"repair": "quant_state"}
     ),
     "dropout": Scenario(commands=WHOLE, variant=DROPOUT),
-    "update left out": Scenario(commands=WHOLE, variant=DROPOUT, sabotage=later(leave_out_one_update)),
+    "update left out": Scenario(commands=WHOLE, variant=DROPOUT, sabotage=from_the_first_turn(leave_out_one_update)),
     "in eval mode": Scenario(strategy="fsdp2", variant=NF4, sabotage=in_eval_mode),
     "in eval mode, repaired": Scenario(
         strategy="fsdp2", variant=NF4, workload={"repair": "quant_state"}, sabotage=in_eval_mode
     ),
-    "dies": Scenario(commands=TURNS, sabotage=later(lambda _: os.kill(os.getpid(), signal.SIGKILL))),
-    "hangs": Scenario(commands=TURNS, sabotage=later(lambda _: time.sleep(900)), timeout_s=100),
-    "out of memory": Scenario(commands=TURNS, sabotage=later(lambda _: out_of_memory())),
+    "dies": Scenario(commands=TURNS, sabotage=from_the_first_turn(lambda _: os.kill(os.getpid(), signal.SIGKILL))),
+    "hangs": Scenario(commands=TURNS, sabotage=from_the_first_turn(lambda _: time.sleep(900)), timeout_s=100),
+    "out of memory": Scenario(commands=TURNS, sabotage=from_the_first_turn(lambda _: out_of_memory())),
     "one rank fails": Scenario(commands=TURNS, sabotage=one_rank_fails),
 }
 

@@ -79,7 +79,7 @@ def test_two_ranks_train_the_same_as_one_rank(ddp):
     assert ddp.samples["turn_tokens"] == (2 * 4 * 32.0, 2 * 4 * 32.0)
     assert ddp.values["ranks"] == 2.0
     ratios = zip(ddp.samples["one_rank_step_time_s"], ddp.samples["step_time_s"], strict=True)
-    assert samples_of(ddp, "scaling_efficiency") == tuple(one / (2 * both) for one, both in ratios)
+    assert samples_of(ddp, "scaling_efficiency") == tuple(alone / (2 * together) for alone, together in ratios)
     assert 0 < ddp.values["communication_share"] < 1
     assert 0 <= ddp.values["communication_overlap"] <= 1
     assert ddp.values["rank_imbalance"] >= 1

@@ -110,11 +110,11 @@ def test_one_prompt_measures_switching_alone(begin):
 
 def test_a_row_computed_with_another_adapter_is_reported(begin, monkeypatch):
     """The fault swaps adapters between rows during decoding only, where rows are one token long."""
-    honest = Linear._mixed_batch_forward
+    original = Linear._mixed_batch_forward
 
     def shuffled(self, x, *args, adapter_names, **kwargs):
         names = [*adapter_names[-1:], *adapter_names[:-1]] if x.shape[1] == 1 else adapter_names
-        return honest(self, x, *args, adapter_names=names, **kwargs)
+        return original(self, x, *args, adapter_names=names, **kwargs)
 
     monkeypatch.setattr(Linear, "_mixed_batch_forward", shuffled)
     _, record = begin()

@@ -57,11 +57,15 @@ def make_run(small_study):
         members.append((VARIANTS[0], "control"))
         records = []
         for replicate in range(replicates):
-            luck = random.Random(replicate)
-            machine = [0.1 * math.exp(luck.gauss(0, 0.3)) for _ in range(TURNS)]
+            rng = random.Random(replicate)
+            machine = [0.1 * math.exp(rng.gauss(0, 0.3)) for _ in range(TURNS)]
             for variant, role in members:
-                own = random.Random(f"{replicate} {variant.name} {role}").gauss(0, noise)
-                factor = math.exp(own) * dict(factors).get(variant.name, 1.0) * (control if role == "control" else 1.0)
+                process_noise = random.Random(f"{replicate} {variant.name} {role}").gauss(0, noise)
+                factor = (
+                    math.exp(process_noise)
+                    * dict(factors).get(variant.name, 1.0)
+                    * (control if role == "control" else 1.0)
+                )
                 times = tuple(turn * factor for turn in machine)
                 records.append(TrialRecord(
                     trial=f"r{replicate}-{variant.name}{'-control' if role == 'control' else ''}", status="ok",

@@ -86,14 +86,14 @@ def test_the_estimate_is_the_ratio_with_its_interval(make_run, claim):
 def test_the_best_trades_metrics_by_their_weights(make_run, claim):
     """A trade of 3 % step time against 1 % loss is decided by the weights, which the reason states."""
 
-    def heavy(record):
+    def with_losses(record):
         loss = {"r4": 2.0, "centre": 2.02, "r16": 2.02}.get(record.name, 2.02)
         return record.replaced(values=record.values | {"held_out_loss": loss})
 
     for weight, verdict in ((1.0, "refuted"), (10.0, "supported")):
         metrics = {"step_time_s": 1.0, "held_out_loss": weight}
         part = part_of(
-            make_run([claim(rule="best", levels=(4,), metric="", metrics=metrics)], {"r4": 1.03}, change=heavy)
+            make_run([claim(rule="best", levels=(4,), metric="", metrics=metrics)], {"r4": 1.03}, change=with_losses)
         )
         assert part.verdict == verdict
         assert (part.metric, part.tolerance) == ("step_time_s + held_out_loss", None)
@@ -193,14 +193,14 @@ def test_a_failed_control_leaves_its_phase_unjudged(make_run, claim):
 
 def test_without_an_equivalent_control_nothing_is_equal(make_run, claim):
     """With a missing or noisy control, a difference can be supported but an equality cannot."""
-    lost = lambda record: None if record.role == "control" else record  # noqa: E731
-    unclear = random.Random(1)
+    missing = lambda record: None if record.role == "control" else record  # noqa: E731
+    rng = random.Random(1)
 
     def noisy(record):
-        factor = 1 + unclear.uniform(-0.3, 0.3) if record.role == "control" else 1.0
+        factor = 1 + rng.uniform(-0.3, 0.3) if record.role == "control" else 1.0
         return record.replaced(samples={name: tuple(factor * one for one in v) for name, v in record.samples.items()})
 
-    for change in (lost, noisy):
+    for change in (missing, noisy):
         part = part_of(make_run([claim(rule="equal")], change=change))
         assert part.verdict == "inconclusive"
         assert "so nothing is called equal" in part.reason
@@ -248,7 +248,7 @@ def test_claims_share_their_error_rate(make_run, claim):
 # --- runs without a claim to judge -----------------------------------------------------------------------------------
 
 
-def test_without_a_trial_that_is_ok_nothing_is_valid(make_run, claim):
+def test_a_run_without_a_successful_trial_is_invalid(make_run, claim):
     """No claim is judged, and the run is invalid."""
     report = judge_claims(make_run([claim(rule="equal")], change=lambda record: record.replaced(status="crashed")))
     assert (report.claims[0].verdict, report.valid, report.replicates) == ("not judged", False, 0)
@@ -306,7 +306,7 @@ def judged(write_run, small_study, tmp_path):
             LoraVariant(name="nf4", quantization="nf4"),
             LoraVariant(name="dora", use_dora=True),
         )
-        claims = [Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts)]
+        claims = [Claim(id=str(index), says="s", parts=(part,)) for index, part in enumerate(parts)]
         claims = [Claim(id="0", says="s", parts=parts)] if together else claims
         study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=tuple(claims))
 
@@ -338,7 +338,7 @@ def test_less_memory_and_hardly_slower_is_one_claim_of_a_pair(judged):
     assert too_much.verdict == "refuted"
 
 
-def test_resident_memory_supports_no_limit_of_a_cost(judged):
+def test_resident_memory_does_not_support_a_small_cost(judged):
     """Resident memory on a CPU dilutes differences: a visible saving or cost is judged, and a small cost is not."""
     saving, cost, bound = judged(
         part("lowers", "peak_memory", by=0.3),
@@ -353,8 +353,8 @@ def test_resident_memory_supports_no_limit_of_a_cost(judged):
 @pytest.mark.parametrize(
     ("claim", "words"),
     [
-        ('{ rule = "trend-up", axis = "quantization", metric = "step_time_s" }', ["no numbers", "lays a line"]),
-        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory" }', ["about a pair", "two levels"]),
+        ('{ rule = "trend-up", axis = "quantization", metric = "step_time_s" }', ["not numbers", "fits a line"]),
+        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory" }', ["compares two levels", "two levels"]),
         ('{ rule = "lowers", axis = "quantization", metric = "peak_memory", levels = ["none", "fp4"] }',
          ["level fp4", "none, nf4"]),
         ('{ rule = "lowers", axis = "no_field", metric = "peak_memory", levels = ["a", "b"] }', ["fewer than two"]),
@@ -390,7 +390,7 @@ def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_pa
         part("equal", "held_out_loss", axis=axis, levels=()),
         part("differs", "timed_loss", axis=axis, levels=levels),
     )
-    claims = tuple(Claim(id=str(place), says="s", parts=(one,)) for place, one in enumerate(parts))
+    claims = tuple(Claim(id=str(index), says="s", parts=(part,)) for index, part in enumerate(parts))
     study = dataclasses.replace(small_study, variants=variants, reference="plain", claims=claims)
 
     def change(record):
@@ -454,4 +454,4 @@ def test_losses_of_other_tokens_are_not_compared(make_run, claim, small_study, o
     part = claim(rule="lowest", axis=f"workload.{key}", levels=(level,), metric=metric)
     found = part_of(make_run([part], {"other": 0.5}, workloads={"other": own}))
     assert found.verdict == "not judged"
-    assert "other tokens" in found.reason
+    assert "different tokens" in found.reason

@@ -56,7 +56,7 @@ def attempt(call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except Exception as error:
-        print_notice("the training is not followed: {}: {}".format(type(error).__name__, error))
+        print_notice("the training is not measured: {}: {}".format(type(error).__name__, error))
         return None
 
 

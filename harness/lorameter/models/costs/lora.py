@@ -30,7 +30,7 @@ MOMENT_TABLE_BYTES = 256 * 4
 """The values that an 8-bit moment can have; one table for each of the two moments, shared by all tensors."""
 
 
-def uncounted(variant: Variant, shape: ModelShape) -> str | None:
+def missing_formula(variant: Variant, shape: ModelShape) -> str | None:
     """Why there is no formula for memory and FLOPs of a variant on a model, and the remedy; None if there is one."""
     if not isinstance(variant, LoraVariant):
         return f"no formula is known for the method {variant.method_name}; measure it"
@@ -41,7 +41,7 @@ def uncounted(variant: Variant, shape: ModelShape) -> str | None:
 
 def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
     """The variant as LoRA. Raises `UnknownLayersError` if there is no formula for its memory and FLOPs."""
-    if why := uncounted(variant, shape):
+    if why := missing_formula(variant, shape):
         raise UnknownLayersError(why)
     assert isinstance(variant, LoraVariant)
     return variant

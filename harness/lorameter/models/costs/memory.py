@@ -7,7 +7,7 @@ the gradient of the loss (activations, and logits in float32 three times: log-pr
 checkpointing a recomputed block, or the update of the optimizer with all gradients.
 
 The CPU memory of a process other than its tensors has no formula. Its constants were measured, as documented for each,
-with one thread and glibc. The memory at the start of a process depends on the build of torch (`birth_bytes`).
+with one thread and glibc. The memory at the start of a process depends on the build of torch (`baseline_bytes`).
 
 Saved tensors: Korthikanti et al. (2022, arXiv 2205.05198, section 4.1) count 34 bytes per token, layer and hidden unit
 for a dense 16-bit transformer. LoRA training differs: frozen weights have no gradient, so the input of a frozen layer
@@ -50,13 +50,13 @@ from lorameter.studies.variant import LoraVariant, Variant, form_keys
 from lorameter.studies.workload import Workload
 
 MIB = 2**20
-BIRTHS = {"cpu": 337 * MIB, "cuda": 520 * MIB}
+BASELINES = {"cpu": 337 * MIB, "cuda": 520 * MIB}
 """Bytes of a forked trial before it loads its model, by the build of torch, with or without a GPU. Measured with the
 CPU build, and with the CUDA 13 build and a transformers 5.17 that imports scikit-learn, pandas and pyarrow."""
 COPIED_SHARE = 0.25
 """Share of these bytes that a forked trial does not share with its parent: pages in which reference counts change.
 Trials of tiny-llama had 102 to 122 MiB of private memory, of which 17 to 33 MiB were new."""
-AT_WORK = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
+LIBRARY_BYTES = {"library_code": 48 * MIB, "library_heap": 13 * MIB, "interpreter": 15 * MIB}
 """Bytes that libraries add during a trial; measured over variants of smollm2-135m with the CPU build, where they vary
 by some MiB. In a memory breakdown the last two are part of the unexplained remainder."""
 CUDA_CONTEXT_BYTES = 600 * MIB
@@ -110,18 +110,18 @@ def peak_range(needed_bytes: int, device: str) -> tuple[int, int]:
     return int(low * needed_bytes), int(high * needed_bytes)
 
 
-def birth_bytes(cuda: str | None) -> int:
+def baseline_bytes(cuda: str | None) -> int:
     """Host memory of a trial's process at its start, if it was not measured.
 
     Args:
         cuda: the CUDA version of the torch build; None for a CPU build.
     """
-    return BIRTHS["cpu" if cuda is None else "cuda"]
+    return BASELINES["cpu" if cuda is None else "cuda"]
 
 
 def bare_process_bytes(cuda: str | None) -> int:
-    """Resident bytes of a trial's process without tensors; `cuda` as for `birth_bytes`."""
-    return birth_bytes(cuda) + sum(AT_WORK.values())
+    """Resident bytes of a trial's process without tensors; `cuda` as for `baseline_bytes`."""
+    return baseline_bytes(cuda) + sum(LIBRARY_BYTES.values())
 
 
 def estimate_memory(
@@ -149,7 +149,7 @@ def estimate_memory(
             weights by a repacked copy at the first forward pass in eval mode (`Linear4bit.forward` of bitsandbytes
             0.50), while the file with the originals stays mapped for the embeddings and norms.
         process_bytes: memory of a trial's process at its start, measured with the libraries of this machine or else
-            `birth_bytes` of its torch; None for the value of a CPU build.
+            `baseline_bytes` of its torch; None for the value of a CPU build.
 
     Raises:
         UnknownLayersError: the layers of the model type are unknown.
@@ -168,7 +168,7 @@ def estimate_memory(
             kinds=in_order(kinds),
             outside_allocator={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
         )
-    kinds |= {"process": birth_bytes(None) if process_bytes is None else process_bytes, **AT_WORK}
+    kinds |= {"process": baseline_bytes(None) if process_bytes is None else process_bytes, **LIBRARY_BYTES}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
         # Embeddings and norms are still pages of the file, which keeps all of it in memory.
         kinds["checkpoint_pages"] = linear_elements(shape) * width(variant.dtype)
@@ -210,7 +210,7 @@ def lora_like(variant: Variant) -> LoraVariant:
     return LoraVariant(**(common | {"optimizer": "adamw_fused", "optimizer_args": {}}))
 
 
-def passing_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
+def transient_bytes(variant: Variant, workload: Workload, shape: ModelShape) -> int:
     """Bytes of a trial's peak on a CPU that a process returns between its commands: the logits of a step and their
     copies in the loss. 0 if malloc may keep their blocks, or if they are not part of the peak, because the peak is at
     another moment of the step or requests need as much."""
@@ -274,7 +274,7 @@ def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
 def _step(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """Bytes that a step adds at its peak."""
     activations = Activations(variant, workload, shape, device)
-    saved, tokens = activations.sum_kept(), workload.batch_size * workload.sequence_length
+    saved, tokens = activations.total(), workload.batch_size * workload.sequence_length
     gradients = adapter_parameters(variant, shape) * _adapter_width(variant)
     accumulated = gradients if variant.gradient_accumulation > 1 else 0
     slack = device == "cpu" and tokens < mapped_from_tokens(variant, shape)
@@ -365,7 +365,7 @@ class Activations:
         self._shared = self._product == self._adapter == self._stream
         """Whether adapters share their input; otherwise each has a copy in its own dtype."""
 
-    def sum_kept(self) -> int:
+    def total(self) -> int:
         """Bytes for the whole model, without the logits."""
         shape = self._shape
         outside = self._norm() + (shape.vocab_size * shape.hidden_size * self._attention if self._casts else 0)

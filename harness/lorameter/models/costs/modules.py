@@ -253,7 +253,9 @@ def _attention_width(name: str, module: Any, known: Mapping[str, Any], base: Any
     if heads is not None and width is None and (hidden := _config_value(base, ("hidden_size", "n_embd", "d_model"))):
         width = hidden // heads
     if heads is None or width is None:
-        raise UncountedError(f"{name} attends, and neither it nor the configuration says with how many heads")
+        raise UncountedError(
+            f"{name} is an attention module, but neither it nor the configuration gives its number of heads"
+        )
     scores, values = _attribute(module, ("qk_head_dim",)) or width, _attribute(module, ("v_head_dim",)) or width
     return heads * (scores + values) / 2
 

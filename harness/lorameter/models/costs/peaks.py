@@ -211,7 +211,7 @@ class GpuSpec:
         return int(self.total_bytes * (1 - DRIVER_SHARE))
 
 
-def find_card(text: str) -> GpuSpec:
+def find_gpu(text: str) -> GpuSpec:
     """The GPU of `--gpu`: a size with its unit, or a name of `lorameter.models.costs.peaks.DEVICES`.
 
     A name matches by its words ("H100", "RTX 4090", "4090", "A100 80GB") or as the full name in nvidia-smi. A similarly
@@ -225,7 +225,7 @@ def find_card(text: str) -> GpuSpec:
         total = int(float(size[1]) * UNITS[size[2].lower()])
         require(total, f"{where}: no memory. {_REMEDY}.")
         return GpuSpec(name=" ".join(text.split()), device_name="", total_bytes=total, source="as given")
-    matches = [device for device in DEVICES if _is_called(device, text)]
+    matches = [device for device in DEVICES if _has_name(device, text)]
     require(matches, f"{where}: no known GPU or unit. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
     require(
         len({device.memory_mib for device in matches}) == 1,
@@ -240,7 +240,7 @@ def _list(devices: Iterable[DevicePeaks]) -> str:
     return ", ".join(dict.fromkeys(device.label for device in devices))
 
 
-def _is_called(device: DevicePeaks, text: str) -> bool:
+def _has_name(device: DevicePeaks, text: str) -> bool:
     """Whether all words of the text are in one of the device's names, or its memory size, which alone names no GPU."""
     words = _words(text) - {f"{device.sold_gb}{unit}" for unit in ("", "gb", "gib")}
     return bool(words) and any(words <= _words(name) for name in device.names)
@@ -265,7 +265,7 @@ class Utilisation(Estimate):
         text = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
         if self.value <= 1:
             return text
-        product = "it ran faster than the product by which the peak was measured, which is no bound here"
+        product = "it ran faster than the product by which the peak was measured, which is not a bound here"
         why = "data in a cache is not read from memory" if self.peak.rate == "memory" else product
         return f"{text}; above 100 %: {why}"
 

@@ -68,7 +68,7 @@ def save_html(page: str, path: str | Path) -> Path:
     """Write the complete page or nothing. Raises `UsageError` or `InvalidRunError` if it cannot be written."""
     target = Path(path)
     with (
-        translate_write_errors(f"--html {target}", "Name a file in a folder that is there."),
+        translate_write_errors(f"--html {target}", "Name a file in an existing folder."),
         replacing(target) as draft,
     ):
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")

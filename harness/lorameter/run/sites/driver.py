@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from lorameter.errors import InvalidRunError, UsageError, redact
-from lorameter.machine.provenance import OF_A_KIND, Machine, fingerprint_fields
+from lorameter.machine.provenance import HARDWARE_FIELDS, Machine, fingerprint_fields
 from lorameter.records import codec, fileio, store, trials
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts, is_packed
@@ -126,7 +126,7 @@ class MergedRun:
         again = first is not None and self.writer is None
         if first is not None and (unlike := find_unlike(first, manifest, mixed=self._mixed, again=again)):
             fields = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in unlike[:3])
-            of_kind = all(one.field in OF_A_KIND for one in unlike)
+            of_kind = all(one.field in HARDWARE_FIELDS for one in unlike)
             raise InvalidRunError(
                 f"site {site} is unlike the first: {fields}. Measure it in a run of its own: leave it out by --sites "
                 f"on Ray, by nodelist, exclude or constraint on SLURM"
@@ -157,7 +157,7 @@ def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -
     `mixed`: whether the kinds of machines may differ; `again`: whether the version of lorameter may differ.
     """
     declared = [name for side in other.sides.values() for name in side["declared"]]
-    without = (*declared, *(OF_A_KIND if mixed else ()))
+    without = (*declared, *(HARDWARE_FIELDS if mixed else ()))
 
     def likeness(manifest: Manifest) -> dict[str, Any]:
         sides = {
@@ -279,7 +279,7 @@ def _finish(plan: Plan, merged: MergedRun, status: store.RunStatus, stopped: str
         stopped=stopped or merged.stopped,
         measured=[record.trial for record in records] if status == "complete" else None,
         notices=tuple(one for one in dict.fromkeys(notices) if one not in known),
-        came=merged.sites,
+        new_sites=merged.sites,
         skipped=tuple(sorted(merged.skipped)),
     )
 

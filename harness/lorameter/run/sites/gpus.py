@@ -47,7 +47,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
             if len(kinds) > 1:
                 raise UsageError(
                     f"{format_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
-                    f"({', '.join(kinds)}), and the quicker ones would wait. Join GPUs of one kind."
+                    f"({', '.join(kinds)}), and the faster ones would wait. Join GPUs of one kind."
                 )
         sites["-".join(["cpus" if on_cpu else "gpu", *map(str, group)])] = Host(environment=environment)
     return sites
@@ -59,7 +59,8 @@ def check_spreadable(study: Study) -> None:
     place, ranks = study.protocol, study.workload.ranks
     if study.of_scripts:
         raise UsageError(
-            f"{place.said}: study {study.name} is of scripts, which choose their devices themselves. Leave it out."
+            f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. "
+            "Remove the option."
         )
     if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
         site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
@@ -88,26 +89,26 @@ def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) ->
     """GPUs by their numbers among the visible ones."""
     option, visible = format_sites(listed), visible_gpus().value
     if visible is None:
-        raise UsageError(f"{option}: which GPUs there are cannot be known here. Leave it out.")
+        raise UsageError(f"{option}: the GPUs of this machine cannot be listed. Remove the option.")
     gpus: list[VisibleGpu] = []
     for number in numbers:
         if number >= len(visible):
             raise UsageError(f"{option}: GPU {number}: {len(visible)} are visible here. Count from 0.")
         gpu = visible[number]
         if gpu.name.value is None:
-            raise UsageError(f"{option}: what GPU {number} is cannot be known: {gpu.name.reason}. Leave it out.")
+            raise UsageError(f"{option}: GPU {number} cannot be identified: {gpu.name.reason}. Remove it.")
         gpus.append(gpu)
     for parts in shared_boards(gpus):
         raise UsageError(
-            f"{option}: {describe_gpus(parts)} are parts of one GPU, and what is measured on one would be in the times "
+            f"{option}: {describe_gpus(parts)} are parts of one GPU, and each would affect the times "
             "of the other. Name one part of each GPU."
         )
     kinds = {gpu.kind for gpu in gpus}
     if len(kinds) > 1 and not mixed:
         raise UsageError(
             f"{option}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
-            "machine. Name GPUs of one kind, and measure the others in a run of their own, or have each site judged "
-            "by itself by --mixed."
+            "machine. Name GPUs of one kind, and measure the others in a separate run, or judge each site "
+            "separately with --mixed."
         )
     return gpus
 

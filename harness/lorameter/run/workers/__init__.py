@@ -91,25 +91,25 @@ class Worker(abc.ABC):
     def receive(self, command: str, timeout_s: float) -> PartialRecord:
         """The answer to the command that was sent, within `timeout_s` of sending. Raises `WorkerLostError`."""
         left_s = timeout_s - (time.monotonic() - self._sent_s)
-        with self.losses(command, timeout_s):
+        with self.handle_loss(command, timeout_s):
             return wire.receive_answer(self.connection, PartialRecord, left_s)
 
     @contextlib.contextmanager
-    def losses(self, phase: str, timeout_s: float) -> Iterator[None]:
+    def handle_loss(self, phase: str, timeout_s: float) -> Iterator[None]:
         """If the block receives no message, end the process and raise `WorkerLostError` with the reason."""
         try:
             yield
         except TimeoutError:
             self.close()
-            raise silence(phase, timeout_s) from None
+            raise timeout_error(phase, timeout_s) from None
         except wire.ClosedError:
-            raise self.death(phase) from None
+            raise self.death_error(phase) from None
         except (wire.GarbledError, LorameterError) as error:
             self.close()
-            message = f"the trial's process gave no answer that can be read, and was killed: {error}"
+            message = f"the trial's process gave an unreadable answer, and was killed: {error}"
             raise WorkerLostError("crashed", Failure(phase=phase, kind="Garbled", message=message)) from None
 
-    def death(self, phase: str) -> WorkerLostError:
+    def death_error(self, phase: str) -> WorkerLostError:
         """The error for a process that has closed its connection."""
         code = self.close()
         message = f"the trial's process ended with {exit_words(code)} during {phase}{explain_kill(code)}"
@@ -125,9 +125,9 @@ class Worker(abc.ABC):
         pin_to_cpus(self.pid, cpus)
 
 
-def silence(phase: str, timeout_s: float) -> WorkerLostError:
+def timeout_error(phase: str, timeout_s: float) -> WorkerLostError:
     """The error for a process that gave no answer in time."""
-    message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it was at work"
+    message = f"no answer within {timeout_s:g} s during {phase}; it was killed. Raise step_timeout_s if it still worked"
     return WorkerLostError("timeout", Failure(phase=phase, kind="Silent", message=message))
 
 

@@ -137,7 +137,7 @@ _PIP_DESTINATIONS = ("PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT", "PYTHON
 
 
 def parse_requirements(text: str) -> tuple[str, ...] | None:
-    """Parse requirements on one line in the form of PEP 508, sorted; None if the text is no such line.
+    """Parse requirements on one line in the form of PEP 508, sorted; None if the text is not such a line.
 
     Spaces separate requirements, and are allowed around a comparison and an `@`. A name alone is accepted only if
     lorameter knows the library or it is installed: every mistyped word looks like a name, and installing an unrelated

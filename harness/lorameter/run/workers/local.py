@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 from lorameter import wire
 from lorameter.attach.launch import ENV_FOLLOWER
 from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
-from lorameter.machine.processes import CPUS, FAULTS, PARENT, exit_words, kill_group
+from lorameter.machine.processes import CPUS, CRASH_SIGNALS, PARENT, exit_words, kill_group
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, TokenSummary, WorkerInfo
-from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError, silence
+from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError, timeout_error
 from lorameter.run.workers.environment import Host
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.workload import Workload
@@ -77,11 +77,11 @@ class LocalExecutor(Executor):
 
     def __init__(self, *, host: Host | None = None, label: str = "") -> None:
         self.host = host or Host()
-        self._whose = f"the worker of {label!r}" if label else "the worker"
+        self._worker_name = f"the worker of {label!r}" if label else "the worker"
         self._suffix = f"-{label}" if label else ""
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: Connection
-        self._silent = True
+        self._unresponsive = True
         """Whether the zygote may not notice a closed connection: it is still importing, or it does not answer."""
 
     def max_parallel(self, threads: int) -> int:
@@ -124,14 +124,14 @@ class LocalExecutor(Executor):
         except wire.GarbledError:
             hello = wire.Hello(schema=0)  # of a revision with another protocol
         except (TimeoutError, wire.ClosedError):
-            ended = self._last_words()  # before its log is read, which is complete only then
-            last = _last_line(self._zygote_log) or f"it printed nothing; {ended}"
+            ended = self._describe_zygote_end()  # before its log is read, which is complete only then
+            last = _last_line(self._zygote_log) or f"no output; {ended}"
             raise InvalidRunError(
-                f"{self._whose} did not start: {last}. Its log is {self._zygote_log}. "
+                f"{self._worker_name} did not start: {last}. Its log is {self._zygote_log}. "
                 f"Check that torch, transformers, peft and bitsandbytes import in {self.host.python}."
             ) from None
-        self._silent = False
-        wire.check_schema(hello, self._whose)
+        self._unresponsive = False
+        wire.check_schema(hello, self._worker_name)
         assert hello.worker is not None
         return hello.worker
 
@@ -143,7 +143,7 @@ class LocalExecutor(Executor):
         with theirs:
             pid = self._ask_zygote(wire.Command("fork"), int, theirs)
         worker = ForkedWorker(pid, ours, self)
-        with worker.losses("start", START_TIMEOUT_S):
+        with worker.handle_loss("start", START_TIMEOUT_S):
             worker.start_latency_s = wire.receive(ours, wire.Hello, START_TIMEOUT_S).started_monotonic_s - begin
         return worker
 
@@ -165,12 +165,12 @@ class LocalExecutor(Executor):
                 send_handle(self._control, attached.fileno(), self._zygote.pid)
             return wire.receive_answer(self._control, kind, START_TIMEOUT_S)
         except (OSError, wire.ClosedError):  # TimeoutError is an OSError
-            self._silent = True
+            self._unresponsive = True
         except wire.GarbledError:
             self._zygote.kill()  # its next message may belong to another command
-        raise InvalidRunError(f"{self._whose}: {self._last_words()}. Its log is {self._zygote_log}.")
+        raise InvalidRunError(f"{self._worker_name}: {self._describe_zygote_end()}. Its log is {self._zygote_log}.")
 
-    def _last_words(self) -> str:
+    def _describe_zygote_end(self) -> str:
         """The exit status of the zygote, or a statement that it gave no answer."""
         assert self._zygote is not None
         with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes shortly before the process ends
@@ -192,9 +192,9 @@ class LocalExecutor(Executor):
         try:
             answer, code = self._ask_process(what, arguments, PartialRecord, log, timeout_s)
         except TimeoutError:
-            raise silence("cold", timeout_s) from None
+            raise timeout_error("cold", timeout_s) from None
         except (wire.GarbledError, LorameterError) as error:
-            message = f"the cold interpreter gave no answer that can be read: {error}"
+            message = f"the cold interpreter gave an unreadable answer: {error}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None
         if answer is None:
             output = redact(log.read_bytes()[printed:].decode(errors="replace")).strip()
@@ -216,10 +216,11 @@ class LocalExecutor(Executor):
             raise InvalidRunError(f"the tokens could not be prepared: {error}. The log is {log}.") from None
         if summary is not None:
             return summary
-        if -code in FAULTS:
+        if -code in CRASH_SIGNALS:
             raise UsageError(
-                f"data {shorten(repr(workload.data))}: what reads it, or the tokenizer of {workload.model}, ended with "
-                f"{exit_words(code)}, as on a damaged file. Restore it, or save it again. The log is {log}."
+                f"data {shorten(repr(workload.data))}: the process that reads it with {workload.model}'s tokenizer "
+                f"ended with {exit_words(code)}: the file may be damaged. Restore it, or save it again. "
+                f"The log is {log}."
             )
         why = _last_line(log) or f"their process ended with {exit_words(code)}"
         raise InvalidRunError(f"the tokens could not be prepared: {why}. The log is {log}.")
@@ -255,14 +256,14 @@ class LocalExecutor(Executor):
         """End the zygote; its children die with it. A zygote that is still importing, or does not answer, is killed."""
         if self._zygote is not None:
             self._control.close()
-            if self._silent:
+            if self._unresponsive:
                 self._zygote.kill()
             try:
                 self._zygote.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._zygote.kill()
                 self._zygote.wait()
-            self._zygote, self._silent = None, True
+            self._zygote, self._unresponsive = None, True
         super().close()
 
 

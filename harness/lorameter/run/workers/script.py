@@ -40,10 +40,10 @@ from lorameter.machine.processes import (
     end_with_parent,
     exit_words,
     explain_kill,
+    find_marked,
     has_children,
     kill_group,
     kill_marked,
-    marked,
 )
 from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
 from lorameter.records import codec
@@ -135,7 +135,7 @@ class ScriptProcess:
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
-                others = set(marked(self._marker)) - {self._process.pid}  # left over from a launcher that has ended
+                others = set(find_marked(self._marker)) - {self._process.pid}  # left by a launcher that has ended
                 if self._process.poll() is not None and not others:
                     break
                 continue
@@ -157,13 +157,13 @@ class ScriptProcess:
             status, kind = "timeout", "Silent"
             message = (
                 f"the script did not begin to train within {timeout_s:g} s and was killed: it hangs, or loads longer. "
-                "Raise step_timeout_s if it was at work"
+                "Raise step_timeout_s if it still worked"
             )
         elif code == 0:
             kind = "NeverTrained"
             message = (
-                "the script ended with exit code 0 and trained nothing: no Trainer was run, no loop was named, and no "
-                "optimizer took a step. Name the command that trains."
+                "the script ended with exit code 0 without training: no Trainer ran, no Meter was used, and no "
+                "optimizer took a step. Give the command that trains."
             )
         else:
             status, last = _judge_output(output)
@@ -171,7 +171,7 @@ class ScriptProcess:
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
     def wait(self) -> int | None:
-        """Wait for the end of its first process; returns its exit code, None if it goes on."""
+        """Wait for the end of its first process; returns its exit code, None if it continues."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(END_TIMEOUT_S)
         return None
@@ -245,7 +245,7 @@ class ScriptWorker(Worker):
 
     def _build(self, process: ScriptProcess, trial: str, timeout_s: float) -> PartialRecord:
         self.connection = process.connect(timeout_s)
-        with self.losses("build", timeout_s):
+        with self.handle_loss("build", timeout_s):
             hello = wire.receive(self.connection, wire.Hello, timeout_s)
             wire.check_schema(hello, "the script's lorameter")
         ready = {"ready_time_s": time.monotonic() - process.begun_s}
@@ -272,7 +272,7 @@ class ScriptWorker(Worker):
         values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - neighbours}
         return msgspec.structs.replace(record, values=record.values | values)
 
-    def death(self, phase: str) -> WorkerLostError:
+    def death_error(self, phase: str) -> WorkerLostError:
         """The error for a script that ended after its training had begun."""
         assert self._process is not None
         code = self._process.wait()
@@ -301,7 +301,7 @@ class ScriptExecutor(Executor):
         """`label` is not used: no file of a script has its side in the name."""
         self._side = host or Host()
         self._snapshots: dict[Path, Path] = {}
-        self._homes: dict[str, Path] = {}
+        self._private_folders: dict[str, Path] = {}
         """The private folder of each trial's process."""
 
     def max_parallel(self, threads: int) -> int:
@@ -328,8 +328,8 @@ class ScriptExecutor(Executor):
     def clear_place(self, trial: str) -> None:
         """Remove the folder of the script as well."""
         super().clear_place(trial)
-        if (home := self._homes.pop(trial, None)) is not None:
-            shutil.rmtree(home, ignore_errors=True)
+        if (private := self._private_folders.pop(trial, None)) is not None:
+            shutil.rmtree(private, ignore_errors=True)
 
     def launch(self) -> Worker:
         """Create a worker; it starts its process when its trial is prepared."""
@@ -352,11 +352,11 @@ class ScriptExecutor(Executor):
         variant, host = request.variant, self.host
         # Random and of fixed length: the size of the environment shifts the stack and changes times, and trial names
         # would do so for one side in every replicate (Mytkowicz et al., ASPLOS 2009).
-        home = self._homes[request.trial] = self.scratch / secrets.token_hex(4)
+        private = self._private_folders[request.trial] = self.scratch / secrets.token_hex(4)
         origin = folder_of(variant, Path(host.cwd or Path.cwd()))
         if origin not in self._snapshots:
             self._snapshots[origin] = take_snapshot(origin, self.scratch / f"snapshot-{len(self._snapshots)}")
-        folder = Path(shutil.copytree(self._snapshots[origin], home / "work", symlinks=True))
+        folder = Path(shutil.copytree(self._snapshots[origin], private / "work", symlinks=True))
         turns = f"@lorameter-{secrets.token_hex(8)}"
         side = host.python if is_named(self._side) else ""
         # That variable keeps the current folder off the path while an interpreter is inspected. A script has its own
@@ -367,7 +367,7 @@ class ScriptExecutor(Executor):
         variables = variables_of(
             variant,
             dataclasses.replace(host, environment=environment).variables(os.environ),
-            scratch=home,
+            scratch=private,
             threads=self.threads,
             port=port,
             socket=turns,

@@ -131,7 +131,9 @@ def folder_of(variant: ScriptVariant, current: Path) -> Path:
     folder = current / variant.cwd
     if not fileio.is_folder(folder):
         value = shorten(repr(variant.cwd))
-        raise UsageError(f"variant {variant.name!r}: cwd = {value}: no folder {shorten(str(folder))}. Mend the path.")
+        raise UsageError(
+            f"variant {variant.name!r}: cwd = {value}: no folder {shorten(str(folder))}. Correct the path."
+        )
     return folder.resolve()
 
 
@@ -202,7 +204,7 @@ def words_of(
         script = next((word for word in words[1:] if not word.startswith("-")), None)
         if script is not None and script == words[1] and not fileio.is_there(folder / script):
             raise UsageError(
-                f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or mend the path."
+                f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or correct the path."
             )
     return words
 
@@ -268,8 +270,8 @@ def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
         yield Notice(
             code="writes-outside",
             message=f"{variant.name}: {first_few(outside, 3)} is outside of its folder, and all of its processes "
-            "write there. Trainer saves and reports nothing while it is measured; what the script writes by itself "
-            "before its training ends is not held back.",
+            "write there. Trainer saves and reports nothing while it is measured; what the script itself writes "
+            "before its training ends is not suppressed.",
             remedy="Give the script a relative path: it then writes into a copy that is thrown away.",
         )
 

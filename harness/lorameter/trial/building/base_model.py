@@ -73,8 +73,10 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     except LorameterError:
         raise
     except Exception as error:  # the exception's type depends on the invalid value
-        why = f"transformers makes no model of its configuration ({format_error(error)})"
-        raise impossible("models", "model", source.label, why, "Mend its config.json, or name another model.") from None
+        why = f"transformers cannot build a model from its configuration ({format_error(error)})"
+        raise impossible(
+            "models", "model", source.label, why, "Correct its config.json, or name another model."
+        ) from None
 
 
 def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
@@ -103,7 +105,7 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
         config = transformers.AutoConfig.from_pretrained(source.location, **options)
         if own := getattr(config, "quantization_config", None):
             method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
-            why = f"the checkpoint is quantised already ({method}), which overrules the variant"
+            why = f"the checkpoint is already quantised ({method}), which overrides the variant"
             raise impossible("models", "model", source.label, why, "Name the unquantised checkpoint.")
         return _load_whole(
             source.label,

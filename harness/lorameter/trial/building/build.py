@@ -44,10 +44,10 @@ from lorameter.trial.building.peft_methods import (
     adapted_layers,
     attach,
     attach_second,
+    find_update_hook,
     make_optimizer,
     start_prefix,
     unmixable_layers,
-    updater,
 )
 from lorameter.trial.data.stream import Batch, TokenStream
 
@@ -115,10 +115,10 @@ def build(
         seed_everything(request.seed)
         attach_second(model, variant, adapter)
         activate(model, adapter)
-    if request.workload.adapters > 1 and (refusing := unmixable_layers(model)):
+    if request.workload.adapters > 1 and (unmixable := unmixable_layers(model)):
         raise UsageError(
-            f"workload: adapters = {request.workload.adapters}: PEFT answers for no several adapters in one batch by "
-            f"{refusing[0]}, of which it adapts a parameter. Leave that layer out of target_modules, or adapters out."
+            f"workload: adapters = {request.workload.adapters}: PEFT cannot mix adapters in a batch if it adapts a "
+            f"parameter of {unmixable[0]}. Remove that layer from target_modules, or remove adapters."
         )
     if isinstance(variant, PeftVariant) and variant.prefix_text:
         start_prefix(model, request.workload.model, variant.prefix_text)
@@ -135,7 +135,7 @@ def build(
             os.environ[variable] = str(Path(request.scratch) / name)  # a filled cache would make this trial look faster
         forward = torch.compile(model)
     seed_everything(request.seed + 1 + rank * _SEED_STRIDE)
-    return TrainableModel(model, forward, optimizer, schedule, adapter, updater(model))
+    return TrainableModel(model, forward, optimizer, schedule, adapter, find_update_hook(model))
 
 
 def _batches(request: TrialRequest) -> list[Batch]:
@@ -198,7 +198,7 @@ def base_digest(model: Any) -> str:
     return " ".join(take(parameter.data) for name, parameter in model.named_parameters() if name not in own)
 
 
-# --- planted slow-down ------------------------------------------------------------------------------------------------
+# --- injected slow-down -----------------------------------------------------------------------------------------------
 
 
 WIDTH = 64

@@ -53,7 +53,7 @@ def _try_method(variant: Variant) -> MethodFacts:
     inputs = torch.randint(0, 250, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
     model = peft_methods.attach(base, variant, batches=lambda: [batch], steps=1000)
-    optimizer, update = peft_methods.make_optimizer(model, variant), peft_methods.updater(model)
+    optimizer, update = peft_methods.make_optimizer(model, variant), peft_methods.find_update_hook(model)
     model.train()
     for step in (1, 2):
         loss_of(model, batch | {"labels": inputs}, device="cpu", autocast=variant.autocast).backward()
@@ -65,8 +65,8 @@ def _try_method(variant: Variant) -> MethodFacts:
         optimizer.zero_grad()
     if isinstance(variant, FullVariant):
         return MethodFacts(keeps_base=False, several=False, mixes=False, merges=False, reloads=False)
-    there = {id(parameter) for parameter in model.parameters()}
-    keeps = all(id(one) in there and torch.equal(one, was) for one, was in before)
+    present = {id(parameter) for parameter in model.parameters()}
+    keeps = all(id(parameter) in present and torch.equal(parameter, initial) for parameter, initial in before)
     model.eval()
     answers = _logits(model, batch, variant)
 
@@ -92,7 +92,7 @@ def _try_method(variant: Variant) -> MethodFacts:
         peft_methods.activate(model, "default")
         mixed = _logits(model, {**batch, "adapter_names": ["default", "second"]}, variant)
         if torch.equal(answers[1], others[1]):
-            raise ValueError("both adapters answer alike")
+            raise ValueError("both adapters give the same answers")
         torch.testing.assert_close(mixed, torch.stack([answers[0], others[1]]))
 
     reloads, several = _can(reload), _can(add)

@@ -54,7 +54,7 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     if name not in known:
         why = f"PEFT {peft.__version__} has no such method"
         raise impossible(where, "peft.peft_type", variant.peft["peft_type"], why, suggest(name, sorted(known)))
-    fields = {one.name for one in dataclasses.fields(known[name]) if one.init}
+    fields = {field.name for field in dataclasses.fields(known[name]) if field.init}
     # Files of another version have further keys, which have no effect if off.
     given = {key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])}
     given |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
@@ -136,7 +136,7 @@ def start_prefix(model: Any, name: str, text: str) -> None:
     peft.initialize_kv_prefix_from_text(model, tokenizer, text=text)
 
 
-def updater(model: Any) -> Callable[[int], None] | None:
+def find_update_hook(model: Any) -> Callable[[int], None] | None:
     """A function that a method calls after each update with the number of the step, from 1: AdaLoRA moves ranks between
     layers. None for a method without one."""
     return getattr(getattr(model, "base_model", None), "update_and_allocate", None)
@@ -155,7 +155,7 @@ def activate(model: Any, adapter: str) -> None:
         model.set_adapter(adapter)
 
 
-def wrapped(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """transformers' own model inside the PEFT model, with its layers replaced; the model itself if PEFT has not wrapped
     it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -220,9 +220,9 @@ def save_initial(model: Any, folder: Path) -> None:
     rank, by subtracting the initial adapter.
     """
     config = model.peft_config["default"]
-    kept, config.init_lora_weights = config.init_lora_weights, True
+    original, config.init_lora_weights = config.init_lora_weights, True
     model.save_pretrained(str(folder))
-    config.init_lora_weights = kept
+    config.init_lora_weights = original
 
 
 def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:

@@ -30,7 +30,7 @@ _SPEAKERS = {"human": "user", "gpt": ASSISTANT}
 """ShareGPT's names of two of the roles."""
 _KEYS = (("role", "content"), ("from", "value"))
 _HALF = re.compile("[\ud800-\udfff]")
-REPAIR = "Correct it, or take the record out."
+REPAIR = "Correct it, or remove the record."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +128,8 @@ class ChatTemplate:
             role = conversation.messages[missing - 1]["role"]
             raise self._refuse(
                 conversation,
-                f"does not write message {missing} ({role}) as it is. Take it out, or use a model whose template "
-                "writes it.",
+                f"does not write message {missing} ({role}) as it is. Remove the message, or use a model "
+                "whose template writes it.",
             )
         return text
 

@@ -61,16 +61,16 @@ class TokenStream:
 
     def take_share(self) -> tuple[Batch, float]:
         """The next training batch of this rank, and its share of the labelled tokens of all ranks."""
-        together = self._rows(self._next, self._workload.batch_size)
-        self._next = (together[-1] + 1) % self.sequences
-        size = len(together) // self.ranks
-        rows = together[self._rank * size : (self._rank + 1) * size]
-        mask = self._tensors["train.attention_mask"][rows][:, : self._length("train", together)]
+        all_rows = self._rows(self._next, self._workload.batch_size)
+        self._next = (all_rows[-1] + 1) % self.sequences
+        size = len(all_rows) // self.ranks
+        rows = all_rows[self._rank * size : (self._rank + 1) * size]
+        mask = self._tensors["train.attention_mask"][rows][:, : self._length("train", all_rows)]
         real = int(mask.sum())
         self.real_tokens += real
         self.padded_tokens += mask.numel() - real
-        share = 1.0 if self.ranks == 1 else float(self._labelled[rows].sum() / self._labelled[together].sum())
-        return self._batch("train", rows, self._length("train", together)), share
+        share = 1.0 if self.ranks == 1 else float(self._labelled[rows].sum() / self._labelled[all_rows].sum())
+        return self._batch("train", rows, self._length("train", all_rows)), share
 
     def upcoming(self, batches: int) -> torch.Tensor:
         """Token ids of the sequences of the next batches, of all ranks together; shape (sequences, tokens)."""

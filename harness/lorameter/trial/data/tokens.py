@@ -28,7 +28,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from lorameter.errors import format_error, impossible, require
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import ModelSource
-from lorameter.records.os_errors import naming
+from lorameter.records.os_errors import add_path_to_errors
 from lorameter.records.record import Example, TokenSummary
 from lorameter.records.units import format_count
 from lorameter.studies.workload import SYNTHETIC, PromptFormat, Workload
@@ -38,7 +38,7 @@ from lorameter.trial.data.records import AnyRecord, Record, read_records
 IGNORED = -100
 """The label that torch.nn.functional.cross_entropy ignores."""
 BUCKET_BATCHES = 20
-"""Batches of a bucket, as BUCKET_FACTOR in PEFT's experiments."""
+"""Number of batches in a bucket, equal to BUCKET_FACTOR in PEFT's experiments."""
 MAX_SKIPPED = 10
 """Maximum number of sequences without a label that are skipped for each requested one (at least 1000 in total):
 synthetic records are endless, and all of them may be too long."""
@@ -89,7 +89,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
         hashed.update(tensors[name].tobytes())
     digest = hashed.hexdigest()
     path = folder / f"tokens-{digest[:16]}.safetensors"
-    with naming(path):
+    with add_path_to_errors(path):
         save_file(tensors, path)
     mask = tensors["train.attention_mask"]
     return TokenSummary(
@@ -173,7 +173,7 @@ def _bucketed(rows: list[Row], batch_size: int) -> list[Row]:
     of similar length, and the buckets keep the order of the data."""
     size = BUCKET_BATCHES * batch_size
     buckets = (rows[start : start + size] for start in range(0, len(rows), size))
-    return [row for bucket in buckets for row in sorted(bucket, key=lambda one: -sum(one["attention_mask"]))]
+    return [row for bucket in buckets for row in sorted(bucket, key=lambda row: -sum(row["attention_mask"]))]
 
 
 def _stack(split: str, rows: list[Row]) -> dict[str, NDArray[np.int64]]:
@@ -298,7 +298,7 @@ class Encoder:
         labels = list(ids)
         if spans is not None:
             marked = mark_tokens(encoded["offset_mapping"], spans)
-            labels = [token if one else IGNORED for token, one in zip(ids, marked, strict=True)]
+            labels = [token if is_marked else IGNORED for token, is_marked in zip(ids, marked, strict=True)]
         begin = self._tokenizer.bos_token_id
         return (ids, labels) if begin is None or not begins else ([int(begin), *ids], [IGNORED, *labels])
 
@@ -387,8 +387,8 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
 def _check_tokenizer(tokenizer: Any) -> None:
     """Call every function of a tokenizer that is used: damaged files can raise any exception here."""
     ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    ids += [one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None]
-    if not all(type(one) is int for one in ids):
+    ids += [token for token in (tokenizer.bos_token_id, tokenizer.pad_token_id) if token is not None]
+    if not all(type(token) is int for token in ids):
         raise ValueError("its token ids are not numbers")
 
 
@@ -411,7 +411,7 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
     offline = source.kind != "hub" or not catalogue.hub_has(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns it for some families without files
-        raise OSError("no vocabulary is there")
+        raise OSError("no vocabulary found")
     return tokenizer
 
 

@@ -237,14 +237,14 @@ def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[
     that input is not a tensor."""
     gradients: dict[str, bool | None] = {}
     with contextlib.ExitStack() as hooks:
-        for name, part in peft_methods.wrapped(model).named_modules():
+        for name, part in peft_methods.unwrap(model).named_modules():
 
-            def look(_: Any, args: tuple[Any, ...], name: str = name) -> None:
+            def record(_: Any, args: tuple[Any, ...], name: str = name) -> None:
                 gradients.setdefault(
                     name, args[0].requires_grad if args and isinstance(args[0], torch.Tensor) else None
                 )
 
-            hooks.callback(part.register_forward_pre_hook(look).remove)
+            hooks.callback(part.register_forward_pre_hook(record).remove)
         step()
     return gradients
 
@@ -262,7 +262,7 @@ class BorderedRequest:
 
     def __init__(self, model: Any, ask: Callable[[], Request], device: str) -> None:
         """`model` is a PEFT model; `ask` makes a request of it."""
-        self._model = peft_methods.wrapped(model)
+        self._model = peft_methods.unwrap(model)
         self._ask = ask
         self.phases = Phases(REQUEST_PHASES, device)
 
@@ -313,7 +313,7 @@ def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
 
 def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
     """Facts about one request, which is not timed."""
-    base = peft_methods.wrapped(model)
+    base = peft_methods.unwrap(model)
     rows: list[int] = []
     logits: list[int] = []
     caches: list[Any] = []
@@ -349,11 +349,11 @@ def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
 
 def size_of(model: Any) -> ModelSize:
     """The weights that a forward pass multiplies by and reads, counted from the modules of any model."""
-    base = peft_methods.wrapped(model)
+    base = peft_methods.unwrap(model)
     own = list(peft_methods.own_parameters(model).values())
     head: Any = output_head(base)
     heads = [] if head is None else [head.weight]
-    frozen = {kind: sum(map(storage_bytes, held)) for kind, held in resident_tensors(base, None).items()}
+    frozen = {kind: sum(map(storage_bytes, tensors)) for kind, tensors in resident_tensors(base, None).items()}
     return ModelSize(
         linear_elements=sum(outputs * inputs for module, (outputs, inputs) in _linears(model) if module is not head),
         linear_bytes=frozen["linear_weights"] + frozen["quantization_state"],
@@ -368,7 +368,7 @@ def size_of(model: Any) -> ModelSize:
 def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
     """Names of the weights of a forward pass by output and input sizes; for several weights of one shape, the first
     name and the number of the others."""
-    known = {module: name for name, module in peft_methods.wrapped(model).named_modules()}
+    known = {module: name for name, module in peft_methods.unwrap(model).named_modules()}
     names: dict[tuple[int, int], list[str]] = {}
     for module, sizes in _linears(model):
         names.setdefault(sizes, []).append(f"{known[module].removesuffix('.base_layer')}.weight")
@@ -382,7 +382,7 @@ def _linears(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]]]:
     """The linear layers of the base with their output and input sizes, quantised or not."""
     own = {id(parameter) for parameter in peft_methods.own_parameters(model).values()}
     layers = {id(layer) for layer in peft_methods.adapted_layers(model).values()}
-    for module in peft_methods.wrapped(model).modules():
+    for module in peft_methods.unwrap(model).modules():
         weight = getattr(module, "weight", None)
         if id(module) in layers or not isinstance(weight, torch.nn.Parameter) or id(weight) in own:
             continue  # PEFT's layers expose the weight of the wrapped layer

@@ -55,7 +55,7 @@ class ProfiledTrial(Trial):
 
     def __init__(self, request: TrialRequest, shared: SharedBase) -> None:
         super().__init__(request, shared)
-        self._birth = read_pages()
+        self._initial_pages = read_pages()
 
     def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
         """Break down the memory of a step or of a request, which is observed and not timed."""
@@ -63,8 +63,8 @@ class ProfiledTrial(Trial):
         call = self._step if phase == "train" else self._server.request
         release_unused(request.device)  # the check's records have reference cycles, and would count as unexplained
         account = measure_breakdown(
-            trainee.model, trainee.optimizer, call, birth=self._birth, device=request.device, phase=phase,
-            compiled=request.variant.compile,
+            trainee.model, trainee.optimizer, call, initial_pages=self._initial_pages, device=request.device,
+            phase=phase, compiled=request.variant.compile,
         )  # fmt: skip
         return self._write(ACCOUNTS[phase], account)
 
@@ -132,11 +132,11 @@ class ProfiledTrial(Trial):
 
     def request_facts(self) -> PartialRecord:
         """Facts about a request: its cache, its logits, the mode of the model, and the memory up to its first token."""
-        gauge = PeakMemoryTracker(self._request.device)
+        tracker = PeakMemoryTracker(self._request.device)
         give_back_free()
-        gauge.begin()
-        self._server.ask_at(self._request.workload.prompt_tokens, 1)
-        memory = gauge.peaks("first_token")
+        tracker.begin()
+        self._server.ask_prefix(self._request.workload.prompt_tokens, 1)
+        memory = tracker.peaks("first_token")
         self._write(REQUEST_FACTS, observe_request(self._trainee.model, self._server.ask))
         return PartialRecord(memory=memory)
 
@@ -186,7 +186,7 @@ def measure_peak(device: str, rate: Rate, *, tries: int = 5) -> Peak:
     """
     cuda = device.startswith("cuda")
     if rate == "tf32" and not cuda:
-        raise LorameterError(f"peak: there is no product in {rate} on {device}. Name the type of the factors.")
+        raise LorameterError(f"peak: {device} has no {rate} products. Name the dtype of the factors.")
     name = (
         torch.cuda.get_device_name(device)
         if cuda

@@ -36,7 +36,7 @@ from lorameter.trial.step import TrainStep, loss_of, model_inputs
 from lorameter.trial.trial import ISOLATED, Trial
 
 _TRAINED = "ranks.trained"
-PATIENCE = 0.4
+COLLECTIVE_TIMEOUT_SHARE = 0.4
 """Timeout of a collective operation, as a share of a command's time limit and less than the share of the ranks: the
 ranks that wait report it, which identifies the rank that hangs."""
 
@@ -58,7 +58,7 @@ class RankStep(TrainStep):
         total = torch.zeros((), device=self._device)
         for left in reversed(range(self._accumulate)):
             batch, share = self._stream.take_share()
-            with exchanging(self._trainee.forward, now=not left):
+            with exchanging_gradients(self._trainee.forward, now=not left):
                 part = self.loss(batch) * (share / self._accumulate)
                 (part * self._stream.ranks).backward()  # gradients are averaged over ranks, while the parts add up
             total += part.detach()
@@ -89,7 +89,7 @@ class RankTrial(Trial):
             init_method=(Path(request.scratch) / "ranks").as_uri(),
             rank=rank,
             world_size=self._ranks,
-            timeout=datetime.timedelta(seconds=max(1.0, PATIENCE * request.protocol.step_timeout_s)),
+            timeout=datetime.timedelta(seconds=max(1.0, COLLECTIVE_TIMEOUT_SHARE * request.protocol.step_timeout_s)),
             device_id=torch.device("cuda", 0) if self._cuda else None,
         )
 
@@ -104,7 +104,7 @@ class RankTrial(Trial):
         own = torch.tensor(list(values), dtype=torch.float64, device=self._request.device)
         gathered = [torch.empty_like(own) for _ in range(self._ranks)]
         distributed.all_gather(gathered, own)
-        return [one.tolist() for one in gathered]
+        return [values.tolist() for values in gathered]
 
     def _gather_data(self, data: Any) -> list[Any]:
         """The data of every rank, in rank order."""
@@ -134,7 +134,7 @@ class RankTrial(Trial):
         if fragment.status != "ok":
             return fragment
         trainee = self._trainee
-        shard_again(trainee.model)
+        reshard(trainee.model)
         gathered = self._gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
         shown = [
             RankEvidence(rank=rank, adapter=adapter, updates=self._steps_taken, counted=counted)
@@ -177,12 +177,12 @@ class RankTrial(Trial):
         """The checks of a step merged over the ranks, and the checks that compare ranks; equal on all ranks."""
         model = self._trainee.model
         others = {path: value for path, value in required.items() if path != ISOLATED}
-        shard_again(model)
+        reshard(model)
         with cast(RankStep, self._step).without_clipping():
             checks = [*kernels_check.verify(model, step, dict.fromkeys(PATHS, True) | others), *self._isolation]
-        shard_again(model)
+        reshard(model)
         facts = self._observe()
-        shard_again(model)
+        reshard(model)
         gathered = self._gather_data((checks, facts))
         facts_of_all = [facts for _, facts in gathered]
         merged = merge_checks([checks for checks, _ in gathered])
@@ -209,13 +209,16 @@ class RankTrial(Trial):
 def _activity(facts: Sequence[RankFacts]) -> dict[str, float]:
     """Shares of the profiled steps: communication and waiting, the part that overlaps with computation, and the
     imbalance of the ranks' own times."""
-    shares = [one.activity for one in facts if one.activity is not None and one.activity.step_s]
-    if len(shares) < len(facts):
+    activities = [rank.activity for rank in facts if rank.activity is not None and rank.activity.step_s]
+    if len(activities) < len(facts):
         return {}
-    own = [one.own_s for one in shares]
-    exchanged, exposed = sum(one.exchange_s for one in shares), sum(one.exposed_s for one in shares)
-    whole = sum(one.step_s for one in shares)
-    values = {f"rank{one.rank}_own_step_time_s": time_s for one, time_s in zip(facts, own, strict=True)}
+    own = [activity.own_s for activity in activities]
+    exchanged, exposed = (
+        sum(activity.exchange_s for activity in activities),
+        sum(activity.exposed_s for activity in activities),
+    )
+    whole = sum(activity.step_s for activity in activities)
+    values = {f"rank{rank.rank}_own_step_time_s": time_s for rank, time_s in zip(facts, own, strict=True)}
     values |= {"exposed_communication_share": exposed / whole, "communication_share": exchanged / whole}
     values |= {"communication_overlap": 1 - exposed / exchanged} if exchanged else {}
     values |= {"rank_imbalance": max(own) * len(own) / sum(own)} if sum(own) else {}
@@ -268,7 +271,7 @@ def keep_quantisation_states() -> None:
 
 
 @contextlib.contextmanager
-def exchanging(forward: Any, *, now: bool) -> Iterator[None]:
+def exchanging_gradients(forward: Any, *, now: bool) -> Iterator[None]:
     """Run a backward pass that exchanges gradients at its end, or only accumulates them if another pass follows."""
     if isinstance(forward, torch.nn.parallel.DistributedDataParallel):
         with contextlib.nullcontext() if now else forward.no_sync():
@@ -278,7 +281,7 @@ def exchanging(forward: Any, *, now: bool) -> Iterator[None]:
     yield
 
 
-def shard_again(model: Any) -> None:
+def reshard(model: Any) -> None:
     """Reshard parameters that a forward pass without a backward pass has left gathered."""
     for module in model.modules():
         if hasattr(module, "set_requires_gradient_sync"):  # a method of modules sharded by FSDP2

@@ -33,14 +33,14 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.trial.building.build import SharedBase, judge_checks
 
-OF_RANKS, OF_ONE = 0.5, 0.4
+SHARE_OF_RANKS, SHARE_OF_SINGLE = 0.5, 0.4
 """Shares of a command's time limit for all ranks and for the single rank; the rest is for reporting which of them did
 not answer."""
 GRACE_S = 5.0
 """Seconds for the other ranks after one has failed: a rank that waits for it fails at once, or never."""
 _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|reset)|broken pipe", re.IGNORECASE)
 """Matches the error of a rank that waited in vain for another one."""
-SUMMED = ("device_energy_train_j", "energy_tokens")
+SUMMED_VALUES = ("device_energy_train_j", "energy_tokens")
 """Values that are summed over all ranks."""
 ONE_RANK = ("build", "warm_up", "turn")
 """Commands of the single-rank process."""
@@ -69,7 +69,7 @@ class TrialOfRanks:
         one_first = command == "turn" and self._turns % 2 == 1  # so that each finds the caches of the other
         self._turns += command == "turn"
         alone = self._ask_one(command, arguments) if one_first else PartialRecord()
-        fragment = self._ask(self._ranks, command, arguments, OF_RANKS)
+        fragment = self._ask(self._ranks, command, arguments, SHARE_OF_RANKS)
         if fragment.status != "ok":
             self.end()
             return fragment
@@ -96,7 +96,7 @@ class TrialOfRanks:
         """The addition of the single rank; if it fails it is dropped, and the trial continues without it."""
         if self._one is None or command not in ONE_RANK:
             return PartialRecord()
-        fragment = self._ask([self._one], command, arguments, OF_ONE)
+        fragment = self._ask([self._one], command, arguments, SHARE_OF_SINGLE)
         if fragment.failure is not None:
             self._one.end()
             self._one = None
@@ -188,7 +188,7 @@ def _failure(
             f"{died[0].name} ended with {exit_words(died[0].code)} during {command}; the others were ended with it"
         )
         if died[0].code == -signal.SIGKILL:
-            message += ". It was killed from outside, or by the kernel for want of memory (see dmesg)"
+            message += ". It was killed from outside, or by the kernel for lack of memory (see dmesg)"
         return outcome("crashed", "RankDied", message)
     if silent := ", ".join(member.name for member in members if member not in answers):
         message = f"{silent} gave no answer within {timeout_s:g} s during {command}"
@@ -224,7 +224,7 @@ def merge_values(every: Sequence[Mapping[str, float]]) -> dict[str, float]:
     merged: dict[str, float] = {}
     for key in dict.fromkeys(key for values in every for key in values):
         readings = [values[key] for values in every if key in values]
-        if key in SUMMED:
+        if key in SUMMED_VALUES:
             if len(readings) == len(every):
                 merged[key] = sum(readings)
         elif key.startswith("device_") and key != "device_samples_train":
@@ -295,7 +295,7 @@ def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[Ran
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-FEWEST = 3
+MIN_STEPS = 3
 """Minimum steps that are compared: known faults begin in the second step."""
 EXACT, ROUNDED = 1e-4, 3e-3
 """The largest relative difference from the loss of a single rank, for models that compute in float32, and in 16
@@ -315,18 +315,18 @@ def compare_losses(several: Sequence[float], one: Sequence[float], variant: Vari
     if isinstance(variant, LoraVariant) and variant.lora_dropout:
         reason = "ranks draw their own dropout, so losses are not those of one rank"
         return check(required=None, observed=None, status="not_applicable", reason=reason)
-    if len(pairs) < FEWEST:
-        reason = f"{len(pairs)} steps are too few to compare: take {FEWEST} or more"
+    if len(pairs) < MIN_STEPS:
+        reason = f"{len(pairs)} steps are too few to compare: take {MIN_STEPS} or more"
         return check(required=True, observed=None, status="unknown", reason=reason)
     compute = {variant.autocast or variant.dtype, variant.compute_dtype if variant.is_4bit else variant.dtype}
     tolerance = EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
-    for step, (ours, its) in enumerate(pairs, start=1):
-        if not abs(ours - its) <= tolerance * abs(its):
+    for step, (loss, expected) in enumerate(pairs, start=1):
+        if not abs(loss - expected) <= tolerance * abs(expected):
             reason = (
-                f"step {step} has a loss of {ours:.5f} by {ranks} ranks and of {its:.5f} by one with the same batches "
-                f"(within {tolerance:.2%} is equal): they do not train the same"
+                f"step {step} has a loss of {loss:.5f} by {ranks} ranks and of {expected:.5f} by one with the same "
+                f"batches (within {tolerance:.2%} is equal): they train differently"
             )
             return check(required=True, observed=False, status="fallback", reason=reason)
-    largest = max(abs(ours - its) / abs(its) for ours, its in pairs)
+    largest = max(abs(loss - expected) / abs(expected) for loss, expected in pairs)
     reason = f"losses of {len(pairs)} steps within {largest:.2g} of those of one rank ({tolerance:g})"
     return check(required=True, observed=True, status="active", reason=reason)

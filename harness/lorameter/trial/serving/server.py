@@ -72,13 +72,13 @@ class Server:
         requests = [self._generate(self._stream.prompts(index)) for index in range(count)]
         return requests[0]
 
-    def ask_at(self, length: int, new_tokens: int) -> Request:
+    def ask_prefix(self, length: int, new_tokens: int) -> Request:
         """Make a request with the first `length` tokens of the prompts; no metric includes it."""
         return generate(self._model, self._stream.prompts(0)[:, :length], new_tokens, variant=self._variant)
 
-    def ask_shortly(self) -> Request:
+    def ask_two_tokens(self) -> Request:
         """Make a request for two tokens, which has a prefill and one decoding step; no metric includes it."""
-        return self.ask_at(self._workload.prompt_tokens, 2)
+        return self.ask_prefix(self._workload.prompt_tokens, 2)
 
     def ask(self) -> Request:
         """Make the next request."""
@@ -94,7 +94,7 @@ class Server:
         ways = ["", "switched_", "mixed_"] if self._workload.request_batch > 1 else ["", "switched_"]
         for way in self._random.sample(ways, len(ways)):
             self._activate(0)
-            self.ask_shortly()
+            self.ask_two_tokens()
             if way == "switched_":
                 times["switch_time_s"] = (self._switch(number),)
             names = self.name_rows(number) if way == "mixed_" else ()
@@ -158,14 +158,14 @@ class Server:
         self._activate(0)
         wrong, decisive = [], 0
         for row, name in enumerate(names):
-            own = order.index(name)
-            other = (own or 2) - 1
-            row_logits = logits[own][row]
-            lost = row_logits.amax(-1) - row_logits.gather(-1, answers[row].unsqueeze(-1)).squeeze(-1)
+            index = order.index(name)
+            other = (index or 2) - 1
+            row_logits = logits[index][row]
+            deficit = row_logits.amax(-1) - row_logits.gather(-1, answers[row].unsqueeze(-1)).squeeze(-1)
             effect = (row_logits - logits[other][row]).abs().amax(-1)
-            if mixed[row] != alone[own][row] and bool((lost > ROUNDING * effect).any()):
+            if mixed[row] != alone[index][row] and bool((deficit > ROUNDING * effect).any()):
                 wrong.append(row)
-            decisive += all(found[row] != alone[own][row] for number, found in enumerate(alone) if number != own)
+            decisive += all(found[row] != alone[index][row] for number, found in enumerate(alone) if number != index)
         return wrong, decisive
 
     def merge(self, discard: int) -> None:
@@ -205,7 +205,7 @@ def answer_logits(model: Any, prompts: torch.Tensor, answers: torch.Tensor) -> t
     Computed in one pass over prompts, shape (prompts, length), and answers, shape (prompts, tokens), without a cache.
     """
     tokens, count = torch.cat([prompts, answers.to(prompts)], dim=1), answers.shape[1] + 1
-    forward = inspect.signature(peft_methods.wrapped(model).forward).parameters
+    forward = inspect.signature(peft_methods.unwrap(model).forward).parameters
     options = {"logits_to_keep": count} if "logits_to_keep" in forward else {}  # those of all tokens may not fit
     with torch.no_grad():
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **options).logits
@@ -219,7 +219,7 @@ def check_attention(fragment: PartialRecord, model: Any, server: Server, request
     """The fragment with the check of a request's attention, which is observed in an additional request, since no
     training step shows it; it can make its trial invalid."""
     required = request.requirements.get("attention.backend", BACKENDS[request.variant.attention])
-    return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_shortly, required)], request)
+    return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_two_tokens, required)], request)
 
 
 def check_adapters(fragment: PartialRecord, server: Server, request: TrialRequest) -> PartialRecord:

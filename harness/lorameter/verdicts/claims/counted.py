@@ -26,7 +26,6 @@ from lorameter.verdicts.claims.parts import (
     check_levels,
     pair_of,
     result_of,
-    words_of,
 )
 from lorameter.verdicts.series import Groups
 
@@ -78,9 +77,9 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     check_count(len(both))
     control, reference = _peaks(records_of(study.reference, "control"), kind), _peaks(records_of(study.reference), kind)
     # The difference of the reference from itself widens the range, because all trials are observed in the same way.
-    control_ratios = [control[one] / reference[one] for one in control.keys() & reference.keys()]
-    distance = max([1.0, *control_ratios, *(1 / one for one in control_ratios)])
-    ratios = [ours[one] / theirs[one] for one in both]
+    control_ratios = [control[replicate] / reference[replicate] for replicate in control.keys() & reference.keys()]
+    distance = max([1.0, *control_ratios, *(1 / ratio for ratio in control_ratios)])
+    ratios = [ours[replicate] / theirs[replicate] for replicate in both]
     low, high = min(ratios) / distance, max(ratios) * distance
     ratio = max(ours[one] for one in both) / max(theirs[one] for one in both)
     what = f"{'device' if on_device else 'resident'} peak" if part.metric == PEAK else kind
@@ -90,11 +89,11 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     )
     if resident and not control:
         raise NotJudgedError(
-            f"{sentence}: the reference was not measured twice, so how far a resident peak is from itself is not "
-            "known. Measure it with its control."
+            f"{sentence}: the reference was not measured twice, so the scatter of resident peaks is not "
+            "known. Measure its control too."
         )
     verdict = _decide(part, low, high)
-    words = words_of(part, verdict)
+    words = describe_decision(part, verdict)
     if resident:
         start_sizes = [record.memory[RSS_AT_START] for record in sides[0] if RSS_AT_START in record.memory]
         start_note = f", {format_bytes(max(start_sizes))} of which it begins with" if start_sizes else ""

@@ -27,7 +27,7 @@ from lorameter.verdicts.same_training import (
 )
 from lorameter.verdicts.series import Groups
 
-_UNSEEN = "how many tokens a step holds was not seen, so whether both do the same work is not known"
+_UNSEEN = "the tokens of a step were not counted, so it is unknown whether both variants do the same work"
 MIN_FALL = 0.5
 """With the engine, a share must be below this fraction of its value without it: single steps are watched, and their
 batches differ by chance."""
@@ -104,8 +104,8 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
     known = METRICS.get(part.metric)  # memory peaks are not in METRICS
     per_token, title = (known.per_token, known.title) if known else (False, "peak memory")
     other_tokens = NotJudgedError(
-        f"a step of {engine.variant} holds another number of tokens than one of {engine.reference}, so their {title} "
-        "says nothing. Give both the same batch, and a seed to what draws it."
+        f"a step of {engine.variant} has another number of tokens than a step of {engine.reference}, so their {title} "
+        "cannot be compared. Give both the same batches, with the same seed."
     )
     if run.manifest.own_workloads and not per_token:
         raise other_tokens
@@ -115,7 +115,7 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
     for notice in notices_of_sides(engine.variant, sides):
         if notice.code in (OTHER_PARAMETERS, LOSS_DIFFERS):
             raise NotJudgedError(
-                f"they are not the same training: {notice.message} Give both the same one but for the engine."
+                f"they are not the same training: {notice.message} Let both train the same, except for the engine."
             )
     if sides.tokens is None:
         raise NotJudgedError(
@@ -145,11 +145,11 @@ def _judge_path(
         unknown = [check for check in of_path if check.get("status") == "unknown"]
         seen.append([] if unknown else [check.get("observed") for check in of_path])
         if unknown or not of_path:
-            why = unknown[0].get("reason") if unknown else "nothing that was observed shows it"
+            why = unknown[0].get("reason") if unknown else "no observation shows it"
             unclear += [f"{name}: {why}"] if wanted != SAFE or name == names[0] else []
     ours, theirs = seen
     if wanted == SAFE and not unclear and not any(isinstance(value, bool) for value in ours):
-        unclear = [f"{names[0]}: neither true nor false was seen"]
+        unclear = [f"{names[0]}: neither true nor false was observed"]
     words = (f"{_word(_join(values))} in {name}" for name, values in zip(names, seen, strict=True) if values)
     return PathEvidence(
         path=path,
@@ -190,14 +190,14 @@ def _check_path(evidence: PathEvidence, engine: EngineEvidence) -> None:
     safe = evidence.wanted == SAFE
     if evidence.found == "active" or (safe and evidence.found == "unknown"):
         return
-    remedy = "Mend what turns it on, and measure again."
+    remedy = "Correct its activation, and measure again."
     if safe:
-        message = f"{evidence.path} is false with {engine.title}, so what is won is not won fairly"
+        message = f"{evidence.path} is false with {engine.title}, so a gain may come from wrong results"
     elif evidence.found == "unknown":
-        message = f"whether {engine.title} ran is unknown by {evidence.path}"
+        message = f"{evidence.path} does not show whether {engine.title} ran"
         remedy = "Measure again with a step that kernels_check can watch."
     else:
-        message = f"{engine.title} was not seen to run in {engine.variant} and there alone, by {evidence.path}"
+        message = f"{evidence.path} does not show that {engine.title} ran in {engine.variant} and only there"
         if evidence.with_engine is not None and evidence.with_engine == evidence.without:
-            remedy = "Where the reference has it as well, turn it off there; a command says so in braces: {off|on}."
+            remedy = "If the reference uses it as well, turn it off there, in a command with braces: {off|on}."
     raise NotJudgedError(f"{message} ({evidence.reason}). {remedy}")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
 MIN_SHARED = 2
 """Minimum number of replicates for judging a claim."""
-_TURNED: tuple[Rule, ...] = ("trend-down", "lowest", "best", "lowers")
+_INVERTED: tuple[Rule, ...] = ("trend-down", "lowest", "best", "lowers")
 """Rules about a small ratio: its inverse is judged."""
 _OF_EQUALITY: tuple[Rule, ...] = ("no-trend", "equal", "differs")
 _NEGATED: tuple[Rule, ...] = ("differs", "costs-at-most")
@@ -103,7 +103,7 @@ class AxisTable:
         return [format_level(level) for level in self.levels]
 
     @property
-    def along(self) -> str:
+    def change_phrase(self) -> str:
         """The beginning of a sentence about the change from the first level to the last."""
         return f"from {self.axis} {self.names[0]} to {self.names[-1]} {self.title} changes by"
 
@@ -148,7 +148,7 @@ class Question:
     @property
     def sign(self) -> int:
         """-1 if the inverse of each ratio is judged."""
-        return -1 if self.part.rule in _TURNED else 1
+        return -1 if self.part.rule in _INVERTED else 1
 
     def judge(self, family: int) -> Conclusion:
         """The conclusion, as one of `family` statements that share the error rate."""
@@ -172,7 +172,7 @@ class Question:
         low, high = self._ends(conclusion.decided_low, conclusion.decided_high)
         places = 4 if low is None or high is None else min(decimals((high - low) / 2), 4)
         ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
-        decision = words_of(self.part, "equal" if conclusion.by == "equality" else conclusion.status)
+        decision = describe_decision(self.part, "equal" if conclusion.by == "equality" else conclusion.status)
         interval = f"{100 * conclusion.level:.4g} % interval [{', '.join(ends)}]"
         sentence = f"{'; '.join(begin)}: {decision} ({interval}){_needed(conclusion)}"
         left_out = f"; {format_count(self.skipped, 'replicate')} left out, where a level is missing"
@@ -200,7 +200,7 @@ def ask(part: ClaimPart, groups: Groups, study: Study) -> Question:
         part=part,
         contrasts=tuple(_list_contrasts(part, tables, study)),
         skipped=max(table.skipped for table in tables),
-        context=tuple((table.along, line) for table, line in lines),
+        context=tuple((table.change_phrase, line) for table, line in lines),
     )
 
 
@@ -216,7 +216,7 @@ def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) 
     table, names = tables[0], tables[0].names
     places = [table.levels.index(level) for level in part.levels]
     if part.rule in ("trend-up", "trend-down", "no-trend"):
-        yield Contrast(about=f"{names[-1]} / {names[0]}", says=table.along, logs=table.line(part.scale))
+        yield Contrast(about=f"{names[-1]} / {names[0]}", says=table.change_phrase, logs=table.line(part.scale))
     elif part.rule == "equal":
         for low, high in itertools.combinations(range(len(names)), 2):
             says = f"the largest difference is between {names[low]} and {names[high]},"
@@ -286,13 +286,13 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
             "open_ended_tokens in [workload], and metrics of scripts a --command."
         )
     pairing = pairing_of(series[0], metric)
-    found = [{record.replicate: samples for record, samples in one.measured(metric)} for one in series]
+    found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
     seen = set[int]().union(*found)
     whole = [one for one in sorted(seen) if _is_whole([trials.get(one, ()) for trials in found], pairing)]
     check_count(len(whole))
     try:
         base, *others = (
-            checked_trials(name, [trials[one] for one in whole], positive=True)
+            checked_trials(name, [trials[number] for number in complete], positive=True)
             for name, trials in zip(("reference", *(name for _, name in levels)), found, strict=True)
         )
         logs = np.stack([log_ratios(base, other, pairing) for other in others], axis=1)
@@ -302,13 +302,13 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
         axis=axis,
         title=metric_phrase(metric),
         levels=tuple(level for level, _ in levels),
-        replicates=tuple(whole),
-        skipped=len(seen) - len(whole),
+        replicates=tuple(complete),
+        skipped=len(seen) - len(complete),
         logs=logs,
     )
 
 
-def _is_whole(trials: Sequence[Samples], pairing: Pairing) -> bool:
+def _is_complete(trials: Sequence[Samples], pairing: Pairing) -> bool:
     """Whether every level was measured in a replicate; turns are paired one by one, so their numbers must be equal."""
     return all(trials) and (pairing != "turn" or len(set(map(len, trials))) == 1)
 
@@ -349,10 +349,10 @@ def _needed(conclusion: Conclusion) -> str:
     if count is None or count > MAX_ADVISED:
         return "; no practical number of replicates would decide it"
     more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
-    return f"; {count} replicates would decide it{more}, if it is what it looks like"
+    return f"; {count} replicates would decide it{more}, if the true effect is the estimated one"
 
 
-def words_of(part: ClaimPart, decision: str) -> str:
+def describe_decision(part: ClaimPart, decision: str) -> str:
     """The words of a decision: supported, refuted, equal (decided by equality) or inconclusive."""
     place = ("supported", "refuted", "equal", "inconclusive").index(decision)
     return _WORDS[part.rule][place].format(limit=f"{100 * part.limit[1]:.3g} %")
