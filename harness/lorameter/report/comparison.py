@@ -113,7 +113,7 @@ def _tabulate(report: ComparisonReport) -> Table:
         within = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
         count, words = write_number(one.replicates or None), (one.name, title_of_ratio(one.metric))
         verdict = verdict_cell(one, one.metric, "sides", one)
-        rows.append(write_row(*words, write_compared(one), verdict, within, count))
+        rows.append(write_row(*words, write_ratio_or_peak(one), verdict, within, count))
     notes = [to_line(f"control of {phase}: {format_verdict(control)}") for phase, control in report.control.items()]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(

@@ -102,7 +102,7 @@ class LiveDisplay(Display):
             self._live.update(self.render(), refresh=True)
             self._drawn = time.monotonic()
 
-    def picture(self) -> Group:
+    def render(self) -> Group:
         """A row for each variant, the control last: ended trials, last value and current phase."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for head in ("", "trials", "last", "now"):

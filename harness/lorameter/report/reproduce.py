@@ -44,7 +44,7 @@ def reproduction_steps(run: Run) -> str:
     lines = (
         _comment(f"Python {python}; {revision}; seed {manifest.seed}"),
         *([install] if known else []),
-        *(_of_sides(run) if manifest.sides else _of_one(run)),
+        *(_ab_commands(run) if manifest.sides else _variant_commands(run)),
         f"# study: {json.dumps(manifest.study, ensure_ascii=False, sort_keys=True)}",
     )
     return "\n".join(lines)

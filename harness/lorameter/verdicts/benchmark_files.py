@@ -324,7 +324,7 @@ def differences_from_saved(study: Study, session_facts: dict[str, Any], saved: d
         side.facts is not None and side.facts.get("written_by") != FOREIGN,
         f"{where}: the saved run was not written by lorameter. Compare another.",
     )
-    found = session_differences(side, study, ours)
+    found = session_differences(side, study, session_facts)
     return [f"{one.field}: {one.base!r} saved, {one.candidate!r} now" for one in found]
 
 

@@ -133,7 +133,7 @@ def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
     )
     for site, log in logs.items() if len(logs) > 2 else ():  # with two sites, neither is an outlier
         away = math.expm1(log - median(logs.values()))
-        if abs(away) > UNLIKE:
+        if abs(away) > MIN_SITE_DIFFERENCE:
             yield Notice(
                 code="node-mismatch",
                 message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median site.",

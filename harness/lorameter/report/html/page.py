@@ -51,7 +51,7 @@ def write_html(
         figures: pictures after the text, each with its table.
         again: commands that reproduce the run; may be empty.
     """
-    classes = {name: f"s s{number % svg.COLOURS}" for number, name in enumerate(names)}
+    classes = {name: f"s s{number % svg.COLOURS}" for name, number in svg.number_variants(names).items()}
     blocks = list(document)
     invalid = blocks.pop(0) if blocks and isinstance(blocks[0], Line) and blocks[0].last else None
     head = blocks.pop(0) if blocks and isinstance(blocks[0], Section) and blocks[0].title == title else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,21 @@ WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
 LEFT, TOP, HEIGHT = 64, 30, 210
 """The left border, the upper border and the height of a plot area without a key."""
 COLOURS = 16
-"""Number of distinguishable colours; with more variants they repeat."""
+"""Number of distinguishable colours. With more variants, those that vary the same field share a colour."""
 KEY_ROW, MAX_KEYS, MAX_CHANGES = 18, 24, 6
 """Height of a line; maximum names (with more, pointing at a mark shows its name) and changes above a picture."""
 MAX_ROWS, MAX_TICKS, TICKS = 120, 12, 5
 """Maximum rows and named ticks; approximate number of round values on an axis."""
+
+
+def number_variants(names: Sequence[str]) -> dict[str, int]:
+    """The number of each variant, which determines its colour: its own, or, with more variants than colours, that of
+    its group, which is the name up to the first `=` or digit."""
+    if len(names) <= COLOURS:
+        return {name: number for number, name in enumerate(names)}
+    groups = {name: re.split(r"[=\d]", name, maxsplit=1)[0] for name in names}
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
+    return {name: numbers[group] for name, group in groups.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

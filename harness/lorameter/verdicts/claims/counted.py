@@ -24,6 +24,7 @@ from lorameter.verdicts.claims.parts import (
     PartResult,
     check_count,
     check_levels,
+    describe_decision,
     pair_of,
     result_of,
 )

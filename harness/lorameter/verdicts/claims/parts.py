@@ -277,7 +277,7 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
 
     known, levels = METRICS[metric], study.levels(axis)
     if known.is_loss and is_of_tokens(axis):
-        raise NotJudgedError(f"{known.title}: along {axis} it is that of other tokens. Claim a time, or memory.")
+        raise NotJudgedError(f"{known.title}: levels of {axis} train on different tokens. Claim a time, or memory.")
     check_levels(axis, levels, groups)
     series = [groups[name, "variant"] for name in (study.reference, *(name for _, name in levels))]
     if not any(one.measured(metric) for one in series[1:]):
@@ -288,8 +288,8 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
     pairing = pairing_of(series[0], metric)
     found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
     seen = set[int]().union(*found)
-    whole = [one for one in sorted(seen) if _is_whole([trials.get(one, ()) for trials in found], pairing)]
-    check_count(len(whole))
+    complete = [one for one in sorted(seen) if _is_complete([trials.get(one, ()) for trials in found], pairing)]
+    check_count(len(complete))
     try:
         base, *others = (
             checked_trials(name, [trials[number] for number in complete], positive=True)
