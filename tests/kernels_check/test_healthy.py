@@ -128,6 +128,25 @@ def generation():
     return model, step, {}
 
 
+@case("a vision-language model with an adapter on its language model")
+def vision_language():
+    torch.manual_seed(3)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    image = VOCABULARY - 1
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**SIZES), image_token_id=image,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    model = lora(model, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    ids = tokens().clamp(max=image - 1)
+    ids[:, 1:5] = image
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": ids}
+    return model, step_of(model, adamw(model), **inputs), {}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_healthy_step_meets_every_requirement(name):
     """Every path has a check, and each is active."""

@@ -5,6 +5,7 @@ Tests of ``watch`` in callbacks of real trainers: it is opened in one callback a
 
 import copy
 import gc
+import io
 import weakref
 from contextlib import ExitStack
 
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -133,6 +135,23 @@ def test_an_error_of_the_step_is_raised_and_hooks_are_removed(training):
     assert all(check.met for check in watched.checks if check.required is not None)
 
 
+def test_a_model_is_copied_and_saved_while_it_is_watched(training):
+    """Copies, as for a checkpoint or a weight average, carry no hooks of the watch."""
+    run = training(quant=None)
+    before = _traces(run.model)
+    with kernels_check.watch(run.model, REQUIRED) as watched:
+        average = copy.deepcopy(run.model)
+        run.step()
+        torch.save(run.model, io.BytesIO())
+    assert all(check.met for check in watched.checks if check.required is not None), watched.checks
+    assert _traces(run.model) == before
+    torch.save(copy.deepcopy(average), io.BytesIO())
+    with kernels_check.watch(run.model, REQUIRED) as watched:
+        average(**run.inputs, labels=run.inputs["input_ids"]).loss.backward()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "the model was not called" in watched.checks[0].reason
+
+
 def test_bad_requirements_are_refused_at_once(training):
     """The error comes before any hook; a watch cannot be opened twice."""
     run = training()
@@ -141,6 +160,15 @@ def test_bad_requirements_are_refused_at_once(training):
     watched = kernels_check.watch(run.model)
     with watched, pytest.raises(RuntimeError, match="open already"):
         watched.__enter__()
+
+
+def test_a_block_in_which_nothing_ran_shows_nothing(training):
+    """A block without a step proves nothing about an adapter."""
+    run = training()
+    with kernels_check.watch(run.model, REQUIRED) as watched:
+        torch.ones(2).sum()
+    assert {check.status for check in watched.checks} == {"unknown"}
+    assert "the model was not called" in watched.checks[0].reason
 
 
 def test_a_half_watched_accumulation_is_unknown(training):
@@ -192,6 +220,21 @@ def test_a_profiler_started_in_the_watch_keeps_its_events(training, outlasts):
     assert checks["peft.attached"].met
     assert checks["base.frozen"].met
     assert _traces(run.model) == before
+
+
+def test_a_profiler_around_that_ends_in_the_watch_is_no_error(training):
+    """A profiler schedule of the program may end in the step; paths that need the profile are unknown."""
+    run = training()
+    own = _recorder()
+    own.start()
+    with kernels_check.watch(run.model, REQUIRED) as watched:
+        run.step()
+        own.stop()
+    assert "aten::mm" in _names(own)
+    checks = _by_path(watched)
+    assert "the program already runs a profiler" in checks["attention.backend"].reason
+    assert checks["attention.backend"].status == "unknown"
+    assert checks["peft.attached"].met
 
 
 @pytest.mark.parametrize("place", ["whole", "layers"])
@@ -326,7 +369,7 @@ class WatchCallback(TrainerCallback):
     """Watches each step from its first micro-batch to its update."""
 
     def __init__(self, model):
-        self.watched = kernels_check.watch(model, REQUIRED_OF_TRAINER)
+        self.watched = None if model is None else kernels_check.watch(model, REQUIRED_OF_TRAINER)
         self.open = ExitStack()
         self.found = []
 
@@ -378,3 +421,33 @@ def test_a_trainer_trains_as_if_never_watched_and_its_steps_are_judged(tmp_path)
     unmet = [{path for path in REQUIRED_OF_TRAINER if not found[path].met} for found in callback.found]
     assert unmet == [{"peft.learning"}, set(), set()], [found["peft.learning"].reason for found in callback.found]
     assert _hooks(model) == _hooks(plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_default_loss_of_trl_is_decided(tmp_path):
+    """TRL's trainer computes the loss from log-probabilities of the model, and packs rows without a mask."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
+    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2))
+    look = WatchCallback(None)
+
+    def begin(args, state, control, model, **kwargs):
+        look.watched = kernels_check.watch(model, {"loss.tokens": True, "packing.isolated": True})
+
+    look.on_train_begin = begin
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "report_to": []}
+    rows = [{"input_ids": torch.randint(3, 96, (length,)).tolist()} for length in (5, 9, 14, 7, 11, 6, 13, 8) * 4]
+    trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, packing=True, max_length=48, **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        callbacks=[look],
+    ).train()
+    checks = look.found[-1]
+    assert [checks[path].status for path in ("loss.tokens", "packing.isolated")] == ["active", "active"], checks

@@ -19,6 +19,31 @@ def test_the_adapter_dtype_is_that_of_its_weights(training):
     assert run.check("peft.dtype", "float32").observed == "bfloat16+float32"
 
 
+def test_zeroth_order_training_is_not_taken_for_an_evaluation(training):
+    """Two forwards without gradients give the losses on both sides, and the script sets the gradients."""
+    run = training(quant=None)
+    trained = [value for value in run.model.parameters() if value.requires_grad]
+
+    def move(directions, far):
+        for value, direction in zip(trained, directions, strict=True):
+            value.data.add_(direction, alpha=far)
+
+    def step():
+        directions, losses = [torch.randn_like(value) for value in trained], []
+        for far in (1e-3, -2e-3):
+            move(directions, far)
+            with torch.no_grad():
+                losses.append(run.model(**run.inputs, labels=run.inputs["input_ids"]).loss)
+        move(directions, 1e-3)
+        for value, direction in zip(trained, directions, strict=True):
+            value.grad = direction * (losses[0] - losses[1]) / 2e-3
+        run.optimizer.step()
+
+    checks = {check.path: check for check in run.verify({"peft.attached": True, "peft.dropout": 0.05}, step)}
+    assert [checks[path].status for path in ("peft.attached", "peft.dropout")] == ["unknown", "unknown"]
+    assert "as in zeroth-order training" in checks["peft.attached"].reason
+
+
 @pytest.mark.parametrize(
     "configuration",
     [

@@ -47,6 +47,17 @@ def _with_spare(**options):
     return base
 
 
+def _norm():
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def _frozen_norm():
+    """Return a base whose norm statistics do not change."""
+    base = _norm()
+    base[1].track_running_stats, base[1].running_mean, base[1].running_var = False, None, None
+    return base
+
+
 class Remembers(nn.Module):
     """A module that stores a value of its last input in a buffer."""
 
@@ -80,6 +91,25 @@ def test_parameters_that_would_train_with_a_gradient_are_not_frozen():
     waiting = _judged(model, optimizer)
     assert waiting.status == "fallback"
     assert "2 base parameters require gradients" in waiting.reason
+
+
+def test_trainable_parameters_are_unknown_without_an_optimizer():
+    """An accumulation step updates nothing, so that the check is unknown."""
+    model, _ = _tuned(_with_spare())
+    model.base_model.model.spare.requires_grad_(True)
+    inputs = torch.randn(4, 8)
+    checks = verify(model, lambda: model(inputs).sum().backward(), {"base.frozen": True})
+    check = next(check for check in checks if check.path == "base.frozen")
+    assert check.status == "unknown", check.reason
+    assert "no optimizer stepped" in check.reason
+    assert "spare.weight" in check.reason
+
+
+def test_biases_that_peft_was_asked_to_train_are_the_adapters():
+    """The rest of the base is frozen, and the reason names the trained biases."""
+    check = _judged(*_tuned(_frozen_norm(), bias="all"))
+    assert check.met, check.reason
+    assert "3 biases train with the adapter, as PEFT is configured by bias='all'" in check.reason
 
 
 class Attends(nn.Module):

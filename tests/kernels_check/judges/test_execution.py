@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from negative_controls.small_run import forget_compilations
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -52,6 +53,45 @@ def test_compiled_regions_are_counted_and_checks_stay_sound(training):
     run.step()
     assert counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()
+
+
+_compile = partial(torch.compile, backend="eager", dynamic=False)
+
+
+@pytest.fixture
+def compiled():
+    """A function that judges ``compile`` of a layer by its last step, after steps with the given numbers of rows."""
+
+    def judge(layer, *rows, forward=None, required=True):
+        forget_compilations()
+        forward = forward or _compile(layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+        def step(rows=rows[-1]):
+            optimizer.zero_grad()
+            forward(torch.ones(rows, 4)).sum().backward()
+            optimizer.step()
+
+        for count in rows:
+            step(count)
+        checks = kernels_check.verify(layer, step, {"compile": required})
+        return next(check for check in checks if check.path == "compile")
+
+    yield judge
+    forget_compilations()
+
+
+def test_a_compiled_model_that_runs_eagerly_in_part_is_caught(compiled):
+    """One function gets the length of its compilation, the other exceeds the recompile limit."""
+    layer = torch.nn.Linear(4, 4)
+    doubled, shifted = _compile(lambda value: value * 2), _compile(lambda value: value + 1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        check = compiled(
+            layer, 3, 4, forward=lambda value: doubled(layer(value)).sum() + shifted(layer(value[:3])).sum()
+        )
+    assert (check.status, check.observed) == ("fallback", False)
+    assert "1 compiled regions entered, 2 compiler cache look-ups; 0 of 1 blocks ran in compiled code" in check.reason
+    assert "part of the code ran eagerly" in check.reason
 
 
 WIDTH = 8
@@ -125,7 +165,8 @@ class Model(nn.Module):
 def judge():
     """A function that returns the checks by path of a step with the given number of micro-batches."""
 
-    def judged(model, *, passes=1, aside=lambda: None):
+    def judged(model, *, passes=1, entry=None, aside=lambda: None):
+        entry = entry or model
         optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
         ids = torch.randint(5, (2, 4))
 
@@ -133,7 +174,7 @@ def judge():
             optimizer.zero_grad()
             aside()
             for _ in range(passes):
-                model(ids).sum().backward()
+                entry(ids).sum().backward()
             optimizer.step()
 
         required = {"checkpointing": True, "checkpointing.layers": 0.5, "attention.backend": "flash", "mode": "train"}
@@ -175,6 +216,15 @@ def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
     check = judge(model)["checkpointing"]
     assert check.met, check.reason
     assert "1 further blocks receive no gradient" in check.reason
+
+
+def test_the_whole_model_recomputed_by_a_reentrant_function(judge):
+    """The model is called with gradients off, but still counts as trained."""
+    model = Model("none", "none")
+    start = torch.zeros(2, 4, WIDTH, requires_grad=True)
+    checks = judge(model, entry=lambda _: model.head(checkpoint(model.through, start, use_reentrant=True)))
+    assert checks["checkpointing"].met, checks["checkpointing"].reason
+    assert checks["attention.backend"].met, checks["attention.backend"].reason
 
 
 def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False, name="norm"):

@@ -13,7 +13,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels_check
@@ -76,16 +76,27 @@ def healthy(rank, **how):
     return training.checks()
 
 
-def sharded(rank):
-    torch.manual_seed(7)
-    model = adapted()
-    fully_shard(model.base_model.model.up)
-    called = fully_shard(model)
+def watched_step(model, called):
+    """Take the first step of a model by its callable, and return the checks."""
     optimizer = torch.optim.AdamW([value for value in called.parameters() if value.requires_grad], lr=1e-2)
     with (watched := kernels_check.watch(model, REQUIRED)):
         called(torch.randn(8, 64)).square().mean().backward()
         optimizer.step()
     return watched.checks
+
+
+def sharded(rank):
+    torch.manual_seed(7)
+    model = adapted()
+    fully_shard(model.base_model.model.up)
+    return watched_step(model, fully_shard(model))
+
+
+def flat(rank):
+    """FSDP1 flattens all parameters of a module into one, of which each rank holds a part."""
+    torch.manual_seed(7)
+    model = adapted()
+    return watched_step(model, FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")))
 
 
 def scales_differ(rank):
@@ -134,6 +145,7 @@ CASES = {
     "ddp": lambda rank: healthy(rank, dropout=0.5, clip=1e-3, accumulate=2),
     "four bits": lambda rank: healthy(rank, linear=in_four_bits),
     "fsdp2": sharded,
+    "fsdp1": flat,
     "scales differ": scales_differ,
     "exchanged at first only": exchanged_at_first_only,
     "left out later": left_out_later,

@@ -11,6 +11,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from kernels_check import ranks
 from kernels_check.check import Check
@@ -249,6 +251,14 @@ def test_exchange_is_separated_from_concurrent_computation(make_step, on_device)
     assert times == pytest.approx({"step_s": 1.0, "exchange_s": 0.4, "exposed_s": 0.3, "own_s": 0.7})
 
 
+def test_the_own_time_of_a_rank_is_the_least_of_its_steps():
+    """Other load adds to some steps only; shares are those of the mean step."""
+    late = [event("aten::mul", 7.6, 8.0)]
+    share = read_times([*on_cpu(3.0), *on_cpu(7.0), *late], on_device=False)
+    assert share.own_s == pytest.approx(0.7)
+    assert share.exposed_s == pytest.approx((0.3 + 0.0) / 2)
+
+
 @pytest.mark.parametrize(
     ("name", "device"),
     [
@@ -265,3 +275,12 @@ def test_exchanges_are_known_by_their_names(name, device):
         event(name, 0.5, 1.0, device=device),
     ]
     assert read_times(events, on_device=True).exchange_s == pytest.approx(0.5)
+
+
+def test_a_session_without_a_gpu_kernel_has_no_times(monkeypatch):
+    """Without GPU events all time would count as the rank's own, whatever it waited for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(ranks, "profile", lambda activities: profile(activities=[ProfilerActivity.CPU]))
+    assert profile_steps(lambda: torch.ones(8) @ torch.ones(8), lambda: None) is None

@@ -71,6 +71,12 @@ def test_a_step_that_one_rank_did_not_see_is_unknown_on_both(found):
             assert (status, reason.startswith(words)) == ("unknown", True)
 
 
+def test_parts_that_cannot_be_compared_are_unknown(found):
+    """With FSDP1 only the updates are compared."""
+    statuses = {path: status for path, (status, _) in found["fsdp1"].items()}
+    assert statuses == dict.fromkeys(PATHS, "unknown") | {"ranks.steps": "active"}
+
+
 def test_one_process_has_no_ranks_to_compare():
     """A requirement about several ranks is not met by one."""
     model = torch.nn.Linear(4, 4)
