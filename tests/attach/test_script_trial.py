@@ -137,7 +137,7 @@ def test_the_recorded_error_is_short_and_holds_no_credential(parent):
 
 
 ENDS = {
-    "early": (lambda trial: trial.end(None), "invalid", "ended by itself after 1 step, and more are measured"),
+    "early": (lambda trial: trial.end(None), "invalid", "ended by itself after 1 step, and more are needed"),
     "again": (lambda trial: trial.begin(training()), "invalid", "a second training began in the same process"),
     "nan": (lambda trial: trial.step(reading(2, loss=math.nan)), "invalid", "the loss is nan in step 2"),
     "memory": (lambda trial: trial.end(MemoryError("no room")), "oom", "MemoryError in step 2: no room"),
@@ -169,7 +169,7 @@ def test_a_training_with_too_few_steps_is_refused_before_the_first(parent):
     trial_parent = parent(lambda: ScriptTrial().begin(training(planned_steps=4)))
     record = trial_parent.ask("build")
     assert record.status == "invalid"
-    assert f"the script trains 4 steps, and at least {least} are measured" in record.failure.message
+    assert f"the script trains 4 steps, and at least {least} are needed" in record.failure.message
     trial_parent.join()
 
 

@@ -136,7 +136,7 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
     if profile is not None:
         lines.append(f"The study's profile {profile!r} is taken, as a run there would; --profile takes another.")
     options = Table(
-        title="What can be changed, what frees most first",
+        title="Possible changes, those that free most first",
         heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
         rows=tuple(
             write_row(one.writes, write_value(one.freed_bytes, "byte"), _range(one.needs), _STATUSES[one.status][0])

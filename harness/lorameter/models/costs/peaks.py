@@ -229,7 +229,7 @@ def find_gpu(text: str) -> GpuSpec:
     require(matches, f"{where}: no known GPU or unit. Known: {_list(DEVICES)}. {_REMEDY}, for any other.")
     require(
         len({device.memory_mib for device in matches}) == 1,
-        f"{where}: there are several, of different memory. Name one: {_list(matches)}.",
+        f"{where}: several GPUs have this name, with different memory. Name one: {_list(matches)}.",
     )
     first = matches[0]
     total = first.memory_mib * 2**20
