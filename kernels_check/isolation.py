@@ -28,9 +28,9 @@ from kernels_check.observe.padding import (
     PASSED_ON,
     LayoutError,
     Records,
+    find_packed_records,
+    has_packed_records,
     packed_or_all,
-    packs,
-    records_of,
     report_leaks,
 )
 
@@ -50,8 +50,8 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     Args:
         model: called as ``model(**batch)``, three times in each mode.
         batch: ``input_ids`` of [rows, tokens], and ``position_ids`` that restart at each record, or another input that
-            marks records (see ``records_of``); further entries (such as ``use_cache``) are passed on, labels only if
-            the model requires them.
+            marks records (see ``find_packed_records``); further entries (such as ``use_cache``) are passed on, labels
+            only if the model requires them.
 
     Returns:
         The check of ``packing.isolated`` against True. Parameters, modes and random numbers are left unchanged.
@@ -64,7 +64,7 @@ def judge_calls(seen: Observation) -> PathObservation:
     """Judge ``packing.isolated`` by forward passes of the step's own packed calls, unless the model's inputs already
     show a leak: a model may ignore its inputs."""
     by_inputs = seen.isolation
-    calls = [call for call in packed_or_all(seen.model_calls) if packs(call.arguments)]
+    calls = [call for call in packed_or_all(seen.model_calls) if has_packed_records(call.arguments)]
     return _probe(seen.model, calls) if calls and by_inputs.observed is not False else by_inputs
 
 
@@ -75,7 +75,7 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
     try:
         _refuse_unfit(model)
         for call in calls:
-            records = records_of(call.arguments)
+            records = find_packed_records(call.arguments)
             if records is None or not records.packed:
                 raise LayoutError(f"no row of the batch shows two records; to show them, a batch needs {PASSED_ON}")
             counts.append(records.count)

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = []
     for path in PATHS:
         print(f"kernels_check probe: {path.name}", file=sys.stderr)
-        found.append(attempt(path, device))
+        found.append(try_path(path, device))
     machine = {
         "device": device,
         "name": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if claimed else 0
 
 
-def attempt(path: FastPath, device: str) -> Attempt:
+def try_path(path: FastPath, device: str) -> Attempt:
     """Try one path; an exception is the reason why it cannot run."""
     outcome = partial(Attempt, name=path.name, path=path.path, required=path.required)
     if path.needs_gpu and device == "cpu":

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from kernels_check.check import Check, PathObservation, failed, judge_safely, name_some, passed
 from kernels_check.observe.base import quant_state
 from kernels_check.observe.digest import Fingerprinter
-from kernels_check.observe.modules import RandomState, restored
+from kernels_check.observe.modules import RandomState, restore_training
 from kernels_check.observe.ranks import is_sharded, trained_parameters
 from kernels_check.trace.events import Floats, union_length
 
@@ -173,7 +173,7 @@ def observe_rank(
         gradients()
         update()
 
-    with restored(model):
+    with restore_training(model):
         base_losses = [] if base_loss is None else [before, base_loss()]
         random, repeated = RandomState(), []
         for _ in range(REPEATS):

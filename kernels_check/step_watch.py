@@ -18,7 +18,7 @@ from kernels_check.check import Check, Json, judge_safely
 from kernels_check.isolation import judge_calls
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
-from kernels_check.observe.modules import restored, synchronise
+from kernels_check.observe.modules import restore_training, synchronise
 from kernels_check.observe.observation import MAX_CALLS, Observation, StepObserver
 from kernels_check.observe.parts import ParameterStatus
 from kernels_check.observe.profile import ProfilerRecording
@@ -80,7 +80,7 @@ def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[s
         Exception: any exception of ``step``.
     """
     watched = Watch(model, requirements, own_step=True)
-    with restored(model):
+    with restore_training(model):
         with watched.updates_only():  # compiles, and makes lora_B nonzero
             step()
         for _ in range(MAX_CALLS - 1):

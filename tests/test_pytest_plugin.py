@@ -20,7 +20,7 @@ import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
 from lorameter.commands import pytest_session
 from lorameter.commands.setup import FILES
-from lorameter.machine.processes import cores_of
+from lorameter.machine.processes import physical_cores
 from lorameter.records.record import Failure, PartialRecord
 from tests.run import fakes
 
@@ -359,7 +359,7 @@ def sites_of(run):
     return {json.loads(line).get("site", "") for line in (run / "trials.jsonl").read_text().splitlines()}
 
 
-@pytest.mark.skipif(len(cores_of(os.sched_getaffinity(0))) < 2, reason="two sites of a CPU need two of its cores")
+@pytest.mark.skipif(len(physical_cores(os.sched_getaffinity(0))) < 2, reason="two sites of a CPU need two of its cores")
 def test_replicates_are_measured_on_several_sites_and_replayed(suite, monkeypatch):
     """The study sets the sites."""
     pretended = str(Path(__file__).parent / "run" / "sites" / "pretended")

@@ -40,7 +40,7 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.html.page import save_html, write_html
-from lorameter.report.terminal import text_of
+from lorameter.report.terminal import render_text
 
 TITLE = "PEFT's method comparison, and what its history says of its ranking"
 CONFIDENCE = 0.95
@@ -383,7 +383,7 @@ def main() -> int:
         Section(title=TITLE, lines=(*(task.summary for task in tasks), *to_lines(notes))),
         *(block for task in tasks for block in task.document),
     )
-    text = text_of(document, width=160, coloured=False)
+    text = render_text(document, width=160, coloured=False)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.txt").write_text(text)
     page = write_html(document, title=TITLE, figures=[figure for task in tasks for figure in task.figures])

@@ -28,7 +28,7 @@ from benchmarks.gpu.journal import Entry, Journal, Outcome
 from benchmarks.gpu.loop import REPORT_S, is_left, run_process, take_steps
 from benchmarks.gpu.pack import pack_results
 from benchmarks.gpu.steps import STEPS, Step, command
-from lorameter.machine.provenance import device_id, harness_identity, origin_of, probe_machine
+from lorameter.machine.provenance import describe_origin, device_id, harness_identity, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"
@@ -82,7 +82,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
 
     take_steps(chosen, journal, left_s=left_s, run=run)
     decisions = report.decide(CLAIMS, Evidence(state, journal), rehearsed=rehearsing)
-    document = report.document(machine, origin_of(ROOT), journal, decisions)
+    document = report.document(machine, describe_origin(ROOT), journal, decisions)
     print(report.text(document, rehearsed=rehearsing), end="")
     if not rehearsing:
         print(f"written to {report.write(document, page.REPORTS, state)}", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 
 from shared import command_output, exit_code, print_origin
 
-from lorameter.models.methods import facts_of
+from lorameter.models.methods import method_facts
 from lorameter.records import store
 from lorameter.studies.variant import PeftVariant
 
@@ -80,7 +80,7 @@ def main() -> int:
     """Print a line for each method; return 1 if one neither trains with its checks nor is refused by PEFT."""
     print_origin()
     every = variants()
-    facts = facts_of(every)
+    facts = method_facts(every)
     tried = [one for one in every if not facts[one.name].refused]
     rows = [
         f'[[variant]]\nname = "{one.name}"\nlearning_rate = {one.learning_rate}\nquantization = "{one.quantization}"\n'

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from scipy import signal, stats
 from shared import Share, exit_code, print_origin
 
-from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, effect_of, share_scatter
+from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, estimate_effect, share_scatter
 from lorameter.stats.effect import paired_effect
 
 WARM_UP, MIN_TIMED = 20, 10
@@ -131,7 +131,7 @@ def families(draws: int) -> Iterator[Share]:
         times = np.exp(np.random.default_rng([3, size]).normal(0.0, SD, (2, count, FAMILY, size, 1)))
         for bases, others in zip(*times, strict=True):
             effects = {
-                index: effect_of(bases[0 if one_reference else index], others[index], "replicate")
+                index: estimate_effect(bases[0 if one_reference else index], others[index], "replicate")
                 for index in range(FAMILY)
             }
             alarms += _called_different(effects, tolerance=0.0)

@@ -36,7 +36,7 @@ import numpy as np
 from shared import exit_code, print_origin, ratio_text, run_ab
 
 from lorameter.attach.launch import RUN, child_environment
-from lorameter.machine.processes import cpus_of, pin_to_cpus
+from lorameter.machine.processes import allowed_cpus, pin_to_cpus
 from lorameter.stats import mean_interval
 
 SCRIPT = Path(__file__).with_name("work_script.py")
@@ -140,7 +140,7 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tup
         (folder / "runs").mkdir()
         length = WARM_UP + (rounds + 1) * turn * len(TURNS) + 2
         plain, wrapped = processes = [Process(folder, length, model, wrapped=one) for one in (False, True)]
-        cpus = cpus_of(os.getpid())
+        cpus = allowed_cpus(os.getpid())
         for one in processes:
             one.wait()
             pin_to_cpus(one.process.pid, {cpus[seed % len(cpus)]})

@@ -28,7 +28,7 @@ from shared import ROOT, command_output, exit_code, print_origin
 from lorameter.records import codec, store
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import TRIALS
-from lorameter.records.trials import EvidenceFile, line_of
+from lorameter.records.trials import EvidenceFile, encode_record
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 
@@ -73,7 +73,7 @@ def write_run(folder: Path, variants: int, replicates: int, samples: int) -> Pat
     with (path / TRIALS).open("w", encoding="utf-8") as file:
         for record, checks in _records(template, study, samples, random.Random(1)):
             order.append(record.trial)
-            file.write(line_of(record, names(checks)))
+            file.write(encode_record(record, names(checks)))
     manifest = msgspec.structs.replace(
         given.manifest, run=path.name, study=codec.to_json(study), order=tuple(order), phases=("train",),
         interleaving="replicates", selection=(), resumed=(), stopped=None, status="complete",

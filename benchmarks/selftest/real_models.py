@@ -24,7 +24,7 @@ from shared import command_output, exit_code, print_origin
 
 from lorameter.records import store
 from lorameter.records.units import format_duration
-from lorameter.report.run_view import view_of
+from lorameter.report.run_view import make_run_view
 from lorameter.stats import relative_half_width
 from lorameter.verdicts.series import compare_series, group_trials
 
@@ -66,7 +66,7 @@ def judge(run: store.Run) -> Iterator[str]:
             spending.share >= MIN_SHARE,
             f"{spending.share:.1%} of the time is measurement, {MIN_SHARE:.0%} are required",
         ),
-        (view_of(run).valid, "the run is invalid"),
+        (make_run_view(run).valid, "the run is invalid"),
     ]
     series, reference = group_trials(run.records), run.manifest.study["reference"]
     for name in [name for name, role in series if role == "variant" and name != reference]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.provenance import origin_of
+from lorameter.machine.provenance import describe_origin
 from lorameter.records.units import format_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def print_origin() -> None:
     """Print machine, libraries and commit."""
-    print(origin_of(ROOT), flush=True)
+    print(describe_origin(ROOT), flush=True)
 
 
 def exit_code(broken: Iterable[str]) -> int:

@@ -34,7 +34,7 @@ from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 from lorameter.run.interleaving import LEVELS
-from lorameter.verdicts.calibrate import INJECTED, PILOT_ROWS, rows_for
+from lorameter.verdicts.calibrate import INJECTED, PILOT_ROWS, rows_for_slowdown
 from lorameter.verdicts.series import compare_series, group_trials
 
 STUDY = "training-step"
@@ -69,7 +69,7 @@ def try_part(part: str, tries: int, folder: Path) -> tuple[list[dict[str, Any]],
     truth, found = 1.0, []
     if part == "injected":
         pilots = [run_ab([*words, "--inject-rows", str(rows), "--replicates", "5"]) for rows in PILOT_ROWS]
-        rows = rows_for(INJECTED, *(pilot["step"]["ratio"] for pilot in pilots))
+        rows = rows_for_slowdown(INJECTED, *(pilot["step"]["ratio"] for pilot in pilots))
         words += ["--inject-rows", str(rows)]
         rigorous = run_ab([*words, "--effort", "rigorous"])["step"]
         truth = rigorous["ratio"]

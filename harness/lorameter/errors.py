@@ -41,7 +41,7 @@ class InvalidRunError(LorameterError):
     exit_code = EXIT_INVALID
 
 
-def impossible(where: str, key: str, value: object, why: str, remedy: str) -> UsageError:
+def refused_value(where: str, key: str, value: object, why: str, remedy: str) -> UsageError:
     """The common form of a refused value: file or object, key, value, reason, remedy."""
     named = f"{shorten(where)}: {shorten(key)}" if key else shorten(where)
     return UsageError(f"{named} = {shorten(repr(value))}: {why}. {remedy}")

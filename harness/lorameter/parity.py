@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorameter.errors import InvalidRunError, UsageError, format_error, impossible
-from lorameter.profile.measure import TrialSession, answer_of, format_failure, open_trial
+from lorameter.errors import InvalidRunError, UsageError, format_error, refused_value
+from lorameter.profile.measure import TrialSession, ask_or_fail, format_failure, open_trial
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
-from lorameter.records.record import PROMPTS, SERVED, Failure, Notice, PartialRecord, Served, TrialRecord
+from lorameter.records.record import PROMPTS, SERVED, Failure, Notice, PartialRecord, ServedAnswers, TrialRecord
 from lorameter.run.workers import Executor
 from lorameter.stats import Estimate, Proportion, clustered_proportion, mean_interval, proportion
 from lorameter.studies.request import AGAIN, WITHOUT, ServingMode, ServingRequest, serving_modes
@@ -68,12 +68,12 @@ class Parity:
     adapter: str
     record: TrialRecord | None
     ways: tuple[ServingMode, ...]
-    served: tuple[Served, ...]
+    served: tuple[ServedAnswers, ...]
     prompts: tuple[tuple[int, ...], ...]
     notices: tuple[Notice, ...] = ()
 
     @property
-    def reference(self) -> Served:
+    def reference(self) -> ServedAnswers:
         """The observations of the reference: the adapter unmerged, on the base on which it was trained."""
         return self.served[0]
 
@@ -94,15 +94,15 @@ def check_adapter(folder: str) -> Path:
     remedy = "Name the folder that save_pretrained wrote the adapter into."
     for name in (CONFIG, WEIGHTS):
         if not fileio.is_file(path / name):
-            raise impossible("parity", "adapter", folder, f"it does not contain {name}", remedy)
+            raise refused_value("parity", "adapter", folder, f"it does not contain {name}", remedy)
     try:
         kind = codec.from_json(dict[str, Any], fileio.read_json(path / CONFIG), CONFIG)
     except (NotReadableError, UsageError) as error:
         why = f"its {CONFIG} cannot be read ({format_error(error)})"
-        raise impossible("parity", "adapter", folder, why, remedy) from None
+        raise refused_value("parity", "adapter", folder, why, remedy) from None
     if kind.get("peft_type") != "LORA":
         why = f"its {CONFIG} has peft_type = {kind.get('peft_type')!r}, and only LoRA adapters are compared"
-        raise impossible("parity", "adapter", folder, why, remedy)
+        raise refused_value("parity", "adapter", folder, why, remedy)
     return path
 
 
@@ -161,16 +161,18 @@ def _train(trial: TrialSession) -> None:
     trial.record = trial.record.replaced(wall_time_s=trial.elapsed_s)
 
 
-def _serve(trial: TrialSession, variant: Variant, adapter: str) -> tuple[list[Served], tuple[tuple[int, ...], ...]]:
+def _serve(
+    trial: TrialSession, variant: Variant, adapter: str
+) -> tuple[list[ServedAnswers], tuple[tuple[int, ...], ...]]:
     """The observations of all ways, in order, and the prompts."""
-    served: list[Served] = []
+    served: list[ServedAnswers] = []
     prompts: tuple[tuple[int, ...], ...] = ()
     for ways in serving_modes(variant):
         trial.progress(f"serving: {'; '.join(way.name for way in ways)}")
         request = ServingRequest(
             trial=trial.request, adapter=adapter, ways=ways, reference=served[0].answers if served else ()
         )
-        fragment = answer_of(lambda request=request: _serve_base(trial.executor, request))  # type: ignore[misc]
+        fragment = ask_or_fail(lambda request=request: _serve_base(trial.executor, request))  # type: ignore[misc]
         if fragment.status == "interrupted":  # a system limit, which would affect every way
             raise InvalidRunError(f"{variant.name}: {format_failure(fragment.failure)}.")
         served += _read(fragment, ways)
@@ -189,12 +191,12 @@ def _serve_base(executor: Executor, request: ServingRequest) -> PartialRecord:
         return worker.ask("parity", request.trial.trial, timeout_s, request=codec.to_json(request))
 
 
-def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[Served]:
+def _read(fragment: PartialRecord, ways: Sequence[ServingMode]) -> list[ServedAnswers]:
     """The observations of a process for its ways; if it failed, its failure for each of them."""
     if fragment.status == "ok":
-        return list(codec.from_json(tuple[Served, ...], fragment.tokens.get(SERVED), "what was served"))
+        return list(codec.from_json(tuple[ServedAnswers, ...], fragment.tokens.get(SERVED), "what was served"))
     failure = fragment.failure or Failure(phase="parity", kind="Unknown", message="no message")
-    return [Served(way=way.name, failure=failure) for way in ways]
+    return [ServedAnswers(way=way.name, failure=failure) for way in ways]
 
 
 def with_prompts(study: Study, *, prompts: int | None, epochs: float | None) -> Study:
@@ -303,7 +305,7 @@ def judge_parity(parity: Parity) -> Judgement:
     )
 
 
-def compare_served(reference: Served, other: Served) -> Likeness:
+def compare_served(reference: ServedAnswers, other: ServedAnswers) -> Likeness:
     """Compare one way with the reference. Raises ValueError if their numbers of prompts or sequences differ."""
     pairs = list(zip(reference.answers, other.answers, strict=True))
     places = [place for ours, theirs in pairs if (place := first_difference(ours, theirs)) is not None]

@@ -16,23 +16,23 @@ from __future__ import annotations
 
 import pytest
 
-from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX, add_arguments, argument, shared
+from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX, add_arguments, argument, shared_options
 
 PLUGIN = "lorameter-session"
 OPTIONS = (
     argument("--lorameter-study", metavar="STUDY", help=f"built-in study or TOML file; default: {DEFAULT_STUDY}"),
-    *shared("profile", prefix=PYTEST_PREFIX),
+    *shared_options("profile", prefix=PYTEST_PREFIX),
     argument("--lorameter-model", metavar="M", help="model in place of the study's"),
     argument("--lorameter-data", metavar="FILE|ID", help="data in place of the study's"),
     argument("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates"),
-    *shared("replicates", prefix=PYTEST_PREFIX),
+    *shared_options("replicates", prefix=PYTEST_PREFIX),
     argument("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest"),
-    *shared("precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PYTEST_PREFIX),
+    *shared_options("precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PYTEST_PREFIX),
     argument("--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"),
     argument("--lorameter-resume", metavar="RUN", help="resume an interrupted run, and replay all of it"),
     argument("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline"),
     argument("--lorameter-policy", metavar="FILE", help="policy of the gate, as for lorameter gate"),
-    *shared("html", prefix=PYTEST_PREFIX),
+    *shared_options("html", prefix=PYTEST_PREFIX),
     argument("--lorameter-runs-dir", metavar="DIR", help="folder of the runs"),
 )
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from lorameter.machine.processes import CPUS, PARENT, end_with_parent, leave
+from lorameter.machine.processes import CPUS, PARENT, end_with_parent, exit_quickly
 
 
 def main(arguments: list[str]) -> int:
@@ -39,4 +39,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_quickly(main(sys.argv[1:]))

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from kernels_check.observe.modules import (
     ModelTree,
+    cache_in_tree,
     find_enclosing,
     is_wrapper,
     plain_parts,
-    reading,
 )
 
 _PREFIX = "lora_"
@@ -62,7 +62,7 @@ class AdapterLayer:
     def adapters(self) -> tuple[str, ...]:
         """The adapters in ``held`` that are active now; a user-defined class without this information uses all of
         them."""
-        is_model = "model" in roles_of(self.module)
+        is_model = "model" in adapter_roles(self.module)
         active: Any = (
             vars(self.module).get("active_adapter") if is_model else getattr(self.module, "active_adapters", None)
         )
@@ -74,7 +74,7 @@ class AdapterLayer:
     @property
     def disabled(self) -> bool:
         """Whether the layer skips its adapters now; for a model with a prompt, whether the model does."""
-        name = "_adapters_disabled" if "model" in roles_of(self.module) else "disable_adapters"
+        name = "_adapters_disabled" if "model" in adapter_roles(self.module) else "disable_adapters"
         return self.detached or bool(getattr(self.module, name, False))
 
     @property
@@ -139,7 +139,7 @@ class AdapterLayer:
 
 def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
     """The places that a module is or contains, with all adapters there."""
-    roles = roles_of(module)
+    roles = adapter_roles(module)
     if not roles and "base_layer" not in module._modules:
         return
     listed: tuple[str, ...] = tuple(getattr(module, "adapter_layer_names", ())) if "layer" in roles else ()
@@ -175,13 +175,15 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
 
 def holders_in(module: nn.Module) -> Iterator[str]:
     """Attributes of one module that belong to an adapter."""
-    roles = roles_of(module)
+    roles = adapter_roles(module)
     if "layer" in roles:
         yield from getattr(module, "adapter_layer_names", ())
         yield from getattr(module, "other_param_names", ())
     elif "tuner" in roles:
         # X-LoRA holds a LoRA tuner, and the model in it.
-        yield from (key for key, held in module._modules.items() if key != "model" and "tuner" not in roles_of(held))
+        yield from (
+            key for key, held in module._modules.items() if key != "model" and "tuner" not in adapter_roles(held)
+        )
         yield from module._parameters
     elif "attention" in roles:
         yield from module._parameters
@@ -208,7 +210,7 @@ _ROLES = (
 )
 
 
-def roles_of(module: object) -> frozenset[str]:
+def adapter_roles(module: object) -> frozenset[str]:
     """Roles of a module in an adapter, by its class: an instance may forward attributes of the module that it wraps."""
     kind: Any = type(module)
     return _roles(kind)
@@ -238,7 +240,7 @@ def _is_keyed(held: Any) -> bool:
     return hasattr(held, "keys") and hasattr(held, "__getitem__")
 
 
-@reading
+@cache_in_tree
 def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
     """Biases of the base that an active adapter trains: by qualified name, with the setting, as ``bias='all'``.
 
@@ -263,7 +265,7 @@ def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
 def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
     """Biases that PEFT trains: for ``all`` those outside of adapters and copies, else those of adapted layers."""
     modules = dict(holder.named_modules())
-    copies = [name for name, module in modules.items() if "copy" in roles_of(module)]
+    copies = [name for name, module in modules.items() if "copy" in adapter_roles(module)]
     if setting == "all":
         own = {*adapter_attributes(modules.items()), *copies}
         biases: Iterable[Any] = (
@@ -272,7 +274,7 @@ def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
             if name.rpartition(".")[2] == "bias" and find_enclosing(name, own) is None
         )
     else:
-        layers = (module for name, module in modules.items() if "layer" in roles_of(module) and name not in copies)
+        layers = (module for name, module in modules.items() if "layer" in adapter_roles(module) and name not in copies)
         biases = (getattr(layer, "bias", None) for layer in layers)
     yield from (bias for bias in biases if isinstance(bias, Tensor))
 
@@ -282,7 +284,7 @@ def adapter_attributes(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
     return {f"{name}.{holder}".removeprefix(".") for name, module in modules for holder in holders_in(module)}
 
 
-@reading
+@cache_in_tree
 def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
     """Every place where an adapter in use acts.
 
@@ -290,7 +292,7 @@ def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
     else all. A layer that holds such an adapter is included even if it is inactive in that layer, which is a fault.
     """
     found = _every_layer(tree)
-    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if "tuner" in roles_of(module))
+    calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if "tuner" in adapter_roles(module))
     named = {adapter for names in calls for adapter in ([names] if isinstance(names, str) else names)}
     active = {adapter for layer in found for adapter in layer.adapters}
     wanted = active & named or active or {adapter for layer in found for adapter in layer.held}
@@ -298,13 +300,13 @@ def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
     return [layer for layer in layers if layer.held]
 
 
-@reading
+@cache_in_tree
 def _every_layer(tree: ModelTree) -> list[AdapterLayer]:
     """All layers, including those of inactive adapters."""
     return [layer for name, module in tree.modules for layer in layers_at(name, module)]
 
 
-@reading
+@cache_in_tree
 def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     """Parameters that must learn, by their name in the model, each once, since layers may share a parameter.
 
@@ -333,7 +335,7 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     }
 
 
-@reading
+@cache_in_tree
 def token_parameters(tree: ModelTree) -> frozenset[str]:
     """Names of parameters that affect only a few tokens: a batch without these tokens gives them no gradient."""
     held = {
@@ -344,12 +346,14 @@ def token_parameters(tree: ModelTree) -> frozenset[str]:
 
 def written_by_method(tree: ModelTree) -> frozenset[int]:
     """Parameters to which a method itself writes between updates: AdaLoRA sets removed ranks to zero."""
-    tuners = (module for _, module in tree.modules if "rankallocator" in vars(module) and "tuner" in roles_of(module))
+    tuners = (
+        module for _, module in tree.modules if "rankallocator" in vars(module) and "tuner" in adapter_roles(module)
+    )
     held = (layer._modules.get("lora_E") for tuner in tuners for layer in tuner.modules())
     return frozenset(id(value) for ranks in held if ranks is not None for value in ranks.parameters())
 
 
-@reading
+@cache_in_tree
 def adapter_names(tree: ModelTree) -> frozenset[str]:
     """Names that belong to an adapter with everything below them: its attributes, and biases of the base."""
     return frozenset({*adapter_attributes(tree.modules), *biases_of_adapters(tree)})
@@ -360,13 +364,13 @@ def is_in_adapter(tree: ModelTree, name: str) -> bool:
     return find_enclosing(name, adapter_names(tree)) is not None
 
 
-@reading
+@cache_in_tree
 def adapter_parameters(tree: ModelTree) -> frozenset[str]:
     """Names of the parameters of adapters, for any PEFT method, and of those that train with them."""
     return frozenset(name for name, _ in tree.parameters if is_in_adapter(tree, name))
 
 
-@reading
+@cache_in_tree
 def base_parameters(tree: ModelTree) -> dict[str, nn.Parameter]:
     """All other parameters, by name."""
     adapter = adapter_parameters(tree)

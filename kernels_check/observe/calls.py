@@ -35,7 +35,14 @@ from kernels_check.observe.loss import (
     describe_call,
     entry_modules,
 )
-from kernels_check.observe.modules import HookGuard, ModelTree, ModuleHook, backward_task, modes_of, modules_by_name
+from kernels_check.observe.modules import (
+    HookGuard,
+    ModelTree,
+    ModuleHook,
+    backward_task,
+    modules_by_name,
+    training_modes,
+)
 
 MARK = "lorameter.call#"
 """Prefix of the profiler's record of a module call; the number of the call follows."""
@@ -262,7 +269,7 @@ class CallRecorder:
             number = len(self._log)
             self._log.append(call)
         if not stack and not in_backward:
-            call.modes = modes_of(self._tree)
+            call.modes = training_modes(self._tree)
         call.entry = stack[0].number if stack else number
         entry = self._log[call.entry]
         call.layers = [

@@ -158,7 +158,7 @@ class Digest:
         return [name for name in names if len({getattr(one.get(name), "fingerprint", None) for one in digests}) > 1]
 
 
-def digest(tree: ModelTree) -> Digest:
+def hash_base(tree: ModelTree) -> Digest:
     """Fingerprint the base of a model: each part that ``base_state`` names."""
     take = Fingerprinter()
     parts: dict[str, HashedPart] = {}

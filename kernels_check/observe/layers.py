@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import ModelTree, modules_by_name, outermost, reading
+from kernels_check.observe.modules import ModelTree, cache_in_tree, modules_by_name, outermost
 from kernels_check.observe.operators import AttentionCall, Product
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
@@ -165,7 +165,7 @@ def _announced_layers(tree: ModelTree) -> int | None:
     return count if isinstance(count, int) else None
 
 
-@reading
+@cache_in_tree
 def _text_config(tree: ModelTree) -> Any:
     config: Any = next((part.config for _, part in tree.modules if getattr(part, "config", None) is not None), None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
@@ -332,7 +332,7 @@ class LayerProducts:
         return [] if layer in self.without or layer in self.bypassed or len(agreed) != 1 else list(agreed)
 
 
-def products_of(layers: Mapping[str, str], calls: Calls, products: Sequence[Product]) -> LayerProducts:
+def match_products(layers: Mapping[str, str], calls: Calls, products: Sequence[Product]) -> LayerProducts:
     """Attribute the products of one step.
 
     Args:
@@ -366,7 +366,7 @@ def products_of(layers: Mapping[str, str], calls: Calls, products: Sequence[Prod
 
 
 def fourbit_layers(tree: ModelTree) -> dict[str, str]:
-    """Linear layers of the model whose own weight is 4-bit, each with itself as in ``products_of``."""
+    """Linear layers of the model whose own weight is 4-bit, each with itself as in ``match_products``."""
     return {
         name: name
         for name, module in tree.modules

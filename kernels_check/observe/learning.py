@@ -26,10 +26,10 @@ from kernels_check.observe.modules import (
     HookGuard,
     ModelTree,
     is_wrapper,
-    largest,
+    largest_magnitude,
     plain_parts,
 )
-from kernels_check.observe.profile import OptimizerSeen, describe, rate_of
+from kernels_check.observe.profile import OptimizerSeen, describe_optimizer, learning_rate
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ class Gradients:
         seen = self._seen.setdefault(id(parameter), GradientSeen())
         seen.after_updates = self.moved
         seen.produced = seen.produced and produced
-        size = largest(gradient)
+        size = largest_magnitude(gradient)
         seen.sizes += [] if size is None else [size]
 
 
@@ -255,7 +255,7 @@ class ParameterUpdates:
     def _rounds_away(self, rate: float) -> bool:
         """Whether an update proportional to the gradient is too small to change a float32 value."""
         gradient = self.tensor.grad
-        size = None if gradient is None or self.is_narrow else largest(gradient)
+        size = None if gradient is None or self.is_narrow else largest_magnitude(gradient)
         largest_value = max((float(part.abs().max()) for part in self._value if part.numel()), default=0.0)
         return size is not None and rate * float(size) < torch.finfo(self.tensor.dtype).eps * largest_value
 
@@ -374,7 +374,7 @@ class Updates:
             parameter.rate = max(parameter.rate, rate)
             parameter.has_gradient = False
             self.gradients.waiting.discard(id(parameter.tensor))
-        self.optimizers[id(optimizer)] = describe(optimizer)
+        self.optimizers[id(optimizer)] = describe_optimizer(optimizer)
         self.steps += 1
 
     def pending(self) -> bool:
@@ -403,7 +403,7 @@ class Updates:
 
     def _parameters_of(self, optimizer: Any) -> list[tuple[ParameterUpdates, float]]:
         """The adapter's parameters that an optimizer updates, with their learning rates."""
-        rates = {id(value): rate_of(group) for group in optimizer.param_groups for value in group["params"]}
+        rates = {id(value): learning_rate(group) for group in optimizer.param_groups for value in group["params"]}
         return [(self._parameters[key], rate) for key, rate in rates.items() if key in self._parameters]
 
     def _read_before(self, optimizer: Any) -> None:
@@ -412,7 +412,7 @@ class Updates:
         for parameter, _ in self._parameters_of(optimizer):
             parameter.compare(stepping=self._stepping > 0)
             gradient = parameter.tensor.grad if id(parameter.tensor) in self.gradients.waiting else None
-            size = None if gradient is None else largest(gradient)
+            size = None if gradient is None else largest_magnitude(gradient)
             parameter.has_gradient = gradient is not None and (size is None or float(size) != 0)
 
     def _record_updates(self, optimizer: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_check.observe.modules import ModelTree, backward_task, largest
+from kernels_check.observe.modules import ModelTree, backward_task, largest_magnitude
 
 _WRAPS = ("module", "base_model", "model")
 """Attributes under which a wrapper holds its wrapped module: DistributedDataParallel, PEFT, models with a head."""
@@ -193,7 +193,7 @@ class BackwardPasses:
         """The current pass; must be called before the pass writes any gradient."""
         task = backward_task()
         if self._last is None or self._last.task != task:
-            sizes = [largest(value.grad) for value in self._trained if value.grad is not None]
+            sizes = [largest_magnitude(value.grad) for value in self._trained if value.grad is not None]
             self._last = BackwardPass(
                 task=task,
                 after_update=self._updated,

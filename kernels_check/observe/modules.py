@@ -40,10 +40,10 @@ class ModelTree:
         self.modules = tuple(model.named_modules())
         self.parameters = tuple(model.named_parameters())
         self.readings: dict[str, Any] = {}
-        """Cached results by the name of the function, see ``reading``."""
+        """Cached results by the name of the function, see ``cache_in_tree``."""
 
 
-def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree], _T]:
+def cache_in_tree(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree], _T]:
     """Cache the result of a function of a model in its ``ModelTree``."""
 
     @wraps(read)
@@ -57,18 +57,18 @@ def reading(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | ModelTree]
     return kept
 
 
-def modes_of(tree: ModelTree) -> dict[str, bool]:
+def training_modes(tree: ModelTree) -> dict[str, bool]:
     """``training`` of every module."""
     return {name: module.training for name, module in tree.modules}
 
 
-@reading
+@cache_in_tree
 def modules_by_name(tree: ModelTree) -> dict[str, nn.Module]:
     """Every module under each of its names: a module held in several places has several."""
     return dict(tree.model.named_modules(remove_duplicate=False))
 
 
-@reading
+@cache_in_tree
 def block_names(tree: ModelTree) -> dict[str, None]:
     """Qualified names of the blocks, in model order, as the keys of a dictionary."""
     lists: dict[str, dict[str, nn.Module]] = {}
@@ -179,7 +179,7 @@ def has_memory(tensor: Tensor) -> bool:
     return not tensor.numel()
 
 
-def largest(gradient: Tensor) -> Tensor | None:
+def largest_magnitude(gradient: Tensor) -> Tensor | None:
     """Largest magnitude in this rank's part of a gradient, on its device; None if this rank has no part of it.
 
     The result is zero if all elements are zero, and infinite or NaN if any element is.
@@ -189,7 +189,11 @@ def largest(gradient: Tensor) -> Tensor | None:
         if gradient.layout == torch.sparse_coo:
             gradient = gradient.coalesce().values()
         if is_wrapper(gradient):
-            sizes = [size for _, part in plain_parts(gradient) if part.numel() and (size := largest(part)) is not None]
+            sizes = [
+                size
+                for _, part in plain_parts(gradient)
+                if part.numel() and (size := largest_magnitude(part)) is not None
+            ]
             return torch.stack(sizes).amax() if sizes else None
         if not gradient.numel():
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
@@ -296,7 +300,7 @@ class Modes:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restore_training(model: nn.Module) -> Iterator[None]:
     """Restore the state of a training at the end of the block, also after an exception.
 
     These are restored bit for bit: values of the parameters of ``model`` that require gradients, and of those that an

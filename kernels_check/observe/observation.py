@@ -25,7 +25,7 @@ from kernels_check.observe import adapter, parts
 from kernels_check.observe import digest as digests
 from kernels_check.observe.base import Storage, wrapped_storage
 from kernels_check.observe.calls import CallRecorder, Calls, LayerCall
-from kernels_check.observe.digest import Digest, digest
+from kernels_check.observe.digest import Digest, hash_base
 from kernels_check.observe.execution import (
     BlockRecomputed,
     Compilations,
@@ -37,10 +37,16 @@ from kernels_check.observe.execution import (
     read_compilations,
     recomputed_blocks,
 )
-from kernels_check.observe.layers import AttentionLayers, LayerProducts, attention_layers, fourbit_layers, products_of
+from kernels_check.observe.layers import (
+    AttentionLayers,
+    LayerProducts,
+    attention_layers,
+    fourbit_layers,
+    match_products,
+)
 from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
-from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, modes_of
+from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, training_modes
 from kernels_check.observe.padding import PaddingSeen, count_padding, isolation_by_inputs
 from kernels_check.observe.parts import (
     ParameterStatus,
@@ -54,7 +60,7 @@ from kernels_check.observe.profile import (
     ProfilerRecording,
     StepProfile,
     class_names,
-    groups_of,
+    describe_groups,
     operators_on,
     optimized_by,
     updated_by,
@@ -185,12 +191,12 @@ class Observation:
         """The products of every base layer with an adapter, by the name of the layer that carries the adapter."""
         own = {layer.name: f"{layer.name}.base_layer" for layer in self.adapter_layers if layer.base is not None}
         ran = {name: base if self.modules.ran(base) else name for name, base in own.items()}
-        return products_of(ran, self.modules, (*self.profile.fourbit, *self.profile.products))
+        return match_products(ran, self.modules, (*self.profile.fourbit, *self.profile.products))
 
     @cached_property
     def fourbit_products(self) -> LayerProducts:
         """The 4-bit products of every linear layer with a 4-bit weight, by layer name."""
-        return products_of(fourbit_layers(self.tree), self.modules, self.profile.fourbit)
+        return match_products(fourbit_layers(self.tree), self.modules, self.profile.fourbit)
 
     @cached_property
     def storage(self) -> dict[str, Storage]:
@@ -330,7 +336,7 @@ class _Series:
         self.updates = Updates(tree, self.gradients)
         self.begun = 0
         """Number of steps that have begun."""
-        self._before = digest(tree)
+        self._before = hash_base(tree)
         self._others: dict[str, None] = {}
         """Classes of optimizers that stepped and hold no parameter of the model."""
         self._stepped: list[GroupSeen] = []
@@ -352,7 +358,7 @@ class _Series:
         def begins(optimizer: Any, args: Any, kwargs: Any) -> Any:
             if not is_own(optimizer):
                 return None
-            self._modes = self._modes or modes_of(tree)
+            self._modes = self._modes or training_modes(tree)
             parameters = optimized_by(optimizer)
             self._given[id(optimizer)] = frozenset(id(value) for value in parameters if value.grad is not None)
             backwards.update_begins()
@@ -364,7 +370,7 @@ class _Series:
                 return
             self.updates.after(optimizer)
             backwards.update_ends()
-            self._stepped += groups_of(optimizer, self._given.pop(id(optimizer), ()))
+            self._stepped += describe_groups(optimizer, self._given.pop(id(optimizer), ()))
 
         with ExitStack() as hooks:
             hooks.enter_context(self.gradients.watched(tree))
@@ -386,7 +392,7 @@ class _Series:
     ) -> Observation:
         """All observations, for the judges."""
         final, calls = ModelTree(model), recorder.calls()
-        after, updates = digest(final), self.updates.by_name()
+        after, updates = hash_base(final), self.updates.by_name()
         changed = {after.parts[name].owner for name in after.changed_parts(self._before) if name in after.parts}
         changed |= {name for name, one in updates.items() if one.moved or one.written}
         return Observation(
@@ -401,7 +407,7 @@ class _Series:
             gradients=self.gradients.seen(final),
             changed=frozenset(name for name, value in final.parameters if value.requires_grad and name in changed),
             modules=calls,
-            modes=calls.training() or self._modes or modes_of(final),
+            modes=calls.training() or self._modes or training_modes(final),
             drew_random=drew_random,
             model_calls=tuple(recorder.model_calls),
             reached=frozenset(name for name, value in final.parameters if id(value) in self.gradients.arrived),

@@ -99,7 +99,7 @@ class Operator:
 
 
 @cache
-def matters(name: str) -> bool:
+def is_read(name: str) -> bool:
     """Whether this module uses an event of this name: a few hundred of the tens of thousands in a step."""
     prefixes = (BACKWARD_ROOT, OPTIMIZER_ROOT, COMPILED_REGION)
     return name in _READ or name.startswith(prefixes) or attention_backend(name) is not None
@@ -112,7 +112,7 @@ def ancestors(operator: Operator) -> Iterator[Operator]:
         yield operator
 
 
-def around(operators: Iterable[Operator], names: Collection[str]) -> set[int]:
+def callers_of(operators: Iterable[Operator], names: Collection[str]) -> set[int]:
     """Ids of the operators inside which an operator with one of these names was called."""
     return {id(parent) for one in operators if one.name in names for parent in ancestors(one)}
 
@@ -140,7 +140,7 @@ def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Pro
     The operator is ``gemm_4bit`` on every path; dequantising ends in an ordinary ``aten::linear``, the fused CUDA
     kernel in none (bitsandbytes 0.50 ``backends/cuda/ops.py``). Packed weights of AVX512 use ``gemv_4bit``.
     """
-    dequantising = around(host, ("aten::linear", "bitsandbytes::dequantize_4bit"))
+    dequantising = callers_of(host, ("aten::linear", "bitsandbytes::dequantize_4bit"))
     for event in (one for one in host if one.name in FOURBIT):
         path: Path = "fused" if on_cuda else "packed_cpu"
         if event.name == "bitsandbytes::gemm_4bit":
@@ -151,7 +151,7 @@ def fourbit_products(host: Sequence[Operator], *, on_cuda: bool) -> Iterator[Pro
 
 def plain_products(host: Sequence[Operator]) -> Iterator[Product]:
     """Every other product of the forward pass; of nested ones only the innermost."""
-    outer = around(host, PRODUCTS)
+    outer = callers_of(host, PRODUCTS)
     innermost = (one for one in host if one.name in PRODUCTS and id(one) not in outer and not one.in_backward)
     for event in innermost:
         if not any(parent.name in FOURBIT for parent in ancestors(event)):

@@ -129,7 +129,7 @@ def record_numbers(positions: Tensor, ids: Tensor | None = None) -> Tensor:
     return pad((begins[:, 1:] & ~repeated).cumsum(dim=1), (1, 0))
 
 
-def allowed(mask: Tensor) -> Tensor:
+def mask_to_bool(mask: Tensor) -> Tensor:
     """Convert a mask to booleans of the same shape, True where attention is allowed.
 
     Args:
@@ -142,7 +142,7 @@ def allowed(mask: Tensor) -> Tensor:
 def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
     """Positions that no other position attends to, [rows, tokens]; None if the mask does not fit."""
     if isinstance(mask, Tensor) and mask.shape == (rows, length):
-        return ~allowed(mask)
+        return ~mask_to_bool(mask)
     if (
         not isinstance(mask, Tensor)
         or mask.dim() not in (3, 4)
@@ -150,7 +150,7 @@ def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
         or len(mask) not in (1, rows)
     ):
         return None
-    seen = allowed(mask) if mask.dim() == 3 else allowed(mask).any(dim=1)
+    seen = mask_to_bool(mask) if mask.dim() == 3 else mask_to_bool(mask).any(dim=1)
     if seen.shape[1] == length:
         # Rows that attend to nothing are opened to everything, because their softmax is undefined; such rows hide no
         # others.
@@ -165,7 +165,7 @@ def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
         return _numbered(name, value, rows, tokens)
     if value.dim() not in (3, 4) or value.shape[-2:] != (tokens, tokens):
         return None
-    blocks = allowed(value if value.dim() == 3 else value[:, 0])
+    blocks = mask_to_bool(value if value.dim() == 3 else value[:, 0])
     numbers = pad((~blocks.diagonal(-1, dim1=1, dim2=2)).cumsum(dim=1), (1, 0))
     hidden = masked_positions(value, rows, tokens)
     unseen = ~blocks.diagonal(dim1=1, dim2=2).expand(rows, tokens)
@@ -189,7 +189,7 @@ def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Remove the positions that a mask of [rows, tokens] hides, and renumber the rest from 0."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == numbers.shape:
-        numbers = numbers.masked_fill(~allowed(mask), PADDING)
+        numbers = numbers.masked_fill(~mask_to_bool(mask), PADDING)
     kept = numbers != PADDING
     before = pad(numbers[:, :-1], (1, 0), value=PADDING)
     renumbered = (kept & (numbers != before)).cumsum(dim=1) - 1
@@ -358,7 +358,7 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
         attention: every attention call in the model's forward passes.
     """
     try:
-        read = [(call, records_of(call.arguments)) for call in packed_or_all(calls)]
+        read = [(call, find_packed_records(call.arguments)) for call in packed_or_all(calls)]
         packed = [(call, records) for call, records in read if records is not None and records.packed]
     except LayoutError as error:
         return undecided(str(error), present=False)
@@ -390,7 +390,9 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
     """The calls that train: for each, the inner calls with packed records, or else those with tokens."""
     trained = training_calls(calls)
-    return [one for call in trained for one in call.matching(packs) or call.matching(names_tokens) or [call]]
+    return [
+        one for call in trained for one in call.matching(has_packed_records) or call.matching(names_tokens) or [call]
+    ]
 
 
 def _caches(call: ModelCall) -> bool:
@@ -400,15 +402,15 @@ def _caches(call: ModelCall) -> bool:
     return bool(configured and not is_checkpointing_enabled(call.module) if asked is None else asked)
 
 
-def packs(arguments: Mapping[str, Any]) -> bool:
+def has_packed_records(arguments: Mapping[str, Any]) -> bool:
     """Whether the arguments of a call contain two records in a row."""
     with suppress(LayoutError):
-        records = records_of(arguments)
+        records = find_packed_records(arguments)
         return records is not None and records.packed
     return False
 
 
-def records_of(arguments: Mapping[str, Any]) -> Records | None:
+def find_packed_records(arguments: Mapping[str, Any]) -> Records | None:
     """The records of one call; None if no argument gives them.
 
     Raises:

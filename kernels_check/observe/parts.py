@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from kernels_check.observe.adapter import AdapterLayer, adapter_layers, is_in_adapter, roles_of, token_parameters
+from kernels_check.observe.adapter import AdapterLayer, adapter_layers, adapter_roles, is_in_adapter, token_parameters
 from kernels_check.observe.modules import ModelTree, find_enclosing
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class _Places:
         self.parameters = {
             f"{_unwrapped_name(name)}.{layer.module.parameter_name}"
             for layer, name in near
-            if "parameter" in roles_of(layer.module)
+            if "parameter" in adapter_roles(layer.module)
         }
         self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
         adapted = {layer.name for layer, _ in near}

@@ -44,7 +44,7 @@ from kernels_check.observe.operators import (
     Product,
     attention_calls,
     fourbit_products,
-    matters,
+    is_read,
     plain_products,
 )
 from kernels_check.rules import attention_backend, classify
@@ -68,7 +68,7 @@ class OptimizerSeen:
     on_cpu: bool
 
 
-def describe(optimizer: Any) -> OptimizerSeen:
+def describe_optimizer(optimizer: Any) -> OptimizerSeen:
     """Read the current state of an optimizer."""
     parameters = optimized_by(optimizer)
     states = [state.values() for state in optimizer.state.values() if isinstance(state, dict)]
@@ -76,7 +76,7 @@ def describe(optimizer: Any) -> OptimizerSeen:
     tensors = {id(value): value for state in states for value in state if isinstance(value, Tensor)}.values()
     return OptimizerSeen(
         classes=class_names(optimizer),
-        learning_rates=tuple(rate_of(group) for group in optimizer.param_groups),
+        learning_rates=tuple(learning_rate(group) for group in optimizer.param_groups),
         parameters=frozenset(map(id, parameters)),
         state_bytes=sum(value.nbytes for value in tensors),
         paged_bytes=sum(value.nbytes for value in tensors if getattr(value, "is_paged", False) is True),
@@ -96,7 +96,7 @@ def class_names(optimizer: Any) -> tuple[str, ...]:
     return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__)
 
 
-def rate_of(group: Any) -> float:
+def learning_rate(group: Any) -> float:
     """Learning rate of one group; 1 for an optimizer without a rate, which adapts it itself."""
     with suppress(TypeError, ValueError, RuntimeError):
         return abs(float(group.get("lr", 1.0)))
@@ -136,14 +136,14 @@ class GroupSeen:
     """Parameters that had a gradient."""
 
 
-def identity(tensor: Tensor) -> Identity:
+def tensor_identity(tensor: Tensor) -> Identity:
     """Identity of a tensor in this process."""
     with suppress(RuntimeError):  # a sparse or opaque tensor has no storage and is identified by its address only
         return int(tensor._cdata), tensor.untyped_storage().data_ptr()
     return int(tensor._cdata), 0
 
 
-def groups_of(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen, ...]:
+def describe_groups(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen, ...]:
     """The groups of an optimizer, right after its step.
 
     Args:
@@ -157,7 +157,7 @@ def groups_of(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen, ...]:
             has_fused="fused" in optimizer.defaults,
             built_with=bool(optimizer.defaults.get("fused")),
             parameters=tuple(
-                identity(value) for value in group["params"] if value.grad is not None or id(value) in before
+                tensor_identity(value) for value in group["params"] if value.grad is not None or id(value) in before
             ),
         )
         for index, group in enumerate(optimizer.param_groups)
@@ -347,7 +347,7 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
         name = event.name
         if name.startswith(MARK):
             call = int(name.removeprefix(MARK))
-        elif matters(name) and event.tag == _EventType.TorchOp:
+        elif is_read(name) and event.tag == _EventType.TorchOp:
             if parent is not None and parent.name == name:
                 parent.event = event
             else:

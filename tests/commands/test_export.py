@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorameter import cli
-from lorameter.results.rows import TABLES, names_of
+from lorameter.results.rows import TABLES, table_columns
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_csv_of_one_table(export):
     code, out, _ = export("--format", "csv", "--table", "estimates")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0
-    assert tuple(rows[0]) == names_of("estimates")
+    assert tuple(rows[0]) == table_columns("estimates")
     value = next(row["value"] for row in rows if (row["variant"], row["metric"]) == ("plain", "step_time_s"))
     document = json.loads(export()[1])
     assert float(value) in [row["value"] for row in document["estimates"]]
@@ -45,7 +45,7 @@ def test_all_tables_into_a_folder(export, tmp_path):
         assert code == 0
         assert out.split() == [f"out/{name}.{form}" for name in TABLES]
     frame = pd.read_parquet(tmp_path / "out" / "trials.parquet")
-    assert list(frame.columns) == list(names_of("trials"))
+    assert list(frame.columns) == list(table_columns("trials"))
     assert str(frame["replicate"].dtype) == "Int64"
     text = pd.read_csv(tmp_path / "out" / "trials.csv")
     assert list(text["trial"]) == list(frame["trial"])

@@ -28,7 +28,7 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
-from lorameter.commands.reference import documents_of, write_reference
+from lorameter.commands.reference import field_docstrings, write_reference
 from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import Protocol
@@ -207,7 +207,7 @@ def test_the_page_is_current(capsys):
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_key_is_documented_on_the_page(page, cls):
     """Each key has its name and a sentence, except the name of a variant."""
-    meanings = documents_of(cls)
+    meanings = field_docstrings(cls)
     for field in dataclasses.fields(cls):
         assert f"| `{field.name}` |" in page
         assert meanings.get(field.name) or field.name == "name", f"{cls.__name__}.{field.name} has no meaning"

@@ -21,7 +21,7 @@ import pytest
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.processes import find_marked
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import RunContext, request_of
+from lorameter.run.prepare import RunContext, make_request
 from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.run.workers.local import LocalExecutor
 
@@ -61,7 +61,7 @@ def request_cold(executor, small_study):
     plan = make_plan(small_study)
     slot = plan.slots[0]
     site = RunContext(device="cpu")
-    return request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))
+    return make_request(plan, slot, site, executor.make_place(slot.trial, slot.trial))
 
 
 def test_a_killed_cold_start_is_recorded_as_crashed(executor, kill_at_start, request_cold):

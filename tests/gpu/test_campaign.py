@@ -16,7 +16,7 @@ from benchmarks.gpu.steps import STEPS, Step, command
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.plan import arms_of
+from lorameter.run.plan import build_arms
 from lorameter.studies.study_file import load_study, load_variant
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def check_words(words):
         options = build_parser().parse_args(words[3:])
         assert words[3] == "wrap" or options.json
         if study := getattr(options, "study", None):
-            arms_of(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))
+            build_arms(load_study(study, profile=getattr(options, "profile", None)), getattr(options, "variant", ()))
         elif variant := getattr(options, "variant", None):
             load_variant(variant, profile=options.profile)
     else:

@@ -11,7 +11,7 @@ import torch
 
 from kernels_check import probe, selftest
 from kernels_check.__main__ import main
-from kernels_check.probe import PATHS, attempt
+from kernels_check.probe import PATHS, try_path
 from kernels_check.small_run import build
 
 EAGER = selftest.CONTROLS[0]
@@ -90,7 +90,7 @@ def test_the_exit_code_is_that_of_a_silent_claim(monkeypatch, capsys):
 )  # fmt: skip
 def test_a_real_path_runs(name, evidence):
     """The path runs on any device, shown by the operators or stored bytes that the check names."""
-    found = attempt(BY_NAME[name], "cpu")
+    found = try_path(BY_NAME[name], "cpu")
     assert found.status == "ran", found
     assert evidence in found.reason
 
@@ -107,6 +107,6 @@ def test_a_real_path_runs(name, evidence):
 )
 def test_paths_that_a_cpu_cannot_run_are_explained(name, words):
     """The reason is the message of the library that refuses the path, if there is one."""
-    found = attempt(BY_NAME[name], "cpu")
+    found = try_path(BY_NAME[name], "cpu")
     assert found.status == "unavailable"
     assert words in found.reason

@@ -12,7 +12,7 @@ import pytest
 from lorameter import cli
 from lorameter.machine.doctor import OPTIONAL, REQUIRED, GpuSurvey, Survey, examine, is_fit
 from lorameter.machine.nvml import Neighbours
-from lorameter.machine.reading import Reading, missing
+from lorameter.machine.reading import Reading, missing_reading
 
 GIB = 2**30
 
@@ -22,10 +22,11 @@ def given(value):
 
 
 SYSTEM = {
-    "cpus": given(8), "quota_cpus": missing("no limit"), "governor": given("performance"), "turbo": given(False),
+    "cpus": given(8), "quota_cpus": missing_reading("no limit"), "governor": given("performance"),
+    "turbo": given(False),
     "huge_pages": given("madvise"), "numa_nodes": given(1), "load": given(0.1), "memory_bytes": given(64 * GIB),
     "memory_available_bytes": given(60 * GIB), "swap_bytes": given(0), "swap_used_bytes": given(0),
-    "container": missing("none"),
+    "container": missing_reading("none"),
 }  # fmt: skip
 FACTS = {
     "name": given("Card"), "power_limit_w": given(700.0), "default_power_limit_w": given(700.0), "ecc": given(True),
@@ -53,7 +54,7 @@ def quiet_machine(machine):
         machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
         host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
               "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
-        no_peaks="", gpu=missing("no driver"), runs=Path("/runs"), locks=given(True), root=False,
+        no_peaks="", gpu=missing_reading("no driver"), runs=Path("/runs"), locks=given(True), root=False,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorameter.machine.reading import Reading, missing
+from lorameter.machine.reading import Reading, missing_reading
 from lorameter.machine.telemetry import energy_between
 from tests.machine.two_gpus import MIG, TWO
 
@@ -224,8 +224,8 @@ def test_energy_is_the_difference():
         (Reading(value=5000.0), Reading(value=12.0), 3.0, "went back from 5000 to 12"),
         (Reading(value=1.0), Reading(value=2.0), 0.3, "0.30 s were measured"),
         (Reading(value=1.0), Reading(value=1.0), 3.0, "stayed at"),
-        (missing("not offered"), Reading(value=2.0), 3.0, "not offered"),
-        (Reading(value=1.0), missing("GPU lost"), 3.0, "GPU lost"),
+        (missing_reading("not offered"), Reading(value=2.0), 3.0, "not offered"),
+        (Reading(value=1.0), missing_reading("GPU lost"), 3.0, "GPU lost"),
     ],
 )
 def test_unusable_energy_readings_give_no_energy(first, last, seconds, words):

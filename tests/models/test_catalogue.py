@@ -214,7 +214,7 @@ def bases_folder(tmp_path, monkeypatch):
 def write_base(name, content=b"weights", *, used_days_ago=0.0):
     """Write a base that was last used the given number of days ago and return its folder."""
     folder = bases.bases_dir() / name
-    with bases.draft_of(folder) as draft:
+    with bases.draft_folder(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
         write_document(draft / bases.DESCRIPTION, BaseDescription(digest="0", bytes=len(content)))
     used = time.time() - used_days_ago * 24 * 3600
@@ -237,7 +237,7 @@ def test_a_write_that_fails_leaves_nothing(bases_folder):
     folder = write_base("one")
 
     def fail_midway():
-        with bases.draft_of(folder) as draft:
+        with bases.draft_folder(folder) as draft:
             (draft / bases.TENSORS).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "full")
 

@@ -28,15 +28,15 @@ from lorameter.models.shapes import (
     Family,
     ModelShape,
     UnknownLayersError,
-    gguf_of,
     linear_layers,
     linear_widths,
     llama_layers,
+    read_gguf_header,
 )
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.base_model import empty_model
-from lorameter.trial.building.build import sizes_of
+from lorameter.trial.building.build import count_sizes
 
 LLAMA = {
     "model_type": "llama",
@@ -215,7 +215,7 @@ def test_a_header_and_the_shape_that_it_describes(tmp_path):
     writer.close()
     expected = {f"gemma3.{name}": size for name, size in sizes.items()}
     expected |= {"general.architecture": "gemma3", "tokenizer.chat_template": "{{ messages }}"}
-    assert gguf_of(path).values == expected
+    assert read_gguf_header(path).values == expected
     assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
         hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
         tied=True, architecture="gemma3_text",
@@ -223,7 +223,7 @@ def test_a_header_and_the_shape_that_it_describes(tmp_path):
     part = tmp_path / "part.gguf"
     part.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(UsageError, match="truncated"):
-        gguf_of(part)
+        read_gguf_header(part)
 
 
 def test_a_missing_gguf_package_is_reported_with_the_install_command(tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_a_family_agrees_with_transformers_and_peft(family, source_of, shape_of)
     assert tuple(TARGETS.get(family.model_type, ())) == family.targets
     one = dataclasses.replace(VARIANT, target_modules=(next(iter(linear_layers(shape))),))
     for variant in (one, dataclasses.replace(one, target_modules=("all-linear",), use_dora=True, r=3)):
-        assert sizes_of(variant, source).trainable_parameters == adapter_parameters(variant, shape)
+        assert count_sizes(variant, source).trainable_parameters == adapter_parameters(variant, shape)
 
 
 ESTIMATES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorameter.parity import Parity
-from lorameter.records.record import LogitDistance, Served
+from lorameter.records.record import LogitDistance, ServedAnswers
 from lorameter.studies.request import AGAIN, serving_modes
 
 EQUAL = LogitDistance(
@@ -29,7 +29,7 @@ def make_parity(small_study):
     """A function that returns the parity of the NF4 variant, with differences only for the base without adapter and the
     given modes."""
 
-    def make(**changed: Served) -> Parity:
+    def make(**changed: ServedAnswers) -> Parity:
         variant = small_study.variant("nf4")
         ways = tuple(way for group in serving_modes(variant) for way in group)
         served = []
@@ -40,7 +40,7 @@ def make_parity(small_study):
             if not way.adapter:
                 answers, distance = tuple((1, *rest) for _, *rest in ANSWERS), FAR
             distances = () if way == ways[0] else (distance,) * len(ANSWERS)
-            served.append(Served(way=way.name, answers=answers, distances=distances, losses=losses))
+            served.append(ServedAnswers(way=way.name, answers=answers, distances=distances, losses=losses))
         served = [changed.get(one.way, one) for one in served]
         return Parity(
             study="small", variant=variant, workload=small_study.workload, device="cpu", device_name="Test CPU",

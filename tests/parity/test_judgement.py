@@ -7,9 +7,9 @@ import pytest
 
 from lorameter.commands.profile import encode_parity
 from lorameter.parity import judge_parity
-from lorameter.records.record import Failure, Served
+from lorameter.records.record import Failure, ServedAnswers
 from lorameter.report.parity import describe_parity, show_differing
-from lorameter.report.terminal import text_of
+from lorameter.report.terminal import render_text
 from lorameter.stats import proportion
 
 MERGED = "merged into nf4"
@@ -24,7 +24,7 @@ def served(parity, way):
 
 def text(parity, width=80):
     """Return the report as a terminal shows it."""
-    return text_of(describe_parity(parity, judge_parity(parity)), width=width, coloured=False)
+    return render_text(describe_parity(parity, judge_parity(parity)), width=width, coloured=False)
 
 
 def test_equal_answers_are_reported_with_the_possible_difference(make_parity):
@@ -86,7 +86,9 @@ def test_an_adapter_that_changes_nothing_proves_nothing(make_parity):
 @pytest.mark.parametrize("way", [AGAIN, WITHOUT, MERGED])
 def test_a_failed_serving_mode_is_a_row_with_its_reason(make_parity, way):
     """A failed control leaves no verdict."""
-    failed = Served(way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit."))
+    failed = ServedAnswers(
+        way=way, failure=Failure(phase="parity", kind="OutOfMemoryError", message="it does not fit.")
+    )
     parity = make_parity(**{way: failed})
     judgement = judge_parity(parity)
     assert judgement.failures == {way: "OutOfMemoryError: it does not fit"}
@@ -104,7 +106,7 @@ def test_differing_answers_are_shown_side_by_side_with_escaped_text(make_parity)
     panels = show_differing(make_parity(**{MERGED: merged}), lambda tokens: f"\x1b[2J{list(tokens)} [/b]")
     assert len(panels) == 3
     assert panels[0].title == "merged into nf4, prompt 0, from token 3"
-    shown = text_of(panels, width=80, coloured=False)
+    shown = render_text(panels, width=80, coloured=False)
     assert "\x1b[2J" not in shown
     assert "\\x1b[2J[7, 8, 1, 1] [/b]" in shown
     assert show_differing(parity, str) == ()

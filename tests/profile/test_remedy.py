@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.profile.remedy import choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.profile.remedy import choose_finding, finding_phase, judge_remedy, make_pair
 from lorameter.profile.rules import Finding
 from lorameter.records import store
 from lorameter.records.record import Failure
@@ -114,7 +114,7 @@ def test_a_remedy_of_requests_is_judged_by_requests_only(write_run, small_study,
     pair = make_pair(study, study.variants[0], wait)
     protocol = pair.protocol
     assert (protocol.merged, protocol.epochs, protocol.turns, protocol.generate_requests) == (False, 0.0, 2, 12)
-    plan, _ = build_plan(pair, machine, free_bytes=None, phases=(phase_of(wait),))
+    plan, _ = build_plan(pair, machine, free_bytes=None, phases=(finding_phase(wait),))
     assert {measure for slot in plan.slots for measure in slot.measures} == {"steps", "requests", "peaks"}
 
     def answer(record):

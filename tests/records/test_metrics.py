@@ -7,7 +7,7 @@ Tests of measuring time, which does not count pauses and is robust to clock chan
 
 import pytest
 
-from lorameter.records.metrics import samples_of
+from lorameter.records.metrics import get_samples
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import measuring_time_s
 from lorameter.records.units import (
@@ -34,35 +34,35 @@ def test_derived_metrics_have_the_expected_values():
     """The values are tokens and sequences over the timed seconds, output tokens over each request, and the last quarter
     of the losses."""
     one = record()
-    assert samples_of(one, "tokens_per_s") == (64.0,)
-    assert samples_of(one, "samples_per_s") == (4.0,)
-    assert samples_of(one, "output_tokens_per_s") == (4.0, 2.0)
-    assert samples_of(one, "timed_loss") == (1.0,)
+    assert get_samples(one, "tokens_per_s") == (64.0,)
+    assert get_samples(one, "samples_per_s") == (4.0,)
+    assert get_samples(one, "output_tokens_per_s") == (4.0, 2.0)
+    assert get_samples(one, "timed_loss") == (1.0,)
     longer = record()
     longer.samples.update(warmup_loss=(9.0,) * 3, remaining_loss=(0.5,))
-    assert samples_of(longer, "timed_loss") == (1.0, 0.5)  # the last quarter of all eight
-    assert samples_of(one, "held_out_loss") == (3.0,)
-    assert samples_of(one, "cold_start_time_s") == ()
+    assert get_samples(longer, "timed_loss") == (1.0, 0.5)  # the last quarter of all eight
+    assert get_samples(one, "held_out_loss") == (3.0,)
+    assert get_samples(one, "cold_start_time_s") == ()
 
 
 def test_energy_is_per_step_and_per_real_token():
     """Energy is divided by the steps of its period; without a counter there is no value, not zero."""
     one = record()
-    assert samples_of(one, "energy_per_step_j") == ()
+    assert get_samples(one, "energy_per_step_j") == ()
     one.values.update(device_energy_train_j=900.0, energy_steps=6.0, energy_tokens=3000.0)
-    assert samples_of(one, "energy_per_step_j") == (150.0,)
-    assert samples_of(one, "energy_per_token_j") == (0.3,)
+    assert get_samples(one, "energy_per_step_j") == (150.0,)
+    assert get_samples(one, "energy_per_token_j") == (0.3,)
 
 
 def test_the_time_of_a_real_token_is_that_of_an_epoch():
     """Each step time is divided by the mean number of real tokens of a step, not by those of the timed steps."""
     one = record(tokens={"real_tokens": 300, "padded_tokens": 100})
-    assert samples_of(record(), "time_per_real_token_s") == ()
-    assert samples_of(one, "time_per_real_token_s") == pytest.approx(
+    assert get_samples(record(), "time_per_real_token_s") == ()
+    assert get_samples(one, "time_per_real_token_s") == pytest.approx(
         (0.5 / 24,) * 4
     )  # 32 positions a step, 3 of 4 real
     one.samples.update(turn_tokens=(60.0, 40.0), turn_padded_tokens=(4.0, 24.0))
-    assert samples_of(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
+    assert get_samples(one, "time_per_real_token_s") == pytest.approx((0.5 / 24,) * 4)
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,12 @@ def test_one_process_writes_a_run(tmp_path):
     killed."""
     path = RunWriter(tmp_path, manifest()).path
     assert not store.read_run(path.name, tmp_path).live
-    with store.writing(path):
+    with store.lock_run(path):
         assert store.read_run(path.name, tmp_path).live
-        with pytest.raises(UsageError, match=f"{path.name}: another process is measuring it"), store.writing(path):
+        with pytest.raises(UsageError, match=f"{path.name}: another process is measuring it"), store.lock_run(path):
             pass
     assert not store.read_run(path.name, tmp_path).live
-    with store.writing(path):
+    with store.lock_run(path):
         RunWriter(tmp_path, manifest()).finish("complete")
         assert not store.read_run(path.name, tmp_path).live
 

@@ -18,13 +18,13 @@ from lorameter.models.shapes import ModelShape
 from lorameter.parity import Parity, judge_parity
 from lorameter.profile import accounting
 from lorameter.profile.accounting import request_accounts
-from lorameter.profile.evidence import evidence_of, evidence_of_requests
+from lorameter.profile.evidence import evidence_of_requests, gather_evidence
 from lorameter.profile.facts import Profile, RequestProfile
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import Finding, diagnose, diagnose_requests
 from lorameter.records import codec, store
 from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
-from lorameter.records.record import Failure, LogitDistance, MemoryAccount, Notice, Served, TrialRecord
+from lorameter.records.record import Failure, LogitDistance, MemoryAccount, Notice, ServedAnswers, TrialRecord
 from lorameter.report.blocks import Document
 from lorameter.report.claims import describe_claims
 from lorameter.report.comparison import (
@@ -46,8 +46,8 @@ from lorameter.report.parity import Sample, describe_parity, describe_samples, s
 from lorameter.report.phrases import describe_notices, warn_before_run
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.run import describe_run
-from lorameter.report.run_view import ReportFilter, view_of
-from lorameter.results.history import History, history_of
+from lorameter.report.run_view import ReportFilter, make_run_view
+from lorameter.results.history import History, read_history
 from lorameter.run.bisect import Bisection, Candidate, bisect
 from lorameter.run.forecast_time import Forecast
 from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_gpu, on_machine
@@ -56,7 +56,7 @@ from lorameter.stats import Comparison, compare_trials
 from lorameter.studies.request import serving_modes
 from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
-from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.ab import attribute_difference, build_report
 from lorameter.verdicts.calibrate import Calibration, Price, Rates
 from lorameter.verdicts.claims import judge_claims
 from lorameter.verdicts.compare import compare
@@ -86,8 +86,8 @@ def profile_document(name: str) -> Document:
     """Return a profile with all values computed from it."""
     profile = constructed_profile(name)
     step = accounting.step_account(profile)
-    tokens, found = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
-    return describe_profile(profile, step, tokens, found, diagnose(evidence_of(profile, step, tokens, found)))
+    tokens, found = accounting.token_shares(profile), accounting.compute_ceilings(profile, step.step)
+    return describe_profile(profile, step, tokens, found, diagnose(gather_evidence(profile, step, tokens, found)))
 
 
 REQUEST_TIMES = {"prepare": 0.001, "prefill": 0.2, "decode": 0.07, "choose": 0.004}
@@ -299,7 +299,7 @@ def listed_runs() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def history() -> History:
     """The history of all constructed runs."""
-    return history_of(RUNS)
+    return read_history(RUNS)
 
 
 def parity() -> Parity:
@@ -311,7 +311,7 @@ def parity() -> Parity:
         difference_max=0.345, cosine_mean=0.99876, cosine_min=0.9,
     )  # fmt: skip
     served = [
-        Served(
+        ServedAnswers(
             way=way.name,
             answers=answers if place < 3 else tuple((7, 9, number) for number in range(9)),
             distances=(near,) * 9 if place else (),
@@ -319,7 +319,9 @@ def parity() -> Parity:
         )
         for place, way in enumerate(ways)
     ]
-    served[2] = Served(way=ways[2].name, failure=Failure(phase="parity", kind="OutOfMemoryError", message="too big"))
+    served[2] = ServedAnswers(
+        way=ways[2].name, failure=Failure(phase="parity", kind="OutOfMemoryError", message="too big")
+    )
     return Parity(
         study="s", variant=variant, workload=Workload(), device="cpu", device_name="Test [CPU]", adapter="[/b]",
         record=None, ways=ways, served=tuple(served), prompts=((1, 2),) * 9, notices=NOTICES,
@@ -338,21 +340,21 @@ def every_report(small_study, history) -> dict[str, Document]:
         noise="an assumed scatter of 2.2 % a replicate", sought_width_s=200.0, memory_bytes=2**31, disk_bytes=2**20,
     )  # fmt: skip
     made: dict[str, Callable[[], Document]] = {
-        "run": lambda: describe_run(view_of(constructed_run("sound"))),
-        "swept run": lambda: describe_run(view_of(constructed_run("swept"))),
-        "cold run": lambda: describe_run(view_of(constructed_run("cold"))),
-        "run with one replicate": lambda: describe_run(view_of(constructed_run("one-replicate"))),
-        "noisy run": lambda: describe_run(view_of(constructed_run("noisy"))),
+        "run": lambda: describe_run(make_run_view(constructed_run("sound"))),
+        "swept run": lambda: describe_run(make_run_view(constructed_run("swept"))),
+        "cold run": lambda: describe_run(make_run_view(constructed_run("cold"))),
+        "run with one replicate": lambda: describe_run(make_run_view(constructed_run("one-replicate"))),
+        "noisy run": lambda: describe_run(make_run_view(constructed_run("noisy"))),
         "run by a metric": lambda: describe_run(
-            view_of(constructed_run("sound"), ReportFilter(metrics=("*loss", "*_bytes")))
+            make_run_view(constructed_run("sound"), ReportFilter(metrics=("*loss", "*_bytes")))
         ),
-        "failed run": lambda: describe_run(view_of(constructed_run("failed"))),
-        "killed run": lambda: describe_run(view_of(constructed_run("killed"))),
+        "failed run": lambda: describe_run(make_run_view(constructed_run("failed"))),
+        "killed run": lambda: describe_run(make_run_view(constructed_run("killed"))),
         "comparison": lambda: describe_comparison(compared),
         "gate": lambda: describe_gate(judge(compared, policy)),
-        "attribution": lambda: describe_attribution(attribution_of(ab), ab),
-        "A/B": lambda: describe_comparison(report_of(ab)),
-        "A/B that cannot tell": lambda: describe_gate(judge(report_of(unsure), load_policy(None))),
+        "attribution": lambda: describe_attribution(attribute_difference(ab), ab),
+        "A/B": lambda: describe_comparison(build_report(ab)),
+        "A/B that cannot tell": lambda: describe_gate(judge(build_report(unsure), load_policy(None))),
         "claims": lambda: describe_claims(judge_claims(constructed_run("swept"))),
         "profile": lambda: profile_document("explained"),
         "empty profile": lambda: profile_document("unseen"),

@@ -11,7 +11,7 @@ from lorameter.records import store
 from lorameter.report.figures import figures_of_run
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.run import describe_run
-from lorameter.report.run_view import view_of
+from lorameter.report.run_view import make_run_view
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install -e .[dev]")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core finds accessibility faults")
@@ -34,7 +34,7 @@ def browser():
 def file(tmp_path_factory):
     """The committed run with the most variants and charts, written as a page."""
     run = store.read_run(str(SWEPT), SWEPT.parent)
-    view = view_of(run)
+    view = make_run_view(run)
     figures = figures_of_run(run, view)
     document = describe_run(view)
     written = write_html(

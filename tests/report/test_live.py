@@ -20,10 +20,10 @@ from lorameter.records.record import UNDER_WAY, Failure, TrialRecord
 from lorameter.report import live
 from lorameter.report.live import LiveDisplay
 from lorameter.report.run import describe_run
-from lorameter.report.run_view import view_of
+from lorameter.report.run_view import make_run_view
 from lorameter.report.terminal import show
 from lorameter.run.plan import make_plan
-from lorameter.verdicts.ab import report_of
+from lorameter.verdicts.ab import build_report
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def broken_off(write_run, tmp_path):
 def text_of(run):
     """Return the report as printed."""
     buffer = io.StringIO()
-    show(describe_run(view_of(run)), Console(file=buffer, width=240))
+    show(describe_run(make_run_view(run)), Console(file=buffer, width=240))
     return buffer.getvalue()
 
 
@@ -153,5 +153,5 @@ def test_an_interrupted_ab_is_reported_too(write_run, tmp_path):
     sides = {side: {"label": side, "declared": [], "worker": None, "facts": None} for side in ("base", "candidate")}
     manifest = msgspec.structs.replace(run.manifest, sides=sides)
     for records in ((), tuple(record.replaced(side="base") for record in run.records)):
-        report = report_of(dataclasses.replace(run, path=path, manifest=manifest, records=records))
+        report = build_report(dataclasses.replace(run, path=path, manifest=manifest, records=records))
         assert {row.verdict for row in report.comparisons} <= {"invalid"}

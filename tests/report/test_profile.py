@@ -24,8 +24,8 @@ from lorameter.profile.accounting import (
     categories_s,
     plain_s,
     step_account,
-    time_of,
     token_shares,
+    unprofiled_time,
 )
 from lorameter.profile.facts import Profile
 from lorameter.profile.remedy import RemedyResult
@@ -35,7 +35,7 @@ from lorameter.records.activity import Activity, OperatorUse, PhaseActivity
 from lorameter.records.record import MemoryAccount, Notice, TrialRecord
 from lorameter.report.parity import read_samples
 from lorameter.report.profile import describe_profile, describe_remedy
-from lorameter.report.terminal import console_for, show, text_of
+from lorameter.report.terminal import console_for, render_text, show
 from lorameter.stats import Estimate, compare_trials
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
@@ -114,7 +114,7 @@ def test_the_lines_of_a_step_add_up(profile):
     assert list(found)[-1] == IDLE
     assert found["matmul"] == {"data": 0.0, "forward": 0.015, "backward": 0.06, "update": 0.0}
     assert sum(sum(each.values()) for each in found.values()) == pytest.approx(sum(TIMES.values()))
-    assert time_of(profile, step, lambda one: one.totals_s.get("aten::dropout", 0.0)) == pytest.approx(0.0125)
+    assert unprofiled_time(profile, step, lambda one: one.totals_s.get("aten::dropout", 0.0)) == pytest.approx(0.0125)
     counted = msgspec.structs.replace(ACTIVITY.phases[1], records={"phase": 100.0})
     assert plain_s(profile, step, counted, 0.025) == pytest.approx(0.0125)
     for records, seconds in ((0.0, 0.025), (10.0, 0.022), (100.0, 0.0)):  # 100 records cost 30 ms
@@ -272,7 +272,7 @@ def test_a_run_without_answers_is_refused_with_the_remedy(write_run, capsys, var
 def said(every_report):
     """The documents about the fit, each as one line of text."""
     return {
-        name: " ".join(text_of(document, width=5000, coloured=False).split())
+        name: " ".join(render_text(document, width=5000, coloured=False).split())
         for name, document in every_report.items()
         if name.startswith(("fit", "no fit"))
     }

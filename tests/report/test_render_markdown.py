@@ -24,7 +24,7 @@ from lorameter.report.blocks import (
     to_line,
     write_row,
 )
-from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape, markdown_of
+from lorameter.report.render_markdown import COMMENT_CHARACTERS, escape_markdown, to_markdown
 
 HOSTILE = (
     "a|b *c* _d_ `e` <img src=x onerror=1> [f](http://g.example) ![h](i) **j** ~~k~~ # l $m$ &amp; @octocat \\| "
@@ -67,7 +67,7 @@ def everywhere(text):
 def test_foreign_text_creates_no_markup():
     """Foreign text in any field creates no link, picture, code, emphasis, tag or mention, and is displayed as
     written."""
-    text = markdown_of(everywhere(HOSTILE))
+    text = to_markdown(everywhere(HOSTILE))
     found = set(kinds(text))
     assert not found & {"link_open", "image", "em_open", "code_inline", "s_open"}
     outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.M | re.S)  # fenced blocks are code
@@ -89,10 +89,10 @@ TEXTS = (
 def test_an_escaped_text_is_read_as_itself():
     """A parser of GitHub's Markdown reads the text on its own line and in a table."""
     for text in TEXTS:
-        assert visible_text(escape(text)) == text
-        found = [kind for kind in kinds(escape(text)) if kind not in ("text", "html_inline")]
+        assert visible_text(escape_markdown(text)) == text
+        found = [kind for kind in kinds(escape_markdown(text)) if kind not in ("text", "html_inline")]
         assert found == ["paragraph_open", "inline", "paragraph_close"], text
-        table = f"| a | b |\n| --- | --- |\n| {escape(text)} | x |"
+        table = f"| a | b |\n| --- | --- |\n| {escape_markdown(text)} | x |"
         assert list(kinds(table)).count("td_open") == 2, text
         assert text in visible_text(table)
 
@@ -100,14 +100,14 @@ def test_an_escaped_text_is_read_as_itself():
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zs", "Zl", "Zp", "Cf", "Cs")), min_size=1))
 def test_any_escaped_text_is_one_paragraph(text):
     """No character of an escaped text is markup."""
-    shown = set(kinds(f"x {escape(text)}"))
+    shown = set(kinds(f"x {escape_markdown(text)}"))
     assert shown <= {"paragraph_open", "inline", "paragraph_close", "text", "html_inline", "text_special"}
 
 
 def test_every_report_is_markdown(every_report):
     """Each table has all rows, each row has all cells, and every details element is closed."""
     for name, document in every_report.items():
-        text = markdown_of(document)
+        text = to_markdown(document)
         tables = [block for block in document if isinstance(block, Table) and block.heads]
         assert list(kinds(text)).count("table_open") == len(tables), name
         cells = sum(len(table.heads) * (1 + len(table.rows)) for table in tables)
@@ -123,7 +123,7 @@ def test_a_long_report_drops_details_and_then_rows_with_a_notice(most):
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
     long = Collapsible(summary=to_line("statistics"), lines=tuple(to_line("y" * 100) for _ in range(3_000)))
     table = Table(title="Training", heads=(ColumnHeader(text="variant"), ColumnHeader(text="b")), rows=rows)
-    text = markdown_of((Section(title="Gate failed"), table, long), most=most)
+    text = to_markdown((Section(title="Gate failed"), table, long), most=most)
     assert len(text) <= most
     assert text.startswith("### Gate failed\n")
     assert "variant-0 " in text

@@ -35,7 +35,7 @@ from lorameter.profile.rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
-from lorameter.report.run_view import view_of
+from lorameter.report.run_view import make_run_view
 from lorameter.studies.script_study import study_of_command
 from tests.constructed import RUNS
 
@@ -81,7 +81,7 @@ QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)
 def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
     """Variants with equal times are not called equivalent when the A/A control is inconclusive."""
     noisy = (0.092, 0.108, 0.095, 0.106, 0.099)
-    view = view_of(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
+    view = make_run_view(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
     assert view.tables[0].control.verdict == "inconclusive"
     assert view.tables[0].ratios["nf4"].verdict == "inconclusive"
     assert "control" in view.tables[0].ratios["nf4"].reason
@@ -95,7 +95,7 @@ def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path)
         small_study, tmp_path, steps={"plain": QUIET, "nf4": (9.0, *QUIET[1:])}, control=QUIET,
         statuses={("nf4", "variant", 0): "oom"},
     )  # fmt: skip
-    view = view_of(run)
+    view = make_run_view(run)
     assert not view.valid
     assert view.validity.failures == ("r0-nf4: oom in build: it broke (log: logs/nf4.log)",)
     assert view.tables[0].ratios["nf4"].replicates == 4
@@ -105,12 +105,12 @@ def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path)
 def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
     """A change of level in the timed steps of a trial gives a notice; steady steps give none."""
     run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
-    assert "drift" not in {notice.code for notice in view_of(run).notices}
+    assert "drift" not in {notice.code for notice in make_run_view(run).notices}
     steady = [0.1 + 0.0001 * (i % 3) for i in range(16)]
     slower = [*steady[:8], *(1.3 * step for step in steady[8:])]
     records = [record.replaced(samples={**record.samples, "step_time_s": tuple(steady)}) for record in run.records]
     records[0] = records[0].replaced(samples={**records[0].samples, "step_time_s": tuple(slower)})
-    (drift,) = (n for n in view_of(dataclasses.replace(run, records=tuple(records))).notices if n.code == "drift")
+    (drift,) = (n for n in make_run_view(dataclasses.replace(run, records=tuple(records))).notices if n.code == "drift")
     assert drift.message.startswith(f"1 of {len(records)} trials")
     assert records[0].trial in drift.message
 

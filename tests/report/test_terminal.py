@@ -32,7 +32,7 @@ from lorameter.report.blocks import (
     to_line,
     write_row,
 )
-from lorameter.report.terminal import text_of
+from lorameter.report.terminal import render_text
 from lorameter.run.workers import sides
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
@@ -59,7 +59,7 @@ def hostile_document():
 def test_foreign_text_is_printed_literally(coloured):
     """Text in any field is not interpreted as markup, an emoji or an escape sequence."""
     document = hostile_document()
-    text = text_of(document, width=4000, coloured=coloured, verbose=True)
+    text = render_text(document, width=4000, coloured=coloured, verbose=True)
     assert ("\x1b" in text) is coloured
     plain = STYLED.sub("", text)
     assert not [one for one in plain if one != "\n" and not one.isprintable()]
@@ -72,18 +72,21 @@ def test_a_collapsed_block_is_its_summary_and_verbose_expands_it():
     it."""
     fold = Collapsible(summary=to_line("noise  ", "one two three four five six"), lines=(to_line("all of it"),))
     hint = "--verbose shows full notices and statistics.\n"
-    assert text_of((fold,), width=60, coloured=False) == f"  noise  one two three four five six\n{hint}"
-    assert text_of((fold,), width=24, coloured=False).splitlines()[:2] == ["  noise  one two three", "  four five six"]
-    assert text_of((fold,), width=24, coloured=False, verbose=True) == "  all of it\n"
+    assert render_text((fold,), width=60, coloured=False) == f"  noise  one two three four five six\n{hint}"
+    assert render_text((fold,), width=24, coloured=False).splitlines()[:2] == [
+        "  noise  one two three",
+        "  four five six",
+    ]
+    assert render_text((fold,), width=24, coloured=False, verbose=True) == "  all of it\n"
     several = Collapsible(summary=to_line("noise"), lines=(to_line("one"), to_line("two")))
-    assert text_of((several,), width=60, coloured=False) == f"  noise (2 lines with --verbose)\n{hint}"
+    assert render_text((several,), width=60, coloured=False) == f"  noise (2 lines with --verbose)\n{hint}"
 
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_every_report_fits_80_columns_and_keeps_a_number_with_its_unit(every_report, verbose):
     """No line breaks inside an interval or between a number and its unit, in tables and in sentences."""
     for name, document in every_report.items():
-        for line in text_of(document, width=80, coloured=False, verbose=verbose).splitlines():
+        for line in render_text(document, width=80, coloured=False, verbose=verbose).splitlines():
             assert cell_len(line) <= 80, name
             assert not re.search(r"\[-?[\d.]+,$", line.rstrip()), (name, line)
             assert not re.match(r"\s*(%|[mµ]?s\b|[KMG]iB)", line), (name, line)
@@ -91,9 +94,9 @@ def test_every_report_fits_80_columns_and_keeps_a_number_with_its_unit(every_rep
 
 def test_a_terminal_without_colour_shows_the_same_words(every_report, monkeypatch):
     """NO_COLOR removes the colours but no word; every finding has its own word."""
-    coloured = text_of(every_report["run"], width=120, coloured=True)
+    coloured = render_text(every_report["run"], width=120, coloured=True)
     monkeypatch.setenv("NO_COLOR", "1")
-    plain = text_of(every_report["run"], width=120, coloured=True)
+    plain = render_text(every_report["run"], width=120, coloured=True)
     assert re.search(r"\x1b\[[\d;]*3[0-8]", coloured)
     assert not re.search(r"\x1b\[[\d;]*3[0-8]", plain)
     assert STYLED.sub("", plain) == STYLED.sub("", coloured)

@@ -10,8 +10,8 @@ import pytest
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.report.history import describe_history
-from lorameter.report.terminal import text_of
-from lorameter.results.history import Measured, Moment, confirm_command, history_of
+from lorameter.report.terminal import render_text
+from lorameter.results.history import MeasuredRun, Moment, confirm_command, read_history
 
 DAY_S = 86400.0
 
@@ -47,7 +47,7 @@ def test_a_slow_down_is_suspected_with_all_that_is_known_of_it(nightly):
     """The suspected change has the runs before and after, the interval, the commits, and the command that would confirm
     it."""
     runs = nightly([1.0] * 14 + [1.1] * 6)
-    (track,) = history_of(runs).tracks
+    (track,) = read_history(runs).tracks
     (line,) = track.lines
     (found,) = line.suspicions
     assert (found.before.run, found.after.run) == ("night013", "night014")
@@ -64,7 +64,7 @@ def test_a_change_of_fingerprint_is_a_known_break_not_a_change(nightly):
     """Each fingerprint has its own line without a ratio across; the break has the differences and the A/B of the
     versions that measures it. The report has the levels of each line, and a row for each run."""
     runs = nightly([1.0] * 12 + [1.3] * 12, lambda night: torch("1.0" if night < 12 else "2.0+cpu"))
-    (track,) = history_of(runs).tracks
+    (track,) = read_history(runs).tracks
     assert [len(line.moments) for line in track.lines] == [12, 12]
     assert not [line.suspicions for line in track.lines if line.suspicions]
     (change,) = track.breaks
@@ -72,7 +72,7 @@ def test_a_change_of_fingerprint_is_a_known_break_not_a_change(nightly):
     assert {one.field for one in change.differing} == {"git.commit", "libraries.torch"}
     assert change.confirm.endswith("--base torch==1.0 --candidate torch==2.0 --variant plain")
     assert not hasattr(change, "ratio")
-    text = said(history_of(runs), every_run=True)
+    text = said(read_history(runs), every_run=True)
     assert len([line for line in text.splitlines() if line.startswith("2026") and " 12 " in line]) == 2
     assert "known break" in text
     assert "torch 1.0 → 2.0+cpu" in text
@@ -84,7 +84,7 @@ def test_runs_that_do_not_count_are_gaps_with_their_reason(nightly):
     runs = nightly([1.0] * 14)
     for night in (11, 12, 13):
         dated(runs / f"night{night:03d}", night, status="interrupted")
-    history = history_of(runs)
+    history = read_history(runs)
     line = history.tracks[0].lines[0]
     assert len(line.counting) == 11
     assert "interrupted" in line.moments[-1].why_not
@@ -116,10 +116,10 @@ def test_the_command_that_would_confirm(before, after, words):
         dirty=False, versions={}, why_not=None,
     )  # fmt: skip
     row = {"study": "mine", "variant": "plain"}
-    sides = (Measured(msgspec.structs.replace(moment, **one), row, {}) for one in (before, after))
+    sides = (MeasuredRun(msgspec.structs.replace(moment, **one), row, {}) for one in (before, after))
     command = confirm_command(*sides)
     assert command == (f"lorameter ab mine.toml {words} --variant plain" if words else "")
 
 
 def said(history, width=200, **options):
-    return text_of(describe_history(history, **options), width=width, coloured=False)
+    return render_text(describe_history(history, **options), width=width, coloured=False)

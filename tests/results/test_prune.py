@@ -16,12 +16,12 @@ import pytest
 from lorameter import cli
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
-from lorameter.records.fileio import alone, write_document
+from lorameter.records.fileio import hold_exclusively, write_document
 from lorameter.records.record import Notice
 from lorameter.results import prune as packing
 from lorameter.results.history import list_runs
 from lorameter.results.prune import pack, prune
-from lorameter.results.rows import TABLES, table_of
+from lorameter.results.rows import TABLES, table_rows
 from lorameter.verdicts.gate import accept
 from tests.constructed import DAMAGED, RUNS
 
@@ -76,7 +76,7 @@ def test_a_run_under_way_is_never_pruned(runs):
     """A run that is being measured is kept, whether it began before or after the selection."""
     rewritten(runs / "run0", status="running")
     for run, keep in (("run0", 4), ("run1", 3)):  # the second is being resumed, which its manifest does not record yet
-        with alone(runs / run / store.TRIALS, ""):
+        with hold_exclusively(runs / run / store.TRIALS, ""):
             assert names(prune(runs, keep=keep).staying) == [run]
         assert (runs / run / "manifest.json").is_file()
         (runs / run).rename(runs.parent / run)
@@ -145,7 +145,7 @@ def content(path):
 def test_a_packed_run_equals_its_run(name, tmp_path):
     """All rows of all tables, the state of the run and the number of damaged lines are equal."""
     there, here = store.read_run(name, RUNS), store.read_run(str(pack(name, RUNS, tmp_path / "x.zip")), RUNS)
-    before, after = ({name: list(table_of(run, name)) for name in TABLES} for run in (there, here))
+    before, after = ({name: list(table_rows(run, name)) for name in TABLES} for run in (there, here))
     assert {name: len(rows) for name, rows in after.items()} == {name: len(rows) for name, rows in before.items()}
     for name in ("samples", "estimates", "comparisons"):
         assert repr(after[name]) == repr(before[name]), name  # a NaN loss equals nothing
@@ -198,7 +198,7 @@ def test_a_run_under_way_and_an_existing_output_are_refused(mine, tmp_path):
         pack("nothing", mine.parent)
     manifest = store.read_manifest(mine)
     write_document(mine / "manifest.json", packing.codec.to_json(manifest) | {"status": "running"})
-    with alone(mine / store.TRIALS, ""), pytest.raises(UsageError, match="being measured"):
+    with hold_exclusively(mine / store.TRIALS, ""), pytest.raises(UsageError, match="being measured"):
         pack("mine", mine.parent, tmp_path / "y.zip")
 
 

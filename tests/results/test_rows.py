@@ -16,9 +16,9 @@ import lorameter
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import store
 from lorameter.records.record import DISTURBED, Failure
-from lorameter.report.run_view import view_of
+from lorameter.report.run_view import make_run_view
 from lorameter.results.export import encode_action, encode_bencher
-from lorameter.results.rows import TABLES, names_of, table_of
+from lorameter.results.rows import TABLES, table_columns, table_rows
 from lorameter.studies.script import script_workload
 from lorameter.studies.variant import ScriptVariant
 from tests.constructed import RUNS
@@ -27,7 +27,7 @@ STATES = "sound ab ab-failed failed killed cold one-replicate without-reference 
 
 
 def tables(run):
-    return {name: [dict.fromkeys(names_of(name)) | row for row in table_of(run, name)] for name in TABLES}
+    return {name: [dict.fromkeys(table_columns(name)) | row for row in table_rows(run, name)] for name in TABLES}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -60,7 +60,7 @@ def test_every_sample_of_every_trial_is_a_row(read):
 def test_estimates_and_ratios_are_those_of_the_report(read):
     """The report's cells and the rows hold the same numbers."""
     run = read("sound")
-    found, view = tables(run), view_of(run)
+    found, view = tables(run), make_run_view(run)
     estimates = {(row["variant"], row["metric"]): row for row in found["estimates"] if row["role"] == "variant"}
     ratios = {(row["variant"], row["metric"], row["role"]): row for row in found["comparisons"]}
     primary = {"train": "step_time_s", "generate": "request_time_s"}
@@ -79,7 +79,7 @@ def test_estimates_and_ratios_are_those_of_the_report(read):
 
 def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
     """It precedes the attempt that counts and has no samples."""
-    from lorameter.records.trials import line_of
+    from lorameter.records.trials import encode_record
 
     path = write_run("again", {"plain": [1.0, 1.1], "nf4": [1.0, 1.2]})
     lines = (path / store.TRIALS).read_text().splitlines(keepends=True)
@@ -87,7 +87,7 @@ def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
     failure = Failure(phase="train", kind=DISTURBED, message="stolen")
     before = first.replaced(status="invalid", failure=failure, started_unix_s=-9.0, checks=())
     after = first.replaced(attempt=1, checks=())
-    (path / store.TRIALS).write_text("".join([line_of(before, ()), line_of(after, ()), *lines[1:]]))
+    (path / store.TRIALS).write_text("".join([encode_record(before, ()), encode_record(after, ()), *lines[1:]]))
     rows = tables(store.read_run(str(path), path.parent))
     mine = [(row["attempt"], row["counts"], row["failure"]) for row in rows["trials"] if row["trial"] == first.trial]
     assert mine == [(0, False, "stolen"), (1, True, None)]

@@ -34,7 +34,7 @@ def plan(small_study, machine, monkeypatch):
     """A function that plans the small study for processes of 1 GiB each and `free` bytes of memory."""
 
     def make(*, free=8 * GIB, study=small_study, replicates=5, **options):
-        monkeypatch.setattr(planning, "together_bytes", lambda members, *_, **_options: len(members) * GIB)
+        monkeypatch.setattr(planning, "live_group_bytes", lambda members, *_, **_options: len(members) * GIB)
         protocol = dataclasses.replace(study.protocol, replicates=replicates)
         study = dataclasses.replace(study, protocol=protocol)
         return planning.build_plan(study, machine, free_bytes=free, sides=present_sides(0), **options)[0]

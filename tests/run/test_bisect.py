@@ -15,7 +15,7 @@ from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.run import bisect as bisect_candidates
-from lorameter.run.bisect import MAX_FACTOR, Candidate, bisect, find_measured, list_steps
+from lorameter.run.bisect import MAX_FACTOR, Candidate, bisect, find_earlier_run, list_steps
 from lorameter.run.build_plan import build_plan
 from lorameter.run.workers.sides import command_sides
 from lorameter.stats import compare_trials
@@ -213,7 +213,7 @@ def test_a_measured_comparison_of_the_same_sides_is_reused(write_run, small_stud
     written("5-another-study", study=codec.to_json(small_study) | {"title": "another"})
     written("6-another-variant", selection=["nf4"])
     (written("7-damaged") / "7-damaged" / "manifest.json").write_text("{")
-    assert find_measured(plan, runs).manifest.run == "1-whole"
+    assert find_earlier_run(plan, runs).manifest.run == "1-whole"
     written("8-newer")
-    assert find_measured(plan, runs).manifest.run == "8-newer"
-    assert find_measured(dataclasses.replace(plan, sides=command_sides("a", "d")), runs) is None
+    assert find_earlier_run(plan, runs).manifest.run == "8-newer"
+    assert find_earlier_run(dataclasses.replace(plan, sides=command_sides("a", "d")), runs) is None

@@ -16,7 +16,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import find_gpu
-from lorameter.run.forecast import forecast, measured_peaks, needed_bytes, together_bytes
+from lorameter.run.forecast import forecast, live_group_bytes, measured_peaks, needed_bytes
 from lorameter.run.forecast_time import half_width
 from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
 from lorameter.run.plan import Arm, make_plan
@@ -226,7 +226,7 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
 
     def total(*variants, machine=machine):
         arms = [Arm(variant=variant, workload=workload) for variant in variants]
-        return together_bytes(arms, needed_bytes(arms, machine, None), machine, forked=False)
+        return live_group_bytes(arms, needed_bytes(arms, machine, None), machine, forked=False)
 
     def together(variant, machine=machine):
         return 6 * total(variant, machine=machine) - total(*[variant] * 6, machine=machine)

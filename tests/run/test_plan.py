@@ -29,7 +29,7 @@ from lorameter.records import store
 from lorameter.run.build_plan import build_plan
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle
-from lorameter.run.plan import arms_of, make_plan
+from lorameter.run.plan import build_arms, make_plan
 from lorameter.studies.engine import Engine
 from lorameter.studies.script_study import study_of_engine
 from lorameter.studies.study_file import load_study
@@ -48,8 +48,8 @@ def test_every_replicate_holds_every_variant_and_the_control_once(small_study):
 
 def test_selecting_never_drops_the_reference_or_the_control(small_study):
     """A ratio needs the reference, and a run needs the control."""
-    assert [one.name for one in arms_of(small_study, ["nf4"])] == ["plain", "nf4", "plain-control"]
-    assert [one.name for one in arms_of(small_study, ["plain"])] == ["plain", "plain-control"]
+    assert [one.name for one in build_arms(small_study, ["nf4"])] == ["plain", "nf4", "plain-control"]
+    assert [one.name for one in build_arms(small_study, ["plain"])] == ["plain", "plain-control"]
 
 
 def test_the_seed_fixes_the_order_and_another_seed_changes_it(small_study):

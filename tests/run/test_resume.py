@@ -218,7 +218,7 @@ def test_a_plan_with_other_trials_is_refused(interrupted_run, capsys):
 def test_a_run_that_is_being_measured_is_refused(interrupted_run, capsys):
     """Two measuring processes would disturb each other."""
     path = interrupted_run()
-    with store.writing(path):
+    with store.lock_run(path):
         assert resume(path) == 2
     assert "another process is measuring it" in capsys.readouterr().err
     assert not Executor.commanded_trials

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lorameter.stats.changes import MIN_POINTS, MIN_SEGMENT, divide, find_changes
+from lorameter.stats.changes import MIN_POINTS, MIN_SEGMENT, find_changes, find_segments
 
 
 def noise(count, *, sd=0.02, seed=0):
@@ -24,7 +24,7 @@ def test_change_points_equal_those_of_pelt(seed):
     penalty = float(rng.uniform(3, 30))
     ruptures = pytest.importorskip("ruptures", reason="has no wheel for this Python")
     pelt = ruptures.Pelt(model="l2", min_size=MIN_SEGMENT, jump=1).fit(values)
-    assert list(divide(values, penalty)) == pelt.predict(pen=penalty)
+    assert list(find_segments(values, penalty)) == pelt.predict(pen=penalty)
 
 
 def test_a_change_is_found_with_its_size_and_place():

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lorameter.stats import MAX_ADVISED, compare_trials, decide_family, effect_of, kept_pairs, run_wide_shift
+from lorameter.stats import MAX_ADVISED, compare_trials, decide_family, estimate_effect, kept_pairs, run_wide_shift
 from lorameter.stats.effect import Spread
 from lorameter.stats.verdict import VerdictRule
 
@@ -191,7 +191,7 @@ def simulated(rng, effects, replicates=6, sd=0.02):
 
 def compare_family(pairs):
     """Return the verdicts on named pairs without a tolerance."""
-    effects = {name: effect_of(base, candidate, "turn") for name, (base, candidate) in pairs.items()}
+    effects = {name: estimate_effect(base, candidate, "turn") for name, (base, candidate) in pairs.items()}
     return decide_family(effects, tolerance=dict.fromkeys(effects, 0.0), margin=dict.fromkeys(effects, 0.05))
 
 
@@ -237,7 +237,7 @@ def test_each_comparison_can_have_its_own_pairing_and_limits():
     turns = [[0.99 * sample for sample in trial] for trial in base]
     blocks = [[1.3 * sample for sample in reversed(trial)] for trial in base]
     found = decide_family(
-        {"a": effect_of(base, turns, "turn"), "b": effect_of(base, blocks, "replicate")},
+        {"a": estimate_effect(base, turns, "turn"), "b": estimate_effect(base, blocks, "replicate")},
         tolerance={"a": 0.02, "b": 0.5},
         margin={"a": 0.03, "b": 0.6},
     )

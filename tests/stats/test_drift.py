@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from lorameter.stats import count_outliers, drifting, is_steady
-from lorameter.stats.samples import checked_number, checked_trials, medians_of
+from lorameter.stats.samples import checked_number, checked_trials, trial_medians
 
 STEP = np.arange(60)
 
@@ -202,7 +202,7 @@ def test_medians_are_those_of_each_trial():
     rng = np.random.default_rng(7)
     for sizes in ([6] * 4, [5] * 4, [1, 2, 3], [8]):
         trials = [rng.lognormal(0, 3, size) for size in sizes]
-        assert medians_of(trials).tolist() == [float(np.median(trial)) for trial in trials]
+        assert trial_medians(trials).tolist() == [float(np.median(trial)) for trial in trials]
 
 
 def test_import_is_cheap():

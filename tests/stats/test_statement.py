@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lorameter.stats import compare_bytes, explained_share
-from lorameter.stats.trend import beyond, line_change, scores, sizes, within
+from lorameter.stats.trend import change_magnitudes, judge_above, judge_within, line_change, scores
 
 TOLERANCE = math.log1p(0.01)
 MARGIN = math.log1p(0.05)
@@ -49,7 +49,7 @@ def status_and_reason(statement, contrasts, limit, **level):
 )
 def test_beyond(means, expected):
     """All contrasts above the limit support, one shown below it refutes, and one at the limit is inconclusive."""
-    assert status_and_reason(beyond, around(*means), TOLERANCE) == expected
+    assert status_and_reason(judge_above, around(*means), TOLERANCE) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,28 +67,28 @@ def test_beyond(means, expected):
 )
 def test_within(means, expected):
     """All contrasts inside the limit support, one shown outside refutes, and one near the limit is inconclusive."""
-    assert status_and_reason(within, around(*means), MARGIN) == expected
+    assert status_and_reason(judge_within, around(*means), MARGIN) == expected
 
 
 def test_no_difference_refutes_beyond_without_correction():
     """Contrasts that are equal within the limit refute it even if the corrected interval still reaches it."""
     contrasts = around(0.0, 0.0, 0.0, sd=0.03)
-    assert status_and_reason(beyond, contrasts, MARGIN, family=20) == ("refuted", "equality")
-    assert beyond(contrasts, MARGIN, family=20).level == pytest.approx(0.9)
+    assert status_and_reason(judge_above, contrasts, MARGIN, family=20) == ("refuted", "equality")
+    assert judge_above(contrasts, MARGIN, family=20).level == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e-17, -1e-17])
 def test_rounding_decides_nothing(mean):
     """At a limit of zero, equal values are neither above nor below it."""
     contrasts = np.full((6, 2), mean)
-    assert beyond(contrasts, 0.0).status == within(contrasts, 0.0).status == "inconclusive"
+    assert judge_above(contrasts, 0.0).status == judge_within(contrasts, 0.0).status == "inconclusive"
 
 
 def test_a_family_widens_the_deciding_interval():
     """The deciding interval is that of alpha over the family; the shown interval stays the 95 % one."""
     contrasts = around(0.02, sd=0.006)
-    assert status_and_reason(beyond, contrasts, TOLERANCE) == ("supported", "difference")
-    found = beyond(contrasts, TOLERANCE, family=20)
+    assert status_and_reason(judge_above, contrasts, TOLERANCE) == ("supported", "difference")
+    found = judge_above(contrasts, TOLERANCE, family=20)
     assert (found.status, found.level) == ("inconclusive", pytest.approx(1 - 0.05 / 20))
     oracle = [stats.ttest_1samp(contrasts[:, 0], 0).confidence_interval(level) for level in (0.95, 1 - 0.05 / 20)]
     assert (found.low, found.high) == pytest.approx((oracle[0].low, oracle[0].high))
@@ -98,18 +98,22 @@ def test_a_family_widens_the_deciding_interval():
 def test_refuting_by_the_worst_of_many_is_corrected():
     """One of ten contrasts refutes only at a tenth of the error rate; support needs no correction."""
     one = around(0.068, sd=0.01)
-    assert within(one, MARGIN).status == "refuted"
+    assert judge_within(one, MARGIN).status == "refuted"
     many = np.hstack([one, around(*[0.0] * 9, seed=1)])
-    found = within(many, MARGIN)
+    found = judge_within(many, MARGIN)
     assert (found.status, found.contrast) == ("inconclusive", 0)
-    assert within(np.hstack([around(0.2, sd=0.01), many[:, 1:]]), MARGIN).level == pytest.approx(1 - 0.05 / 10)
+    assert judge_within(np.hstack([around(0.2, sd=0.01), many[:, 1:]]), MARGIN).level == pytest.approx(1 - 0.05 / 10)
 
 
 @given(st.lists(st.floats(-0.2, 0.2), min_size=2, max_size=8), st.floats(0.001, 0.1), st.integers(1, 30))
 def test_never_both_above_and_within(values, limit, family):
     """With one limit, no contrast is supported both as larger and as within."""
     contrasts = np.array(values)
-    up, down, equal = beyond(contrasts, limit, family=family), beyond(-contrasts, limit), within(contrasts, limit)
+    up, down, equal = (
+        judge_above(contrasts, limit, family=family),
+        judge_above(-contrasts, limit),
+        judge_within(contrasts, limit),
+    )
     assert [up.status, down.status, equal.status].count("supported") <= 1
     if equal.status == "supported":
         assert up.status == "refuted"
@@ -117,8 +121,8 @@ def test_never_both_above_and_within(values, limit, family):
 
 @pytest.mark.parametrize(
     ("statement", "mean", "false"),
-    [(beyond, TOLERANCE, "supported"), (beyond, TOLERANCE, "refuted"), (within, TOLERANCE, "supported"),
-     (within, TOLERANCE, "refuted")],
+    [(judge_above, TOLERANCE, "supported"), (judge_above, TOLERANCE, "refuted"), (judge_within, TOLERANCE, "supported"),
+     (judge_within, TOLERANCE, "refuted")],
 )  # fmt: skip
 def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
     """With the truth exactly at the limit, each assertion is made in at most 5 % of runs."""
@@ -136,16 +140,16 @@ def test_false_statements_at_the_limit_keep_their_rate(statement, mean, false):
 def test_invalid_contrasts_are_refused(contrasts, words):
     """One replicate, no contrast and a value that is not a number are refused."""
     with pytest.raises(ValueError, match=words):
-        beyond(contrasts, MARGIN)
+        judge_above(contrasts, MARGIN)
 
 
 @pytest.mark.parametrize(
     ("statement", "mean", "limit", "decided"),
     [
-        (beyond, 0.014, TOLERANCE, "supported"),
-        (beyond, 0.006, TOLERANCE, "refuted"),
-        (within, 0.040, MARGIN, "supported"),
-        (within, 0.060, MARGIN, "refuted"),
+        (judge_above, 0.014, TOLERANCE, "supported"),
+        (judge_above, 0.006, TOLERANCE, "refuted"),
+        (judge_within, 0.040, MARGIN, "supported"),
+        (judge_within, 0.060, MARGIN, "refuted"),
     ],
 )
 def test_an_undecided_statement_has_the_replicates_it_needs(statement, mean, limit, decided):
@@ -160,9 +164,9 @@ def test_an_undecided_statement_has_the_replicates_it_needs(statement, mean, lim
 
 def test_decided_statements_and_those_at_the_limit_have_no_number():
     """More replicates change neither."""
-    assert beyond(around(0.3), TOLERANCE).replicates_needed is None
-    assert within(around(0.0), MARGIN).replicates_needed is None
-    assert beyond(np.array([[0.5], [-0.5]]), 0.0).replicates_needed is None
+    assert judge_above(around(0.3), TOLERANCE).replicates_needed is None
+    assert judge_within(around(0.0), MARGIN).replicates_needed is None
+    assert judge_above(np.array([[0.5], [-0.5]]), 0.0).replicates_needed is None
 
 
 ALPHAS = (16.0, 32.0, 64.0, 128.0, 256.0)
@@ -195,8 +199,8 @@ def test_levels_that_do_not_form_an_axis_are_refused(levels, scale, words):
 def test_the_size_of_scatter_around_zero_is_small():
     """A change without a direction has a size near zero; a decrease has the same size as an increase."""
     scatter = np.random.default_rng(2).normal(0, 1, 1000)
-    assert abs(sizes(scatter).mean()) < 0.1 < np.abs(scatter).mean()
-    assert sizes(np.array([-0.3, -0.1])).tolist() == [0.3, 0.1]
+    assert abs(change_magnitudes(scatter).mean()) < 0.1 < np.abs(scatter).mean()
+    assert change_magnitudes(np.array([-0.3, -0.1])).tolist() == [0.3, 0.1]
 
 
 def blocks(noise, replicates=5, points=40):

@@ -22,7 +22,7 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.base_model import evaluating, unpack_4bit
+from lorameter.trial.building.base_model import evaluation_mode, unpack_4bit
 from lorameter.trial.building.build import SharedBase, build
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
@@ -84,7 +84,7 @@ def test_a_step_equals_a_plain_loop(tokens):
 def test_gradient_accumulation_takes_that_many_batches(tokens):
     """With accumulation of two, a step consumes two batches and reports their mean loss."""
     trainee, stream, step = setting(dataclasses.replace(PLAIN, gradient_accumulation=2), tokens)
-    with evaluating(trainee.model):
+    with evaluation_mode(trainee.model):
         each = [float(step.loss(stream.take())) for _ in range(2)]
     stream.restore((0, 0, 0))
     assert float(step()) == pytest.approx(sum(each) / 2, rel=1e-5)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorameter.records.metrics import METRICS, samples_of
+from lorameter.records.metrics import METRICS, get_samples
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.studies.protocol import Protocol
@@ -82,7 +82,7 @@ def record_of(trial, *commands):
 
 
 def metrics_of(record):
-    return {metric for metric in METRICS if samples_of(record, metric)}
+    return {metric for metric in METRICS if get_samples(record, metric)}
 
 
 def test_a_trial_that_takes_turns_has_times_and_losses(trial):
@@ -105,10 +105,12 @@ def test_a_request_until_eos_is_timed_and_recorded(trial):
     """Each request until EOS records its time, token count and answer, with and without the adapter."""
     running = trial("steps", "requests", "open_ended")
     record = record_of(running, *TRAIN, "begin_generate", "request", "open_ended", "open_ended", "base_answers")
-    times, counts = samples_of(record, "open_ended_request_time_s"), samples_of(record, "open_ended_tokens")
+    times, counts = get_samples(record, "open_ended_request_time_s"), get_samples(record, "open_ended_tokens")
     assert len(times) == len(counts) == 2
     assert [len(record.tokens[f"answer_{index}"]) for index in (0, 1)] == list(counts)
-    assert samples_of(record, "open_ended_time_per_token_s") == tuple(a / b for a, b in zip(times, counts, strict=True))
+    assert get_samples(record, "open_ended_time_per_token_s") == tuple(
+        a / b for a, b in zip(times, counts, strict=True)
+    )
     assert {key for key in record.tokens if key.startswith("base_answer_")} == {"base_answer_0", "base_answer_1"}
 
 
@@ -155,7 +157,7 @@ def test_an_isolated_trial_has_peaks_and_first_times(trial):
         "first_step_time_s", "first_call_time_s", "merged_request_time_s", "merged_first_token_time_s",
         "merged_time_per_output_token_s",
     }  # fmt: skip
-    assert samples_of(record, "timed_loss") == ()
+    assert get_samples(record, "timed_loss") == ()
     assert {"held_out_loss", "held_out_loss_initial"}.isdisjoint(record.values)
 
 

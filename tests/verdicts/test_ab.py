@@ -14,7 +14,7 @@ from lorameter.errors import UsageError
 from lorameter.records import codec, store
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, RunWriter
-from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.ab import attribute_difference, build_report
 from lorameter.verdicts.series import compare_base_to_itself
 
 TURNS = 30
@@ -136,7 +136,7 @@ def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
     """Equivalent verdicts become inconclusive (3), and the reason names the control; memory peaks keep their
     verdicts."""
     run = write_ab({"plain": 1.0, "nf4": 1.0}, control=alternating(0.1))
-    found = report_of(run)
+    found = build_report(run)
     assert found.control["train"].verdict == "inconclusive"
     assert set(verdicts_of(found).values()) == {"inconclusive"}
     assert "base against itself" in found.comparisons[0].reason
@@ -149,7 +149,7 @@ def test_an_inconclusive_control_forbids_equivalent(write_ab, report):
 def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, report):
     """For any candidate the exit code is 4, and there is no ratio."""
     run = write_ab({"plain": 1.5, "nf4": 1.0}, control=1.1)
-    found = report_of(run)
+    found = build_report(run)
     assert compare_base_to_itself(run.records, run.manifest.phases)["train"].verdict == "regressed"
     assert {row.verdict for row in found.comparisons} == {"invalid"}
     assert all(row.ratio is None and "control regressed" in row.reason for row in found.comparisons)
@@ -182,7 +182,7 @@ def test_a_faulty_trial_makes_only_its_variant_invalid(write_ab, report, side, f
     def change(record):
         return fault(record) if record.trial == f"r2-nf4-{side}" else record
 
-    found = report_of(write_ab({"plain": 1.2, "nf4": 1.0}, change=change))
+    found = build_report(write_ab({"plain": 1.2, "nf4": 1.0}, change=change))
     assert verdicts_of(found) == {"plain": "regressed", "nf4": "invalid"}
     assert words in next(row.reason for row in found.comparisons if row.variant == "nf4")
     assert report("--json")[0] == 4
@@ -198,7 +198,7 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
         return record.replaced(status="timeout", samples={}) if record.trial == "r1-plain-base-control" else record
 
     for change, message in ((without, "was not measured"), (died, "r1-plain-base-control of the control is timeout")):
-        found = report_of(write_ab({"plain": 1.0, "nf4": 1.0}, change=change))
+        found = build_report(write_ab({"plain": 1.0, "nf4": 1.0}, change=change))
         assert {row.verdict for row in found.comparisons} == {"invalid"}
         assert message in found.comparisons[0].reason
 
@@ -206,7 +206,7 @@ def test_a_control_that_was_not_measured_or_died_makes_the_run_invalid(write_ab)
 def test_a_run_without_sides_is_refused(write_run, tmp_path):
     """The error names the command that compares two runs."""
     run = store.read_run(str(write_run("a", {"plain": [0.1, 0.1], "nf4": [0.2, 0.2]})), tmp_path / "runs")
-    for read in (report_of, attribution_of):
+    for read in (build_report, attribute_difference):
         with pytest.raises(UsageError, match=r"run a: it has no sides.*lorameter compare"):
             read(run)
 
@@ -232,7 +232,7 @@ def test_trials_are_paired_turn_by_turn(write_ab):
         times = tuple(step * factor * (1 + record.replicate / 1000) for step in steps)
         return record.replaced(samples=record.samples | {"step_time_s": times})
 
-    row = report_of(write_ab({"plain": 1.0}, change=bimodal, replicates=9)).comparisons[0]
+    row = build_report(write_ab({"plain": 1.0}, change=bimodal, replicates=9)).comparisons[0]
     assert row.verdict == "regressed"
     assert 1.0299 < row.low <= 1.03 <= row.high < 1.0301
     assert "paired turn by turn" in row.reason
@@ -241,7 +241,7 @@ def test_trials_are_paired_turn_by_turn(write_ab):
 def test_every_phase_has_its_metric_and_its_control(write_ab):
     """A control that fails in one phase makes the run invalid; its intervals share the error rate over the phases."""
     run = write_ab({"plain": 1.0}, phases=("train", "generate"))
-    assert {row.metric for row in report_of(run).comparisons} == {
+    assert {row.metric for row in build_report(run).comparisons} == {
         "step_time_s", "request_time_s", "host_peak_train_bytes",
     }  # fmt: skip
     assert set(compare_base_to_itself(run.records, run.manifest.phases)) == {"train", "generate"}
@@ -252,7 +252,7 @@ def test_every_phase_has_its_metric_and_its_control(write_ab):
         slow = tuple(1.2 * time for time in record.samples["request_time_s"])
         return record.replaced(samples=record.samples | {"request_time_s": slow})
 
-    found = report_of(write_ab({"plain": 1.0}, phases=("train", "generate"), change=slow_requests))
+    found = build_report(write_ab({"plain": 1.0}, phases=("train", "generate"), change=slow_requests))
     assert {phase: result.verdict for phase, result in found.control.items()} == {
         "train": "equivalent", "generate": "regressed",
     }  # fmt: skip
@@ -275,7 +275,7 @@ def test_attribution_shows_which_part_moved(write_ab):
         return record.replaced(samples=record.samples | split, values={"new_tokens": 4.0})
 
     run = write_ab({"plain": 1.0}, phases=("train", "generate"), change=parts, noise=0.001)
-    ratios = {part.metric: part.ratio for part in attribution_of(run).parts}
+    ratios = {part.metric: part.ratio for part in attribute_difference(run).parts}
     assert ratios["first_token_time_s"] == pytest.approx(1.5, rel=0.01)
     assert ratios["time_per_output_token_s"] == pytest.approx(1.0, rel=0.01)
     assert {"step_time_s", "request_time_s"} <= set(ratios)

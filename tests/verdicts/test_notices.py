@@ -16,7 +16,7 @@ from lorameter.records import codec, store
 from lorameter.records.record import DISTURBED, Failure, TrialRecord
 from lorameter.studies.study import Study
 from lorameter.verdicts.compare import comparison_input
-from lorameter.verdicts.notices import notices_of
+from lorameter.verdicts.notices import collect_notices
 from lorameter.verdicts.validity import (
     MAX_FAULTS,
     Fault,
@@ -36,7 +36,7 @@ def notices(write_run, small_study, tmp_path):
     def of(change=lambda record: record, **run_changes):
         write_run("run", STEPS, change=change)
         run = dataclasses.replace(store.read_run("run", tmp_path / "runs"), **run_changes)
-        return {notice.code: notice for notice in notices_of(run, small_study, {})}
+        return {notice.code: notice for notice in collect_notices(run, small_study, {})}
 
     return of
 

@@ -21,10 +21,10 @@ from lorameter.verdicts.same_training import (
     compare_losses,
     describe_threads,
     differing_versions,
-    facts_of,
+    library_versions,
     sameness_notices,
     sides_of_run,
-    versions_of,
+    training_facts,
 )
 
 LOSSES = (3.0, 2.7, 2.5, 2.4, 2.3, 2.2)
@@ -192,11 +192,11 @@ def test_reported_versions_take_precedence():
     """Package names are normalised; a package that is not reported is not installed, whatever the other interpreter
     has."""
     records = [reporting(4.0, python="3.12.1", torch="2.14.0", cuda="12.8", liger_kernel="0.8.5")]
-    found = versions_of(STATED, records)
+    found = library_versions(STATED, records)
     assert found == {
         "python": "3.12.1", "torch": "2.14.0", "flash-attn": None, "liger_kernel": "0.8.5", "cuda": "12.8",
     }  # fmt: skip
-    facts = facts_of(STATED, records)
+    facts = training_facts(STATED, records)
     assert (facts["python"], facts["cuda"], facts["device"]) == ("3.12.1", "12.8", "cpu")
     assert facts["libraries"] == {"torch": "2.14.0", "flash-attn": None}
     assert describe_threads(STATED, records) == "4 threads"

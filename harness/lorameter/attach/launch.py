@@ -79,7 +79,7 @@ def child_environment(
     return {**inherited, "PYTHONPATH": path, ENV_FOLLOWER: follower, **variables}
 
 
-def address(name: str) -> str:
+def socket_address(name: str) -> str:
     """The address of a Linux abstract socket, which begins with a byte that no variable can contain."""
     return "\0" + name.removeprefix("@")
 

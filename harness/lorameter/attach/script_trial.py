@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 
 from lorameter import wire
-from lorameter.attach.launch import SOCKET, address
+from lorameter.attach.launch import SOCKET, socket_address
 from lorameter.attach.measures import (
     Peaks,
     complete_columns,
@@ -258,7 +258,7 @@ def _judge_losses(record: PartialRecord, readings: list[StepReading]) -> Partial
 
 def _connect() -> Connection:
     try:
-        connection = Client(address(os.environ[SOCKET]), "AF_UNIX")
+        connection = Client(socket_address(os.environ[SOCKET]), "AF_UNIX")
     except (OSError, KeyError):
         os._exit(EXIT_ORPHAN)
     cpus = os.sched_getaffinity(0)

@@ -46,7 +46,7 @@ from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec, store
 from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord, WorkerInfo, find_unmet
 from lorameter.records.store import Manifest, RunWriter
-from lorameter.records.trials import STEPS, Step, step_line_of
+from lorameter.records.trials import STEPS, Step, encode_step
 from lorameter.records.units import format_bytes, format_count
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_words
@@ -73,7 +73,7 @@ class RunFile:
             raise NotFollowedError("another process of this command is followed") from None
         self.path = path
         self._held = contextlib.ExitStack()
-        self._held.enter_context(store.writing(path))
+        self._held.enter_context(store.lock_run(path))
         self.study = study_of(read_command(), dict(requirements))
         (self._variant,) = self.study.variants
         self._begun_s, self._begun_unix_s = time.monotonic(), time.time()
@@ -231,7 +231,7 @@ class Writer:
             self._checks = tuple(codec.to_json(check) for check in reading.checks)
         was_warm = self._samples.warm
         columns = self._samples.add(reading)
-        self._file.steps.write(step_line_of(Step(samples=columns, **self._so_far())))
+        self._file.steps.write(encode_step(Step(samples=columns, **self._so_far())))
         if self._samples.warm and (not was_warm or self._watch_again(reading)):
             return ObserverReply(watch=self._require)
         if not was_warm:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES
 from lorameter.commands.output import print_result, show_result
-from lorameter.commands.run import find_interrupted, measure_study, override, plan_study, resume
+from lorameter.commands.run import apply_overrides, find_interrupted, measure_study, plan_study, resume
 from lorameter.errors import (
     EXIT_INCONCLUSIVE,
     EXIT_INVALID,
@@ -23,8 +23,8 @@ from lorameter.records.record import SIDES
 from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection
 from lorameter.report.estimate import describe_calibration
-from lorameter.run.bisect import bisect, find_measured, list_steps
-from lorameter.run.resume import is_calibration, study_of
+from lorameter.run.bisect import bisect, find_earlier_run, list_steps
+from lorameter.run.resume import is_calibration, read_study_of_run
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import name_side, present_sides
@@ -32,9 +32,9 @@ from lorameter.stats import Comparison
 from lorameter.studies.protocol import HERE, format_on
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
-from lorameter.verdicts.ab import report_of
+from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.calibrate import INJECTED as INJECTED_SHARE
-from lorameter.verdicts.calibrate import MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for
+from lorameter.verdicts.calibrate import MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for_slowdown
 from lorameter.verdicts.series import compare_series, group_trials, is_difference, verdict_only
 
 
@@ -53,7 +53,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         if rows is None:
             pilot = study.with_protocol(replicates=3)
             ratios = [_measure_pilot(pilot, variant, count, placement, options) for count in PILOT_ROWS]
-            rows = rows_for(INJECTED_SHARE, *ratios)
+            rows = rows_for_slowdown(INJECTED_SHARE, *ratios)
         return _show_calibration(_measure_injected(study, variant, rows, placement, options), options)
 
 
@@ -64,7 +64,7 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
         f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them.",
     )
     study = load_study(options.study or CALIBRATED_STUDY, device=open_executor().machine().kind)
-    study = override(study, options, replicates=CALIBRATION_REPLICATES)
+    study = apply_overrides(study, options, replicates=CALIBRATION_REPLICATES)
     require(
         not study.protocol.mixed,
         f"study {study.name}: mixed: a calibration needs machines of one kind. Remove the key.",
@@ -106,7 +106,7 @@ def _resume_calibration(options: argparse.Namespace) -> int:
     name = run.manifest.run
     require(is_calibration(run.manifest), f"run {name} is not a calibration. Use: lorameter run --resume {name}")
     require(
-        study_of(run).protocol.replicates >= MIN_TO_CALIBRATE,
+        read_study_of_run(run).protocol.replicates >= MIN_TO_CALIBRATE,
         f"run {name} determined the slow-down of a calibration, but is not a calibration. Start a new one.",
     )
     return _show_calibration(resume(find_interrupted(options), options), options)
@@ -121,7 +121,7 @@ def _require_whole(run: Run, then: str) -> None:
 def _show_calibration(run: Run, options: argparse.Namespace) -> int:
     """Print the rates of the gate from this run; the exit code says whether identical code was measured as equal."""
     _require_whole(run, f"resume: lorameter calibrate --resume {run.manifest.run}")
-    result = calibrate(run, study_of(run).variant(run.manifest.selection[0]))
+    result = calibrate(run, read_study_of_run(run).variant(run.manifest.selection[0]))
     rows = run.manifest.sides["candidate"]["slowdown_rows"]
     show_result(options, describe_calibration(result, rows), lambda: {"calibration": result, "inject_rows": rows})
     return EXIT_INVALID if is_difference(result.identical) else EXIT_PASS  # identical code
@@ -134,7 +134,7 @@ def run_bisect(options: argparse.Namespace) -> int:
         f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.",
     )
     study = load_study(options.study, device=open_executor().machine().kind)
-    study = override(study, options, effort="standard")
+    study = apply_overrides(study, options, effort="standard")
     require(
         not study.of_scripts, f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`."
     )
@@ -156,7 +156,7 @@ def run_bisect(options: argparse.Namespace) -> int:
             raise InvalidRunError(
                 f"run {run.manifest.run} was stopped, and the search with it; the finished comparisons are kept."
             )
-        compared = report_of(run, metrics=[options.metric]).comparisons
+        compared = build_report(run, metrics=[options.metric]).comparisons
         return compared[0] if compared else verdict_only("invalid", f"run {run.manifest.run}: no value")
 
     bisection = bisect(candidates, compare, replicates=study.protocol.replicates)
@@ -176,6 +176,6 @@ def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: 
     }
     if options.resume:
         plan, _ = plan_study(study, placement, runs, **planned)
-        if (earlier := find_measured(plan, runs)) is not None:
+        if (earlier := find_earlier_run(plan, runs)) is not None:
             return earlier
     return measure_study(study, placement, options, **planned)

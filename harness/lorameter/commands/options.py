@@ -65,7 +65,7 @@ def argument(*names: str, **settings: Any) -> Argument:
     return names, settings
 
 
-def shared(*names: str, prefix: str = "--") -> tuple[Argument, ...]:
+def shared_options(*names: str, prefix: str = "--") -> tuple[Argument, ...]:
     """Options shared by several commands; pytest uses another prefix."""
     return tuple(((f"{prefix}{name}",), SHARED[name] | {"help": SHARED[name]["help"].format(prefix=prefix)})
                  for name in names)  # fmt: skip

@@ -19,7 +19,7 @@ from lorameter.records import codec
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.report.blocks import Document, Span, to_line
 from lorameter.report.html.page import save_html, write_html
-from lorameter.report.render_markdown import SUMMARY_BYTES, markdown_of
+from lorameter.report.render_markdown import SUMMARY_BYTES, to_markdown
 from lorameter.report.terminal import console_for, show
 
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -80,7 +80,7 @@ def show_result(
     if form == "json":
         print_json(data())
     elif form == "markdown":
-        sys.stdout.write(markdown_of(document))
+        sys.stdout.write(to_markdown(document))
     elif form == "github":
         sys.stdout.write(annotations())
         sys.stdout.flush()
@@ -106,7 +106,7 @@ def _add_to_summary(document: Document) -> None:
         translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
         Path(summary).open("a", encoding="utf-8") as file,
     ):
-        file.write(markdown_of(document, most=SUMMARY_BYTES // 4))
+        file.write(to_markdown(document, most=SUMMARY_BYTES // 4))
 
 
 def print_json(document: dict[str, Any]) -> None:

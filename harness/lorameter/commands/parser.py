@@ -7,7 +7,7 @@ import difflib
 from typing import Any, NoReturn
 
 from kernels_check.terminal import SafeParser
-from lorameter.commands.options import add_arguments, shared
+from lorameter.commands.options import add_arguments, shared_options
 from lorameter.commands.table import COMMANDS
 from lorameter.errors import redact
 
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_arguments(parser.add_argument, command.arguments)
         if command.has_json:
             parser.add_argument("--json", action="store_true", help="print only one JSON document, on stdout")
-        add_arguments(parser.add_argument, shared("runs-dir"))
+        add_arguments(parser.add_argument, shared_options("runs-dir"))
         parser.set_defaults(calls=command.calls)
     return top
 

@@ -26,9 +26,9 @@ from lorameter.parity import (
     with_prompts,
 )
 from lorameter.profile import accounting
-from lorameter.profile.evidence import evidence_of, evidence_of_requests
+from lorameter.profile.evidence import evidence_of_requests, gather_evidence
 from lorameter.profile.measure import profile_requests, profile_variant
-from lorameter.profile.remedy import RemedyResult, choose_finding, judge_remedy, make_pair, phase_of
+from lorameter.profile.remedy import RemedyResult, choose_finding, finding_phase, judge_remedy, make_pair
 from lorameter.profile.rules import REQUEST_RULES, RULES, Finding, diagnose, diagnose_requests
 from lorameter.records import codec, store
 from lorameter.report.blocks import Document, to_line
@@ -84,7 +84,7 @@ def run_profile(options: argparse.Namespace) -> int:
 
 def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> RemedyResult:
     """Measure the current variant and the suggested one, like any two variants."""
-    pair, phases = make_pair(study, variant, finding), (phase_of(finding),)
+    pair, phases = make_pair(study, variant, finding), (finding_phase(finding),)
     return judge_remedy(measure_study(pair, Placement(), options, phases=phases), finding)
 
 
@@ -95,8 +95,8 @@ _ProfileResult = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
 def _profile_step(*trial: Any, **where: Any) -> _ProfileResult:
     profile, folder = profile_variant(*trial, **where)
     step = accounting.step_account(profile)
-    tokens, ceilings = accounting.token_shares(profile), accounting.ceilings(profile, step.step)
-    findings = diagnose(evidence_of(profile, step, tokens, ceilings))
+    tokens, ceilings = accounting.token_shares(profile), accounting.compute_ceilings(profile, step.step)
+    findings = diagnose(gather_evidence(profile, step, tokens, ceilings))
     document = {
         "step": codec.to_json(step) | {"explained": step.explained},
         "categories_s": accounting.categories_s(profile, step),

@@ -19,11 +19,11 @@ from lorameter.commands.output import check_page, save_page
 from lorameter.commands.parser import build_parser
 from lorameter.commands.report import page_of_run
 from lorameter.commands.run import (
+    apply_overrides,
     find_interrupted,
     forecast_study,
     load_requested_study,
     measure_study,
-    override,
     resume,
 )
 from lorameter.errors import LorameterError, redact, require
@@ -35,9 +35,9 @@ from lorameter.records.store import Run
 from lorameter.report.blocks import Document
 from lorameter.report.comparison import describe_gate
 from lorameter.report.run import describe_run
-from lorameter.report.run_view import view_of
-from lorameter.report.terminal import PIPED_WIDTH, text_of
-from lorameter.run.resume import study_of
+from lorameter.report.run_view import make_run_view
+from lorameter.report.terminal import PIPED_WIDTH, render_text
+from lorameter.run.resume import read_study_of_run
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
@@ -47,7 +47,7 @@ from lorameter.verdicts.compare import (
     ComparisonInput,
     compare,
     comparison_input,
-    disagreement,
+    describe_differences,
     session_differences,
 )
 from lorameter.verdicts.gate import WORD, GateResult, judge, load_policy, read_base
@@ -130,8 +130,8 @@ class Session:
     def _load_study(self, device: str) -> Study:
         options = self._options
         if self._interrupted is not None:
-            return study_of(self._interrupted).with_overrides(on=options.on, sites=options.sites)
-        return override(load_requested_study(options, device), options)
+            return read_study_of_run(self._interrupted).with_overrides(on=options.on, sites=options.sites)
+        return apply_overrides(load_requested_study(options, device), options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -220,7 +220,7 @@ class Session:
         differences = session_differences(base, study, facts)
         require(
             not differences,
-            f"--lorameter-base: {base.name} is not comparable: {disagreement(differences, force=False)}.",
+            f"--lorameter-base: {base.name} is not comparable: {describe_differences(differences, force=False)}.",
         )
 
     @pytest.fixture
@@ -290,7 +290,7 @@ class Session:
             terminalreporter.write_line(f"lorameter: {self._idle}")
         if self._run is None:
             return
-        view = view_of(self._run)
+        view = make_run_view(self._run)
         report = describe_run(view)
         _show(terminalreporter, "lorameter", report)
         with usage_errors():
@@ -346,7 +346,7 @@ def _show(reporter: pytest.TerminalReporter, title: str, document: Document) -> 
     width = screen.fullwidth if screen.hasmarkup else PIPED_WIDTH
     verbose = reporter.config.option.verbose > 0
     reporter.section(title)
-    reporter.write(text_of(document, width=width, coloured=screen.hasmarkup, verbose=verbose))
+    reporter.write(render_text(document, width=width, coloured=screen.hasmarkup, verbose=verbose))
 
 
 def _nothing() -> None:

@@ -110,7 +110,7 @@ def _example_of(module: types.ModuleType) -> str:
 
 def _keys_of(cls: type) -> str:
     """The table of a class: each key with its values, its default and its description."""
-    texts, hints = documents_of(cls), typing.get_type_hints(cls)
+    texts, hints = field_docstrings(cls), typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     names: Iterable[str] = fields
     if issubclass(cls, AnyVariant):
@@ -122,7 +122,7 @@ def _keys_of(cls: type) -> str:
     return _table(("key", "value", "default"), rows)
 
 
-def documents_of(cls: type) -> dict[str, str]:
+def field_docstrings(cls: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, including inherited fields."""
     bases = [base for base in reversed(cls.__mro__) if base.__module__.startswith("lorameter")]
     return {name: text for base in bases for name, text in texts_below(inspect.getsource(base)).items()}

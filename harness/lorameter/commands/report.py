@@ -28,18 +28,18 @@ from lorameter.report.figures import figures_of_run
 from lorameter.report.parity import describe_samples, read_samples
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
-from lorameter.report.run_view import ReportFilter, RunView, phase_of, view_of
+from lorameter.report.run_view import ReportFilter, RunView, make_run_view, metric_phase
 from lorameter.verdicts import claims
-from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.ab import attribute_difference, build_report
 from lorameter.verdicts.compare import (
     ComparisonInput,
     ComparisonReport,
     ComparisonRow,
     check_patterns,
     compare,
-    document,
+    comparison_document,
     exit_code,
-    matching,
+    match_patterns,
 )
 from lorameter.verdicts.gate import accept, gate_document, judge, load_policy, read_base, read_comparand, stored_policy
 from lorameter.verdicts.sites import is_mixed
@@ -51,7 +51,7 @@ def run_report(options: argparse.Namespace) -> int:
     gc.freeze()  # everything read is needed to the end, and garbage collection of a large run takes seconds
     if run.manifest.sides:
         return show_ab(run, options, keep=_filter_of(options, run))
-    view = view_of(
+    view = make_run_view(
         run,
         ReportFilter(
             metrics=tuple(options.metric),
@@ -109,14 +109,14 @@ def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow
         "itself. Leave it out.",
     )
     check_patterns("variant", names, options.variant)
-    variants = matching(names, options.variant or ["*"])
+    variants = match_patterns(names, options.variant or ["*"])
     for phase in options.phase:
         require(
             phase in run.manifest.phases,
             f"phase {phase!r}: run {run.manifest.run} has {', '.join(run.manifest.phases)}.",
         )
     phases = options.phase or run.manifest.phases
-    return lambda row: row.variant in variants and phase_of(row.metric) in phases
+    return lambda row: row.variant in variants and metric_phase(row.metric) in phases
 
 
 def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[ComparisonRow], bool] = lambda row: True) -> int:
@@ -131,11 +131,11 @@ def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[Comparison
     given = vars(options)
     policy = load_policy(given["policy"]) if given.get("policy") else stored_policy(run)
     policy = dataclasses.replace(policy, metrics=tuple(given.get("metric", ())) or policy.metrics)
-    report = report_of(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
+    report = build_report(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
     result = judge(report, policy)
     shown = msgspec.structs.replace(report, comparisons=tuple(filter(keep, report.comparisons)))
     result = dataclasses.replace(result, report=shown)
-    attribution, manifest = attribution_of(run), run.manifest
+    attribution, manifest = attribute_difference(run), run.manifest
     about = {"run": manifest.run, "path": str(run.path), "interleaving": manifest.interleaving}
     show_result(
         options,
@@ -170,7 +170,7 @@ def run_compare(options: argparse.Namespace) -> int:
     show_result(
         options,
         describe_comparison(report),
-        lambda: document(report),
+        lambda: comparison_document(report),
         annotations=lambda: comparison_annotations(report),
         page=lambda: _page_of_comparison(report),
     )

@@ -28,7 +28,7 @@ from lorameter.report.estimate import describe_plan
 from lorameter.report.live import LiveDisplay
 from lorameter.report.phrases import warn_before_run
 from lorameter.report.run import describe_run, encode_spending
-from lorameter.report.run_view import RunView, view_of
+from lorameter.report.run_view import RunView, make_run_view
 from lorameter.report.terminal import console_for, show
 from lorameter.run.build_plan import build_plan
 from lorameter.run.feasibility import NOT_HERE
@@ -36,7 +36,7 @@ from lorameter.run.forecast import forecast
 from lorameter.run.forecast_time import Forecast
 from lorameter.run.measure import measure
 from lorameter.run.plan import AB_PHASES, Plan
-from lorameter.run.resume import is_finished, plan_rest, study_of
+from lorameter.run.resume import is_finished, plan_rest, read_study_of_run
 from lorameter.run.runner import find_unfinished
 from lorameter.run.sites.driver import read_broken_off
 from lorameter.run.sites.placement import Placement, open_placement
@@ -58,7 +58,7 @@ ON_RESUME = frozenset(
 """Options that are allowed with --resume; the run holds its study and plan."""
 
 
-def override(
+def apply_overrides(
     study: Study, options: argparse.Namespace, *, effort: str | None = None, replicates: int | None = None
 ) -> Study:
     """The study with the options' changes; `effort` or `replicates` apply if the options set no precision.
@@ -181,7 +181,7 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
     Raises:
         UsageError, InvalidRunError: the run cannot be resumed here.
     """
-    name, study = run.manifest.run, study_of(run)
+    name, study = run.manifest.run, read_study_of_run(run)
     if is_finished(run):
         print_stderr(f"run {name} is complete: nothing is left to be measured.")
         return run
@@ -204,8 +204,8 @@ def run_study(options: argparse.Namespace) -> int:
         options.study or options.peft_experiments is not None,
         "run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.",
     )
-    with open_placement(override(load_requested_study(options), options), options.runs_dir) as placement:
-        study = override(load_requested_study(options, placement.machine.kind), options)
+    with open_placement(apply_overrides(load_requested_study(options), options), options.runs_dir) as placement:
+        study = apply_overrides(load_requested_study(options, placement.machine.kind), options)
         planned: dict[str, Any] = {
             "select": options.variant,
             "phases": options.phase or study.protocol.phases,
@@ -260,7 +260,7 @@ def _show(run: Run, options: argparse.Namespace) -> int:
     """Print the report of a run, in the same way as its command."""
     if run.manifest.sides:
         return show_ab(run, options)
-    view = view_of(run)
+    view = make_run_view(run)
     if options.json:
         show(warn_before_run(view.notices), console_for(stderr=True))
     return show_run(view, options, lambda: _encode(view))
@@ -302,7 +302,7 @@ def run_ab(options: argparse.Namespace) -> int:
             getattr(options, name) is not None,
             f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.",
         )
-    study = override(of_commands or load_study(options.study), options, effort="standard")
+    study = apply_overrides(of_commands or load_study(options.study), options, effort="standard")
     if needs_sides:  # before a job waits in a queue
         words = {"base": options.base, "candidate": options.candidate}
         sides = name_sides(words, Path.cwd(), study.protocol, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
@@ -310,7 +310,7 @@ def run_ab(options: argparse.Namespace) -> int:
         sides = command_sides(study.scripts[0].command, options.candidate_command)
     with open_placement(study, options.runs_dir) as placement:
         loaded = of_commands or load_study(options.study, device=placement.machine.kind)
-        study = override(loaded, options, effort="standard")
+        study = apply_overrides(loaded, options, effort="standard")
         planned: dict[str, Any] = {
             "select": options.variant,
             "sides": sides,
@@ -377,7 +377,7 @@ def run_wrap(options: argparse.Namespace) -> int:
             invalid = finalize_run(path, code, folder, required=bool(required))
     if not options.no_report and (path / store.MANIFEST).is_file():
         with _report_errors():  # on standard error: standard output belongs to the command
-            show(describe_run(view_of(store.read_run(str(path), runs))), console_for(stderr=True))
+            show(describe_run(make_run_view(store.read_run(str(path), runs))), console_for(stderr=True))
     return code or (EXIT_INVALID if invalid and required else code)
 
 

@@ -17,13 +17,13 @@ from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.estimate import describe_sizes
 from lorameter.report.history import describe_history, describe_runs, figures_of_history, names_of
-from lorameter.results.export import DASHBOARDS, TABULAR, text_of, write_tables, write_text
-from lorameter.results.history import DEFAULT_METRIC, history_of, list_runs
+from lorameter.results.export import DASHBOARDS, TABULAR, export_text, write_tables, write_text
+from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import LoraVariant
-from lorameter.studies.workload import identify
+from lorameter.studies.workload import workload_variant_id
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def run_export(options: argparse.Namespace) -> int:
     if form in TABULAR and options.output:
         written = write_tables(run, form, Path(options.output), options.table)
     else:
-        text = text_of(run, form, table=options.table, metrics=options.metric)
+        text = export_text(run, form, table=options.table, metrics=options.metric)
         if not options.output:
             sys.stdout.writelines(map(escape_control_chars, text))
             return EXIT_PASS
@@ -55,7 +55,7 @@ def run_export(options: argparse.Namespace) -> int:
 def run_history(options: argparse.Namespace) -> int:
     """Print the history; a suspicion is not a verdict, so the exit code is that of a pass."""
     runs = store.runs_dir(options.runs_dir)
-    history = history_of(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
+    history = read_history(runs, options.metric or DEFAULT_METRIC, study=options.study, variant=options.variant)
     show_result(
         options,
         describe_history(history, every_run=options.runs),
@@ -129,7 +129,7 @@ def _rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
         changed = {key: codec.to_json(value) for key, value in variant.settings.items() if value != defaults.get(key)}
         own = {f"workload.{key}": value for key, value in study.workloads.get(variant.name, {}).items()}
         words = " ".join(f"{key}={value}" for key, value in (changed | own).items())
-        identity = identify(variant.id, study.own_workloads.get(variant.name))
+        identity = workload_variant_id(variant.id, study.own_workloads.get(variant.name))
         rows.append({"name": variant.name, "id": identity, "differs from the defaults in": words})
     return rows
 

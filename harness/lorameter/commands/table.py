@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES, Argument, argument, shared
+from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES, Argument, argument, shared_options
 
 EFFORTS = ("quick", "standard", "rigorous")
 PHASES = ("train", "generate", "cold")
@@ -17,8 +17,8 @@ STUDY = argument("study", metavar="STUDY", nargs="?", help="name of a built-in s
 VARIANT = argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
 RUN = argument("run", metavar="RUN", help="a run id or a run directory")
 CWD = "folder that the command is run in; default: this one"
-DEVICE = shared("replicates", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", "model", "data")
-SHOWN = shared("policy", "format", "markdown", "html", "verbose")
+DEVICE = shared_options("replicates", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", "model", "data")
+SHOWN = shared_options("policy", "format", "markdown", "html", "verbose")
 SIDES = (
     argument(
         "base",
@@ -60,12 +60,12 @@ COMMANDS = (
         arguments=(
             STUDY,
             argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates"),
-            *shared("replicates", "profile", "model", "data", "variant"),
+            *shared_options("replicates", "profile", "model", "data", "variant"),
             argument("--phase", choices=PHASES, action="append", default=[], help="only this; repeatable"),
             argument(
                 "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
             ),
-            *shared("precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy"),
+            *shared_options("precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy"),
             argument(
                 "--command",
                 dest="script",
@@ -85,7 +85,7 @@ COMMANDS = (
                 "--quality", action="store_true", help="train these experiments for all their steps; default: some tens"
             ),
             argument("--resume", metavar="RUN", help="resume an interrupted run, by its own study and plan"),
-            *shared("dry-run", "verbose"),
+            *shared_options("dry-run", "verbose"),
         ),
     ),
     Command(
@@ -111,7 +111,7 @@ COMMANDS = (
             argument("--resume", metavar="RUN", help="resume an interrupted A/B, by its own study and sides"),
             argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default 8"),
             *DEVICE,
-            *shared("precision", "mixed", "variant", "dry-run"),
+            *shared_options("precision", "mixed", "variant", "dry-run"),
             argument(
                 "--phase",
                 choices=PHASES,
@@ -174,7 +174,7 @@ COMMANDS = (
             argument("--metric", metavar="M", default="step_time_s", help="default: step_time_s"),
             argument("--variant", metavar="V", help="default: the reference of the study"),
             argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default 8"),
-            *shared("replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data"),
+            *shared_options("replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data"),
             argument("--resume", action="store_true", help="reuse finished comparisons in the runs directory"),
             argument("--dry-run", action="store_true", help="list the candidates; measure nothing"),
         ),
@@ -221,7 +221,7 @@ COMMANDS = (
         example="lorameter estimate lora-or-qlora:lora-r16 --model llama2-7b --gpu L4",
         arguments=(
             VARIANT,
-            *shared("profile"),
+            *shared_options("profile"),
             argument("--model", metavar="M", help="another model; its shape is enough, so random:M never loads"),
             argument("--data", metavar="FILE|ID", help="data of the earlier run to compare the estimate with"),
             argument(
@@ -253,7 +253,7 @@ COMMANDS = (
                 help="train: a step; generate: requests, prefill and decode, adapter unmerged and merged, and a cold "
                 "start",
             ),
-            *shared("profile", "model", "data"),
+            *shared_options("profile", "model", "data"),
             argument(
                 "--try",
                 dest="attempt",
@@ -271,7 +271,7 @@ COMMANDS = (
                 help="time limit: fewer timed steps or requests, and optional parts are left out; with --try half of "
                 "it is for the comparison",
             ),
-            *shared("html", "if-busy"),
+            *shared_options("html", "if-busy"),
         ),
     ),
     Command(
@@ -283,7 +283,7 @@ COMMANDS = (
         example="lorameter parity lora-or-qlora:qlora-nf4-r16 --prompts 32",
         arguments=(
             VARIANT,
-            *shared("profile", "model", "data"),
+            *shared_options("profile", "model", "data"),
             argument(
                 "--adapter",
                 metavar="DIR",
@@ -292,7 +292,7 @@ COMMANDS = (
             argument("--epochs", type=float, metavar="E", help="train for at least this many epochs"),
             argument("--prompts", type=int, metavar="N", help="number of held-out records; default: the study's"),
             argument("--verbose", action="store_true", help="show some of the answers that differ, and all notices"),
-            *shared("html", "if-busy"),
+            *shared_options("html", "if-busy"),
         ),
     ),
     Command(
@@ -302,7 +302,7 @@ COMMANDS = (
         example="lorameter report 20261120-101500-mine-3f2a --html report.html",
         arguments=(
             RUN,
-            *shared("metric"),
+            *shared_options("metric"),
             argument("--variant", metavar="V", action="append", default=[], help="only this one; repeatable"),
             argument("--phase", choices=PHASES, action="append", default=[], help="only this one; repeatable"),
             argument(
@@ -341,7 +341,7 @@ COMMANDS = (
         example="lorameter compare baseline 20261120-101500-mine-3f2a",
         arguments=(
             *SIDES,
-            *shared("metric"),
+            *shared_options("metric"),
             argument("--all-metrics", action="store_true", help="everything that was measured"),
             argument("--force", action="store_true", help="show ratios of sides that are not comparable"),
             *SHOWN,
@@ -353,7 +353,7 @@ COMMANDS = (
         help="pass or fail a comparison by a policy",
         description="Pass or fail a comparison by a policy file.",
         example="lorameter gate baseline 20261120-101500-mine-3f2a --format github",
-        arguments=(*SIDES, *shared("metric"), *SHOWN),
+        arguments=(*SIDES, *shared_options("metric"), *SHOWN),
     ),
     Command(
         name="accept",
@@ -384,7 +384,7 @@ COMMANDS = (
         example="lorameter claims 20261120-101500-mine-3f2a",
         arguments=(
             argument("run", metavar="RUN", help="a run id or a run directory; also of an unfinished run"),
-            *shared("format", "markdown", "html", "verbose"),
+            *shared_options("format", "markdown", "html", "verbose"),
         ),
     ),
     Command(
@@ -429,7 +429,7 @@ COMMANDS = (
             argument(
                 "--runs", action="store_true", help="also show one row per run, with its interval, commit and versions"
             ),
-            *shared("html"),
+            *shared_options("html"),
         ),
     ),
     Command(

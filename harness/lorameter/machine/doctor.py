@@ -23,7 +23,7 @@ from lorameter.machine.disturbances import CONTENDED, NOTICED, SHARED_INVALID_BY
 from lorameter.machine.host import CPU_TIME_GIVEN, MIN_REQUESTED_S, HostTelemetry, system_facts, withheld_share
 from lorameter.machine.nvml import PROTECTING, Neighbours, device_session, neighbours_of
 from lorameter.machine.provenance import Machine, library_version, probe_machine
-from lorameter.machine.reading import Reading, missing, unavailable
+from lorameter.machine.reading import Reading, missing_reading, unavailable
 from lorameter.models.costs.memory import bare_process_bytes
 from lorameter.records.units import format_bytes
 from lorameter.studies.workload import Workload
@@ -120,7 +120,7 @@ def _try_lock(folder: Path) -> Reading[bool]:
                 return Reading(value=True)
             return Reading(value=False)
     except OSError as error:
-        return missing(f"no lock can be tried in {folder}: {error.strerror}")
+        return missing_reading(f"no lock can be tried in {folder}: {error.strerror}")
 
 
 def _driver_error() -> str | None:
@@ -161,13 +161,13 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
     return (
         *packages(found),
         device(found),
-        memory(found),
+        check_memory(found),
         runs_folder(found),
-        *meters(found),
+        *check_counters(found),
         load(found),
         *waits(found),
-        *settings(found),
-        *limits(found),
+        *check_settings(found),
+        *check_limits(found),
         *gpu_settings(found),
     )
 
@@ -241,7 +241,7 @@ def device(found: Survey) -> DoctorCheck:
     return _check("runs", "device", words, grade, remedy)
 
 
-def memory(found: Survey) -> DoctorCheck:
+def check_memory(found: Survey) -> DoctorCheck:
     """Whether the process of one trial would fit into memory."""
     free, least = found.system["memory_available_bytes"], bare_process_bytes(found.machine.cuda)
     return _value(
@@ -266,7 +266,7 @@ def runs_folder(found: Survey) -> DoctorCheck:
 # --- what can be measured ---------------------------------------------------------------------------------------------
 
 
-def meters(found: Survey) -> list[DoctorCheck]:
+def check_counters(found: Survey) -> list[DoctorCheck]:
     """Counters that the kernel and the GPU provide."""
     counters = [
         ("pressure", found.host_missing.get("cpu_stall_s"), "Start the kernel with psi=1."),
@@ -343,7 +343,7 @@ def waits(found: Survey) -> list[DoctorCheck]:
     return checks
 
 
-def settings(found: Survey) -> list[DoctorCheck]:
+def check_settings(found: Survey) -> list[DoctorCheck]:
     """Settings that affect times."""
     system = found.system
     used = system["swap_used_bytes"].value or 0
@@ -389,7 +389,7 @@ def settings(found: Survey) -> list[DoctorCheck]:
     ]
 
 
-def limits(found: Survey) -> list[DoctorCheck]:
+def check_limits(found: Survey) -> list[DoctorCheck]:
     """Too many threads, quotas, and a container."""
     quota, container, threads = found.system["quota_cpus"].value, found.system["container"].value, Workload().threads
     usable = min(found.cpus, quota or found.cpus)

@@ -30,7 +30,7 @@ from typing import Any
 
 from lorameter.machine.nvml import device_session, has_own_pids
 from lorameter.machine.processes import holds_any
-from lorameter.machine.reading import Reading, increase, missing, read_file, unavailable
+from lorameter.machine.reading import Reading, counter_increase, missing_reading, read_file, unavailable
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel does not record pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
@@ -96,7 +96,7 @@ class HostTelemetry:
         last = host_counters(self._root)
         self._sums["watched_s"] += time.monotonic() - begun_s
         for name, reading in last.items():
-            grown = increase(first[name], reading)  # steal can decrease when a guest moves to another machine
+            grown = counter_increase(first[name], reading)  # steal can decrease when a guest moves to another machine
             if grown.value is None:
                 self.missing[name] = grown.reason
             else:
@@ -138,18 +138,18 @@ def _swapped_bytes(text: str) -> tuple[float, float]:
 def cpu_quota(root: Path) -> Reading[float]:
     """CPUs that the tightest limit allows, in CPU seconds per second; missing if there is no limit."""
     limits = [limit for folder in _cgroups(root) if (limit := _quota_of(folder)) is not None]
-    return Reading(value=min(limits)) if limits else missing("no cgroup limits the CPU time of this process")
+    return Reading(value=min(limits)) if limits else missing_reading("no cgroup limits the CPU time of this process")
 
 
 def _quota_times(root: Path) -> Reading[tuple[float, float]]:
     """Seconds of CPU time that the tightest quota withheld, and that its cgroup used, since the cgroup was created."""
     counting = [folder for folder in _cgroups(root) if (folder / "cpu.stat").is_file()]
     if not counting:
-        return missing(NO_QUOTA)
+        return missing_reading(NO_QUOTA)
     tightest = min(counting, key=lambda folder: _quota_of(folder) or float("inf"))
     fields = read_file(tightest / "cpu.stat", _fields, NO_QUOTA).value or {}
     if not {"throttled_usec", "usage_usec"} <= fields.keys():
-        return missing(NO_QUOTA)
+        return missing_reading(NO_QUOTA)
     return Reading(value=(fields["throttled_usec"] / 1e6, fields["usage_usec"] / 1e6))
 
 
@@ -302,7 +302,7 @@ def _turbo(root: Path) -> Reading[bool]:
 def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
     lists = (root / "sys/devices/system/node").glob("node[0-9]*/cpulist")
     used = [path for path in lists if read_file(path, lambda text: holds_any(text, cpus), "").value]
-    return Reading(value=len(used)) if used else missing("the kernel reports no memory nodes")
+    return Reading(value=len(used)) if used else missing_reading("the kernel reports no memory nodes")
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
@@ -321,7 +321,7 @@ def _container(root: Path) -> Reading[str]:
         return Reading(value=f"/{mark} is there")
     if has_own_pids(root / "proc"):
         return Reading(value="a PID namespace of its own")
-    return missing("nothing looks like a container")
+    return missing_reading("nothing looks like a container")
 
 
 def settings(*, gpu: bool, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

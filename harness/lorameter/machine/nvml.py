@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import format_error
-from lorameter.machine.reading import Reading, missing
+from lorameter.machine.reading import Reading, missing_reading
 from lorameter.records.units import format_bytes
 
 # --- which devices ----------------------------------------------------------------------------------------------------
@@ -72,18 +72,18 @@ def nvml_session() -> Iterator[Reading[Any]]:
         yield nvml
     finally:
         if nvml.value is not None:
-            ask(nvml.value, "nvmlShutdown")
+            call_nvml(nvml.value, "nvmlShutdown")
 
 
 def _initialise() -> Reading[Any]:
     try:
         import pynvml
     except Exception as error:  # not installed, a broken installation, or another package with this name
-        return missing(f"nvidia-ml-py cannot be imported: {format_error(error)}")
-    return ask(pynvml, "nvmlInit").then(lambda _: pynvml)
+        return missing_reading(f"nvidia-ml-py cannot be imported: {format_error(error)}")
+    return call_nvml(pynvml, "nvmlInit").then(lambda _: pynvml)
 
 
-def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
+def call_nvml(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
     """Call an NVML function; returns True if it returns nothing, and a missing value for an error. Text arguments with
     the prefix NVML_ are constants of the binding.
 
@@ -95,34 +95,34 @@ def ask(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any]
         found = getattr(nvml, function)(*values)
         return Reading(value=convert(True if found is None else found))
     except Exception as error:
-        return missing(f"{function}: {format_error(error)}")
+        return missing_reading(f"{function}: {format_error(error)}")
 
 
 def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
     """The device with this UUID, or the only device with this UUID prefix."""
-    whole = ask(nvml, "nvmlDeviceGetHandleByUUID", uuid)
+    whole = call_nvml(nvml, "nvmlDeviceGetHandleByUUID", uuid)
     if whole.known:
         return whole
-    handles = [handle_of(nvml, index).value for index in range(ask(nvml, "nvmlDeviceGetCount").value or 0)]
-    begins = [one for one in handles if (uuid_of(nvml, one).value or "").startswith(uuid)]
+    handles = [get_handle(nvml, index).value for index in range(call_nvml(nvml, "nvmlDeviceGetCount").value or 0)]
+    begins = [one for one in handles if (read_uuid(nvml, one).value or "").startswith(uuid)]
     if len(begins) == 1:
         return Reading(value=begins[0])
-    return missing(f"{len(begins)} devices have a UUID that begins with {uuid}" if begins else whole.reason)
+    return missing_reading(f"{len(begins)} devices have a UUID that begins with {uuid}" if begins else whole.reason)
 
 
-def uuid_of(nvml: Any, handle: Any) -> Reading[str]:
+def read_uuid(nvml: Any, handle: Any) -> Reading[str]:
     """The UUID of a device."""
-    return ask(nvml, "nvmlDeviceGetUUID", handle)
+    return call_nvml(nvml, "nvmlDeviceGetUUID", handle)
 
 
-def handle_of(nvml: Any, entry: int | str) -> Reading[Any]:
+def get_handle(nvml: Any, entry: int | str) -> Reading[Any]:
     """The device of an entry of CUDA_VISIBLE_DEVICES: a bus index, or a UUID."""
-    return by_uuid(nvml, entry) if isinstance(entry, str) else ask(nvml, "nvmlDeviceGetHandleByIndex", entry)
+    return by_uuid(nvml, entry) if isinstance(entry, str) else call_nvml(nvml, "nvmlDeviceGetHandleByIndex", entry)
 
 
-def board_of(nvml: Any, handle: Any) -> Reading[Any]:
+def read_board(nvml: Any, handle: Any) -> Reading[Any]:
     """The GPU of a MIG instance; missing for a whole GPU."""
-    return ask(nvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
+    return call_nvml(nvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
 
 
 # --- clocks -----------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class NvmlDevice:
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
         self._handle = handle
-        board = board_of(nvml, handle)
+        board = read_board(nvml, handle)
         self._board = handle if board.value is None else board.value  # clocks, power and heat are the whole GPU's
         self._mig = self._of_board("nvmlDeviceGetMigMode", convert=_current)
         self._slowdown_c = self._of_board(
@@ -174,7 +174,7 @@ class NvmlDevice:
 
     def close(self) -> None:
         """Close the device; other open devices are not affected."""
-        ask(self._nvml, "nvmlShutdown")
+        call_nvml(self._nvml, "nvmlShutdown")
 
     def memory(self) -> Reading[Any]:
         """Bytes `total`, `free` and `used`, which is the memory of processes and the display, without the driver's
@@ -189,7 +189,7 @@ class NvmlDevice:
     def energy_j(self) -> Reading[float]:
         """The energy counter, in joules since the driver was loaded."""
         if self.sliced:
-            return missing(SLICED)
+            return missing_reading(SLICED)
         return self._of_board("nvmlDeviceGetTotalEnergyConsumption", convert=_thousandth)
 
     def sample(self) -> dict[str, Reading[Any]]:
@@ -204,7 +204,7 @@ class NvmlDevice:
         temperature = self._of_board("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU", convert=float)
         return {
             "energy_j": energy,
-            "power_w": missing(SLICED)
+            "power_w": missing_reading(SLICED)
             if self.sliced
             else self._of_board("nvmlDeviceGetPowerUsage", convert=_thousandth),
             **self.clocks(),
@@ -228,8 +228,8 @@ class NvmlDevice:
         board = self._of_board
         return {
             "name": self._of_device("nvmlDeviceGetName"),
-            "uuid": uuid_of(self._nvml, self._handle),
-            "driver": ask(self._nvml, "nvmlSystemGetDriverVersion"),
+            "uuid": read_uuid(self._nvml, self._handle),
+            "driver": call_nvml(self._nvml, "nvmlSystemGetDriverVersion"),
             "power_limit_w": board("nvmlDeviceGetEnforcedPowerLimit", convert=_thousandth),
             "default_power_limit_w": board("nvmlDeviceGetPowerManagementDefaultLimit", convert=_thousandth),
             "max_sm_clock_hz": self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
@@ -262,10 +262,10 @@ class NvmlDevice:
         return self._of_board("nvmlDeviceGetTotalEccErrors", kind, "NVML_VOLATILE_ECC")
 
     def _of_device(self, function: str, *arguments: Any) -> Reading[Any]:
-        return ask(self._nvml, function, self._handle, *arguments)
+        return call_nvml(self._nvml, function, self._handle, *arguments)
 
     def _of_board(self, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
-        return ask(self._nvml, function, self._board, *arguments, convert=convert)
+        return call_nvml(self._nvml, function, self._board, *arguments, convert=convert)
 
 
 def open_device(uuid: str | None = None, environment: Mapping[str, str] | None = None) -> Reading[NvmlDevice]:
@@ -278,16 +278,16 @@ def open_device(uuid: str | None = None, environment: Mapping[str, str] | None =
     """
     nvml = _initialise()
     if nvml.value is None:
-        return missing(nvml.reason)
+        return missing_reading(nvml.reason)
     visible = visible_devices(os.environ if environment is None else environment)
     if uuid is not None:
         handle = by_uuid(nvml.value, uuid)
     elif visible == ():
-        handle = missing(f"{VARIABLE} hides every device")
+        handle = missing_reading(f"{VARIABLE} hides every device")
     else:
-        handle = handle_of(nvml.value, visible[0] if visible else 0)
+        handle = get_handle(nvml.value, visible[0] if visible else 0)
     if handle.value is None:
-        ask(nvml.value, "nvmlShutdown")
+        call_nvml(nvml.value, "nvmlShutdown")
     return handle.then(lambda found: NvmlDevice(nvml.value, found))
 
 
@@ -306,9 +306,9 @@ def compute_capability(index: int) -> Reading[tuple[int, int]]:
     """Major and minor compute capability of the GPU with this NVML index."""
     with nvml_session() as nvml:
         if nvml.value is None:
-            return missing(nvml.reason)
-        handle = handle_of(nvml.value, index).value
-        return ask(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle, convert=tuple)
+            return missing_reading(nvml.reason)
+        handle = get_handle(nvml.value, index).value
+        return call_nvml(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle, convert=tuple)
 
 
 def _thousandth(value: int) -> float:
@@ -360,24 +360,24 @@ def visible_gpus(environment: Mapping[str, str] | None = None) -> Reading[tuple[
     """The GPUs that `environment` (None: this process's) makes visible to CUDA, in its order; all for an empty one."""
     with nvml_session() as nvml:
         if nvml.value is None:
-            return missing(nvml.reason)
+            return missing_reading(nvml.reason)
         entries = visible_devices(os.environ if environment is None else environment)
         if entries is None:
-            entries = tuple(range(ask(nvml.value, "nvmlDeviceGetCount").value or 0))
+            entries = tuple(range(call_nvml(nvml.value, "nvmlDeviceGetCount").value or 0))
         return Reading(value=tuple(_describe(nvml.value, entry) for entry in entries))
 
 
 def _describe(nvml: Any, entry: int | str) -> VisibleGpu:
-    handle = handle_of(nvml, entry)
+    handle = get_handle(nvml, entry)
     if not handle.known:
-        unknown: Reading[Any] = missing(handle.reason)
+        unknown: Reading[Any] = missing_reading(handle.reason)
         return VisibleGpu(entry=entry, name=unknown, board=unknown, power_limit_w=unknown)
-    board = board_of(nvml, handle.value).value or handle.value
+    board = read_board(nvml, handle.value).value or handle.value
     return VisibleGpu(
         entry=entry,
-        name=ask(nvml, "nvmlDeviceGetName", handle.value),
-        board=uuid_of(nvml, board),
-        power_limit_w=ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", board, convert=_thousandth),
+        name=call_nvml(nvml, "nvmlDeviceGetName", handle.value),
+        board=read_uuid(nvml, board),
+        power_limit_w=call_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", board, convert=_thousandth),
     )
 
 
@@ -429,12 +429,16 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
             f"{len(unmapped)} listed processes have PIDs that do not exist in this container, so none of them can "
             "be distinguished from this run's own"
         )
-    total: Reading[int] = missing(listed.reason) if listed.value is None else _sum(processes)
-    hidden = missing(used.reason) if used.value is None else total.then(lambda size: max(0, (used.value or 0) - size))
+    total: Reading[int] = missing_reading(listed.reason) if listed.value is None else _sum(processes)
+    hidden = (
+        missing_reading(used.reason)
+        if used.value is None
+        else total.then(lambda size: max(0, (used.value or 0) - size))
+    )
     return Neighbours(
         used_bytes=used,
-        others=missing(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
-        others_bytes=missing(unclear) if unclear else _sum(others),
+        others=missing_reading(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
+        others_bytes=missing_reading(unclear) if unclear else _sum(others),
         hidden_bytes=hidden,
         statement=statement or _describe_hidden_memory(hidden.value or 0, proc),
     )
@@ -443,7 +447,7 @@ def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: P
 def _sum(processes: Iterable[Any]) -> Reading[int]:
     sizes = [one.usedGpuMemory for one in processes]
     if None in sizes:
-        return missing("the driver does not report the memory of each process")
+        return missing_reading("the driver does not report the memory of each process")
     return Reading(value=sum(map(int, sizes)))
 
 

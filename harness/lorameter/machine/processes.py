@@ -72,7 +72,7 @@ def fork_process(run: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def leave(code: int) -> NoReturn:
+def exit_quickly(code: int) -> NoReturn:
     """End this process without shutting its interpreter down: with torch, transformers and PEFT that takes a second
     (0.9 s measured), for which its parent would wait. Exit handlers of libraries run, and output is flushed; running
     threads are not waited for."""
@@ -190,7 +190,7 @@ if __name__ == "__main__":
     reap(sys.argv[1])
 
 
-def cpus_of(pid: int) -> tuple[int, ...]:
+def allowed_cpus(pid: int) -> tuple[int, ...]:
     """The CPUs on which a process may run, in order; empty if it has ended."""
     try:
         return tuple(sorted(os.sched_getaffinity(pid)))
@@ -215,7 +215,7 @@ def has_children(pid: int) -> bool:
         return True
 
 
-def cores_of(cpus: Iterable[int]) -> list[tuple[int, ...]]:
+def physical_cores(cpus: Iterable[int]) -> list[tuple[int, ...]]:
     """CPUs grouped by core, in the order of each core's first CPU. A CPU whose core is unknown forms its own group."""
     found: dict[str, list[int]] = {}
     for cpu in sorted(cpus):

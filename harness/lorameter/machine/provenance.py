@@ -35,7 +35,7 @@ from lorameter.machine.host import memory_available_bytes, memory_bytes, setting
 from lorameter.machine.nvml import device_session
 from lorameter.machine.reading import Reading
 from lorameter.records import codec
-from lorameter.records.fileio import sha256_of
+from lorameter.records.fileio import hash_file
 from lorameter.records.record import WorkerInfo
 from lorameter.studies import workload
 from lorameter.studies.script import OWN
@@ -112,7 +112,7 @@ def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
     )
 
 
-def origin_of(folder: Path) -> str:
+def describe_origin(folder: Path) -> str:
     """Machine, libraries and the commit of a folder on one line, as a header for printed figures."""
     machine, git = probe_machine(), git_state(folder)
     versions = ", ".join(f"{name} {library_version(name) or 'not installed'}" for name in MAIN_LIBRARIES)
@@ -170,7 +170,7 @@ def read_facts(
         git=git_state(Path.cwd()),
         host=host,
         packages=installed_packages(),
-        switches=switches_of(os.environ),
+        switches=kernel_switches(os.environ),
     )
 
 
@@ -254,7 +254,7 @@ def _content_of(data: str) -> str:
         return data
     if not source.files:
         return data
-    digests = [sha256_of(path) for path in source.files]
+    digests = [hash_file(path) for path in source.files]
     if source.kind == "file":
         return f"{source.label} sha256:{digests[0][:16]}"
     return f"{source.label} sha256:{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]}"
@@ -306,7 +306,7 @@ def _cpu_fields() -> dict[str, str]:
 def _torch_cuda() -> str | None:
     """The CUDA version for which the installed torch was built, read from its version file."""
     spec = importlib.util.find_spec("torch")
-    return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
+    return None if spec is None or spec.origin is None else built_cuda_version(Path(spec.origin).parent)
 
 
 def free_bytes(machine: Machine, environment: Mapping[str, str] | None = None) -> int | None:
@@ -391,7 +391,7 @@ def own_software(cuda: str | None) -> dict[str, str]:
     return installed_packages() | {"python": platform.python_version()} | ({"cuda": cuda} if cuda else {})
 
 
-def cuda_of(torch: Path) -> str | None:
+def built_cuda_version(torch: Path) -> str | None:
     """The CUDA version for which the torch in this folder was built, None for a CPU build."""
     with contextlib.suppress(OSError):
         found = re.search(r"^cuda.*'(.+)'", (torch / "version.py").read_text(), re.MULTILINE)
@@ -399,7 +399,7 @@ def cuda_of(torch: Path) -> str | None:
     return None
 
 
-def switches_of(environment: Mapping[str, str]) -> dict[str, str]:
+def kernel_switches(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that affect the choice of kernels, by name."""
     return {name: environment[name] for name in sorted(environment) if SWITCHES.fullmatch(name)}
 
@@ -410,7 +410,7 @@ def kernel_libraries(packages: Mapping[str, str], cuda: str | None, switches: Ma
     Args:
         packages: versions of distributions by their normalised names.
         cuda: the CUDA version of torch; distributions for several versions may be installed.
-        switches: the result of `switches_of`.
+        switches: the result of `kernel_switches`.
     """
     of = f"-cu{cuda.partition('.')[0]}" if cuda else ""
     versions = {

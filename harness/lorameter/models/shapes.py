@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorameter.errors import UsageError, format_error, impossible, shorten
+from lorameter.errors import UsageError, format_error, refused_value, shorten
 from lorameter.models.catalogue import ModelSource, config_file
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
@@ -79,7 +79,9 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     try:
         return codec.from_json(dict[str, Any], fileio.read_json(path), str(path))
     except (NotReadableError, UsageError) as error:
-        raise impossible("catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it.") from None
+        raise refused_value(
+            "catalogue", "model", source.label, f"{path} cannot be read ({error})", "Repair it."
+        ) from None
 
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -114,7 +116,7 @@ _CONFIG_TYPES = {"gemma3": "gemma3_text"}
 
 
 def _gguf_shape(source: ModelSource) -> ModelShape:
-    header = gguf_of(Path(source.location))
+    header = read_gguf_header(Path(source.location))
     architecture = str(header.values.get("general.architecture", "unknown"))
     prefix = f"{architecture}."
     architecture = _CONFIG_TYPES.get(architecture, architecture)
@@ -140,7 +142,7 @@ def _complete(values: dict[str, int | None], *, tied: bool | None, architecture:
     known = {key: value for key, value in values.items() if value is not None and value >= 1}
     if missing := sorted(values.keys() - known.keys()):
         why = f"its configuration (model type {shorten(architecture, 60)!r}) gives no {', '.join(missing)}"
-        raise impossible("catalogue", "model", label, why, "Use a decoder-only language model.")
+        raise refused_value("catalogue", "model", label, why, "Use a decoder-only language model.")
     return ModelShape(**known, tied=tied, architecture=architecture)
 
 
@@ -148,7 +150,7 @@ class UnknownLayersError(UsageError):
     """Raised for a number that depends on unknown layers."""
 
 
-def family_of(shape: ModelShape) -> Family:
+def find_family(shape: ModelShape) -> Family:
     """The family of the model's type. Raises `UnknownLayersError` if it is unknown."""
     if unknown := unknown_layers(shape):
         raise UnknownLayersError(unknown)
@@ -166,17 +168,17 @@ def unknown_layers(shape: ModelShape) -> str | None:
 
 
 def linear_layers(shape: ModelShape) -> Layers:
-    """The linear layers of one block, by their names in target_modules. Raises as `family_of` does."""
-    return family_of(shape).layers(shape)
+    """The linear layers of one block, by their names in target_modules. Raises as `find_family` does."""
+    return find_family(shape).layers(shape)
 
 
 def linear_widths(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Input and output widths of these layers. Raises as `family_of` does."""
+    """Input and output widths of these layers. Raises as `find_family` does."""
     return {name: (layer.inputs, layer.outputs) for name, layer in linear_layers(shape).items()}
 
 
 def linear_elements(shape: ModelShape) -> int:
-    """Weights of these layers in all blocks. Raises as `family_of` does."""
+    """Weights of these layers in all blocks. Raises as `find_family` does."""
     return shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
 
 
@@ -194,7 +196,7 @@ class Header:
 
 
 @functools.lru_cache(maxsize=8)
-def gguf_of(path: Path) -> Header:
+def read_gguf_header(path: Path) -> Header:
     """The header of a GGUF file, read with the gguf library; cached, since a forecast needs the shape hundreds of
     times.
 
@@ -205,7 +207,7 @@ def gguf_of(path: Path) -> Header:
         UsageError: the package gguf is missing, or the file is truncated or no GGUF file of a known version.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise impossible(
+        raise refused_value(
             "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
         )
     try:
@@ -213,7 +215,7 @@ def gguf_of(path: Path) -> Header:
             reader = _make_reader(file)
     except (OSError, ValueError, IndexError, KeyError, struct.error) as error:  # numpy's, if the file is truncated
         why = f"not a readable GGUF file, or truncated ({format_error(error)})"
-        raise impossible("catalogue", "model", str(path), why, "Download it again.") from None
+        raise refused_value("catalogue", "model", str(path), why, "Download it again.") from None
     fields = {name: field for name, field in reader.fields.items() if field.parts and not name.startswith("GGUF.")}
     values = {name: field.contents() for name, field in fields.items() if field.data}
     return Header(values=values, tensors={one.name: tuple(map(int, one.shape)) for one in reader.tensors})

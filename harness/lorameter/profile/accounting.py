@@ -30,7 +30,7 @@ from lorameter.models.costs.flops import (
     training_flops,
 )
 from lorameter.models.costs.modules import from_values
-from lorameter.models.costs.peaks import Ceiling, Utilisation, ceiling_of, utilisation
+from lorameter.models.costs.peaks import Ceiling, Utilisation, find_ceiling, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
 from lorameter.records.activity import MIN_STEP_PAIRS, WHOLE, PhaseActivity
 from lorameter.stats import Estimate, bootstrap_interval, median_interval
@@ -220,7 +220,7 @@ Of = Callable[[PhaseActivity], float]
 """Reads a number from the activity of a phase."""
 
 
-def time_of(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
+def unprofiled_time(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
     """Seconds of a plain step that correspond to `seconds` of each of its phases under the profiler, with their numbers
     of `records`."""
     return sum(
@@ -298,7 +298,7 @@ def step_flops(profile: Profile, variant: Variant, tokens: StepTokens | None = N
     return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
 
 
-def ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
+def compute_ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
     """MFU and HFU of the step; or the reason if the model's layers or the peak are unknown."""
     if "product" not in profile.peaks:
         return (
@@ -313,7 +313,7 @@ def ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
     )
     given, products = given_tokens(profile, useful), from_values(values)
     try:
-        train = ceiling_of(
+        train = find_ceiling(
             step_flops(profile, variant, useful).model,
             step_flops(profile, variant, given).hardware,
             products.six_n(useful) if products else six_n(shapes.shape(catalogue.resolve(workload.model)), useful),

@@ -25,7 +25,7 @@ from lorameter.profile.accounting import (
     find_observed,
     plain_s,
     step_flops,
-    time_of,
+    unprofiled_time,
 )
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile, find_shape
 from lorameter.records.activity import (
@@ -144,7 +144,7 @@ class ProfileEvidence:
         return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
-def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> ProfileEvidence:
+def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> ProfileEvidence:
     """The evidence in a profile and its accounts."""
     memory, step_s = profile.record.memory, step.step.value
     shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
@@ -161,13 +161,15 @@ def evidence_of(profile: Profile, step: StepAccount, tokens: TokenShares, found:
         idle=shares.pop(IDLE, 0.0),
         categories=shares,
         calls=profile.activity.calls,
-        casts=time_of(profile, step, lambda phase: phase.casts_s, count_records("casts_s")) / step_s,
-        wide_products=time_of(profile, step, lambda phase: phase.wide_products_s, count_records("wide_products_s"))
+        casts=unprofiled_time(profile, step, lambda phase: phase.casts_s, count_records("casts_s")) / step_s,
+        wide_products=unprofiled_time(
+            profile, step, lambda phase: phase.wide_products_s, count_records("wide_products_s")
+        )
         / step_s,
         logits_bytes=profile.memory.kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
-        unpacking=time_of(profile, step, unpacking_s) / step_s,
-        dropout=time_of(profile, step, dropout_s, count_records(DROPOUT, "dropout_backward_s")) / step_s,
+        unpacking=unprofiled_time(profile, step, unpacking_s) / step_s,
+        dropout=unprofiled_time(profile, step, dropout_s, count_records(DROPOUT, "dropout_backward_s")) / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),

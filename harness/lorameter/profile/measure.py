@@ -50,7 +50,7 @@ from lorameter.records.store import new_run_id
 from lorameter.run.budget import SKIPPED
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import Arm, make_plan
-from lorameter.run.prepare import RunContext, begin_record, request_of, validate_worker
+from lorameter.run.prepare import RunContext, begin_record, make_request, validate_worker
 from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.studies.study import Study
@@ -102,7 +102,7 @@ class TrialSession:
         """Send a command and return the addition to the trial's record. Raises `InvalidRunError` if it fails."""
         self.tell(command)
         trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
-        return self.take(command, answer_of(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
+        return self.take(command, ask_or_fail(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
 
     def tell(self, command: str) -> None:
         """Print the command, unless it repeats the last one."""
@@ -232,7 +232,7 @@ def open_trial(
         record = begin_record(slot, "ok")
         yield TrialSession(
             study=study.name,
-            request=request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial)),
+            request=make_request(plan, slot, context, executor.make_place(slot.trial, slot.trial)),
             record=record.replaced(
                 started_unix_s=time.time(), tokens=context.token_facts(study.workload), notices=notices
             ),
@@ -344,7 +344,7 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
     """Measure a new interpreter after the trial's own process has ended. A failure gives a notice, and earlier
     measurements are kept."""
     trial.tell("cold")
-    fragment = answer_of(lambda: executor.cold_start(trial.request))
+    fragment = ask_or_fail(lambda: executor.cold_start(trial.request))
     if fragment.status == "ok":
         trial.take("cold", fragment)
         return
@@ -356,7 +356,7 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
     trial.record = trial.record.replaced(notices=(*trial.record.notices, notice))
 
 
-def answer_of(ask: Callable[[], PartialRecord]) -> PartialRecord:
+def ask_or_fail(ask: Callable[[], PartialRecord]) -> PartialRecord:
     """The answer of a process; a failed record if the process is lost."""
     try:
         return ask()

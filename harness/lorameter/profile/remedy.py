@@ -20,9 +20,9 @@ from lorameter.stats import Comparison
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
 from lorameter.studies.variant import Variant
-from lorameter.verdicts.notices import notices_of
-from lorameter.verdicts.series import control_of, group_trials, is_difference, ratios_of
-from lorameter.verdicts.validity import phases_of, run_validity
+from lorameter.verdicts.notices import collect_notices
+from lorameter.verdicts.series import compare_control, group_trials, is_difference, list_ratios
+from lorameter.verdicts.validity import measured_phases, run_validity
 
 
 def choose_finding(findings: Sequence[Finding], code: str | None) -> Finding:
@@ -52,7 +52,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
     name = f"without-{finding.code}"
     protocol, workload = study.protocol, study.workload
     notes: tuple[str, ...] = ()
-    if phase_of(finding) != "train":  # about requests of one length: nothing else needs to be measured
+    if finding_phase(finding) != "train":  # about requests of one length: nothing else needs to be measured
         protocol = dataclasses.replace(
             protocol, epochs=0.0, merged=False, generate_requests=max(protocol.generate_requests, 12),
             turns=min(protocol.turns, 2),  # trials that take turns need some
@@ -76,7 +76,7 @@ def make_pair(study: Study, variant: Variant, finding: Finding) -> Study:
     )
 
 
-def phase_of(finding: Finding) -> Phase:
+def finding_phase(finding: Finding) -> Phase:
     """The phase in which a finding's cost occurs and its remedy is measured."""
     return METRICS[finding.metric].phase
 
@@ -112,12 +112,12 @@ def judge_remedy(run: Run, finding: Finding) -> RemedyResult:
     """Judge a run of the study that `make_pair` returns."""
     study = read_study(run)
     validity, known = run_validity(run, study), run.manifest.notices
-    groups, phase = group_trials(run.records), phases_of(run)[0]
+    groups, phase = group_trials(run.records), measured_phases(run)[0]
     metric, control = validity.primary[phase], validity.controls[phase]
-    if phase_of(finding) != "train":  # the part of a request that the finding is about
+    if finding_phase(finding) != "train":  # the part of a request that the finding is about
         metric = finding.metric
-        control = control_of(groups, study.reference, metric, family=1)
-    comparison = next(iter(ratios_of(groups, study, metric, control).values()), None)
+        control = compare_control(groups, study.reference, metric, family=1)
+    comparison = next(iter(list_ratios(groups, study, metric, control).values()), None)
     return RemedyResult(
         finding=finding,
         run=run.manifest.run,
@@ -126,6 +126,6 @@ def judge_remedy(run: Run, finding: Finding) -> RemedyResult:
         comparison=comparison,
         control=control,
         failures=validity.failures,
-        notices=tuple(notice for notice in notices_of(run, study, validity.controls) if notice not in known),
+        notices=tuple(notice for notice in collect_notices(run, study, validity.controls) if notice not in known),
         valid=validity.valid and comparison is not None and not (control is not None and is_difference(control)),
     )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import UsageError, refused_value
 
 T = TypeVar("T")
 _WORDS = {"object": ("a table", "Write it as { key = value }."), "array": ("a list", "Write it as [ ... ].")}
@@ -96,7 +96,7 @@ def from_json(cls: type[T], data: Any, where: str, *, strict: bool = False) -> T
         for path, key, value, known in _unknown_keys(cls, data, ""):
             near = difflib.get_close_matches(key, known, n=1)
             remedy = f"Did you mean {near[0]}?" if near else "Remove it."
-            raise impossible(where, f"{path}.{key}".lstrip("."), value, "unknown key", remedy)
+            raise refused_value(where, f"{path}.{key}".lstrip("."), value, "unknown key", remedy)
         return msgspec.convert(data, cls, strict=strict, str_keys=True, dec_hook=decode)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), cls, data, where, strict=strict) from None
@@ -167,14 +167,14 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
     if what.startswith("Invalid enum value"):
         known = [word for one in _inner(hint) for word in typing.get_args(one)]
         remedy = f"Use one of {', '.join(map(str, known))}."
-        return impossible(where, path, data, "not one of the known values", remedy)
+        return refused_value(where, path, data, "not one of the known values", remedy)
     expected = re.match(r"Expected `(.*?)(?: \| null)?`(?! (?:matching|of))", what)
     if "matching regex" in what:
-        return impossible(where, path, data, "one line is expected", "Write it in one line.")
+        return refused_value(where, path, data, "one line is expected", "Write it in one line.")
     if not expected:
-        return impossible(where, path, data, f"{what[0].lower()}{what[1:]}", "Write another value.")
+        return refused_value(where, path, data, f"{what[0].lower()}{what[1:]}", "Write another value.")
     word, remedy = _WORDS.get(expected[1], (expected[1], f"Write a value of type {expected[1]}."))
-    return impossible(where, path, data, f"{word} is expected", remedy)
+    return refused_value(where, path, data, f"{word} is expected", remedy)
 
 
 def _first_invalid_key(hint: Any, data: Mapping[str, Any], *, strict: bool) -> str:

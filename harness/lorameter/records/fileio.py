@@ -75,7 +75,7 @@ def read_text(path: Path) -> str:
         raise NotReadableError(str(error)) from None
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -186,12 +186,12 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: writing failed; the old file is unchanged.
     """
-    with replacing(path) as draft:
+    with replace_file(path) as draft:
         draft.write_text(text, encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replace_file(target: Path) -> Iterator[Path]:
     """A path next to `target` for writing; at the end this file replaces the old one.
 
     After an error the old file is unchanged, and no draft is left. For a link, its target is replaced. An existing path
@@ -238,12 +238,12 @@ TEST_LOCK_S = 1.0
 
 
 @contextmanager
-def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Iterator[None]:
+def hold_lock(target: Path, waiting: str, report: Callable[[str], object]) -> Iterator[None]:
     """Hold the lock of `target` during the block; `waiting` is reported if another process holds it."""
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(lock_of(target))
+    lock = filelock.FileLock(lock_file(target))
     try:
         acquired = lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -254,7 +254,7 @@ def locked(target: Path, waiting: str, report: Callable[[str], object]) -> Itera
 
 
 @contextmanager
-def alone(target: Path, refusal: str) -> Iterator[None]:
+def hold_exclusively(target: Path, refusal: str) -> Iterator[None]:
     """Hold the lock of `target` during the block, without waiting for another process.
 
     Raises:
@@ -264,7 +264,7 @@ def alone(target: Path, refusal: str) -> Iterator[None]:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        acquired = filelock.FileLock(lock_of(target)).acquire(timeout=TEST_LOCK_S)
+        acquired = filelock.FileLock(lock_file(target)).acquire(timeout=TEST_LOCK_S)
     except filelock.Timeout:
         raise UsageError(refusal) from None
     with acquired:
@@ -275,9 +275,9 @@ def is_locked(target: Path) -> bool:
     """Whether a process holds the lock of `target`; a killed process holds no lock."""
     import filelock
 
-    if not lock_of(target).is_file():
+    if not lock_file(target).is_file():
         return False
-    lock = filelock.FileLock(lock_of(target))
+    lock = filelock.FileLock(lock_file(target))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -288,7 +288,7 @@ def is_locked(target: Path) -> bool:
     return False
 
 
-def lock_of(target: Path) -> Path:
+def lock_file(target: Path) -> Path:
     """The lock file of a target."""
     return target.with_name(f"{target.name}.lock")
 

@@ -322,7 +322,7 @@ def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
     return "time_per_real_token_s" if phase == "train" and own_workloads else PRIMARY[phase]
 
 
-def samples_of(record: TrialRecord, metric: str) -> Samples:
+def get_samples(record: TrialRecord, metric: str) -> Samples:
     """Samples of one trial; empty if it has none.
 
     Raises:
@@ -341,7 +341,7 @@ def samples_of(record: TrialRecord, metric: str) -> Samples:
         ) from None
 
 
-def columns_of(phase: Phase, *, own_workloads: bool) -> tuple[str, ...]:
+def phase_columns(phase: Phase, *, own_workloads: bool) -> tuple[str, ...]:
     """Metrics that are columns of a phase's table; `own_workloads`: whether variants have different workloads."""
     shown = ("always", "own workloads" if own_workloads else "one workload")
     return tuple(metric.name for metric in METRICS.values() if metric.phase == phase and metric.column in shown)

@@ -313,7 +313,7 @@ class LogitDistance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     cosine_min: float
 
 
-class Served(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServedAnswers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One adapter, served in one way."""
 
     way: str
@@ -361,13 +361,13 @@ followed by the name of the dtype ("norms_float32")."""
 BY_TYPE = ("embeddings", "norms", "buffers")
 
 
-def title_of(kind: str) -> str:
+def memory_kind_title(kind: str) -> str:
     """The title of a kind in a table."""
     stem, _, dtype = kind.partition("_")
     return f"{MEMORY_KINDS[stem]}, {dtype}" if stem in BY_TYPE else MEMORY_KINDS[kind]
 
 
-def in_order(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[str, int]:
+def order_memory_kinds(kinds: Mapping[str, int], *, named: Collection[str] = ()) -> dict[str, int]:
     """The kinds with nonzero sizes, and those in `named` in any case, in display order."""
     order = {stem: place for place, stem in enumerate(MEMORY_KINDS)}
 

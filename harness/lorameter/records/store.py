@@ -32,10 +32,10 @@ import msgspec
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
-from lorameter.records.fileio import alone, is_locked, scratch_folder, write_document, write_whole
+from lorameter.records.fileio import hold_exclusively, is_locked, scratch_folder, write_document, write_whole
 from lorameter.records.os_errors import MACHINE_ERRORS, translate_os_errors, translate_write_errors
 from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
-from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, line_of, read_trials, with_steps
+from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, encode_record, read_trials, with_steps
 from lorameter.records.trials import TRIALS as TRIALS
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
@@ -181,7 +181,7 @@ class RunWriter:
     def append(self, record: TrialRecord) -> None:
         """Write the new evidence and then the record, and wait until both are on disk."""
         with self.refusals():
-            fileio.append(self.path / TRIALS, line_of(record, self._evidence.add(record.checks)))
+            fileio.append(self.path / TRIALS, encode_record(record, self._evidence.add(record.checks)))
 
     def finish_with(self, record: TrialRecord) -> None:
         """Write the last record of a run with one trial, and write its status."""
@@ -222,7 +222,7 @@ class RunWriter:
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
         """Convert an OSError into an `InvalidRunError` that explains the consequence for this run."""
-        return translate_os_errors(lambda: refusal_of(self.path))
+        return translate_os_errors(lambda: describe_failed_write(self.path))
 
 
 CHECKPOINT_S = 30.0
@@ -238,7 +238,7 @@ def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
     return now_s - saved_s >= max(CHECKPOINT_S, CHECKPOINT_SHARE * (now_s - begun_s))
 
 
-def refusal_of(path: Path) -> tuple[str, str]:
+def describe_failed_write(path: Path) -> tuple[str, str]:
     """What a failed write means for the run of this directory, and what to do once its cause is removed."""
     if not (path / MANIFEST).is_file():
         return f"run {path.name} could not begin, or its folder was removed", ""
@@ -341,9 +341,9 @@ def is_live(path: Path, manifest: Manifest) -> bool:
     return manifest.status == "running" and is_locked(path / TRIALS)
 
 
-def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+def lock_run(path: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the run in this directory for writing. Raises `UsageError` if another process holds it."""
-    return alone(path / TRIALS, refusal_while_live(path))
+    return hold_exclusively(path / TRIALS, refusal_while_live(path))
 
 
 def refusal_while_live(path: Path) -> str:

@@ -118,7 +118,7 @@ def _hash_of(check: Mapping[str, Any]) -> str:
     return hashlib.sha256(codec.dumps(check).encode("utf-8", errors="replace")).hexdigest()[:HASH_DIGITS]
 
 
-def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
+def encode_record(record: TrialRecord, hashes: Sequence[str]) -> str:
     """A record as a line of trials.jsonl, with its checks given by these hashes."""
     return codec.dumps({**msgspec.structs.asdict(record), "schema": SCHEMA, "checks": hashes}) + "\n"
 
@@ -126,7 +126,7 @@ def line_of(record: TrialRecord, hashes: Sequence[str]) -> str:
 def find_fault(record: TrialRecord) -> str | None:
     """Why a record could not be read again after writing; None if it can."""
     try:
-        _read_line(line_of(record, ()), "record", Path())
+        _read_line(encode_record(record, ()), "record", Path())
     except UsageError as error:
         return str(error)
     return None
@@ -186,7 +186,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Current peaks."""
 
 
-def step_line_of(step: Step) -> bytes:
+def encode_step(step: Step) -> bytes:
     """The line of a step. It is written while a training waits, and `codec` would take five times as long."""
     try:
         text = json.dumps({"samples": step.samples, "values": step.values, "memory": step.memory}, allow_nan=False)

@@ -23,7 +23,7 @@ _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
 }
 
 
-def scale_of(value: float, unit: Unit) -> tuple[float, str]:
+def choose_scale(value: float, unit: Unit) -> tuple[float, str]:
     """The factor and the symbol in which `value` is readable: the largest unit not above the value."""
     for factor, symbol in _SCALES[unit]:
         if abs(value) >= factor:
@@ -43,7 +43,7 @@ def format_percent(fraction: float) -> str:
     return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
 
 
-def decimals(spread: float) -> int:
+def count_decimals(spread: float) -> int:
     """Decimals that a half-width of `spread` supports: up to its two leading digits."""
     if spread <= 0 or not math.isfinite(spread):
         return 3
@@ -55,11 +55,11 @@ def split_interval(value: float, low: float | None, high: float | None, unit: Un
 
     Without an interval (one replicate) the value is followed by `[no interval]`.
     """
-    factor, symbol = scale_of(value, unit)
+    factor, symbol = choose_scale(value, unit)
     suffix = symbol if symbol.startswith("/") else f" {symbol}".rstrip()
     if low is None or high is None:
         return f"{three_digits(value / factor)}{suffix}", "[no interval]"
-    places = min(decimals((high - low) / 2 / factor), 4)
+    places = min(count_decimals((high - low) / 2 / factor), 4)
     return f"{value / factor:.{places}f}{suffix}", f"[{low / factor:.{places}f}, {high / factor:.{places}f}]"
 
 
@@ -70,7 +70,7 @@ def format_interval(value: float, low: float | None, high: float | None, unit: U
 
 def format_value(value: float, unit: Unit) -> str:
     """Format with three digits in a readable scale: for computed values, or for parts of a value with an interval."""
-    factor, symbol = scale_of(value, unit)
+    factor, symbol = choose_scale(value, unit)
     return f"{three_digits(value / factor)}{symbol if symbol.startswith('/') else f' {symbol}'.rstrip()}"
 
 

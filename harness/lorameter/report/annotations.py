@@ -7,8 +7,8 @@ pass has its reason.
 from __future__ import annotations
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import outcome_of, title_of_report, write_ratio_or_peak
-from lorameter.report.phrases import title_of
+from lorameter.report.comparison import describe_outcome, title_of_report, write_ratio_or_peak
+from lorameter.report.phrases import metric_title
 from lorameter.report.run_view import RunView
 from lorameter.verdicts.claims import ClaimsReport
 from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport
@@ -22,14 +22,18 @@ def comparison_annotations(report: ComparisonReport, gate: GateResult | None = N
     lenient = False
     unmet: tuple[str, ...] = ()
     if gate is not None:
-        level, name, about = "notice" if gate.passed else "error", "lorameter gate", f"{outcome_of(gate)}: {about}"
+        level, name, about = (
+            "notice" if gate.passed else "error",
+            "lorameter gate",
+            f"{describe_outcome(gate)}: {about}",
+        )
         lenient, unmet = gate.policy.inconclusive == "pass", gate.unmet
     lines = [annotation(level, name, f"{_invalid(report.why_invalid)}{about}")]
     for row in sorted(report.comparisons, key=lambda row: PRECEDENCE.index(EXIT_OF[row.verdict])):
         if EXIT_OF[row.verdict]:
             ratio = f"{write_ratio_or_peak(row).line}, " if row.ratio is not None else ""
             level = "warning" if row.verdict == "inconclusive" and lenient else "error"
-            title = f"lorameter: {row.name}, {title_of(row.metric)} {row.verdict}"
+            title = f"lorameter: {row.name}, {metric_title(row.metric)} {row.verdict}"
             lines.append(annotation(level, title, f"{ratio}{row.reason}"))
     lines += [annotation("error", "lorameter: policy", line) for line in unmet]
     lines += [annotation("warning", "lorameter: differing", str(field)) for field in report.differing]

@@ -364,6 +364,6 @@ def collapse_constant_columns(table: Table) -> Table:
     )
 
 
-def tone_of(verdict: str) -> Tone:
+def verdict_tone(verdict: str) -> Tone:
     """The tone of a verdict; `odd` if it is neither good nor bad."""
     return _TONES.get(verdict, "odd")

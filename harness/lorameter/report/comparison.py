@@ -29,7 +29,7 @@ from lorameter.report.blocks import (
     name_columns,
     to_line,
     to_lines,
-    tone_of,
+    verdict_tone,
     write_number,
     write_ratio,
     write_row,
@@ -40,7 +40,7 @@ from lorameter.report.phrases import (
     explain_inconclusive,
     format_effect,
     format_verdict,
-    title_of,
+    metric_title,
     title_of_ratio,
     verdict_cell,
 )
@@ -88,7 +88,7 @@ def _findings(report: ComparisonReport) -> Iterator[Line]:
     for row in rows:
         grouped.setdefault((row.verdict, _reason(row)), []).append(_name(row))
     for (verdict, reason), names in grouped.items():
-        word = Span(text=verdict.replace("_", " "), tone=tone_of(verdict))
+        word = Span(text=verdict.replace("_", " "), tone=verdict_tone(verdict))
         yield to_line(f"{first_few(names, MAX_NAMED, '; ')}: ", word, reason)
     if report.comparisons and not rows:
         yield to_line(Span(text="equivalent", tone="note"), ", each within its margin")
@@ -103,7 +103,7 @@ def _reason(row: ComparisonRow) -> str:
 
 
 def _name(row: ComparisonRow) -> str:
-    return f"{row.name}, {title_of(row.metric)}"
+    return f"{row.name}, {metric_title(row.metric)}"
 
 
 def _tabulate(report: ComparisonReport) -> Table:
@@ -176,7 +176,7 @@ def describe_gate(result: GateResult) -> Document:
     """Whether the gate passes and why, then the comparison."""
     first = make_invalid_lines(result.report.why_invalid)
     outcome = Section(
-        title=outcome_of(result),
+        title=describe_outcome(result),
         tone="good" if result.passed else "bad",
         lines=tuple(to_line(Span(text=line, tone="bad")) for line in result.unmet),
         last=not first,
@@ -184,7 +184,7 @@ def describe_gate(result: GateResult) -> Document:
     return (*first, outcome, *describe_comparison(result.report)[len(first) :])
 
 
-def outcome_of(result: GateResult) -> str:
+def describe_outcome(result: GateResult) -> str:
     """Whether the gate passes, with its exit code and the number of verdicts of each kind."""
     counts = Counter(row.verdict for row in result.report.comparisons)
     counted = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in counts.items())

@@ -19,7 +19,7 @@ from lorameter.models.costs.memory import (
     PUBLISHED_PEAKS,
     PUBLISHED_WITHIN,
 )
-from lorameter.records.record import Notice, in_order, title_of
+from lorameter.records.record import Notice, memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_duration, format_percent
 from lorameter.report.blocks import (
     Block,
@@ -101,10 +101,10 @@ def describe_estimate(
 
 
 def _memory_rows(estimates: Sequence[MemoryEstimate], measured: Mapping[str, int]) -> Iterator[Row]:
-    kinds = list(in_order({kind: 1 for estimate in estimates for kind in estimate.kinds}))
+    kinds = list(order_memory_kinds({kind: 1 for estimate in estimates for kind in estimate.kinds}))
     for kind in kinds:
         sizes = (_mib(estimate.kinds.get(kind, 0)) for estimate in estimates)
-        yield write_row(title_of(kind), *sizes, ends_group=kind == kinds[-1])
+        yield write_row(memory_kind_title(kind), *sizes, ends_group=kind == kinds[-1])
     yield write_row("estimated peak", *(_mib(estimate.total_bytes) for estimate in estimates), strong=True)
     if measured:
         peaks = [measured.get(estimate.phase, 0) for estimate in estimates]

@@ -41,7 +41,7 @@ from lorameter.report.blocks import (
     write_row,
     write_value,
 )
-from lorameter.report.phrases import title_of, title_of_ratio
+from lorameter.report.phrases import metric_title, title_of_ratio
 from lorameter.report.run_view import PhaseTable, RunView
 from lorameter.stats import Comparison
 from lorameter.studies.claim import is_number
@@ -298,13 +298,13 @@ def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGrou
     }
     if study.reference in shown:
         points[study.reference] = (1.0, None, None)
-    title = f"{title_of(table.metric)} × {study.reference}, along each field"
+    title = f"{metric_title(table.metric)} × {study.reference}, along each field"
     yield from _gallery(title, [_sweep(axis, levels, points) for axis, levels in levels_by_axis.items()])
     if table.phase == "train":
         losses = _estimates(shown, "held_out_loss")
         comparable = {axis: levels for axis, levels in levels_by_axis.items() if not is_of_tokens(axis)}
         charts = [_sweep(axis, levels, losses) for axis, levels in comparable.items()]
-        yield from _gallery(f"{title_of('held_out_loss')}, along each field", charts)
+        yield from _gallery(f"{metric_title('held_out_loss')}, along each field", charts)
 
 
 _Value = tuple[float, float | None, float | None]

@@ -36,7 +36,7 @@ from lorameter.report.blocks import (
     write_row,
     write_value,
 )
-from lorameter.report.phrases import title_of
+from lorameter.report.phrases import metric_title
 from lorameter.results.history import Break, History, HistorySeries, Moment, Suspicion, Track
 from lorameter.stats.changes import MIN_POINTS
 from lorameter.verdicts.compare import Difference
@@ -67,7 +67,7 @@ def describe_history(history: History, *, every_run: bool = False) -> Document:
 
 
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
-    title = f"{title_of(track.metric)} of {track.variant}, study {track.study}"
+    title = f"{metric_title(track.metric)} of {track.variant}, study {track.study}"
     yield Table(title=title, heads=LEVELS, rows=tuple(_levels(track)))
     for change in track.breaks:
         yield from _break(change)
@@ -190,7 +190,7 @@ def _curve_name(line: HistorySeries) -> str:
 
 
 def _figure(track: Track) -> Figure:
-    title = title_of(track.metric)
+    title = metric_title(track.metric)
     first = min((moment for line in track.lines for moment in line.moments), key=lambda one: one.created_unix_s)
 
     def day(moment: Moment) -> float:

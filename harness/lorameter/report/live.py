@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lorameter.records.metrics import METRICS, PRIMARY, samples_of
+from lorameter.records.metrics import METRICS, PRIMARY, get_samples
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.units import format_count, format_duration, format_value
 from lorameter.report.terminal import draw_text
@@ -152,6 +152,6 @@ def _last_value(record: TrialRecord) -> str:
     if record.status != "ok":
         return record.status.replace("_", " ")
     for metric in PRIMARY.values():
-        if samples := samples_of(record, metric):
+        if samples := get_samples(record, metric):
             return format_value(statistics.median(samples), METRICS[metric].unit)
     return ""

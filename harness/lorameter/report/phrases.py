@@ -39,7 +39,7 @@ def _direction_words(metric: str) -> tuple[str, str]:
     return ("lower", "higher") if METRICS[metric].higher_is_better else ("higher", "lower")
 
 
-def title_of(metric: str) -> str:
+def metric_title(metric: str) -> str:
     """The title of a metric or of a kind of memory; for an unknown one its name."""
     if metric in METRICS:
         return METRICS[metric].title
@@ -51,7 +51,7 @@ def title_of(metric: str) -> str:
 def title_of_ratio(metric: str) -> str:
     """The title of a metric's ratio; for a rate the ratio is inverted, so that above 1 is a slow-down."""
     turned = metric in METRICS and METRICS[metric].higher_is_better
-    return f"{title_of(metric)}, slow-down" if turned else title_of(metric)
+    return f"{metric_title(metric)}, slow-down" if turned else metric_title(metric)
 
 
 def describe_request(workload: Workload) -> str:

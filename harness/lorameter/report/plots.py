@@ -73,7 +73,7 @@ MIN_WIDTH, MAX_WIDTH = 11, 33
 _MIN_BOUND = math.log(1.05)
 
 
-def scale_of(cells: Iterable[Cell]) -> float:
+def ratio_axis_limit(cells: Iterable[Cell]) -> float:
     """The distance from 1, as a logarithm, to which the scale of these ratios extends. Wide intervals do not shrink the
     rest: it extends at most twice as far as the values."""
     values, ends = [0.0], [_MIN_BOUND]

@@ -23,7 +23,7 @@ from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialPr
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import REQUEST_RULES, REQUEST_RULES_ON_OPERATORS, RULES, RULES_ON_OPERATORS, Finding
 from lorameter.records.metrics import METRICS
-from lorameter.records.record import MemoryAccount, in_order, title_of
+from lorameter.records.record import MemoryAccount, memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
 from lorameter.report.blocks import (
     Cell,
@@ -93,9 +93,9 @@ def _memory(profile: Profile) -> Table:
     """Kinds of memory of a step, each with its estimate from the shape, and the unexplained remainder."""
     measured, guess = profile.memory, profile.estimates
     rows = []
-    for kind in in_order(dict.fromkeys((*measured.kinds, *guess), 1)):
+    for kind in order_memory_kinds(dict.fromkeys((*measured.kinds, *guess), 1)):
         size = write_value(measured.kinds[kind], "byte") if kind in measured.kinds else "–"
-        rows.append(write_row(title_of(kind), size, _guess(guess[kind]) if kind in guess else "–"))
+        rows.append(write_row(memory_kind_title(kind), size, _guess(guess[kind]) if kind in guess else "–"))
     total = sum(guess.values())
     expected = _guess(total, f" ({total / measured.peak_bytes - 1:+.1%})") if total else Cell(text="–")
     estimated = ColumnHeader(text="estimated", right=True)
@@ -389,7 +389,10 @@ def _request_memory(profile: RequestProfile) -> Table:
     moved = f"is reallocated at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "is never reallocated"
     size = format_bytes(facts.cache_bytes)
     lines.append(f"cache: {facts.cache}, {size} at the end of a request; it {moved}" if facts.cache else "cache: none")
-    rows = [write_row(title_of(kind), write_value(size, "byte")) for kind, size in in_order(account.kinds).items()]
+    rows = [
+        write_row(memory_kind_title(kind), write_value(size, "byte"))
+        for kind, size in order_memory_kinds(account.kinds).items()
+    ]
     return _tabulate_memory(account, rows, device=profile.device, at="the peak of a request", notes=to_lines(lines))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from kernels_check.terminal import escape_control_chars
 from lorameter.errors import shorten
 from lorameter.report.blocks import Block, ChartGroup, Collapsible, Document, Line, Panel, Section, Table
-from lorameter.report.terminal import text_of
+from lorameter.report.terminal import render_text
 
 SUMMARY_BYTES = 2**20
 """Limit of a step's summary."""
@@ -32,7 +32,7 @@ _BREAK = "<!-- -->"
 """An invisible comment that splits text which would become a mention or a link."""
 
 
-def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
+def to_markdown(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
     """Render a document in at most `most` characters, and at most four times as many bytes."""
     text = _text(document)
     if len(text) > most:
@@ -43,7 +43,7 @@ def markdown_of(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
     return text
 
 
-def escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape outside text, on one line, so that it starts no markup."""
     text = _MARKUP.sub(r"\\\1", escape_control_chars(" ".join(text.split())).replace("&", "&amp;"))
     text = _LIST.sub(lambda found: f"{found[1] or ''}\\{found[2] or found[4]}", text)
@@ -61,24 +61,26 @@ def _block(block: Block, level: str) -> Iterator[str]:
     if isinstance(block, Line):
         yield _line(block)
     elif isinstance(block, Section):
-        yield f"{level} {escape(block.title)}"
+        yield f"{level} {escape_markdown(block.title)}"
         yield _bullets(block.lines)
     elif isinstance(block, Collapsible):
         yield _details(block.summary.text, _bullets(block.lines))
     elif isinstance(block, Table):
-        yield f"#### {escape(block.title)}" if block.title else ""
+        yield f"#### {escape_markdown(block.title)}" if block.title else ""
         yield _table(block)
         yield _bullets(block.notes)
     elif isinstance(block, ChartGroup):
-        drawn = text_of((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
+        drawn = render_text((dataclasses.replace(block, title=""),), width=_CHART_WIDTH, coloured=False)
         yield _details(block.title, _fenced(drawn.strip("\n")))
     else:
-        passages = [f"**{escape(author)}**\n\n{_fenced(escape_control_chars(text))}" for author, text in block.passages]
+        passages = [
+            f"**{escape_markdown(author)}**\n\n{_fenced(escape_control_chars(text))}" for author, text in block.passages
+        ]
         yield _details(block.title, "\n\n".join(passages))
 
 
 def _line(line: Line) -> str:
-    return (f"**{escape(line.label)}** " if line.label else "") + escape(line.text)
+    return (f"**{escape_markdown(line.label)}** " if line.label else "") + escape_markdown(line.text)
 
 
 def _bullets(lines: Sequence[Line]) -> str:
@@ -86,9 +88,12 @@ def _bullets(lines: Sequence[Line]) -> str:
 
 
 def _table(table: Table) -> str:
-    rows = [[escape(head.text) for head in table.heads], ["---:" if head.right else "---" for head in table.heads]]
+    rows = [
+        [escape_markdown(head.text) for head in table.heads],
+        ["---:" if head.right else "---" for head in table.heads],
+    ]
     rows += [
-        [f"**{text}**" if row.strong and text else text for text in (escape(cell.words) for cell in row.cells)]
+        [f"**{text}**" if row.strong and text else text for text in (escape_markdown(cell.words) for cell in row.cells)]
         for row in table.rows
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -14,7 +14,7 @@ from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
 from lorameter.studies.script import SIDE
 from lorameter.studies.study_file import builtin_studies, load_study
-from lorameter.verdicts.same_training import BETWEEN, facts_of
+from lorameter.verdicts.same_training import BETWEEN, training_facts
 
 STUDY_SUFFIX = ".toml"
 NOT_BUILT_IN = "# the study is not built in: write it from the values below, or from `study` in the run's manifest"
@@ -34,7 +34,7 @@ OVERRIDES = {
 
 def reproduction_steps(run: Run) -> str:
     """The commands to type, with comments, which name unknown facts of the run."""
-    manifest, provenance = run.manifest, facts_of(run.manifest.provenance, run.records)
+    manifest, provenance = run.manifest, training_facts(run.manifest.provenance, run.records)
     libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
     known = {name: libraries[name] for name in MAIN_LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})

@@ -30,7 +30,7 @@ from lorameter.report.blocks import (
     make_invalid_lines,
     to_line,
     to_lines,
-    tone_of,
+    verdict_tone,
 )
 from lorameter.report.figures import describe_charts
 from lorameter.report.phrases import (
@@ -40,7 +40,7 @@ from lorameter.report.phrases import (
     explain_inconclusive,
     format_effect,
     format_verdict,
-    title_of,
+    metric_title,
     title_of_ratio,
 )
 from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView
@@ -49,7 +49,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
-from lorameter.verdicts.same_training import describe_threads, versions_of
+from lorameter.verdicts.same_training import describe_threads, library_versions
 from lorameter.verdicts.series import is_difference, is_memory
 from lorameter.verdicts.sites import describe_machines, is_mixed
 from lorameter.verdicts.validity import is_single_script_run
@@ -131,13 +131,13 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
     for name, ratio in differing[:MAX_NAMED]:
         effect, interval = format_effect(ratio, table.metric)
         spans += [Span(text=", " if spans else ""), Span(text=name, tone="strong")]
-        spans.append(Span(text=f" {effect}", tone=tone_of(ratio.verdict)))
+        spans.append(Span(text=f" {effect}", tone=verdict_tone(ratio.verdict)))
         spans += [Span(text=interval, tone="faint")] if interval else []
     if len(differing) > MAX_NAMED:
         spans.append(Span(text=f" and {len(differing) - MAX_NAMED} more"))
     for verdict in ("equivalent", "inconclusive", "invalid"):
         if names := [name for name, ratio in table.ratios.items() if ratio.verdict == verdict]:
-            spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=tone_of(verdict))]
+            spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=verdict_tone(verdict))]
             spans.append(Span(text=first_few(names, MAX_NAMED)))
     if spans:
         yield to_line(*spans, label=_label(table))
@@ -160,7 +160,7 @@ def _label(table: PhaseTable) -> str:
     if METRICS[table.metric].is_loss:
         return "loss"
     whole = table.table.title == PHASE_TITLES[table.phase]
-    return table.site or (PHASE_WORDS[table.phase] if whole else title_of(table.metric))
+    return table.site or (PHASE_WORDS[table.phase] if whole else metric_title(table.metric))
 
 
 def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
@@ -218,7 +218,7 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
     limit, default = (power_limit_w(provenance, which) for which in ("power_limit_w", "default_power_limit_w"))
     power = "" if limit is None else f", power limit {limit} W{'' if default is None else f' of {default} W'}"
     yield "device", f"{name} ({device}, {describe_threads(provenance, run.records)}){power}"
-    reported, git = versions_of(provenance, run.records), provenance.get("git", {})
+    reported, git = library_versions(provenance, run.records), provenance.get("git", {})
     versions = ", ".join(f"{library} {reported.get(library)}" for library in MAIN_LIBRARIES)
     changes = " with local changes" if git.get("dirty") else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"

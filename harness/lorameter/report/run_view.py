@@ -12,28 +12,28 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from lorameter.errors import UsageError
-from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, columns_of
+from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, phase_columns
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
-from lorameter.report.phrases import title_of, verdict_cell
+from lorameter.report.phrases import metric_title, verdict_cell
 from lorameter.stats import Comparison, Estimate
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import check_patterns, matching
-from lorameter.verdicts.notices import notices_of
+from lorameter.verdicts.compare import check_patterns, match_patterns
+from lorameter.verdicts.notices import collect_notices
 from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import (
     Groups,
     LimitsOf,
     Series,
-    control_of,
+    compare_control,
     default_limits,
     group_trials,
     is_memory,
+    list_ratios,
     occupancies,
-    ratios_of,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.validity import RunValidity, is_single_script_run, mark_invalid, run_validity
@@ -138,7 +138,7 @@ class _Source:
         return [phase for phase in self.validity.controls if phase in (self.selection.phases or PHASES)]
 
 
-def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
+def make_run_view(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     """The view of a run; trials may be missing.
 
     Raises:
@@ -147,10 +147,10 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     study = read_study(run)
     validity, known = run_validity(run, study), [variant.name for variant in study.variants]
     check_patterns("variant", known, selection.variants)
-    chosen = {study.reference, *matching(known, selection.variants or ["*"])}
+    chosen = {study.reference, *match_patterns(known, selection.variants or ["*"])}
     names = tuple(name for name in known if name in chosen)
     if is_mixed(run):
-        views = {site: view_of(part, selection) for site, part in runs_of_sites(run).items()}
+        views = {site: make_run_view(part, selection) for site, part in runs_of_sites(run).items()}
         tables = [
             replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
             for site, view in views.items()
@@ -164,7 +164,7 @@ def view_of(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
         source = _Source(run=run, study=study, validity=validity, groups=groups, names=names, selection=selection)
         tables, outcomes = list(_tables(source)), list(_outcomes(source))
         phases = [] if selection.metrics else source.phases
-        notices = notices_of(run, study, validity.controls)
+        notices = collect_notices(run, study, validity.controls)
     return RunView(
         run=run,
         study=study,
@@ -184,15 +184,15 @@ def _tables(source: _Source) -> Iterator[PhaseTable]:
     metrics = [name for name in METRICS if any(series.measuring(name) for series in source.groups.values())]
     known = [*metrics, *sorted({kind for one in source.run.records for kind in one.memory if is_memory(kind)})]
     check_patterns("metric", known, selection.metrics)
-    for metric in matching(known, selection.metrics):
-        if phase_of(metric) in (selection.phases or PHASES):
-            yield _tabulate_metric(source, phase_of(metric), metric)
+    for metric in match_patterns(known, selection.metrics):
+        if metric_phase(metric) in (selection.phases or PHASES):
+            yield _tabulate_metric(source, metric_phase(metric), metric)
     for phase in source.phases if not selection.metrics else ():
         metric = source.validity.primary[phase]
         yield _tabulate(source, phase, metric, controls[phase], whole=True)
 
 
-def phase_of(metric: str) -> Phase:
+def metric_phase(metric: str) -> Phase:
     """The phase of a metric or a kind of memory."""
     if metric in METRICS:
         return METRICS[metric].phase
@@ -211,7 +211,7 @@ def _outcomes(source: _Source) -> Iterator[PhaseTable]:
         return
     phase = source.phases[0]
     kinds = [kind for kind in PEAKS[phase] if _sizes(reference, kind)]
-    columns = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
+    columns = phase_columns(phase, own_workloads=bool(source.run.manifest.own_workloads))
     losses = [name for name in columns if METRICS[name].is_loss and reference.trials(name)]
     for metric in (*kinds[:1], *losses[-1:]):
         yield _tabulate_metric(source, phase, metric)
@@ -219,21 +219,21 @@ def _outcomes(source: _Source) -> Iterator[PhaseTable]:
 
 def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
     """A table of one metric or kind of memory, with its own control."""
-    control = control_of(source.groups, source.study.reference, metric, family=1)
+    control = compare_control(source.groups, source.study.reference, metric, family=1)
     return _tabulate(source, phase, metric, control, whole=False)
 
 
 def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
     """A table of a phase: its primary metric and (with `whole`) all other metrics that are columns of it."""
     reference, shown = source.study.reference, source.shown
-    compared = ratios_of(source.groups, source.study, metric, control, source.selection.limits_of)
+    compared = list_ratios(source.groups, source.study, metric, control, source.selection.limits_of)
     ratios = {name: mark_invalid(one, source.validity.invalid) for name, one in compared.items()}
     columns = list(_columns(source, phase, metric, ratios, whole=whole))
     heads = tuple(head for head, _ in columns)
     lines = zip(*(cells for _, cells in columns), strict=True)
     rows = [Row(cells=cells, strong=cells[0].text == reference) for cells in lines]
     rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(source.selection.sort, source.selection.sort))
-    title = PHASE_TITLES[phase] if whole else f"{PHASE_TITLES[phase]}: {title_of(metric)}"
+    title = PHASE_TITLES[phase] if whole else f"{PHASE_TITLES[phase]}: {metric_title(metric)}"
     base = source.groups.get((reference, "variant"))
     return PhaseTable(
         phase=phase,
@@ -289,7 +289,7 @@ def _columns(
 
 def _other_metrics(source: _Source, phase: Phase) -> Iterator[str]:
     """The metrics of a phase that at least one variant has, except the primary one."""
-    names = columns_of(phase, own_workloads=bool(source.run.manifest.own_workloads))
+    names = phase_columns(phase, own_workloads=bool(source.run.manifest.own_workloads))
     sides = sides_of_run(source.run, source.study) if source.study.of_scripts else {}
     if any(side.tokens_differ for side in sides.values()):
         names += ("time_per_real_token_s",)
@@ -300,7 +300,7 @@ def _other_metrics(source: _Source, phase: Phase) -> Iterator[str]:
 
 
 def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _Column:
-    head = ColumnHeader(text=title_of(metric), key=metric, right=True, drop_priority=priority)
+    head = ColumnHeader(text=metric_title(metric), key=metric, right=True, drop_priority=priority)
     if is_memory(metric):
         return head, [_size_cell(_sizes(series, metric)) for series in shown]
     return head, [_estimate_cell(series.estimate(metric), metric) for series in shown]

@@ -41,9 +41,9 @@ from lorameter.report.blocks import (
     Table,
     Tone,
     to_line,
-    tone_of,
+    verdict_tone,
 )
-from lorameter.report.plots import MAX_WIDTH, MIN_WIDTH, draw_scale, draw_whisker, plot, scale_of
+from lorameter.report.plots import MAX_WIDTH, MIN_WIDTH, draw_scale, draw_whisker, plot, ratio_axis_limit
 
 STYLES: dict[Tone, str] = {
     "plain": "",
@@ -199,7 +199,7 @@ def _joined(table: Table, row: Row, place: int) -> Cell:
 def _cell(cell: Cell, *, stacked: bool) -> Text:
     """The parts of a cell on one line; if stacked, the interval is on its own line below the verdict."""
     interval: tuple[str, str, Tone] = ("\n" if stacked else " ", cell.interval, "faint")
-    verdict: tuple[str, str, Tone] = (" ", cell.verdict_text or cell.verdict, tone_of(cell.verdict))
+    verdict: tuple[str, str, Tone] = (" ", cell.verdict_text or cell.verdict, verdict_tone(cell.verdict))
     others: tuple[tuple[str, str, Tone], ...] = ((" ", cell.detail, "faint"), (" ", cell.command, "command"))
     parts: tuple[tuple[str, str, Tone], ...] = (
         ("", cell.name, "strong"),
@@ -229,7 +229,7 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
         left, lacking = left - given, lacking - lack
         width, head, texts = least + given, _unbreakable(column.head.text), column.texts
         if column.whisker:
-            bound, odd = scale_of(row.cells[column.place] for row in table.rows), width - 1 + width % 2
+            bound, odd = ratio_axis_limit(row.cells[column.place] for row in table.rows), width - 1 + width % 2
             head = draw_text(draw_scale(bound, odd), "faint")
             texts = tuple(draw_text(draw_whisker(row.cells[column.place], bound, odd), _tone(row, column.place))
                           for row in table.rows)  # fmt: skip
@@ -251,7 +251,7 @@ def _records(table: Table, console: Console) -> Iterator[RenderableType]:
 
 def _tone(row: Row, place: int) -> Tone:
     """The tone of the first verdict at or after the ratio column."""
-    return next((tone_of(cell.verdict) for cell in row.cells[place:] if cell.verdict), "plain")
+    return next((verdict_tone(cell.verdict) for cell in row.cells[place:] if cell.verdict), "plain")
 
 
 def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType]:
@@ -322,7 +322,7 @@ def _repeated_sections(document: Document) -> Iterator[Section]:
         yield Section(title="", lines=tuple(lines))
 
 
-def text_of(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
+def render_text(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
     """A report as text for a terminal of the given width."""
     text = io.StringIO()
     colours: Literal["auto"] | None = "auto" if coloured else None

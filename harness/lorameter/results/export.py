@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records import codec, fileio, store
-from lorameter.records.fileio import replacing
+from lorameter.records.fileio import replace_file
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.store import Run
 from lorameter.records.units import format_count
 from lorameter.results.history import read_each
-from lorameter.results.rows import DTYPES, RANGE, TABLES, Row, TableName, estimate_rows, names_of, table_of
+from lorameter.results.rows import DTYPES, RANGE, TABLES, Row, TableName, estimate_rows, table_columns, table_rows
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import default_metrics, matching
+from lorameter.verdicts.compare import default_metrics, match_patterns
 from lorameter.verdicts.validity import run_validity
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def load_all(folder: str | Path | None = None) -> Frames:
 
 
 def _tables_of(run: Run) -> Tables:
-    return {table: list(table_of(run, table)) for table in TABLES}
+    return {table: list(table_rows(run, table)) for table in TABLES}
 
 
-def frame_of(table: TableName, rows: list[Row]) -> pd.DataFrame:
+def make_frame(table: TableName, rows: list[Row]) -> pd.DataFrame:
     """One table as a DataFrame, typed by its columns."""
     import pandas as pd
 
@@ -121,7 +121,7 @@ def frame_of(table: TableName, rows: list[Row]) -> pd.DataFrame:
 
 
 def _frames(runs: list[Tables], unreadable: Mapping[str, str]) -> Frames:
-    tables = {table: frame_of(table, [row for run in runs for row in run[table]]) for table in TABLES}
+    tables = {table: make_frame(table, [row for run in runs for row in run[table]]) for table in TABLES}
     return Frames(**tables, unreadable=unreadable)
 
 
@@ -131,7 +131,7 @@ TABULAR = ("csv", "parquet")
 DASHBOARDS = ("github-action-benchmark", "bencher")
 
 
-def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
+def export_text(run: Run, form: str, *, table: TableName | None = None, metrics: Sequence[str] = ()) -> Iterator[str]:
     """A run as text in one of the formats, in parts: a table of samples may be larger than memory.
 
     Args:
@@ -145,7 +145,7 @@ def text_of(run: Run, form: str, *, table: TableName | None = None, metrics: Seq
         InvalidRunError: the run is invalid, for a dashboard.
     """
     if form == "csv" and table is not None:
-        return csv_of(table, table_of(run, table))
+        return export_csv(table, table_rows(run, table))
     if form == "json":
         return _json_of(run)
     if form in DASHBOARDS:
@@ -166,10 +166,10 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
     with _refusals(output), contextlib.ExitStack() as drafts:
         (output if table is None else output.parent).mkdir(parents=True, exist_ok=True)
         for name, target in targets.items():
-            draft, rows = drafts.enter_context(replacing(target)), table_of(run, name)
+            draft, rows = drafts.enter_context(replace_file(target)), table_rows(run, name)
             if form == "csv":
                 with draft.open("w", encoding="utf-8", errors="replace", newline="") as file:
-                    file.writelines(csv_of(name, rows))
+                    file.writelines(export_csv(name, rows))
             else:
                 _write_parquet(name, rows, draft)
     return list(targets.values())
@@ -179,7 +179,7 @@ def write_text(text: Iterable[str], output: Path) -> list[Path]:
     """Write the parts of a document to a file. Raises `UsageError` or `InvalidRunError` if it cannot be written."""
     with _refusals(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
+        with replace_file(output) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(text)
     return [output]
 
@@ -191,9 +191,9 @@ class _Echo:
         return line
 
 
-def csv_of(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
+def export_csv(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
     """The lines of a table with its header; a missing value is empty, and no number is rounded."""
-    writer = csv.DictWriter(_Echo(), names_of(table), extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(_Echo(), table_columns(table), extrasaction="ignore", lineterminator="\n")
     yield writer.writeheader()
     for row in rows:
         yield writer.writerow(row)
@@ -205,10 +205,10 @@ def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
     from pyarrow import parquet
 
     left = iter(rows)
-    schema = pa.Schema.from_pandas(frame_of(table, []), preserve_index=False)
+    schema = pa.Schema.from_pandas(make_frame(table, []), preserve_index=False)
     with parquet.ParquetWriter(target, schema) as writer:
         while part := list(itertools.islice(left, 100_000)):  # all samples may not fit into memory
-            writer.write_table(pa.Table.from_pandas(frame_of(table, part), schema, preserve_index=False))
+            writer.write_table(pa.Table.from_pandas(make_frame(table, part), schema, preserve_index=False))
 
 
 def _json_of(run: Run) -> Iterator[str]:
@@ -216,8 +216,8 @@ def _json_of(run: Run) -> Iterator[str]:
     yield f'{{"schema": {SCHEMA}, "run": {json.dumps(run.manifest.run)}'
     for name in get_args(TableName):
         yield f', "{name}": ['
-        for place, row in enumerate(table_of(run, name)):
-            values = codec.to_json({column: row.get(column) for column in names_of(name)})
+        for place, row in enumerate(table_rows(run, name)):
+            values = codec.to_json({column: row.get(column) for column in table_columns(name)})
             yield (", " if place else "") + json.dumps(values, allow_nan=False)
         yield "]"
     yield "}\n"
@@ -246,7 +246,7 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
         )
     rows = [row for row in estimate_rows(run, study) if row["role"] == "variant" and math.isfinite(row["value"])]
     known = list(dict.fromkeys(row["metric"] for row in rows))
-    wanted = matching(known, metrics) if metrics else default_metrics(run.manifest.phases, known)
+    wanted = match_patterns(known, metrics) if metrics else default_metrics(run.manifest.phases, known)
     if metrics and not wanted:
         raise UsageError(f"--metric {' '.join(metrics)}: run {name} has no such metric. It has {', '.join(known)}.")
     return [row for row in rows if row["metric"] in wanted]

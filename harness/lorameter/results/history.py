@@ -27,14 +27,14 @@ from lorameter.records import codec, fileio, store
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run
 from lorameter.records.units import Unit
-from lorameter.results.prune import size_of
+from lorameter.results.prune import folder_bytes
 from lorameter.results.rows import Row, estimate_rows
 from lorameter.stats.changes import Course, Level, LevelShift, find_changes
 from lorameter.studies.study_file import builtin_studies, read_study
-from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.compare import EXIT_OF, Difference, differences, worst_exit_code
+from lorameter.verdicts.ab import build_report
+from lorameter.verdicts.compare import EXIT_OF, Difference, find_differences, worst_exit_code
 from lorameter.verdicts.gate import read_baselines
-from lorameter.verdicts.same_training import facts_of
+from lorameter.verdicts.same_training import training_facts
 from lorameter.verdicts.sites import is_mixed
 from lorameter.verdicts.validity import run_validity
 
@@ -144,7 +144,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     unreadable: Mapping[str, str]
 
 
-class Measured(NamedTuple):
+class MeasuredRun(NamedTuple):
     """An estimate of a run: its row of the table of estimates, with the facts of the run."""
 
     moment: Moment
@@ -157,7 +157,7 @@ class Measured(NamedTuple):
         return self.row["fingerprint"], self.row["variant_id"]
 
 
-def history_of(
+def read_history(
     runs: Path, metric: str = DEFAULT_METRIC, *, study: str | None = None, variant: str | None = None
 ) -> History:
     """The history of a metric, or of a kind of memory, in the selected studies and variants.
@@ -166,7 +166,7 @@ def history_of(
         UsageError: there is no run with the metric, study or variant; the message lists the existing ones.
     """
     measured, unreadable = read_estimates(runs, metric)
-    tracks: dict[tuple[str, str], list[Measured]] = {}
+    tracks: dict[tuple[str, str], list[MeasuredRun]] = {}
     for one in measured:
         if study in (None, one.row["study"]) and variant in (None, one.row["variant"]):
             tracks.setdefault((one.row["study"], one.row["variant"]), []).append(one)
@@ -182,10 +182,10 @@ def history_of(
     raise UsageError("history: no run here has a value. Measure some with `lorameter run`, or give --runs-dir.")
 
 
-def read_estimates(runs: Path, metric: str | None) -> tuple[list[Measured], dict[str, str]]:
+def read_estimates(runs: Path, metric: str | None) -> tuple[list[MeasuredRun], dict[str, str]]:
     """The estimates of a metric (None: of all metrics) in the runs of a folder, oldest first; and the reasons for
     unreadable runs, by folder name. An A/B and a run with different sites have no estimates."""
-    measured: list[Measured] = []
+    measured: list[MeasuredRun] = []
     unreadable = {}
     for path, content, error in read_each(runs, lambda run: list(_measured(run, metric))):
         if content is None:
@@ -195,10 +195,10 @@ def read_estimates(runs: Path, metric: str | None) -> tuple[list[Measured], dict
     return sorted(measured, key=lambda one: (one.moment.created_unix_s, one.moment.folder)), unreadable
 
 
-def _measured(run: Run, metric: str | None) -> Iterator[Measured]:
+def _measured(run: Run, metric: str | None) -> Iterator[MeasuredRun]:
     if run.manifest.sides or is_mixed(run):
         return
-    provenance = facts_of(run.manifest.provenance, run.records)
+    provenance = training_facts(run.manifest.provenance, run.records)
     facts = {name: value for name, value in provenance.items() if name not in _OMITTED}
     facts = codec.to_json(facts | {"harness": provenance.get("worker", {}).get("harness")})
     for row in estimate_rows(run, read_study(run), metric):
@@ -214,11 +214,11 @@ def _measured(run: Run, metric: str | None) -> Iterator[Measured]:
             versions={name: row[name] for name in MAIN_LIBRARIES},
             why_not=row.get("invalid_message") or (None if positive else "it has no logarithm"),
         )
-        yield Measured(moment, row, facts)
+        yield MeasuredRun(moment, row, facts)
 
 
-def _track(measured: Sequence[Measured]) -> Track:
-    lines: dict[tuple[str, str], list[Measured]] = {}
+def _track(measured: Sequence[MeasuredRun]) -> Track:
+    lines: dict[tuple[str, str], list[MeasuredRun]] = {}
     breaks = []
     for before, after in zip([None, *measured], measured, strict=False):
         if before is not None and after.key not in lines:
@@ -229,7 +229,7 @@ def _track(measured: Sequence[Measured]) -> Track:
     return Track(**about, lines=tuple(map(_line, lines.values())), breaks=tuple(breaks))
 
 
-def _line(measured: Sequence[Measured]) -> HistorySeries:
+def _line(measured: Sequence[MeasuredRun]) -> HistorySeries:
     counting = [one for one in measured if one.moment.why_not is None]
     course: Course = find_changes([math.log(one.moment.value) for one in counting])
     fingerprint, variant_id = measured[0].key
@@ -257,7 +257,7 @@ def _line(measured: Sequence[Measured]) -> HistorySeries:
     )
 
 
-def _suspicion(change: LevelShift, old: Level, new: Level, counting: Sequence[Measured]) -> Suspicion:
+def _suspicion(change: LevelShift, old: Level, new: Level, counting: Sequence[MeasuredRun]) -> Suspicion:
     before, after = counting[change.first - 1], counting[change.first]
     ends = (change.log_ratio, change.low, change.high)
     if after.row["higher_is_better"]:
@@ -274,15 +274,15 @@ def _suspicion(change: LevelShift, old: Level, new: Level, counting: Sequence[Me
         low=low,
         high=high,
         direction=words[0] if ratio > 1 else words[1],
-        differing=tuple(differences(before.facts, after.facts)),
+        differing=tuple(find_differences(before.facts, after.facts)),
         confirm=confirm_command(before, after),
     )
 
 
-def _break(before: Measured, after: Measured) -> Break:
+def _break(before: MeasuredRun, after: MeasuredRun) -> Break:
     """The break between the last run of a line and the first run with another fingerprint or variant."""
     (fingerprint_before, old), (fingerprint_after, new) = before.key, after.key
-    differing = differences(before.facts, after.facts)
+    differing = find_differences(before.facts, after.facts)
     if old != new:
         differing.insert(0, Difference(field=f"variant {after.row['variant']}", base=old, candidate=new))
     return Break(
@@ -295,7 +295,7 @@ def _break(before: Measured, after: Measured) -> Break:
     )
 
 
-def confirm_command(before: Measured, after: Measured) -> str:
+def confirm_command(before: MeasuredRun, after: MeasuredRun) -> str:
     """The A/B that would confirm a change between two runs: of their versions if they differ, else of their commits.
 
     Empty if no nameable difference exists, or if a run was made with uncommitted changes.
@@ -349,7 +349,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
         print_stderr(f"lorameter: {error}")
     rows = []
     for path, row, why in sorted(read_each(runs, _row_of), key=lambda one: one[0].name):
-        size = {"size_bytes": size_of(path)}
+        size = {"size_bytes": folder_bytes(path)}
         if row is None:
             rows.append({"run": path.name, "status": "damaged", "title": why, **size})
         else:
@@ -362,7 +362,7 @@ def _row_of(run: Run) -> dict[str, Any]:
     trials = dict(sorted(Counter(record.status for record in run.records).items()))
     left = len(manifest.order) - len(run.records)
     if manifest.sides:  # the worst verdict
-        verdicts = [compared.verdict for compared in report_of(run).comparisons]
+        verdicts = [compared.verdict for compared in build_report(run).comparisons]
         decided = worst_exit_code(EXIT_OF[verdict] for verdict in verdicts)
         verdict = next((verdict for verdict in verdicts if EXIT_OF[verdict] == decided), "invalid")
     else:

@@ -22,11 +22,11 @@ import msgspec
 
 from lorameter.errors import UsageError, redact
 from lorameter.records import codec, fileio, store
-from lorameter.records.fileio import replacing, scratch_folder, write_document
+from lorameter.records.fileio import replace_file, scratch_folder, write_document
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import MANIFEST, PACKED_SUFFIX, TRIALS, Manifest, write_packed
-from lorameter.records.trials import EvidenceFile, line_of, read_trials
+from lorameter.records.trials import EvidenceFile, encode_record, read_trials
 from lorameter.verdicts.gate import lock_baselines, read_baselines
 
 _AGE = re.compile(r"(\d{1,6})([hdw])")
@@ -46,7 +46,7 @@ class PruneDecision(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
 
 
-class Pruned(NamedTuple):
+class PruneResult(NamedTuple):
     """The removed runs, the selected or unreadable runs that stay, and the number of runs kept."""
 
     removed: list[PruneDecision]
@@ -62,7 +62,7 @@ def parse_age(text: str) -> float:
     return float(match[1]) * _UNITS_S[match[2]]
 
 
-def size_of(path: Path) -> int:
+def folder_bytes(path: Path) -> int:
     """Bytes of all files of a run; files that are removed during the count are ignored."""
     files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
     total = 0
@@ -78,7 +78,7 @@ def prune(
     keep: int | None = None,
     older_s: float | None = None,
     dry_run: bool = False,
-) -> Pruned:
+) -> PruneResult:
     """Remove runs of a folder, while holding the lock under which baselines are accepted.
 
     Args:
@@ -91,7 +91,7 @@ def prune(
         UsageError: the file of accepted baselines cannot be read.
     """
     if not fileio.is_folder(runs):
-        return Pruned([], [], 0)
+        return PruneResult([], [], 0)
     begun_before = time.time() - (older_s or 0.0)
     counts: Counter[str] = Counter()
     selected, removed, staying = list[PruneDecision](), list[PruneDecision](), list[PruneDecision]()
@@ -108,14 +108,14 @@ def prune(
         for one in reversed(selected):
             why = one.why or ("" if dry_run else _remove(Path(one.path)))
             (staying if why else removed).append(msgspec.structs.replace(one, why=why))
-    return Pruned(removed, staying, len(known) - len(selected))
+    return PruneResult(removed, staying, len(known) - len(selected))
 
 
 def _decide(runs: Path) -> Iterator[PruneDecision]:
     """Each run of a folder, with the reason why it must stay; an unreadable run belongs to no study."""
     accepted = {baseline.run for baseline in read_baselines(runs).baselines}
     for path in store.list_runs(runs):
-        one = PruneDecision(run=path.name, path=str(path), size_bytes=size_of(path))
+        one = PruneDecision(run=path.name, path=str(path), size_bytes=folder_bytes(path))
         try:
             manifest = store.read_manifest(path)
             why = _reason_to_keep(path, manifest, accepted)
@@ -140,7 +140,7 @@ def _remove(path: Path) -> str:
     """Remove a run; returns why it could not be removed, else an empty text. The run is renamed first, so that it is
     either complete or gone."""
     try:
-        with store.writing(path):
+        with store.lock_run(path):
             moved = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=path.parent))
             path.rename(moved / path.name)
         shutil.rmtree(moved)
@@ -185,8 +185,8 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
                     continue
                 data = _clean(codec.to_json(record), texts=texts)
                 cleaned = codec.from_json(TrialRecord, data, f"trial {record.trial}")
-                file.write(line_of(cleaned, evidence.add(cleaned.checks)))
-        with translate_write_errors(str(target), "Give another --output."), replacing(target) as draft:
+                file.write(encode_record(cleaned, evidence.add(cleaned.checks)))
+        with translate_write_errors(str(target), "Give another --output."), replace_file(target) as draft:
             write_packed(draft, folder)
     return target
 

@@ -24,11 +24,11 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.studies.variant import FORMS, KEYS, OF_4BIT, ScriptVariant, Variant
-from lorameter.studies.workload import OF_VARIANTS, Workload, identify
-from lorameter.verdicts.ab import report_of
-from lorameter.verdicts.compare import row_of
-from lorameter.verdicts.same_training import facts_of
-from lorameter.verdicts.series import Series, group_trials, ratios_of
+from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_id
+from lorameter.verdicts.ab import build_report
+from lorameter.verdicts.compare import comparison_row
+from lorameter.verdicts.same_training import training_facts
+from lorameter.verdicts.series import Series, group_trials, list_ratios
 from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, format_faults, mark_invalid, run_validity
 
 Row: TypeAlias = dict[str, Any]
@@ -39,7 +39,7 @@ OF_STEPS = ("step_time_s", "step_cpu_time_s", "timed_loss")
 MEAN, RANGE = "95 % of the mean", "range"
 
 
-def table_of(run: Run, table: TableName) -> Iterator[Row]:
+def table_rows(run: Run, table: TableName) -> Iterator[Row]:
     """The rows of one table of a run, as an iterator, since there may be millions of samples."""
     return _MAKERS[table](run, read_study(run))
 
@@ -77,7 +77,7 @@ class Settings:
             "study": self._study.name,
             "fingerprint": manifest.fingerprint,
             **_about_variant(record),
-            "variant_id": identify(record.variant, self._own_workloads.get(record.name)),
+            "variant_id": workload_variant_id(record.variant, self._own_workloads.get(record.name)),
             **self._validity(record),
             **self._of_variant(record),
             **{
@@ -114,7 +114,7 @@ class Settings:
         if side_facts := manifest.sides.get(records[0].side, {}).get("facts"):  # in an A/B of environments or revisions
             libraries = {package: side_facts["packages"].get(normal_name(package)) for package in MAIN_LIBRARIES}
             provenance = {**provenance, "libraries": libraries, "git": side_facts.get("git", {})}
-        facts = facts_of(provenance, records)
+        facts = training_facts(provenance, records)
         git, libraries = facts.get("git", {}), facts.get("libraries", {})
         versions = {package: libraries.get(package) for package in MAIN_LIBRARIES}
         return {"commit": git.get("commit"), "dirty": git.get("dirty"), **versions}
@@ -230,7 +230,7 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
     for phase, control in validity.controls.items():
         metric = validity.primary[phase]
         found: list[tuple[Role, str, Comparison]] = [
-            ("variant", name, ratio) for name, ratio in ratios_of(groups, study, metric, control).items()
+            ("variant", name, ratio) for name, ratio in list_ratios(groups, study, metric, control).items()
         ]
         found += [] if control is None else [("control", reference, control)]
         for role, name, comparison in found:
@@ -240,7 +240,7 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
 
 
 def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
-    report, groups = report_of(run), group_trials(run.records, "base")
+    report, groups = build_report(run), group_trials(run.records, "base")
     for compared in report.comparisons:
         sides = {"role": "variant", "base": report.base, "candidate": report.candidate}
         yield sides | dataclasses.asdict(compared)
@@ -254,7 +254,7 @@ def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
 
 def _comparison_row(variant: str, metric: str, comparison: Comparison, series: Series | None) -> Row:
     level = (series.interleaving(metric) if series else None) or "replicates"
-    return dataclasses.asdict(row_of(variant, metric, comparison, level))
+    return dataclasses.asdict(comparison_row(variant, metric, comparison, level))
 
 
 _MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Row]]] = {
@@ -418,6 +418,6 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
 """The columns of each table, in order."""
 
 
-def names_of(table: TableName) -> tuple[str, ...]:
+def table_columns(table: TableName) -> tuple[str, ...]:
     """The names of a table's columns."""
     return tuple(column.name for column in TABLES[table])

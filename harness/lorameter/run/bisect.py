@@ -26,7 +26,7 @@ from lorameter.machine.provenance import probe_machine, run_git
 from lorameter.records import codec
 from lorameter.records.store import Run
 from lorameter.run.forecast_time import latest_runs
-from lorameter.run.plan import Plan, variants_of
+from lorameter.run.plan import Plan, list_variants
 from lorameter.run.workers.environment import parse_requirements
 from lorameter.run.workers.sides import find_commit
 from lorameter.stats import Comparison
@@ -200,9 +200,9 @@ def list_steps(good: str, bad: str, repository: Path) -> tuple[Candidate, ...]:
     )
 
 
-def find_measured(plan: Plan, runs: Path) -> Run | None:
+def find_earlier_run(plan: Plan, runs: Path) -> Run | None:
     """The newest complete A/B run of this plan among the latest runs on this machine; None if there is none."""
-    wanted = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in variants_of(plan.arms)))
+    wanted = (codec.to_json(plan.study), plan.phases, tuple(variant.name for variant in list_variants(plan.arms)))
     specs = {name: side.to_json()["spec"] for name, side in plan.sides.items()}
     for run in latest_runs(probe_machine(), runs):
         manifest = run.manifest

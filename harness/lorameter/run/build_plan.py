@@ -22,10 +22,10 @@ from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialR
 from lorameter.records.units import format_bytes
 from lorameter.run.display import Display
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.forecast import combine, needed_bytes, together_bytes
-from lorameter.run.interleaving import choose_interleaving, fits
-from lorameter.run.plan import Arm, Plan, Sides, Slot, arms_of, make_plan, variants_of, workloads_of
-from lorameter.run.prepare import RunContext, begin_record, script_request_of
+from lorameter.run.forecast import combine_sizes, live_group_bytes, needed_bytes
+from lorameter.run.interleaving import choose_interleaving, fits_in_memory
+from lorameter.run.plan import Arm, Plan, Sides, Slot, build_arms, list_variants, list_workloads, make_plan
+from lorameter.run.prepare import RunContext, begin_record, make_script_request
 from lorameter.run.workers import Executor, WorkerLostError
 from lorameter.run.workers.script_sandbox import check_side
 from lorameter.studies.study import Study
@@ -62,15 +62,15 @@ def build_plan(
     """
     if sides:
         study = _check_sides(study, sides)
-    arms = arms_of(study, select, sides)
-    workloads = workloads_of(study, arms)
+    arms = build_arms(study, select, sides)
+    workloads = list_workloads(study, arms)
     notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
     needs = needed_bytes(arms, machine, runs)
-    together = together_bytes(arms, needs, machine, forked=True)
+    together = live_group_bytes(arms, needs, machine, forked=True)
     if sides:  # the three processes of one variant are live at the same time
-        together = combine(max, (together_bytes([arm] * 3, needs, machine, forked=False) for arm in arms))
+        together = combine_sizes(max, (live_group_bytes([arm] * 3, needs, machine, forked=False) for arm in arms))
     level, why = choose_interleaving(
-        variants_of(arms),
+        list_variants(arms),
         together_bytes=together,
         free_bytes=free_bytes,
         requested=interleaving,
@@ -126,7 +126,7 @@ def probe_memory(
             listener.trial_phase(slot, "rehearsing")
             records[_key(slot.arm)] = _rehearse(plan, slot, executors[slot.executor], context)
     sizes = [size for arm in plan.arms if (size := _needed_bytes(records[_key(arm)])) is not None]
-    level: Interleaving = "lockstep" if sizes and fits(sum(sizes), free) else "replicates"
+    level: Interleaving = "lockstep" if sizes and fits_in_memory(sum(sizes), free) else "replicates"
     why = "none of the scripts took a step, so the memory of all scripts together is unknown"
     if sizes:
         why = f"live together they took {format_bytes(sum(sizes))} in a rehearsal, of {format_bytes(free)} free"
@@ -144,7 +144,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
     """The record of a short training of a script."""
     trial = f"rehearsal-{slot.arm.name}"
     record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
-    request = script_request_of(plan, slot, context, executor.make_place(trial, trial))
+    request = make_script_request(plan, slot, context, executor.make_place(trial, trial))
     commands: list[tuple[str, dict[str, object]]] = [
         ("prepare", {"request": codec.to_json(dataclasses.replace(request, trial=trial))}),
         ("build", {}),

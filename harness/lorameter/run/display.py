@@ -34,7 +34,7 @@ class Display:
         """The scripts have been rehearsed; the plan has the level that fits, and there may be notices."""
 
 
-def shield(display: Display) -> Display:
+def guard_display(display: Display) -> Display:
     """Wrap a display: its first error is printed and turns it off, and the run continues."""
     return cast(Display, _Shield(display))
 

@@ -16,14 +16,14 @@ from lorameter.errors import UsageError, require, shorten
 from lorameter.machine.nvml import VARIABLE, describe_gpus, shared_boards, visible_devices, visible_gpus
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
-from lorameter.models.costs.lora import lora_of, missing_formula, unknown_targets
+from lorameter.models.costs.lora import as_lora, missing_formula, unknown_targets
 from lorameter.models.costs.memory import MemoryEstimate, baseline_bytes, estimate_peak, peak_range
 from lorameter.models.costs.peaks import stated_peak
 from lorameter.models.methods import check_methods
 from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
 from lorameter.records.units import format_bytes
-from lorameter.run.plan import Arm, arms_of, workloads_of
+from lorameter.run.plan import Arm, build_arms, list_workloads
 from lorameter.run.workers.script_sandbox import shared_notices
 from lorameter.studies.study import Study
 from lorameter.studies.variant import PAGED, LoraVariant, ScriptVariant, Variant
@@ -67,14 +67,14 @@ def check_feasible(
     if study.of_scripts:
         _check_requirements(study)
         commands = {
-            one.variant.id: one.variant for one in arms or arms_of(study) if isinstance(one.variant, ScriptVariant)
+            one.variant.id: one.variant for one in arms or build_arms(study) if isinstance(one.variant, ScriptVariant)
         }
         return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
-    arms = arms or arms_of(study)
+    arms = arms or build_arms(study)
     check_methods(f"study {study.name}", list({one.variant.name: one.built for one in arms}.values()))
-    sources = {one.model: catalogue.resolve(one.model) for one in workloads_of(study, arms)}
+    sources = {one.model: catalogue.resolve(one.model) for one in list_workloads(study, arms)}
     shape_of = {model: shapes.shape(source) for model, source in sources.items()}
-    for workload in workloads_of(study, arms):
+    for workload in list_workloads(study, arms):
         _check_lengths(study.name, workload, shape_of[workload.model])
     describe_data(study.workload)
     _check_requirements(study)
@@ -97,7 +97,7 @@ def check_feasible(
         check_widths(where, variant, shape, machine)
         if missing_formula(variant, shape):
             continue
-        variant = lora_of(variant, shape)
+        variant = as_lora(variant, shape)
         notices += _target_notices(where, variant, workload.model, shape)
         if workload.strategy == "fsdp2":  # no formula gives the memory of one rank
             continue

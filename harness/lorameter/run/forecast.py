@@ -42,7 +42,7 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
         return dataclasses.replace(expected, unknown="it is the scripts' own")
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     needs = needed_bytes(plan.arms, machine, runs)
-    memory = combine(max, (_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups))
+    memory = combine_sizes(max, (_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups))
     unknown = next(filter(None, (missing_formula(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
     if unknown is not None:
         return dataclasses.replace(expected, memory_bytes=memory, unknown=unknown)
@@ -58,16 +58,16 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
 def _group_bytes(group: Group, needs: Mapping[str, int | None], machine: Machine, *, forked: bool) -> int | None:
     """Memory of the processes of a group: each counts with its largest trial."""
     largest = [max(launch, key=lambda slot: needs[slot.arm.name] or 0) for launch in group.launches]
-    return together_bytes([slot.arm for slot in largest], needs, machine, forked=forked)
+    return live_group_bytes([slot.arm for slot in largest], needs, machine, forked=forked)
 
 
-def combine(operation: Callable[[Iterable[int]], int], sizes: Iterable[int | None]) -> int | None:
+def combine_sizes(operation: Callable[[Iterable[int]], int], sizes: Iterable[int | None]) -> int | None:
     """The `max` or the `sum` of sizes; None if one is unknown."""
     known = list(sizes)
     return None if None in known else operation(size for size in known if size is not None)
 
 
-def together_bytes(
+def live_group_bytes(
     arms: Sequence[Arm], needs: Mapping[str, int | None], machine: Machine, *, forked: bool
 ) -> int | None:
     """Expected memory of one live process for each arm, with shared memory counted once; None if one is unknown.
@@ -75,7 +75,7 @@ def together_bytes(
     `needs` is the memory of single processes, by the name of the arm; `forked` says whether one process that has
     imported the libraries is the parent of all, as in a plan without sides.
     """
-    total = combine(sum, (needs[arm.name] for arm in arms))
+    total = combine_sizes(sum, (needs[arm.name] for arm in arms))
     if total is None or machine.device != "cpu" or arms[0].workload.model == OWN:
         return total
     shared = (len(arms) - 1) * int((1 - COPIED_SHARE) * baseline_bytes(machine.cuda)) if forked else 0

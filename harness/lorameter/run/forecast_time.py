@@ -30,7 +30,7 @@ from lorameter.run.device_lock import hold_device
 from lorameter.run.display import Display
 from lorameter.run.interleaving import SCATTER
 from lorameter.run.plan import Plan, Slot
-from lorameter.run.prepare import RunContext, max_parallel, request_of
+from lorameter.run.prepare import RunContext, make_request, max_parallel
 from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
 from lorameter.stats import VerdictRule
@@ -291,7 +291,7 @@ def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
 
 def _time_variant(plan: Plan, slot: Slot, executor: Executor, device: str, end: float) -> TrialTimes:
     context = RunContext(device=device)
-    request = request_of(plan, slot, context, executor.make_place(slot.trial, slot.trial))
+    request = make_request(plan, slot, context, executor.make_place(slot.trial, slot.trial))
     with contextlib.closing(executor.launch()) as worker:
         answer = worker.ask("times", slot.trial, max(end - time.monotonic(), 1.0), request=codec.to_json(request))
     if answer.failure is not None:

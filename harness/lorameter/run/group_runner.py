@@ -24,7 +24,7 @@ from lorameter.records.trials import find_fault
 from lorameter.run.budget import MIN_ROUNDS, Budget, Part
 from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.prepare import RunContext, begin_record, request_of, script_request_of
+from lorameter.run.prepare import RunContext, begin_record, make_request, make_script_request
 from lorameter.run.workers import Executor, Worker, WorkerLostError
 from lorameter.studies.request import COMMANDS, ROUNDS, Command, RoundKind, TrialRequest
 
@@ -179,7 +179,7 @@ class GroupRunner:
             self._workers[slot.trial] = worker
             started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
             records.add(slot.trial, started, log=f"logs/{first.trial}.log")
-        make = script_request_of if self._run.plan.study.of_scripts else request_of
+        make = make_script_request if self._run.plan.study.of_scripts else make_request
         for slot in launch:
             if records.is_ok(slot.trial):
                 place = executor.make_place(slot.trial, first.trial)

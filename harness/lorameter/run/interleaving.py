@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorameter.errors import UsageError, require
-from lorameter.models.methods import facts_of
+from lorameter.models.methods import method_facts
 from lorameter.records.record import Interleaving
 from lorameter.records.units import format_bytes
 from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, Variant
@@ -88,7 +88,7 @@ def choose_interleaving(
     if together_bytes is None:
         return other, f"{why}, and their total memory is unknown"
     sizes = f"all live together need about {format_bytes(together_bytes)} of {format_bytes(free_bytes)} free"
-    if not fits(together_bytes, free_bytes):
+    if not fits_in_memory(together_bytes, free_bytes):
         return other, f"{why}, and {sizes}"
     return "lockstep", f"{obstacle or ONE_HEAP}; {sizes}"
 
@@ -101,7 +101,7 @@ _PER_PROCESS = {
 """Why a variant with one of these keys shares no process."""
 
 
-def fits(needed_bytes: int, free_bytes: int) -> bool:
+def fits_in_memory(needed_bytes: int, free_bytes: int) -> bool:
     """Whether processes with this memory can be live at the same time."""
     return needed_bytes <= int(MEMORY_SHARE * free_bytes)
 
@@ -121,7 +121,7 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
             if variant.trains_base:
                 return f"{label}: bias = {variant.bias!r} trains the base's own biases"
         else:
-            facts = facts_of([variant])[variant.name]
+            facts = method_facts([variant])[variant.name]
             if variant.trains_base or not (facts.keeps_base and facts.several):
                 return f"{label}: {variant.method_name} changes the base, or allows only one adapter on it"
         if why := next((why for key, why in _PER_PROCESS.items() if getattr(variant, key)), None):

@@ -26,12 +26,12 @@ from lorameter.records.record import Notice, Side, TokenSummary
 from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.build_plan import probe_memory
-from lorameter.run.display import Display, shield
+from lorameter.run.display import Display, guard_display
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.plan import Group, Plan, executor_of, variants_of
+from lorameter.run.plan import Group, Plan, executor_name, list_variants
 from lorameter.run.prepare import RunContext, prepare_run
 from lorameter.run.resume import check_same, continue_manifest, is_finished, mark_complete
-from lorameter.run.runner import Measured, find_unfinished, run_plan
+from lorameter.run.runner import PlanResult, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import SCRIPTS, Executor, open_executor
@@ -79,11 +79,11 @@ def measure(
     """
     placement = placement or Placement()
     run_id = resume or store.new_run_id(plan.study.name, runs)
-    folder, shown = runs / run_id, shield(display)
+    folder, shown = runs / run_id, guard_display(display)
     with InterruptHandler() as stops, contextlib.ExitStack() as stack:
-        stack.enter_context(translate_os_errors(lambda: store.refusal_of(folder)))
+        stack.enter_context(translate_os_errors(lambda: store.describe_failed_write(folder)))
         stack.enter_context(remove_on_failure(folder, unless=store.MANIFEST))
-        stack.enter_context(store.writing(folder))
+        stack.enter_context(store.lock_run(folder))
         earlier = store.read_run(str(folder), runs) if resume else None  # read only now: no other process writes it
         groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.launcher is not None)
         if earlier is not None and not groups:
@@ -106,7 +106,7 @@ def _measure_here(
     """Measure the rest of a plan on this machine: prepare everything, then measure replicate by replicate."""
     rest, known = dataclasses.replace(plan, groups=tuple(groups)), earlier.records if earlier else ()
     executors = _open_executors(plan, earlier, stack, stops)
-    threads = {executor_of(arm, plan.arms): arm.workload.threads for arm in plan.arms}
+    threads = {executor_name(arm, plan.arms): arm.workload.threads for arm in plan.arms}
     shown.starting(rest, folder.name)
     minutes = plan.study.protocol.max_minutes
     budget = Budget(
@@ -154,7 +154,7 @@ def _open_executors(
         with stops.interruptible():
             hosts[name] = stack.enter_context(open_side(side, repository=Path.cwd(), cache=cache_dir()))
     kind = SCRIPTS if plan.study.of_scripts else None
-    sides = {executor_of(arm, plan.arms): arm.side for arm in plan.arms}
+    sides = {executor_name(arm, plan.arms): arm.side for arm in plan.arms}
     executors = {name: open_executor(kind, host=hosts.get(side), label=name) for name, side in sides.items()}
     if earlier is not None and plan.sides:
         check_same(earlier, _facts(plan, executors))
@@ -178,7 +178,7 @@ def _new_manifest(
         run=run_id,
         study=codec.to_json(plan.study),
         phases=plan.phases,
-        selection=tuple(variant.name for variant in variants_of(plan.arms)),
+        selection=tuple(variant.name for variant in list_variants(plan.arms)),
         own_workloads=codec.to_json(plan.own_workloads),
         interleaving=plan.interleaving,
         why=plan.why,
@@ -213,7 +213,7 @@ def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
         raise
 
 
-def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: Measured, *, stopped: str | None) -> None:
+def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: PlanResult, *, stopped: str | None) -> None:
     notices: tuple[Notice, ...] = ()
     if budget.limit_s is not None and not measured.interrupted:
         count = len({record.replicate for record in measured.records if record.status == "ok"})

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from lorameter.errors import UsageError, require
 from lorameter.machine.provenance import Machine
-from lorameter.models.costs.lora import width
+from lorameter.models.costs.lora import element_bytes
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     estimate_peak,
@@ -293,7 +293,7 @@ def _changes(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_
         yield _Change("quantization", "nf4")
     if variant.dtype == "float32":
         yield _Change("dtype", "bfloat16")
-    if variant.prepare_for_kbit and width(variant.dtype) == 2:  # this casts head, embeddings and norms
+    if variant.prepare_for_kbit and element_bytes(variant.dtype) == 2:  # this casts head, embeddings and norms
         yield _Change("prepare_for_kbit", False)
     if variant.optimizer != "paged_adamw_8bit":
         yield _Change("optimizer", "paged_adamw_8bit")

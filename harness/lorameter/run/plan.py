@@ -92,7 +92,7 @@ class Arm:
         return math.ceil(steps / protocol.steps_per_turn)
 
 
-def arms_of(study: Study, select: Sequence[str] = (), sides: Sides | None = None) -> tuple[Arm, ...]:
+def build_arms(study: Study, select: Sequence[str] = (), sides: Sides | None = None) -> tuple[Arm, ...]:
     """The variants to measure and the control; the reference is always included, except in an A/B.
 
     Args:
@@ -136,12 +136,12 @@ def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Ar
     return tuple(arms)
 
 
-def variants_of(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:
+def list_variants(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:
     """The variants that are compared, without repetition."""
     return tuple({arm.variant.name: arm.variant for arm in arms}.values())
 
 
-def workloads_of(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
+def list_workloads(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
     """The workloads of arms without repetition, the study's first."""
     return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
 
@@ -219,7 +219,7 @@ class Plan:
     @property
     def workloads(self) -> tuple[Workload, ...]:
         """The workloads without repetition, the study's first."""
-        return workloads_of(self.study, self.arms)
+        return list_workloads(self.study, self.arms)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
@@ -258,7 +258,7 @@ def make_plan(
     Raises:
         UsageError: a phase is unknown or cannot be measured, or the plan has too many rounds.
     """
-    arms = tuple(arms) or arms_of(study)
+    arms = tuple(arms) or build_arms(study)
     for phase in phases:
         require(phase in PHASES, f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
     checked = tuple(phase for phase in PHASES if phase in phases)
@@ -275,8 +275,8 @@ def make_plan(
             f"requests each are {total} in all, and a plan holds {MAX_ROUNDS}. Use fewer of any of them."
         )
     cold = protocol.cold_replicates or protocol.replicates
-    together, alone = measures_of(study, interleaving, checked)
-    executors = {arm: executor_of(arm, arms) for arm in arms}
+    together, alone = choose_measures(study, interleaving, checked)
+    executors = {arm: executor_name(arm, arms) for arm in arms}
     shuffler = random.Random(protocol.seed)
     positions = itertools.count()
     groups: list[Group] = []
@@ -320,7 +320,7 @@ def make_plan(
     )
 
 
-def measures_of(
+def choose_measures(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """Measures of the trials that take turns (including a cold start after they have ended), and of isolated trials."""
@@ -369,7 +369,7 @@ def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -
     return groups
 
 
-def executor_of(arm: Arm, arms: Sequence[Arm]) -> str:
+def executor_name(arm: Arm, arms: Sequence[Arm]) -> str:
     """The executor of a trial: one for all, unless arms are on sides or differ in threads, which are set at the start
     of a process. Then each compared arm has its own executor, also the control.
 

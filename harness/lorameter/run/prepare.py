@@ -85,13 +85,13 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> TrialRequest:
+def make_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> TrialRequest:
     """The request with which a worker prepares a trial of a variant that lorameter builds."""
     base = context.bases.folders.get((slot.executor, base_key(slot.arm.built, slot.workload)), "")
     return TrialRequest(variant=slot.arm.built, base=base, **_common_request(plan, slot, context, place))
 
 
-def script_request_of(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> ScriptRequest:
+def make_script_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> ScriptRequest:
     """The request with which a worker prepares a script's trial."""
     assert isinstance(slot.variant, ScriptVariant)
     return ScriptRequest(variant=slot.variant, **_common_request(plan, slot, context, place))

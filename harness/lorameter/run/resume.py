@@ -27,14 +27,14 @@ from lorameter.run.plan import (
     PRESENT,
     Plan,
     SideSpec,
-    arms_of,
+    build_arms,
     make_plan,
 )
 from lorameter.run.workers.environment import restore_requirements
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
-from lorameter.verdicts.compare import differences
+from lorameter.verdicts.compare import find_differences
 
 if TYPE_CHECKING:
     from lorameter.run.sites.placement import Placement
@@ -59,7 +59,7 @@ class PlanSpec:
 def read_plan(written: PlanSpec) -> Plan:
     """The plan, with the groups that remain to be measured. Raises `UsageError` if this version plans other trials."""
     study = restore_numbers(codec.from_json(Study, written.study, "study of the plan"), written.study)
-    arms = arms_of(study, written.selection, written.sides)
+    arms = build_arms(study, written.selection, written.sides)
     plan = make_plan(
         study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
         sides=written.sides,
@@ -106,7 +106,7 @@ def is_finished(run: Run) -> bool:
     return run.manifest.status == "complete" and not run.damaged_lines and settled >= set(run.manifest.order)
 
 
-def study_of(run: Run) -> Study:
+def read_study_of_run(run: Run) -> Study:
     """The study in the run's manifest, with the original ids of its variants."""
     return restore_numbers(read_study(run), run.manifest.study)
 
@@ -126,7 +126,7 @@ def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
 
 
 def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
-    changes = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in differences(was, now))
+    changes = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in find_differences(was, now))
     return UsageError(
         f"run {run.manifest.run}: it cannot be resumed here, because {what} would change during the run: {changes}. "
         "Resume it on the original machine with the original packages, or measure a new run."
@@ -139,7 +139,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
     `facts` are the current ones; for an A/B those of the base, whose declared fields may differ. If the run has
     different sites, any of them is accepted.
     """
-    manifest, study = run.manifest, study_of(run)
+    manifest, study = run.manifest, read_study_of_run(run)
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
     without += HARDWARE_FIELDS if study.protocol.mixed else ()

@@ -73,7 +73,7 @@ def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class PlanResult:
     """The result of a plan: the records of all trials of the run, and why it ended early."""
 
     records: tuple[TrialRecord, ...]
@@ -92,7 +92,7 @@ def run_plan(
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
     stops: InterruptHandler | None = None,
-) -> Measured:
+) -> PlanResult:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended.
 
     On KeyboardInterrupt the running trials are recorded as `interrupted`, those that never began as `not_run`; `stops`
@@ -120,7 +120,7 @@ def run_plan(
     except Exception:
         run.give_up()
         raise
-    return Measured(records=run.records(), stopped=stopped, interrupted=interrupted)
+    return PlanResult(records=run.records(), stopped=stopped, interrupted=interrupted)
 
 
 class _PlanRun:

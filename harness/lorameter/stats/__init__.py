@@ -18,10 +18,10 @@ from lorameter.stats.comparison import (
     compare_trials,
     decide,
     decide_family,
-    effect_of,
+    estimate_effect,
+    holm_step_down,
     kept_pairs,
     run_wide_shift,
-    step_down,
 )
 from lorameter.stats.effect import Effect, Pairing
 from lorameter.stats.estimate import (
@@ -67,10 +67,11 @@ __all__ = [
     "decide",
     "decide_family",
     "drifting",
-    "effect_of",
     "effective_size",
+    "estimate_effect",
     "estimate_trials",
     "explained_share",
+    "holm_step_down",
     "is_precise",
     "is_steady",
     "is_warm",
@@ -84,5 +85,4 @@ __all__ = [
     "run_wide_shift",
     "sd_interval",
     "share_scatter",
-    "step_down",
 ]

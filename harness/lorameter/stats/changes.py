@@ -116,9 +116,9 @@ def find_changes(logs: Sequence[float]) -> Course:
         return Course(levels=tuple(few), changes=(), scatter=None, detectable=None)
     needed, guess = PENALTY + FEW_VALUES_PENALTY / values.size, _guess_scatter(values)
     values = _without_outliers(values, guess)
-    ends = divide(values, needed * guess**2)
+    ends = find_segments(values, needed * guess**2)
     scatter = _scatter_around(values, ends)
-    ends = divide(values, needed * scatter**2)
+    ends = find_segments(values, needed * scatter**2)
     scatter, df = _scatter_around(values, ends), values.size - len(ends)
     levels = tuple(_level(values, first, end, scatter, df) for first, end in zip((0, *ends[:-1]), ends, strict=True))
     last = levels[-1].end - levels[-1].first
@@ -131,7 +131,7 @@ def find_changes(logs: Sequence[float]) -> Course:
     )
 
 
-def divide(values: NDArray[float64], penalty: float, least: int = MIN_SEGMENT) -> tuple[int, ...]:
+def find_segments(values: NDArray[float64], penalty: float, least: int = MIN_SEGMENT) -> tuple[int, ...]:
     """The ends of the levels that minimise the sum of squares plus `penalty` a change; a level has at least `least`
     values.
 

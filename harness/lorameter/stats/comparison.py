@@ -71,10 +71,10 @@ def compare_trials(
     finite and above zero, for paired sides of unequal size, and for limits out of range.
     """
     rule = VerdictRule(tolerance=tolerance, margin=margin, alpha=alpha, family=family)
-    return decide(effect_of(base, candidate, pairing), rule)
+    return decide(estimate_effect(base, candidate, pairing), rule)
 
 
-def effect_of(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
+def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
     """The effect of validated input. Raises ValueError as `compare_trials` does."""
     effect = measure_effect(
         checked_trials("base", base, positive=True), checked_trials("candidate", candidate, positive=True), pairing
@@ -196,10 +196,10 @@ def decide_family(
         rule = VerdictRule(tolerance=tolerance[name], margin=margin[name], alpha=alpha, family=left)
         return decide(effects[name], rule)
 
-    return step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))
+    return holm_step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))
 
 
-def step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: Callable[[R], bool]) -> dict[K, R]:
+def holm_step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decided: Callable[[R], bool]) -> dict[K, R]:
     """Holm's procedure: the result for each name, in order.
 
     `judge` judges a name as one of a number of names that share the rate; decided names (`is_decided`) leave the

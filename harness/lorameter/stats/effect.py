@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.intervals import quantile
-from lorameter.stats.samples import medians_of
+from lorameter.stats.samples import trial_medians
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,7 +105,7 @@ def log_ratios(
 def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
     import numpy as np
 
-    return np.asarray(np.log(medians_of(trials)))
+    return np.asarray(np.log(trial_medians(trials)))
 
 
 def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]]) -> NDArray[float64]:
@@ -120,7 +120,7 @@ def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[ND
                 "one by one; drop the samples of the turns that one side missed, or pass pairing='replicate'"
             )
         ratios.append(np.log(theirs) - np.log(ours))
-    return medians_of(ratios)
+    return trial_medians(ratios)
 
 
 def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
 from lorameter.stats.intervals import Estimate, mean_interval, quantile
-from lorameter.stats.samples import checked_trials, medians_of
+from lorameter.stats.samples import checked_trials, trial_medians
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -75,7 +75,7 @@ def estimate_trials(
 
     arrays = checked_trials("trials", trials, positive=False)
     with np.errstate(over="ignore", invalid="ignore"):
-        medians = medians_of(arrays)
+        medians = trial_medians(arrays)
         logs = bool((medians > 0).all())
         values = np.log(medians) if logs else medians
         if blocks is not None and len(named := sorted(set(blocks))) > 1:

@@ -76,7 +76,7 @@ def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list
     return list(values.reshape(-1, 1))
 
 
-def medians_of(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
+def trial_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
     """One median per trial, for at least one trial; trials of the same length are processed at once in a tenth of the
     time."""
     import numpy as np

@@ -10,12 +10,12 @@ of the variance of y that a straight line in x explains. Its interval is Student
 
 Tests whether the data support a statement, refute it, or are inconclusive.
 
-A statement has one limit and two sides: `beyond` says that a contrast is larger than the limit, `within` that it is
-not, in either direction. Support asserts one side and refutation the other, so more data cannot turn a true refutation
-into support; with one limit for "different" and a wider one for "equal", both could hold between the limits.
+A statement has one limit and two sides: `judge_above` says that a contrast is larger than the limit, `judge_within`
+that it is not, in either direction. Support asserts one side and refutation the other, so more data cannot turn a true
+refutation into support; with one limit for "different" and a wider one for "equal", both could hold between the limits.
 
 There are two kinds of assertions, as in `lorameter.stats.verdict`. A difference is asserted by the (1 - alpha/family)
-interval, whose error rate the statements of a run share (`lorameter.stats.step_down`). Equality is asserted by two
+interval, whose error rate the statements of a run share (`lorameter.stats.holm_step_down`). Equality is asserted by two
 one-sided tests (Schuirmann 1987) at alpha: a false equality is an error of one statement.
 
 A statement may be about several contrasts. It holds if it holds for all of them, and then each is tested at the full
@@ -71,7 +71,7 @@ def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[f
     return np.asarray(logs @ weights)
 
 
-def sizes(changes: NDArray[float64]) -> NDArray[float64]:
+def change_magnitudes(changes: NDArray[float64]) -> NDArray[float64]:
     """Magnitudes of changes: each replicate's change in the direction of the mean change.
 
     Absolute values would turn the scatter around a zero change into a magnitude.
@@ -170,7 +170,7 @@ class _Contrast:
         return abs(self.mean) + self.spread.half_width(tail)
 
 
-def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
+def judge_above(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
     """Test the statement that every contrast is above `limit` (a log ratio >= 0); `contrasts` is replicates ×
     contrasts.
 
@@ -193,11 +193,11 @@ def beyond(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
     return _open(weakest, tail, weakest.mean - limit, tail if weakest.mean > limit else shared)
 
 
-def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
+def judge_within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
     """Test the statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
 
     supported: the (1 - 2 alpha) interval of each contrast is inside · refuted: the corrected interval of one contrast,
-    also corrected for their number, is outside · else inconclusive. Raises ValueError as `beyond` does.
+    also corrected for their number, is outside · else inconclusive. Raises ValueError as `judge_above` does.
     """
     found = _checked(contrasts)
     widest = max(found, key=lambda one: one.furthest(alpha))
@@ -211,7 +211,7 @@ def within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, fa
     return _open(widest, alpha, short, alpha if short > 0 else shared)
 
 
-def opposite(conclusion: Conclusion) -> Conclusion:
+def negate(conclusion: Conclusion) -> Conclusion:
     """The conclusion on the statement's negation."""
     swapped: dict[Support, Support] = {"supported": "refuted", "refuted": "supported", "inconclusive": "inconclusive"}
     return dataclasses.replace(conclusion, status=swapped[conclusion.status])

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lorameter.errors import impossible, require
+from lorameter.errors import refused_value, require
 from lorameter.records.metrics import METRICS
 from lorameter.studies import protocol
 
@@ -167,7 +167,7 @@ def check_limits(part: Mapping[str, Any], where: str) -> None:
     for name in ("tolerance", "margin", "by"):
         if rule in RULES and name in part and name != own:
             why = f"rule {rule!r} does not go by it: its limit is {own!r}" if own else f"rule {rule!r} has no limit"
-            raise impossible(where, name, part[name], why, "Leave it out.")
+            raise refused_value(where, name, part[name], why, "Leave it out.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

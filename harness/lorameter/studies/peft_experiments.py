@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import UsageError, impossible, require
+from lorameter.errors import UsageError, refused_value, require
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.study import Study, unknown
+from lorameter.studies.study import Study, unknown_word_message
 from lorameter.studies.variant import FullVariant, PeftVariant, Variant
 from lorameter.studies.workload import DataColumns, Workload
 
@@ -60,11 +60,13 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
     paths = [path for path in folders if any((path / name).is_file() for name in known)]
     if not paths:
         remedy = "Name method_comparison/MetaMathQA of a checkout of huggingface/peft."
-        raise impossible("run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy)
+        raise refused_value(
+            "run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy
+        )
     names = {path: f"{path.parent.name}/{path.name}" for path in paths}
     for glob in select:
         matching = fnmatch.filter(names.values(), glob.removeprefix("!"))
-        require(matching, f"run: --select = {glob!r}: {unknown(glob, list(names.values()))}")
+        require(matching, f"run: --select = {glob!r}: {unknown_word_message(glob, list(names.values()))}")
     included = [glob for glob in select if not glob.startswith("!")] or ["*"]
     excluded = [glob[1:] for glob in select if glob.startswith("!")]
     chosen = [path for path, name in names.items() if _matches(name, included) and not _matches(name, excluded)]
@@ -116,9 +118,9 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
     where, name = str(path / PARAMS), f"{path.parent.name}--{path.name}"
     for key, value in params.items():
         if key not in default:
-            raise impossible(where, key, value, "unknown key", unknown(key, list(default)))
+            raise refused_value(where, key, value, "unknown key", unknown_word_message(key, list(default)))
     if params["use_amp"]:
-        raise impossible(where, "use_amp", True, "gradients are not scaled here", "Use dtype in place of it.")
+        raise refused_value(where, "use_amp", True, "gradients are not scaled here", "Use dtype in place of it.")
     arguments = dict(params["optimizer_kwargs"])
     optimizer = str(params["optimizer_type"])
     decay = 0.01 if optimizer == "AdamW" else 0.0  # torch's own default

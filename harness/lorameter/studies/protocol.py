@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorameter.errors import UsageError, impossible, require, shorten
+from lorameter.errors import UsageError, refused_value, require, shorten
 from lorameter.records.metrics import PHASES, Phase
 
 PRECISION_REPLICATES = 40
@@ -153,7 +153,7 @@ class Protocol:
                 f"{format_on(self.on)}: not known. Use {HERE}, {RAY}, {RAY}://HOST:PORT of a cluster's client port, or "
                 f"{SLURM}:KEY=VALUE,….",
             )
-        named = [number for name in self.sites for number in numbers_of(name)] if self.on == HERE else self.sites
+        named = [number for name in self.sites for number in site_numbers(name)] if self.on == HERE else self.sites
         require(
             all(self.sites) and len(set(named)) == len(named),
             f"{format_sites(self.sites)}: one is named twice, or has no name. Name each once.",
@@ -182,7 +182,7 @@ _NUMBERS = re.compile(r"[0-9]{1,4}(\+[0-9]{1,4})*")
 """Name of a site on this machine: a GPU, or the GPUs of a trial with several ranks."""
 
 
-def numbers_of(name: str) -> tuple[int, ...]:
+def site_numbers(name: str) -> tuple[int, ...]:
     """The GPU numbers of this machine, or CPU shares, that form one site: "0", or "0+1"."""
     return tuple(map(int, name.split("+")))
 
@@ -260,7 +260,7 @@ def check_fraction(where: str, key: str, value: float | None, *, zero: bool = Fa
     if value is None or 0 < value <= MAX_FRACTION or (zero and value == 0):
         return
     remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MAX_FRACTION}; 0.05 is 5 %."
-    raise impossible(where, key, value, "not a fraction that two results can be judged by", remedy)
+    raise refused_value(where, key, value, "not a fraction that two results can be judged by", remedy)
 
 
 def check_name(what: str, name: str, forbidden: str = "/") -> None:

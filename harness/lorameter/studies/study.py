@@ -334,10 +334,10 @@ def _shown(value: Any) -> str:
 def require_known(where: str, name: str, known: Sequence[str]) -> None:
     """Raise `UsageError`, with the nearest known name, for an unknown name."""
     if name not in known:
-        raise UsageError(f"{where}: {unknown(name, known)}")
+        raise UsageError(f"{where}: {unknown_word_message(name, known)}")
 
 
-def unknown(word: str, known: Sequence[str]) -> str:
+def unknown_word_message(word: str, known: Sequence[str]) -> str:
     """The message about an unknown word, with the nearest known one."""
     return f"not known. {suggest(word, known)}"
 

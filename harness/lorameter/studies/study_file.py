@@ -34,7 +34,7 @@ from typing import Any
 
 import msgspec
 
-from lorameter.errors import UsageError, impossible, redact, require
+from lorameter.errors import UsageError, redact, refused_value, require
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.store import Run
@@ -44,7 +44,7 @@ from lorameter.studies.engine import Engine
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
-from lorameter.studies.study import OF_WORKLOAD, Study, unknown
+from lorameter.studies.study import OF_WORKLOAD, Study, unknown_word_message
 from lorameter.studies.variant import KEYS as VARIANT_KEYS
 from lorameter.studies.variant import (
     AnyVariant,
@@ -169,13 +169,13 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
         for key in _OF_PLACE:
             if key in table.protocol:
                 why = "a profile is chosen by the device, and which device there is hangs on it"
-                raise impossible(place, f"protocol.{key}", table.protocol[key], why, "Write it in [protocol].")
+                raise refused_value(place, f"protocol.{key}", table.protocol[key], why, "Write it in [protocol].")
     if profile is None:
         fitting = (name for name, table in file.profile.items() if device and _fits(table.devices, device))
         profile = next(fitting, None)
     if profile is None:
         return written
-    known = unknown(profile, list(file.profile)) if file.profile else "this study has none."
+    known = unknown_word_message(profile, list(file.profile)) if file.profile else "this study has none."
     require(profile in file.profile, f"{where}: profile = {profile!r}: {known}")
     changes = {key: value for key, value in data["profile"][profile].items() if key != "devices"}
     fitted = _merged(data, {**changes, "notes": [*file.notes, *file.profile[profile].notes]})
@@ -219,7 +219,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
     if not fileio.is_file(path):
         listed = "file not found. Check the path; `lorameter list studies` prints those built in."
         if path.suffix != ".toml" and path.name == name_or_path:
-            listed = f"{unknown(name_or_path, list(known))} A path to a .toml file works too."
+            listed = f"{unknown_word_message(name_or_path, list(known))} A path to a .toml file works too."
         raise UsageError(f"study {name_or_path!r}: {listed}")
     try:
         data = fileio.read_toml(path)
@@ -232,8 +232,8 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
     if base is None:
         return path, data
     if not isinstance(base, str) or base not in known or base in seen:
-        why = "it extends itself" if base in seen else unknown(str(base), list(known))
-        raise impossible(path.name, "extends", base, why, "Name a built-in study.")
+        why = "it extends itself" if base in seen else unknown_word_message(str(base), list(known))
+        raise refused_value(path.name, "extends", base, why, "Name a built-in study.")
     merged = _read(base, (*seen, base))[1]
     if any(key in data for key in _LISTS):
         merged = {key: value for key, value in merged.items() if key not in _OF_VARIANTS}
@@ -287,7 +287,7 @@ def _replaced(written: Study, fitted: Study) -> Table:
 def _parse(path: Path, data: Table) -> Study:
     where = path.name
     file = codec.from_json(StudyFile, data, where, strict=True)
-    rows = rows_of(where, file)
+    rows = expand_rows(where, file)
     variants = tuple(_variant(where, index, file.controls, row) for index, row in enumerate(rows))
     # Defaults: scripts define their own model and data; and for commands, several ranks and methods other than
     # short-form LoRA, only training is measured.
@@ -334,7 +334,7 @@ def _claim(where: str, written: Table) -> Claim:
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 
-def rows_of(where: str, file: StudyFile) -> list[Table]:
+def expand_rows(where: str, file: StudyFile) -> list[Table]:
     """The differences of each variant from the controls, and its name: as listed, combined by [axes], or one field at a
     time by [sweeps]. A field of the workload is written `workload.FIELD`."""
     axes, sweeps = _flat(file.axes), _flat(file.sweeps)
@@ -346,7 +346,7 @@ def rows_of(where: str, file: StudyFile) -> list[Table]:
         check_axes(f"{where}, {name}", content)
         for key, values in content.items():
             if not isinstance(values, list) or not values:
-                raise impossible(
+                raise refused_value(
                     f"{where}, {name}", key, values, "a list of values is expected", "Write it as [ ... ]."
                 )
     if sweeps:
@@ -379,7 +379,7 @@ def _sweep(where: str, controls: Table, sweeps: Table, centre: str) -> Iterator[
         if controls.get(key) not in values:
             why = f"the controls' {key} = {controls.get(key)!r} is not among them"
             remedy = "Every sweep goes through the controls: add the value to one of the two."
-            raise impossible(where, key, values, why, remedy)
+            raise refused_value(where, key, values, why, remedy)
         yield from ({"name": _label(key, value), key: value} for value in values if value != controls[key])
 
 
@@ -412,7 +412,7 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
     for key in [key for key in content if key not in known]:
         # Controls are for all variants, so a form ignores those of another one; but a command never uses any.
         if key in own or form is ScriptVariant or key in form_keys(ScriptVariant):
-            raise impossible(where, key, content[key], f"the variant is {_FORMS[form]}", "Take it out.")
+            raise refused_value(where, key, content[key], f"the variant is {_FORMS[form]}", "Take it out.")
     if form is PeftVariant and isinstance(path := content["peft"], str):
         content["peft"] = read_config(where, Path(path))
     return codec.from_json(form, {key: content[key] for key in known if key in content}, where, strict=True)
@@ -437,7 +437,7 @@ def check_axes(where: str, content: Mapping[str, Any]) -> None:
         elif name not in KEYS["workload"]:
             raise unknown_key(where, name, value, OF_VARIANTS, shown=key)
         elif name not in OF_VARIANTS:
-            raise impossible(where, key, value, "equal for all variants", "Write one value in [workload].")
+            raise refused_value(where, key, value, "equal for all variants", "Write one value in [workload].")
 
 
 def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown: str = "") -> UsageError:
@@ -449,12 +449,12 @@ def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown
     shown, meant = shown or key, OTHER_NAMES.get(key, key)
     if key in _METHODS:
         why = "a method of PEFT is named in peft"
-        return impossible(where, shown, value, why, 'Write peft = { peft_type = "IA3" }.')
+        return refused_value(where, shown, value, why, 'Write peft = { peft_type = "IA3" }.')
     if meant not in known and (home := next((table for table, keys in KEYS.items() if meant in keys), None)):
-        return impossible(where, shown, value, "unknown key here", f"{meant} is a key of {_CALLED[home]}.")
+        return refused_value(where, shown, value, "unknown key here", f"{meant} is a key of {_CALLED[home]}.")
     near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
     remedy = f"Did you mean {near[0]}?" if near else "`lorameter list keys` prints all keys."
-    return impossible(where, shown, value, "unknown key", remedy)
+    return refused_value(where, shown, value, "unknown key", remedy)
 
 
 def read_study(run: Run) -> Study:

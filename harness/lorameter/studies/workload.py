@@ -212,7 +212,7 @@ class Workload:
         )
 
 
-def identify(variant_id: str, own: Workload | None) -> str:
+def workload_variant_id(variant_id: str, own: Workload | None) -> str:
     """The id of a variant on its own workload; the variant's content id if it has none."""
     return variant_id if own is None else hashlib.sha256(f"{variant_id} {codec.dumps(own)}".encode()).hexdigest()[:12]
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorameter.machine.host import PeakMemoryTracker, host_bytes
-from lorameter.records.record import MemoryAccount, MemoryPhase, in_order
+from lorameter.records.record import MemoryAccount, MemoryPhase, order_memory_kinds
 from lorameter.trial.process import give_back_free
 
 
@@ -314,7 +314,10 @@ def measure_breakdown(
         peak = peaks[f"host_peak_{phase}_bytes"]
         kinds |= _file_bytes(initial_pages, resident) | {"heap_growth": max(0, peak - tracker.peak)}
     return MemoryAccount(
-        phase=phase, kinds=in_order(kinds, named=WATCHED[phase]), peak_bytes=peak, outside_allocator=outside_allocator
+        phase=phase,
+        kinds=order_memory_kinds(kinds, named=WATCHED[phase]),
+        peak_bytes=peak,
+        outside_allocator=outside_allocator,
     )
 
 
@@ -379,14 +382,14 @@ def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
     """Count the keys and values of each layer after its attention has updated them; returns the hooks to remove."""
 
     def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
-        for tensor in cached_tensors(cache_of(given), slice(module.layer_idx, module.layer_idx + 1)):
+        for tensor in cached_tensors(find_cache(given), slice(module.layer_idx, module.layer_idx + 1)):
             live.count(tensor, "kv_cache")
 
     attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     return [module.register_forward_hook(mark, with_kwargs=True) for module in attentions]
 
 
-def cache_of(arguments: Mapping[str, Any]) -> Any:
+def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache in the arguments or the output of a forward pass; its name changed during transformers 5."""
     return next((found for name in ("cache", "past_key_values") if (found := arguments.get(name)) is not None), None)
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from lorameter.studies.variant import Variant
-from lorameter.trial.building.base_model import evaluating
+from lorameter.trial.building.base_model import evaluation_mode
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.data.stream import Batch, TokenStream
 
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
-def loss_of(forward: Any, batch: Batch, *, device: str, autocast: str | None = None) -> torch.Tensor:
+def compute_loss(forward: Any, batch: Batch, *, device: str, autocast: str | None = None) -> torch.Tensor:
     """Mean loss over the labelled tokens of a batch, computed by `forward` as in a training step; `autocast` is the
     autocast dtype, if any."""
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -68,7 +68,7 @@ class TrainStep:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean loss over the labelled tokens of a batch."""
-        return loss_of(self._trainee.forward, batch, device=self._device, autocast=self._autocast)
+        return compute_loss(self._trainee.forward, batch, device=self._device, autocast=self._autocast)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Add a batch's gradients to those of the step; returns its part of the step's loss."""
@@ -92,7 +92,7 @@ class TrainStep:
         """Mean loss over all labelled held-out tokens, without dropout; model, optimizer and random state do not
         change."""
         total, count = 0.0, 0
-        with evaluating(self._trainee.model):
+        with evaluation_mode(self._trainee.model):
             for batch in self._stream.held_out():
                 labelled = int((batch["labels"][:, 1:] != -100).sum())
                 total += float(self.loss(batch)) * labelled

@@ -20,7 +20,7 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building.base_model import architecture, evaluating
+from lorameter.trial.building.base_model import evaluation_mode, read_architecture
 from lorameter.trial.building.build import SharedBase, build
 from lorameter.trial.data.stream import Batch
 from lorameter.trial.process import prepare_process, synchronize
@@ -43,7 +43,7 @@ def time_parts(request: TrialRequest) -> PartialRecord:
     prepare_process(request)
     source = catalogue.resolve(request.workload.model)
     layers = shapes.shape(source).layers
-    config = shorten_config(json.loads(architecture(source).to_json_string(use_diff=False)), layers)
+    config = shorten_config(json.loads(read_architecture(source).to_json_string(use_diff=False)), layers)
     folder = Path(request.scratch)
     (folder / "config.json").write_text(json.dumps(config))
     workload = dataclasses.replace(request.workload, model=f"{catalogue.RANDOM_PREFIX}{folder}")
@@ -76,7 +76,7 @@ def time_parts(request: TrialRequest) -> PartialRecord:
         return min(clock.time(act, layers - LAYERS) for _ in range(2))
 
     step_s, evaluate_s = seconds(step), seconds(step.held_out_loss)
-    with evaluating(trainee.model):
+    with evaluation_mode(trainee.model):
         prompts = draw(workload.request_batch, workload.prompt_tokens)
         request_s = seconds(lambda: generate(trainee.model, prompts, workload.new_tokens, variant=variant))
     layer, short = (sum(one.numel() for one in part.parameters()) for part in (stack[1], trainee.model))

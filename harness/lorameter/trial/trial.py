@@ -30,7 +30,7 @@ from lorameter.stats import is_steady
 from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import is_packed, unpack_4bit
-from lorameter.trial.building.build import SharedBase, build, judge_checks, requirements_of
+from lorameter.trial.building.build import SharedBase, build, build_requirements, judge_checks
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.memory import resident_bytes
 from lorameter.trial.process import Lap, Stopwatch, TrialTelemetry, release_unused, synchronize
@@ -176,7 +176,7 @@ class Trial:
         """Requirements by path."""
         request, trainee = self._request, self._trainee
         shapes = tuple(parameter.numel() for parameter in trainee.parameters)
-        own = requirements_of(
+        own = build_requirements(
             request.variant, shapes, packed=self._packed is not None,
             on_linear=peft_methods.is_on_linear(trainee.model),
         )  # fmt: skip

@@ -21,8 +21,15 @@ from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import ComparisonReport, Difference, default_metrics, fields_of, matching, row_of
-from lorameter.verdicts.notices import notices_of
+from lorameter.verdicts.compare import (
+    ComparisonReport,
+    Difference,
+    comparison_fields,
+    comparison_row,
+    default_metrics,
+    match_patterns,
+)
+from lorameter.verdicts.notices import collect_notices
 from lorameter.verdicts.same_training import compare_losses, sides_of_run, versions_by_name
 from lorameter.verdicts.series import (
     Key,
@@ -34,7 +41,7 @@ from lorameter.verdicts.series import (
     group_trials,
     is_memory,
     judge,
-    pairs_of,
+    make_pairs,
     share_effects,
     verdict_only,
     without_equality,
@@ -63,7 +70,7 @@ class Attribution:
     parts: tuple[PhaseEffect, ...]
 
 
-def report_of(
+def build_report(
     run: Run, *, metrics: Sequence[str] = (), limits_of: LimitsOf = default_limits, losses: bool = False
 ) -> ComparisonReport:
     """The verdicts of an A/B run; if its sites differ, the verdicts of each site.
@@ -81,7 +88,9 @@ def report_of(
     validity = run_validity(run, study)
     if is_mixed(run):
         sites = runs_of_sites(run).items()
-        by_site = {site: report_of(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites}
+        by_site = {
+            site: build_report(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites
+        }
         return _report_of_sites(run, validity.broken, by_site)
     base, candidate = (group_trials(run.records, side) for side in SIDES)
     scripts = sides_of_run(run, study) if losses or study.of_scripts else {}
@@ -109,7 +118,9 @@ def report_of(
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),
-        comparisons=tuple(row_of(*key, one, levels[key], limits_of) for key, one in (verdicts | judged).items()),
+        comparisons=tuple(
+            comparison_row(*key, one, levels[key], limits_of) for key, one in (verdicts | judged).items()
+        ),
         control=dict(validity.controls.items()),
         notices=_notices(run, study, validity.controls),
         losses={name: compare_losses(pair) for name, pair in scripts.items()},
@@ -119,7 +130,7 @@ def report_of(
 def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """Combine the reports of all sites: the gate passes only if every site passes. If there is no site, the report has
     no row and does not pass."""
-    invalid = fields_of(verdict_only("invalid", broken)) if broken else {}
+    invalid = comparison_fields(verdict_only("invalid", broken)) if broken else {}
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),
@@ -148,18 +159,20 @@ def _choose_metrics(
     extra = ["time_per_real_token_s"] if per_token and "time_per_real_token_s" in known else []
     if not patterns:
         return default_metrics(run.manifest.phases, known) + extra
-    found = matching(known, patterns)
+    found = match_patterns(known, patterns)
     if found or (sides and not broken):
         return found
     primary = default_metrics(run.manifest.phases, ())
-    return matching(primary, patterns) or primary[:1]  # if nothing was measured, an empty report would hide the failure
+    return (
+        match_patterns(primary, patterns) or primary[:1]
+    )  # if nothing was measured, an empty report would hide the failure
 
 
 def _pair(base: Series, candidate: Series, control: Series | None, metric: str) -> Pair:
     """Pair both sides by the replicates that are undisturbed on both, with the scatter that they share with the
     control."""
-    pair = pairs_of(base, candidate, metric)
-    again = pairs_of(base, control, metric) if control is not None else None
+    pair = make_pairs(base, candidate, metric)
+    again = make_pairs(base, control, metric) if control is not None else None
     if again is None or not again.base or not pair.base or is_memory(metric):
         return pair
     try:
@@ -168,7 +181,7 @@ def _pair(base: Series, candidate: Series, control: Series | None, metric: str) 
         return pair
 
 
-def attribution_of(run: Run) -> Attribution:
+def attribute_difference(run: Run) -> Attribution:
     """Differences between the sides, and the ratio of every common metric, for each site if sites differ."""
     _study(run)  # raises if the run has no sides
     facts = [_facts(run, side) for side in SIDES]
@@ -197,7 +210,7 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
         for metric in METRICS:
             with contextlib.suppress(InvalidRunError):  # samples without a ratio (a loss of zero) affect no verdict
                 if (found := compare_series(ours, theirs, metric)) is not None:
-                    yield PhaseEffect(variant=name, metric=metric, **fields_of(found))
+                    yield PhaseEffect(variant=name, metric=metric, **comparison_fields(found))
 
 
 def _facts(run: Run, side: Side) -> dict[str, Any]:
@@ -223,7 +236,7 @@ def _notices(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]
         "of differs between them.",
         remedy="Read it as an A/A: what it shows is noise. Otherwise look at what the two sides name.",
     )
-    return (*([identical] if _has_no_known_difference(run) else []), *notices_of(run, study, controls))
+    return (*([identical] if _has_no_known_difference(run) else []), *collect_notices(run, study, controls))
 
 
 def _has_no_known_difference(run: Run) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from lorameter.errors import UsageError, impossible, require
+from lorameter.errors import UsageError, refused_value, require
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.metrics import METRICS
@@ -33,7 +33,7 @@ from lorameter.verdicts.compare import (
     ComparisonInput,
     Measurements,
     comparison_input,
-    differences,
+    find_differences,
     session_differences,
 )
 from lorameter.verdicts.series import Series, Trials, is_memory
@@ -179,7 +179,7 @@ def _check_same_machine(first: ComparisonInput, side: ComparisonInput) -> None:
         side.facts and side.facts.get("written_by") == FOREIGN,
         f"{side.name}: it was written by lorameter and contains all replicates. Name it alone.",
     )
-    if found := differences(first.facts or {}, side.facts or {}):
+    if found := find_differences(first.facts or {}, side.facts or {}):
         difference = found[0]
         raise UsageError(
             f"{side.name}: {difference.field} is {difference.candidate!r}, and {difference.base!r} in {first.name}: "
@@ -193,7 +193,7 @@ def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
         name = test.fullname or test.name
         if not name or name in variants:
             why = "a second benchmark of that name" if name else "a benchmark needs a name"
-            raise impossible(where, f"benchmarks[{index}].fullname", name, why, "Save them separately.")
+            raise refused_value(where, f"benchmarks[{index}].fullname", name, why, "Save them separately.")
         summary = () if test.stats.median is None else (test.stats.median,)
         samples = test.stats.data or summary
         variants[name] = Measurements(
@@ -225,9 +225,9 @@ def _read_lorameter_file(where: str, saved: SavedFile) -> ComparisonInput:
         info = codec.from_json(ExtraInfo, test.extra_info, f"{place}.extra_info", strict=True)
         name = info.name or test.param
         if not isinstance(name, str):
-            raise impossible(place, "param", name, "not a variant name", "Save it again.")
+            raise refused_value(place, "param", name, "not a variant name", "Save it again.")
         if info.metric not in METRICS:
-            raise impossible(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
+            raise refused_value(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
         phases[METRICS[info.metric].phase] = None
         samples, fault = _split_samples(place, test.stats.data or (), info)
         side = variants.get(name) or Measurements(name=name)

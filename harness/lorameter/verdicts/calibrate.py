@@ -20,7 +20,7 @@ from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.series import TOLERANCE, Pair, Series, compare_series, group_trials, pairs_of
+from lorameter.verdicts.series import TOLERANCE, Pair, Series, compare_series, group_trials, make_pairs
 
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs for which the cost of detection is reported."""
@@ -124,7 +124,7 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
     )
 
 
-def rows_for(injected: float, few: float, many: float) -> int:
+def rows_for_slowdown(injected: float, few: float, many: float) -> int:
     """Rows that slow down the step by `injected`, from the ratios of the two pilots: the cost is linear in the rows.
 
     Raises:
@@ -142,7 +142,7 @@ def rows_for(injected: float, few: float, many: float) -> int:
 
 
 def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
-    pairs = pairs_of(base, other, metric)
+    pairs = make_pairs(base, other, metric)
     if len(pairs.base) < MIN_TO_CALIBRATE:
         raise InvalidRunError(
             f"run {run.manifest.run}: {format_count(len(pairs.base), 'replicate')} ok on both sides, and a calibration "

@@ -46,10 +46,10 @@ from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.records.units import first_few
 from lorameter.stats import Comparison, Verdict, run_wide_shift
-from lorameter.studies.study import Study, unknown
+from lorameter.studies.study import Study, unknown_word_message
 from lorameter.studies.study_file import read_study
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.same_training import LossAgreement, facts_of
+from lorameter.verdicts.same_training import LossAgreement, training_facts
 from lorameter.verdicts.series import (
     TOLERANCE,
     Key,
@@ -150,7 +150,7 @@ def comparison_input(run: Run) -> ComparisonInput:
     return ComparisonInput(
         name=run.manifest.run,
         variants=variants,
-        facts=codec.to_json(provenance.fingerprint_fields(facts_of(run.manifest.provenance, run.records))),
+        facts=codec.to_json(provenance.fingerprint_fields(training_facts(run.manifest.provenance, run.records))),
         fingerprint=run.manifest.fingerprint,
         study=study.name,
         phases=run.manifest.phases,
@@ -167,7 +167,7 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
     if base_facts is None or candidate_facts is None:
         words = ["unknown" if facts is None else "known" for facts in (base_facts, candidate_facts)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
-    return differences(codec.to_json(base_facts), codec.to_json(candidate_facts))
+    return find_differences(codec.to_json(base_facts), codec.to_json(candidate_facts))
 
 
 def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
@@ -197,19 +197,19 @@ def session_differences(base: ComparisonInput, study: Study, facts: Mapping[str,
     return found
 
 
-def differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+def find_differences(base: Mapping[str, Any], candidate: Mapping[str, Any], prefix: str = "") -> list[Difference]:
     """Fields of two tables that differ, by dotted name; a missing field is None."""
     found: list[Difference] = []
     for key in dict.fromkeys((*base, *candidate)):
         old, new = base.get(key), candidate.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
+            found += find_differences(old, new, f"{prefix}{key}.")
         elif old != new or (key in base) != (key in candidate):
             found.append(Difference(field=f"{prefix}{key}", base=old, candidate=new))
     return found
 
 
-def disagreement(found: Sequence[Difference], *, force: bool = True) -> str:
+def describe_differences(found: Sequence[Difference], *, force: bool = True) -> str:
     """The reason of the verdict `not_comparable`; `force`: whether to mention that option."""
     remedy = "Measure the base again under the same conditions" + (", or see a ratio with --force" if force else "")
     return f"{'; '.join(map(str, found))}. {remedy}"
@@ -280,12 +280,12 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return first_few(list(reasons), MAX_REASONS, "; ") if reasons else None
 
 
-def fields_of(found: Comparison) -> dict[str, Any]:
+def comparison_fields(found: Comparison) -> dict[str, Any]:
     """The fields of a comparison, to be extended by further fields."""
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(Comparison)}
 
 
-def row_of(
+def comparison_row(
     variant: str, metric: str, found: Comparison, interleaving: Interleaving, limits_of: LimitsOf = default_limits
 ) -> ComparisonRow:
     """The row of a verdict, with its limits."""
@@ -293,7 +293,7 @@ def row_of(
     return ComparisonRow(
         variant=variant,
         metric=metric,
-        **fields_of(found),
+        **comparison_fields(found),
         tolerance=limits.tolerance,
         margin=limits.margin,
         interleaving=interleaving,
@@ -315,7 +315,7 @@ def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_
     return worst_exit_code(codes[compared.verdict] for compared in comparisons)
 
 
-def document(report: ComparisonReport) -> dict[str, Any]:
+def comparison_document(report: ComparisonReport) -> dict[str, Any]:
     """The report as JSON data in the documented format, without its `schema`."""
     return {"invalid": report.why_invalid, **codec.to_json(report)}
 
@@ -329,7 +329,7 @@ def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str
     return wanted
 
 
-def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def match_patterns(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names that match one of the patterns, in order."""
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -337,7 +337,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def check_patterns(kind: str, names: Sequence[str], patterns: Sequence[str]) -> None:
     """Raise `UsageError` for a pattern that matches no name; `kind` is what the names are of."""
     for pattern in patterns:
-        require(fnmatch.filter(names, pattern), f"{kind} {pattern!r}: {unknown(pattern, names)}")
+        require(fnmatch.filter(names, pattern), f"{kind} {pattern!r}: {unknown_word_message(pattern, names)}")
 
 
 def compare(
@@ -388,7 +388,9 @@ def compare(
     return ComparisonReport(
         base=base.name,
         candidate=candidate.name,
-        comparisons=tuple(row_of(*key, one or found[key], "separate", limits_of) for key, one in refused.items()),
+        comparisons=tuple(
+            comparison_row(*key, one or found[key], "separate", limits_of) for key, one in refused.items()
+        ),
         control=dict(candidate.control),
         differing=tuple(differing),
         notices=tuple(_notices(base, candidate, wanted, {metric for _, metric in refused})),
@@ -406,7 +408,7 @@ def _choose_metrics(
         return known
     if patterns:
         check_patterns("metric", tuple(dict.fromkeys([*known, *METRICS])), patterns)
-        return tuple(matching(known, patterns))
+        return tuple(match_patterns(known, patterns))
     phases = [phase for phase in candidate.phases if base.absent is not None or phase in base.phases]
     # Metrics of another project's file have no phase.
     foreign = [metric for metric in known if metric not in METRICS and not is_memory(metric)]
@@ -445,7 +447,7 @@ def _refuse(
         return verdict_only("not_comparable", f"the candidate has no {metric} of variant {name!r}")
     if not base_variant.trials(metric):
         return verdict_only("no_baseline", f"the base has no {metric} of variant {name!r}")
-    return verdict_only("not_comparable", disagreement(unlike)) if unlike else None
+    return verdict_only("not_comparable", describe_differences(unlike)) if unlike else None
 
 
 def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:

@@ -40,8 +40,8 @@ from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import (
     ComparisonInput,
     ComparisonReport,
+    comparison_document,
     comparison_input,
-    document,
     exit_code,
     worst_exit_code,
 )
@@ -173,7 +173,7 @@ def _unmet(report: ComparisonReport, policy: Policy) -> Iterator[str]:
 def gate_document(result: GateResult) -> dict[str, Any]:
     """The comparison's JSON document with the result of the gate, without its `schema`."""
     return {
-        **document(result.report),
+        **comparison_document(result.report),
         "exit": result.exit_code,
         "passed": result.passed,
         "unmet": list(result.unmet),

@@ -27,7 +27,7 @@ MIN_STEPS_FOR_DRIFT = 12
 """With fewer steps, no level change is detectable above the noise."""
 
 
-def notices_of(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
+def collect_notices(run: Run, study: Study, controls: Mapping[Phase, Comparison | None]) -> tuple[Notice, ...]:
     """All notices of a run without repetition: those of its plan, of its trials, and those derived from its records;
     `controls` are the A/A comparisons."""
     ok = [record for record in run.records if record.status == "ok"]

@@ -294,7 +294,7 @@ def versions_by_name(records: Iterable[TrialRecord], side: Side | None = None) -
     return {name: BETWEEN.join(sorted({one.get(name, NONE) for one in reported})) for name in names}
 
 
-def versions_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, str | None]:
+def library_versions(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, str | None]:
     """Versions of Python, the libraries, and the packages of an engine: as reported by the trials, else from the
     provenance. None for a package that is not installed; if there are several versions, the text has all of them."""
     stated = {"python": provenance.get("python"), **provenance.get("libraries", {}), **provenance.get("engine", {})}
@@ -318,13 +318,13 @@ def differing_versions(base: Iterable[TrialRecord], candidate: Iterable[TrialRec
             yield name, base_version, candidate_version
 
 
-def facts_of(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, Any]:
+def training_facts(provenance: Mapping[str, Any], records: Iterable[TrialRecord]) -> dict[str, Any]:
     """The provenance, with the facts that the trials report in place of those found before the start."""
     records = list(records)
     reported = versions_by_name(records)
     if not reported:
         return dict(provenance)
-    versions = versions_of(provenance, records)
+    versions = library_versions(provenance, records)
     libraries = {name: versions.get(name) for name in provenance.get("libraries", {})}
     found = {"libraries": libraries} | {name: versions[name] for name in ("python", "cuda") if name in versions}
     if kernels := provenance.get(KERNELS):

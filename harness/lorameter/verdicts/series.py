@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lorameter.errors import InvalidRunError, require
-from lorameter.records.metrics import METRICS, PRIMARY, Phase, Samples, samples_of
+from lorameter.records.metrics import METRICS, PRIMARY, Phase, Samples, get_samples
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.stats import (
     Comparison,
@@ -37,8 +37,8 @@ from lorameter.stats import (
     compare_bytes,
     decide,
     decide_family,
-    effect_of,
     effective_size,
+    estimate_effect,
     estimate_trials,
     kept_pairs,
     percentile,
@@ -94,7 +94,7 @@ class Series:
         measured_names = set[str]().union(*(record.samples for record in ok), *(record.values for record in ok))
         likely = (metric for metric in METRICS.values() if metric.derive is not None or metric.name in measured_names)
         kinds = dict.fromkeys(kind for record in ok for kind in record.memory if is_memory(kind))
-        return (*(metric.name for metric in likely if any(samples_of(record, metric.name) for record in ok)), *kinds)
+        return (*(metric.name for metric in likely if any(get_samples(record, metric.name) for record in ok)), *kinds)
 
     def measuring(self, metric: str) -> tuple[TrialRecord, ...]:
         """The records of the trials that measured the metric."""
@@ -133,7 +133,7 @@ class Series:
 
 def _samples(record: TrialRecord, metric: str) -> Samples:
     if metric in METRICS:
-        return samples_of(record, metric)
+        return get_samples(record, metric)
     return (float(record.memory[metric]),) if metric in record.memory else ()
 
 
@@ -206,7 +206,7 @@ class Pair:
         if self.shared is not None:
             return self.shared
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
-        return effect_of(base, candidate, self.pairing)
+        return estimate_effect(base, candidate, self.pairing)
 
     def compare(self, rule: VerdictRule) -> Comparison:
         """The verdict under a rule."""
@@ -219,21 +219,21 @@ class Pair:
         return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {self.drops.reason}")
 
 
-def pairing_of(series: Series, metric: str) -> Pairing:
+def choose_pairing(series: Series, metric: str) -> Pairing:
     """Trials that took turns are paired turn by turn, other trials of one run by replicate; peaks are not paired."""
     if is_memory(metric):
         return "none"
     return "turn" if series.interleaving(metric) in ("shared-base", "lockstep") else "replicate"
 
 
-def pairs_of(base: Series, candidate: Series, metric: str) -> Pair:
+def make_pairs(base: Series, candidate: Series, metric: str) -> Pair:
     """Pair two series of one run in one metric; the pair is empty if they share no replicate.
 
     Turns are paired only with turns of the same attempt, because a run that was interrupted while writing may hold two
     attempts. Losses are paired only after the same training. Pairs of disturbed trials are left out (`_undisturbed`),
     unless one side is disturbed more often than the other.
     """
-    pairing = pairing_of(base, metric)
+    pairing = choose_pairing(base, metric)
     if pairing == "none":
         return Pair(metric=metric, base=base.trials(metric), candidate=candidate.trials(metric))
     others = {record.replicate: (record, samples) for record, samples in candidate.measured(metric)}
@@ -311,7 +311,7 @@ def share_effects(pairs: Mapping[K, Pair], replicates: int) -> dict[K, Pair]:
 def pairs_against(groups: Groups, reference: str, metric: str) -> dict[tuple[str, Role], Pair]:
     """Every other series of a run paired with its reference, by variant and role, with their shared scatter."""
     base = groups[reference, "variant"]
-    pairs = {key: pairs_of(base, series, metric) for key, series in groups.items() if series is not base}
+    pairs = {key: make_pairs(base, series, metric) for key, series in groups.items() if series is not base}
     pairs = {key: pair for key, pair in pairs.items() if pair.base and pair.candidate}
     if is_memory(metric):
         return pairs
@@ -374,7 +374,7 @@ def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> di
 
 def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
     """The comparison over the common replicates, paired by their interleaving; None if there are none."""
-    pair = pairs_of(base, candidate, metric)
+    pair = make_pairs(base, candidate, metric)
     with _named(candidate.name, metric):
         return pair.compare(VerdictRule(family=family)) if pair.base else None
 
@@ -389,7 +389,7 @@ def compare_base_to_itself(records: Sequence[TrialRecord], phases: Sequence[Phas
     return {phase: compare_series(base, control, PRIMARY[phase], family=len(phases)) for phase in phases}
 
 
-def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
+def compare_control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
     """The reference compared with its second measurement; None if either has no trial."""
     pairs = pairs_against(groups, name, metric) if (name, "variant") in groups else {}
     pair = pairs.get((name, "control"))
@@ -398,7 +398,7 @@ def control_of(groups: Groups, name: str, metric: str, *, family: int) -> Compar
     return pair.compare(VerdictRule(family=family))
 
 
-def ratios_of(
+def list_ratios(
     groups: Groups, study: Study, metric: str, control: Comparison | None, limits_of: LimitsOf = default_limits
 ) -> dict[str, Comparison]:
     """Every other variant compared with the reference, by name, under one common error rate. No time is equivalent

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from lorameter.errors import require
-from lorameter.records.metrics import PRIMARY, samples_of
+from lorameter.records.metrics import PRIMARY, get_samples
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 
@@ -108,7 +108,7 @@ def _mean_logs(records: Sequence[TrialRecord]) -> dict[str, float]:
     """The mean log of the median step times on each site, over the variants that every site has; {} without any."""
     times: dict[str, dict[str, list[float]]] = {}
     for record in records:
-        samples = samples_of(record, PRIMARY["train"])
+        samples = get_samples(record, PRIMARY["train"])
         if record.status == "ok" and record.site and samples:
             variants = times.setdefault(record.site, {})
             logs = variants.setdefault(f"{record.name} {record.role} {record.side}", [])

@@ -18,7 +18,7 @@ from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
-from lorameter.verdicts.series import compare_base_to_itself, control_of, group_trials, is_difference, occupancy
+from lorameter.verdicts.series import compare_base_to_itself, compare_control, group_trials, is_difference, occupancy
 from lorameter.verdicts.sites import is_mixed, runs_of_sites, unmeasured_sites
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
@@ -116,7 +116,7 @@ def run_validity(run: Run, study: Study) -> RunValidity:
     Missing trials raise no exception: they are faults.
     """
     primary: Mapping[Phase, str] = {
-        phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in phases_of(run)
+        phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in measured_phases(run)
     }
     controls: dict[Phase, Comparison | None] = {}
     faults = list(_run_faults(run))
@@ -129,11 +129,11 @@ def run_validity(run: Run, study: Study) -> RunValidity:
         faults += [Fault(reason=InvalidReason.SITE_NOT_MEASURED, message=message) for message in unmeasured_sites(run)]
     else:
         if run.manifest.sides:
-            controls = compare_base_to_itself(run.records, phases_of(run))
+            controls = compare_base_to_itself(run.records, measured_phases(run))
         else:
             groups = group_trials(run.records)
             controls = {
-                phase: control_of(groups, study.reference, metric, family=len(primary))
+                phase: compare_control(groups, study.reference, metric, family=len(primary))
                 for phase, metric in primary.items()
             }
         faults += () if is_single_script_run(run, study) else control_faults(controls.items())
@@ -151,7 +151,7 @@ def is_single_script_run(run: Run, study: Study) -> bool:
     return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
 
 
-def phases_of(run: Run) -> tuple[Phase, ...]:
+def measured_phases(run: Run) -> tuple[Phase, ...]:
     """The phases that a run measured, in display order, without those that the time limit dropped."""
     skipped = {phase for part, phase in PHASE_OF_PART.items() if part in run.manifest.skipped}
     return tuple(phase for phase in PHASES if phase in run.manifest.phases and phase not in skipped)
@@ -241,7 +241,7 @@ def _ending(record: TrialRecord) -> str:
     return record.status + (f" in {failure.phase}: {failure.message}" if failure else "")
 
 
-def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Disturbance]]:
+def find_disturbances(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str, Disturbance]]:
     """The disturbances of a trial by its environment (other jobs, heat, swapping), each with its phase.
 
     Only external conditions are judged, never the times: such a rule would bias them. Too little CPU time of a
@@ -259,7 +259,7 @@ def disturbances_of(record: TrialRecord, *, on_cpu: bool) -> Iterator[tuple[str,
 def mark_disturbed(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
     """The record, unchanged or marked as invalid if a disturbance exceeded a limit; the samples stay in it."""
     past = [
-        (phase, disturbance) for phase, disturbance in disturbances_of(record, on_cpu=on_cpu) if disturbance.invalid
+        (phase, disturbance) for phase, disturbance in find_disturbances(record, on_cpu=on_cpu) if disturbance.invalid
     ]
     if record.status != "ok" or not past:
         return record
@@ -269,7 +269,7 @@ def mark_disturbed(record: TrialRecord, *, on_cpu: bool) -> TrialRecord:
 
 def disturbance_notices(records: Sequence[TrialRecord], *, on_cpu: bool) -> Iterator[Notice]:
     """A notice for each kind of disturbance, those beyond a limit first."""
-    found = [(record, phase, one) for record in records for phase, one in disturbances_of(record, on_cpu=on_cpu)]
+    found = [(record, phase, one) for record in records for phase, one in find_disturbances(record, on_cpu=on_cpu)]
     found.sort(key=lambda one: (not one[2].invalid, -one[2].weight))
     for code in dict.fromkeys(disturbance.code for _, _, disturbance in found):
         alike = [one for one in found if one[2].code == code]

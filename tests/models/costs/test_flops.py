@@ -28,7 +28,7 @@ from lorameter.models.costs.flops import (
     six_n,
     training_flops,
 )
-from lorameter.models.costs.lora import width
+from lorameter.models.costs.lora import element_bytes
 from lorameter.models.costs.memory import (
     CUDA_CONTEXT_BYTES,
     PEAK_RANGES,
@@ -157,7 +157,7 @@ def ratio_of(source, row):
         # bitsandbytes before 0.43.2 (its pull request 1270) saved the input of each 4-bit layer.
         inputs = {layer.stage: layer.inputs for layer in linear_layers(shape).values() if layer.stage != "attended"}
         tokens = workload.batch_size * workload.sequence_length
-        estimate += shape.layers * tokens * sum(inputs.values()) * width(variant.dtype)
+        estimate += shape.layers * tokens * sum(inputs.values()) * element_bytes(variant.dtype)
     return row["peak"] * source["unit"] / estimate
 
 

@@ -15,7 +15,7 @@ from lorameter.models.costs.peaks import (
     DEVICES,
     DRIVER_SHARE,
     Peak,
-    ceiling_of,
+    find_ceiling,
     find_gpu,
     product_rate,
     stated_peak,
@@ -92,7 +92,7 @@ def test_a_share_with_its_interval():
 
 def test_three_figures_of_one_step():
     """MFU counts the FLOPs that the model needs, HFU the computed ones, and 6N those of training all weights."""
-    ceiling = ceiling_of(10**6, 2 * 10**6, 3 * 10**6, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
+    ceiling = find_ceiling(10**6, 2 * 10**6, 3 * 10**6, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
     assert (ceiling.mfu.value, ceiling.hfu.value, ceiling.six_n.value) == pytest.approx((0.01, 0.02, 0.03))
     assert ceiling.mfu.low < ceiling.mfu.value < ceiling.mfu.high
     assert "which LoRA does not compute" in str(ceiling.six_n)

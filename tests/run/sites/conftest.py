@@ -64,7 +64,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAMETER_EXECUTOR", "pretending")
     monkeypatch.setenv("LORAMETER_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})
-    monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
+    monkeypatch.setattr(gpus, "physical_cores", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
     monkeypatch.setattr(driver, "POLL_S", 0.05)
     monkeypatch.chdir(tmp_path)
 

@@ -20,12 +20,12 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.machine.nvml import VisibleGpu
-from lorameter.machine.reading import Reading, missing
+from lorameter.machine.reading import Reading, missing_reading
 from lorameter.records import store
 from lorameter.run.sites import gpus
 from lorameter.run.sites.gpus import local_sites
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.ab import attribution_of, report_of
+from lorameter.verdicts.ab import attribute_difference, build_report
 from lorameter.verdicts.validity import run_validity
 from tests.run.sites.conftest import sites_of_whole
 
@@ -199,7 +199,7 @@ def test_a_site_of_two_ranks_uses_the_cpus_of_both_shares(placed, run):
 def four_cpus(monkeypatch):
     """Replace the machine's CPUs by four, each a core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
-    monkeypatch.setattr(gpus, "cores_of", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
+    monkeypatch.setattr(gpus, "physical_cores", lambda cpus: [(cpu,) for cpu in sorted(cpus)])
 
 
 def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards=None):
@@ -207,8 +207,8 @@ def show_gpus(monkeypatch, *names, limits=(700.0,) * 4, entries=range(4), boards
     found = tuple(
         VisibleGpu(
             entry=entry, board=Reading(value=str(entry) if boards is None else boards[number]),
-            name=missing("it is gone") if name is None else Reading(value=name),
-            power_limit_w=missing("not reported") if limit is None else Reading(value=limit),
+            name=missing_reading("it is gone") if name is None else Reading(value=name),
+            power_limit_w=missing_reading("not reported") if limit is None else Reading(value=limit),
         )
         for number, (entry, name, limit) in enumerate(zip(entries, names, limits, strict=False))
     )  # fmt: skip
@@ -348,9 +348,9 @@ def test_a_gate_of_an_ab_fails_where_one_site_regresses(run_on_two_sites, run):
     """The verdict names the site, also in the stored run."""
     code, last, output = run_on_two_sites("ab", *SIDES, slow=[(SECOND, "candidate", 1.5)])
     assert code == 1, output
-    rows = {row.site: row for row in report_of(last).comparisons if row.metric == "step_time_s"}
+    rows = {row.site: row for row in build_report(last).comparisons if row.metric == "step_time_s"}
     assert {site: row.verdict for site, row in rows.items()} == {"cpus-0": "equivalent", "cpus-1": "regressed"}
-    assert {part.variant for part in attribution_of(last).parts} == {"small on cpus-0", "small on cpus-1"}
+    assert {part.variant for part in attribute_difference(last).parts} == {"small on cpus-0", "small on cpus-1"}
     code, _, output = run("gate", last.manifest.run)
     assert code == 1
     assert "small on cpus-1" in output

@@ -22,7 +22,7 @@ from lorameter.cli import main
 from lorameter.errors import UsageError
 from lorameter.records import store
 from lorameter.run.sites import slurm
-from lorameter.run.sites.slurm import sbatch_options, shares_of
+from lorameter.run.sites.slurm import divide_nodes, sbatch_options
 from lorameter.studies.protocol import read_slurm
 from tests.run.sites.conftest import sites_of_whole
 
@@ -170,12 +170,12 @@ def node(name, number, *, alive=True, **resources):
 def test_a_site_is_a_node_with_cpus_and_all_of_them_are_reserved():
     """Sites are ordered by name; a dead node and a node without a CPU are not sites."""
     nodes = [node("b", 1, CPU=4.0), node("a", 2, CPU=8.0), node("c", 3, CPU=4.0, alive=False), node("d", 4)]
-    assert [(one.site, one.cpus, one.gpus) for one in shares_of(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
+    assert [(one.site, one.cpus, one.gpus) for one in divide_nodes(nodes)] == [("a", 8.0, 0), ("b", 4.0, 0)]
 
 
 def test_each_gpu_of_a_cluster_is_a_site():
     """Each GPU is a site with its share of the node's CPUs; a head without a GPU is not a site."""
-    shares = shares_of([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
+    shares = divide_nodes([node("head", 1, CPU=4.0), node("a", 2, CPU=9.0, GPU=2.0)])
     assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
         ("a-gpu-0", 4.0, 1, 0, 2),
         ("a-gpu-1", 4.0, 1, 1, 2),
@@ -185,24 +185,24 @@ def test_each_gpu_of_a_cluster_is_a_site():
 def test_a_site_of_several_ranks_has_a_gpu_for_each():
     """The GPUs of a site are on one node; a node with fewer is not a site, and a cluster without a large enough node is
     refused."""
-    shares = shares_of([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
+    shares = divide_nodes([node("small", 1, CPU=4.0, GPU=1.0), node("a", 2, CPU=9.0, GPU=5.0)], ranks=2)
     assert [(one.site, one.cpus, one.gpus, one.share, one.shares) for one in shares] == [
         ("a-gpu-0-1", 4.0, 2, 0, 2),
         ("a-gpu-2-3", 4.0, 2, 1, 2),
     ]
     with pytest.raises(UsageError, match=r"ranks = 2: no node of the Ray cluster has so many GPUs"):
-        shares_of([node("small", 1, CPU=4.0, GPU=1.0)], ranks=2)
-    assert [one.site for one in shares_of([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
+        divide_nodes([node("small", 1, CPU=4.0, GPU=1.0)], ranks=2)
+    assert [one.site for one in divide_nodes([node("a", 1, CPU=2.0)], ranks=2)] == ["a"]
 
 
 def test_nodes_are_chosen_by_name_and_one_that_is_not_there_is_refused():
     """The error lists the existing nodes."""
     nodes = [node("a", 1, CPU=1.0), node("b", 2, CPU=1.0)]
-    assert [one.site for one in shares_of(nodes, ["b"])] == ["b"]
+    assert [one.site for one in divide_nodes(nodes, ["b"])] == ["b"]
     with pytest.raises(UsageError, match=r"no node 'c'. It has a, b"):
-        shares_of(nodes, ["a", "c"])
+        divide_nodes(nodes, ["a", "c"])
     with pytest.raises(UsageError, match="no node with a CPU"):
-        shares_of([node("a", 1)])
+        divide_nodes([node("a", 1)])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from lorameter.records import codec
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import RunContext, request_of
+from lorameter.run.prepare import RunContext, make_request
 from lorameter.run.workers.local import LocalExecutor
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +34,10 @@ def ask(small_study, tmp_path):
             assert fragment.status == "ok", fragment.failure
             return fragment
 
-        ask("prepare", request=codec.to_json(request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial))))
+        ask(
+            "prepare",
+            request=codec.to_json(make_request(plan, slot, site, executor.make_place(slot.trial, slot.trial))),
+        )
         yield ask
         worker.close()
     finally:

@@ -7,7 +7,7 @@ import dataclasses
 import psutil
 import pytest
 
-from lorameter.records.metrics import samples_of
+from lorameter.records.metrics import get_samples
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
 from lorameter.run.runner import run_plan
@@ -35,7 +35,7 @@ def test_trials_of_ranks_take_turns(executor, tokens_of, small_study):
     for record in records:
         assert record.status == "ok", record.failure
         assert record.turn_lengths == (2, 2, 2)
-        assert len(samples_of(record, "scaling_efficiency")) == 6
+        assert len(get_samples(record, "scaling_efficiency")) == 6
         assert record.values["threads"] == 2.0
         assert all(check["status"] == "active" for check in record.checks if check["path"].startswith("ranks."))
     assert descendants() == []

@@ -20,17 +20,17 @@ import psutil
 import pytest
 
 from lorameter import wire
-from lorameter.attach.launch import HOOKED, SOCKET, address
+from lorameter.attach.launch import HOOKED, SOCKET, socket_address
 from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec
 from lorameter.run.build_plan import build_plan
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import RunContext, request_of
+from lorameter.run.prepare import RunContext, make_request
 from lorameter.run.runner import run_plan
 from lorameter.run.workers import WorkerLostError, script
 from lorameter.run.workers.script import ScriptProcess, ScriptWorker
-from lorameter.run.workers.script_sandbox import variables_of
+from lorameter.run.workers.script_sandbox import script_environment
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
@@ -211,7 +211,7 @@ def start(tmp_path):
 
 def greet(turns, harness):
     """Connect as the training of a script does."""
-    connection = Client(address(turns), "AF_UNIX")
+    connection = Client(socket_address(turns), "AF_UNIX")
     wire.send(connection, wire.Hello(harness=harness))
     return connection
 
@@ -220,7 +220,7 @@ def greet(turns, harness):
 def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, option, kind):
     """A Python without the hook and a script without a training are reported as different failures."""
     turns = f"@lorameter-test-{secrets.token_hex(8)}"
-    variables = variables_of(
+    variables = script_environment(
         ScriptVariant(name="a", command="python t.py"), os.environ, scratch=tmp_path, threads=1, port=5, socket=turns
     )
     words = (sys.executable, option, "-c", "print('alone')")
@@ -255,7 +255,7 @@ def test_a_waiting_process_uses_no_cpu(small_study, executor, tokens_of):
     workers = {}
     for slot in plan.groups[0].slots[:2]:
         workers[slot.trial] = executor.launch()
-        request = codec.to_json(request_of(plan, slot, site, executor.make_place(slot.trial, slot.trial)))
+        request = codec.to_json(make_request(plan, slot, site, executor.make_place(slot.trial, slot.trial)))
         workers[slot.trial].ask("prepare", slot.trial, 60, request=request)
         assert workers[slot.trial].ask("build", slot.trial, 60).status == "ok"
     (busy, computing), (idle, waiting) = workers.items()

@@ -13,10 +13,10 @@ from lorameter.records.fileio import scratch_folder
 from lorameter.run.workers import script_sandbox
 from lorameter.run.workers.script_sandbox import (
     check_side,
+    resolve_command,
+    script_environment,
     shared_notices,
     take_snapshot,
-    variables_of,
-    words_of,
 )
 from lorameter.studies.variant import ScriptVariant
 
@@ -143,7 +143,7 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
     """Trackers are disabled, conflicting caches and ports are separate, and the thread count is one unless the user or
     the variant sets another."""
     variant = ScriptVariant(name="a", command="python t.py", env={"OMP_NUM_THREADS": "4", "MINE": "1"})
-    found = variables_of(
+    found = script_environment(
         variant, {"HOME": "/h", "MKL_NUM_THREADS": "3"}, scratch=tmp_path, threads=1, port=5, socket="/s"
     )
     assert (found["WANDB_MODE"], found["MASTER_PORT"], found["MINE"], found["HOME"]) == ("disabled", "5", "1", "/h")
@@ -155,12 +155,17 @@ def test_the_environment_publishes_nothing_and_shares_no_cache(tmp_path):
 def test_python_is_the_interpreter_of_the_side_or_variant(project):
     """The interpreter is that of the side or of the variant; a missing program or file is refused."""
     plain = ScriptVariant(name="a", command="python train.py --r 8")
-    assert words_of(plain, "/side/python", {}, project, origin=project) == ["/side/python", "train.py", "--r", "8"]
+    assert resolve_command(plain, "/side/python", {}, project, origin=project) == [
+        "/side/python",
+        "train.py",
+        "--r",
+        "8",
+    ]
     own = ScriptVariant(name="a", command="python3 train.py", python=sys.executable)
-    assert words_of(own, "/side/python", {}, project, origin=project)[0] == sys.executable
+    assert resolve_command(own, "/side/python", {}, project, origin=project)[0] == sys.executable
     for command, message in (("python other.py", "no file 'other.py'"), ("nothing train.py", "no program 'nothing'")):
         with pytest.raises(UsageError, match=message):
-            words_of(
+            resolve_command(
                 ScriptVariant(name="a", command=command), "/side/python", {"PATH": "/nowhere"}, project, origin=project
             )
     with pytest.raises(UsageError, match="no folder"):
@@ -185,14 +190,14 @@ def test_a_launcher_of_another_environment_runs_in_the_interpreter_of_the_side(t
     launcher.write_text(lines)
     launcher.chmod(0o755)
     variant = ScriptVariant(name="a", command="launch train.py")
-    found = variables_of(
+    found = script_environment(
         variant, {"PATH": str(launcher.parent)}, scratch=tmp_path, threads=1, port=5, socket="/s", side=side
     )
-    words = words_of(variant, side, found, tmp_path, origin=tmp_path, side=side)
+    words = resolve_command(variant, side, found, tmp_path, origin=tmp_path, side=side)
     assert words == [*([side] if of_python else []), str(launcher), "train.py"]
-    assert words_of(variant, "/python", found, tmp_path, origin=tmp_path) == [str(launcher), "train.py"]
+    assert resolve_command(variant, "/python", found, tmp_path, origin=tmp_path) == [str(launcher), "train.py"]
     own = launcher.rename(tmp_path / "side" / "launch")
-    assert words_of(variant, side, found, tmp_path, origin=tmp_path, side=side) == [str(own), "train.py"]
+    assert resolve_command(variant, side, found, tmp_path, origin=tmp_path, side=side) == [str(own), "train.py"]
 
 
 def test_a_command_with_its_own_interpreter_is_refused_for_a_side(project):
@@ -225,5 +230,5 @@ def test_paths_to_the_parent_folder_work_in_the_copy(tmp_path, word, leads):
         (tmp_path / name).write_text("")
     origin, copy = tmp_path / "project", tmp_path / "scratch" / "copy"
     variant = ScriptVariant(name="a", command=f"python train.py {word}")
-    found = words_of(variant, "/python", {}, copy, origin=origin)
+    found = resolve_command(variant, "/python", {}, copy, origin=origin)
     assert found == ["/python", "train.py", *leads.format(tmp_path).split()]

@@ -79,7 +79,7 @@ def load_directly(model, variant, seed=1):
 def load_both_ways(model, variant):
     """Return a base that is loaded directly, and one that is prepared and taken from the cache."""
     summary = base_cache.prepare(base_request(model, variant))
-    taken = base_cache.take(Path(summary.path), variant, "cpu")
+    taken = base_cache.map_base(Path(summary.path), variant, "cpu")
     return load_directly(model, variant), taken
 
 
@@ -87,7 +87,7 @@ def tensors_of(model):
     """Return all tensors of a model by name: parameters, buffers, quantisation constants."""
     found = dict(model.named_buffers()) | {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        found |= {f"{name}.{key}": value for key, value in base_model.constants_of(parameter).items()}
+        found |= {f"{name}.{key}": value for key, value in base_model.quantisation_constants(parameter).items()}
     return found | {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
@@ -142,12 +142,12 @@ def test_a_process_that_writes_to_a_weight_changes_its_own_copy(saved):
     """Repacking and in-place changes affect neither the file nor other processes."""
     model, variant = saved(), VARIANTS["nf4"]
     folder = Path(base_cache.prepare(base_request(model, variant)).path)
-    base = base_cache.take(folder, variant, "cpu")
+    base = base_cache.map_base(folder, variant, "cpu")
     with torch.no_grad():
         base(input_ids=torch.arange(8)[None])
         for parameter in base.parameters():
             parameter.data.zero_()
-    assert_equal(load_directly(model, variant), base_cache.take(folder, variant, "cpu"))
+    assert_equal(load_directly(model, variant), base_cache.map_base(folder, variant, "cpu"))
 
 
 def test_a_base_is_made_once(saved):
@@ -193,14 +193,14 @@ def test_a_trial_whose_base_is_missing_makes_its_own(saved):
     """The trial reports the conversion; the model is the same."""
     model = saved()
     summary = base_cache.prepare(base_request(model, PLAIN))
-    taken, made = base_cache.base_of(trial_request(model, summary.path))
+    taken, made = base_cache.open_base(trial_request(model, summary.path))
     assert not made
     (Path(summary.path) / bases.TENSORS).unlink()  # mappings of the file stay valid
     (Path(summary.path) / bases.TENSORS).write_bytes(b"short")
-    own, made = base_cache.base_of(trial_request(model, summary.path))
+    own, made = base_cache.open_base(trial_request(model, summary.path))
     assert made
     assert_equal(taken, own)
-    assert base_cache.base_of(trial_request(model, ""))[1]
+    assert base_cache.open_base(trial_request(model, ""))[1]
 
 
 def test_a_full_disk_is_reported_with_its_remedy(saved, home, monkeypatch):

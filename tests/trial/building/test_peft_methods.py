@@ -19,7 +19,7 @@ from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import empty_model, load_base
-from lorameter.trial.building.build import base_digest, requirements_of, sizes_of
+from lorameter.trial.building.build import base_digest, build_requirements, count_sizes
 from lorameter.trial.memory import resident_bytes
 
 TINY = catalogue.resolve("tiny-llama")
@@ -130,7 +130,7 @@ def test_bytes_are_those_of_a_real_step(changes, tmp_path):
     """Adapter, gradients and optimizer state equal the resident bytes after a step, and the file the saved one, for
     each optimizer."""
     variant = dataclasses.replace(R33, **changes)
-    counted = sizes_of(variant, TINY)
+    counted = count_sizes(variant, TINY)
     base = load_base(TINY, variant, device="cpu", seed=1)
     initial = peft_methods.attach(base, variant)
     if variant.rewrites_base:
@@ -151,17 +151,17 @@ def test_biases_that_train_are_counted(tmp_path):
     """Biases count in their own dtype; those of a quantised base are refused."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     source, variant = catalogue.resolve(f"random:{tmp_path}"), dataclasses.replace(R33, bias="all")
-    counted, (model, optimizer) = sizes_of(variant, source), trained(variant, source)
+    counted, (model, optimizer) = count_sizes(variant, source), trained(variant, source)
     assert counted.trainable_parameters == model.get_nb_trainable_parameters()[0]
     assert counted.adapter_bytes == resident_bytes(model, optimizer)["adapter_bytes"]
     with pytest.raises(UsageError, match="casts a bias"):
-        sizes_of(dataclasses.replace(variant, quantization="nf4"), source)
+        count_sizes(dataclasses.replace(variant, quantization="nf4"), source)
 
 
 def test_sizes_on_llama2_7b():
     """PEFT's count is r (4096 + 4096) for q and v of 32 layers; the adapter is float32, with two float32 moments."""
     (variant,) = (one for one in load_study("llama2-lora-parameters").variants if one.r == 512)
-    counted = sizes_of(variant, catalogue.resolve("random:llama2-7b"))
+    counted = count_sizes(variant, catalogue.resolve("random:llama2-7b"))
     assert counted.trainable_parameters == 512 * 524_288
     assert counted.base_parameters == 6_738_415_616
     assert counted.adapter_bytes == counted.gradient_bytes == 4 * counted.trainable_parameters
@@ -177,13 +177,13 @@ def test_each_setting_of_a_variant_becomes_a_requirement():
         "base.compute_dtype": "bfloat16", "attention.dtype": "bfloat16", "peft.dropout": 0.1, "optimizer.fused": True,
         "packing.isolated": True,
     }  # fmt: skip
-    required = requirements_of(variant, (1000,), packed=True)
+    required = build_requirements(variant, (1000,), packed=True)
     assert expected == {path: required[path] for path in expected}
 
 
 def test_absent_features_of_a_variant_are_not_required():
     """An unquantised base has no quantisation constants, and padded data has no records to isolate."""
-    required = requirements_of(LoraVariant(optimizer="adamw"), (1000,), packed=False)
+    required = build_requirements(LoraVariant(optimizer="adamw"), (1000,), packed=False)
     absent = {"base.double_quant", "base.compute_dtype", "fused.kernels", "optimizer.fused", "packing.isolated"}
     assert not absent & set(required)
     assert required["base.bits"] == 16
@@ -201,5 +201,5 @@ def test_absent_features_of_a_variant_are_not_required():
 )
 def test_tensor_cores_are_required_where_a_product_is_in_float32(changes, multiplies):
     """With autocast to 16 bits, or with all tensors in 16 bits, no product could use TF32."""
-    required = requirements_of(LoraVariant(tf32=True, **changes), (1,), packed=False)
+    required = build_requirements(LoraVariant(tf32=True, **changes), (1,), packed=False)
     assert ("tf32" in required) is multiplies

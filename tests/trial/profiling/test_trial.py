@@ -47,7 +47,7 @@ from lorameter.trial.memory import LiveTensors, measure_breakdown, read_pages, r
 from lorameter.trial.process import Lap
 from lorameter.trial.profiling import phases
 from lorameter.trial.profiling import trial as peak
-from lorameter.trial.profiling.activity import MARK, activity_of
+from lorameter.trial.profiling.activity import MARK, summarise_activity
 from lorameter.trial.profiling.phases import BorderedStep, observe_request
 from lorameter.trial.profiling.trial import ProfiledTrial, measure_peak
 from lorameter.trial.step import TrainStep
@@ -178,7 +178,7 @@ def test_a_copy_of_a_whole_weight_is_recognised_by_its_shape(rows):
     events = recorded(lambda: functional.linear(hidden, weight))
     sizes = [math.prod(shape) for one in events if one.name() == "aten::copy_" for shape in one.shapes()]
     copied = max(sizes, default=0) >= weight.numel()
-    phases = activity_of(events, (0.01,), "cpu", phase_names=("prefill",), weights={(4096, 64): "head"}).phases
+    phases = summarise_activity(events, (0.01,), "cpu", phase_names=("prefill",), weights={(4096, 64): "head"}).phases
     assert [(copy.weight, copy.in_product) for copy in phases[0].copies] == ([("head", True)] if copied else [])
     assert not (copied and rows == 1)
 

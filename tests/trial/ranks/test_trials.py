@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorameter.records import codec
-from lorameter.records.metrics import samples_of
+from lorameter.records.metrics import get_samples
 from lorameter.records.record import TrialRecord
 from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
 
@@ -79,7 +79,7 @@ def test_two_ranks_train_the_same_as_one_rank(ddp):
     assert ddp.samples["turn_tokens"] == (2 * 4 * 32.0, 2 * 4 * 32.0)
     assert ddp.values["ranks"] == 2.0
     ratios = zip(ddp.samples["one_rank_step_time_s"], ddp.samples["step_time_s"], strict=True)
-    assert samples_of(ddp, "scaling_efficiency") == tuple(alone / (2 * together) for alone, together in ratios)
+    assert get_samples(ddp, "scaling_efficiency") == tuple(alone / (2 * together) for alone, together in ratios)
     assert 0 < ddp.values["communication_share"] < 1
     assert 0 <= ddp.values["communication_overlap"] <= 1
     assert ddp.values["rank_imbalance"] >= 1
@@ -154,5 +154,5 @@ def test_a_trial_continues_where_training_on_one_rank_fails(sabotaged):
     record, _ = sabotaged["one rank fails"]
     assert record.status == "ok"
     assert [notice.code for notice in record.notices] == ["one-rank-failed"]
-    assert samples_of(record, "scaling_efficiency") == ()
+    assert get_samples(record, "scaling_efficiency") == ()
     assert len(record.samples["step_time_s"]) == 2

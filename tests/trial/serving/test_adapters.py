@@ -17,8 +17,8 @@ from peft.tuners.lora.layer import Linear
 from lorameter.models import catalogue
 from lorameter.parity import compare_served
 from lorameter.records import codec
-from lorameter.records.metrics import samples_of
-from lorameter.records.record import Served
+from lorameter.records.metrics import get_samples
+from lorameter.records.record import ServedAnswers
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import ServingRequest, TrialRequest, serving_modes
 from lorameter.studies.variant import LoraVariant
@@ -69,9 +69,9 @@ def test_each_row_of_a_mixed_batch_has_the_answer_of_its_adapter(begin):
     assert model.active_adapter == "default"
     samples = record.samples
     alone_s, mixed_s = samples["request_time_s"], samples["mixed_request_time_s"]
-    assert samples_of(record, "mixing_factor") == tuple(m / a for a, m in zip(alone_s, mixed_s, strict=True))
+    assert get_samples(record, "mixing_factor") == tuple(m / a for a, m in zip(alone_s, mixed_s, strict=True))
     switched = zip(samples["switch_time_s"], samples["switched_request_time_s"], alone_s, strict=True)
-    assert samples_of(record, "switching_factor") == tuple((switch + other) / one for switch, other, one in switched)
+    assert get_samples(record, "switching_factor") == tuple((switch + other) / one for switch, other, one in switched)
     assert len(samples["switch_time_s"]) == 2
 
 
@@ -102,7 +102,7 @@ def test_one_prompt_measures_switching_alone(begin):
     record = record.merged(running.run("request"))
     assert "mixed_request_time_s" not in record.samples
     assert "mixed_rows" not in record.values
-    assert len(samples_of(record, "switching_factor")) == 1
+    assert len(get_samples(record, "switching_factor")) == 1
     record = record.merged(running.run("merge")).merged(running.run("request"))
     assert list(running._trainee.model.peft_config) == ["default"]
     assert (record.status, len(record.samples["merged_request_time_s"])) == ("ok", 1)
@@ -173,7 +173,7 @@ def served_of(request_of):
         found = []
         for group in groups:
             fragment = parity.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
-            found += codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
+            found += codec.from_json(tuple[ServedAnswers, ...], fragment.tokens["served"], "served")
         assert all(one.failure is None for one in found), found
         return {one.way: one for one in found}
 
@@ -225,11 +225,11 @@ def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch):
     served."""
     monkeypatch.setattr(peft_methods, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
     fragment = parity.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
-    *others, merged = codec.from_json(tuple[Served, ...], fragment.tokens["served"], "served")
+    *others, merged = codec.from_json(tuple[ServedAnswers, ...], fragment.tokens["served"], "served")
     assert [one.failure for one in others] == [None, None]
     assert "no merge today" in merged.failure.message
     lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
-    (only,) = codec.from_json(tuple[Served, ...], parity.serve_adapter(lost).tokens["served"], "served")
+    (only,) = codec.from_json(tuple[ServedAnswers, ...], parity.serve_adapter(lost).tokens["served"], "served")
     assert only.failure is not None
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorameter.models import catalogue
-from lorameter.records.metrics import samples_of
+from lorameter.records.metrics import get_samples
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
@@ -74,7 +74,7 @@ def test_a_request_of_several_prompts(begin_requests):
         record = record.merged(trial.run(command))
     times = record.samples["request_time_s"]
     assert (record.status, record.values["request_batch"], record.values["new_tokens"]) == ("ok", 4, 3)
-    assert samples_of(record, "output_tokens_per_s") == pytest.approx([4 * 3 / seconds for seconds in times])
+    assert get_samples(record, "output_tokens_per_s") == pytest.approx([4 * 3 / seconds for seconds in times])
     assert all(first < whole for first, whole in zip(record.samples["first_token_time_s"], times, strict=True))
     (check,) = (one for one in record.checks if one["path"] == "request.attention")
     assert (check["observed"], check["status"]) == ("flash", "active")

@@ -20,7 +20,7 @@ from lorameter.records import store
 from lorameter.studies.claim import Claim, ClaimPart
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
-from lorameter.verdicts.claims import answers_of, conjunction, judge_claims
+from lorameter.verdicts.claims import collect_answers, combine_verdicts, judge_claims
 from lorameter.verdicts.series import group_trials
 
 RISE = {"r4": 1.0, "centre": 1.03, "r16": 1.06}
@@ -223,7 +223,7 @@ def test_without_an_equivalent_control_nothing_is_equal(make_run, claim):
 def test_a_claim_is_the_conjunction_of_its_parts(verdicts, expected):
     """One refuted part refutes the claim, one part that is not judged leaves it not judged, and all parts must be
     supported."""
-    assert conjunction(verdicts) == expected
+    assert combine_verdicts(verdicts) == expected
 
 
 def test_claims_share_their_error_rate(make_run, claim):
@@ -267,7 +267,7 @@ def answers(make_run):
             samples = {"open_ended_tokens": tuple(tokens), "open_ended_request_time_s": tuple(times)}
             return record.replaced(samples=record.samples | samples)
 
-        return answers_of(group_trials(make_run([], change=answered).records))
+        return collect_answers(group_trials(make_run([], change=answered).records))
 
     return make
 

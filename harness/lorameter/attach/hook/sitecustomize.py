@@ -48,10 +48,10 @@ class After:
     def execute(self, execute: Any, module: Any) -> None:
         execute(module)
         for call in self.wanted.pop(module.__name__, ()):
-            attempt(call, module)
+            call_safely(call, module)
 
 
-def attempt(call: Any, *args: Any) -> Any:
+def call_safely(call: Any, *args: Any) -> Any:
     """Call a function of lorameter; if it fails, print the error and let the script continue."""
     try:
         return call(*args)
@@ -75,7 +75,7 @@ def import_own(module: str, name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=None)
-def lacks() -> bool:
+def report_missing_packages() -> bool:
     """Whether this interpreter lacks a package that the meter needs; if so, print that and write it into the file that
     says that the hook was loaded."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -95,13 +95,13 @@ def lacks() -> bool:
 
 def attach_trainer(module: Any) -> None:
     """Give every Trainer a meter when it is built, unless the script has given it one."""
-    if lacks():
+    if report_missing_packages():
         return
     build = module.Trainer.__init__
 
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        attempt(lambda: import_own("meter", "add_meter")(self))
+        call_safely(lambda: import_own("meter", "add_meter")(self))
 
     module.Trainer.__init__ = functools.wraps(build)(built)
 
@@ -112,7 +112,7 @@ def attach_optimizers(module: Any) -> None:
     torch wraps the `step` of each optimizer class in a function, and this function wraps that one. A torch hook would
     be called inside torch's wrapper, where the end of a watched step could not remove the hooks of its check.
     """
-    if lacks():
+    if report_missing_packages():
         return
     source: "list[Any]" = []
     plain = module.Optimizer.profile_hook_step
@@ -128,7 +128,7 @@ def attach_optimizers(module: Any) -> None:
                 source[0].begin_update()
             result = step(*args, **kwargs)
             if not source:
-                source.append(attempt(lambda: import_own("sources", "OptimizerSource")()))
+                source.append(call_safely(lambda: import_own("sources", "OptimizerSource")()))
             if source[0] is not None:
                 source[0].end_update(args[0])
             return result
@@ -168,5 +168,5 @@ def import_shadowed_sitecustomize() -> None:
 
 
 if os.environ.get("LORAMETER_FOLLOWER"):
-    attempt(install)
+    call_safely(install)
 import_shadowed_sitecustomize()

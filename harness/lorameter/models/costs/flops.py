@@ -23,9 +23,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lorameter.errors import impossible
-from lorameter.models.costs.lora import adapted_widths, lora_of
-from lorameter.models.shapes import STAGES, ModelShape, family_of, linear_elements, linear_layers, linear_widths
+from lorameter.errors import refused_value
+from lorameter.models.costs.lora import adapted_widths, as_lora
+from lorameter.models.shapes import STAGES, ModelShape, find_family, linear_elements, linear_layers, linear_widths
 from lorameter.studies.variant import ALL_LINEAR, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
@@ -106,11 +106,11 @@ class _Block:
     """The products of one block, and the gradients that it needs."""
 
     def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
-        variant = lora_of(variant, shape)
+        variant = as_lora(variant, shape)
         self._layers, widths = linear_layers(shape), linear_widths(shape)
         _check_targets(variant, shape)
         self._adapted = adapted_widths(variant, shape)
-        self._training = {*self._adapted, *(family_of(shape).biased if variant.bias == "all" else ())}
+        self._training = {*self._adapted, *(find_family(shape).biased if variant.bias == "all" else ())}
         self._fused = variant.attention != "eager"
         self._dora = variant.use_dora
         self._twice = variant.use_dora and variant.lora_dropout > 0  # PEFT multiplies by the frozen weights again
@@ -158,11 +158,11 @@ class _Block:
 
 def _check_targets(variant: LoraVariant, shape: ModelShape) -> None:
     """Raise `UsageError` for a target that is not a linear layer of every block, such as the head."""
-    widths, known = linear_widths(shape), family_of(shape).parents
+    widths, known = linear_widths(shape), find_family(shape).parents
     for target in variant.target_modules if variant.target_modules != (ALL_LINEAR,) else ():
         *parents, name = target.split(".")
         if name not in widths or not set(parents) <= set(known):
-            raise impossible(
+            raise refused_value(
                 "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
                 'Name these, or use ("all-linear",).',
             )  # fmt: skip

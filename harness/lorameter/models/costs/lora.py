@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lorameter.errors import impossible
-from lorameter.models.shapes import ModelShape, UnknownLayersError, family_of, linear_widths, unknown_layers
+from lorameter.errors import refused_value
+from lorameter.models.shapes import ModelShape, UnknownLayersError, find_family, linear_widths, unknown_layers
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, LoraVariant, Variant
 
 PAGED_FROM_ELEMENTS = 100_000
@@ -39,7 +39,7 @@ def missing_formula(variant: Variant, shape: ModelShape) -> str | None:
     return unknown_layers(shape)
 
 
-def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
+def as_lora(variant: Variant, shape: ModelShape) -> LoraVariant:
     """The variant as LoRA. Raises `UnknownLayersError` if there is no formula for its memory and FLOPs."""
     if why := missing_formula(variant, shape):
         raise UnknownLayersError(why)
@@ -47,15 +47,15 @@ def lora_of(variant: Variant, shape: ModelShape) -> LoraVariant:
     return variant
 
 
-def targets_of(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
+def target_names(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
     """The target modules of a variant, by default PEFT's.
 
     Raises:
         UsageError: there are none, which PEFT would refuse.
     """
-    targets = variant.target_modules or family_of(shape).targets
+    targets = variant.target_modules or find_family(shape).targets
     if not targets:
-        raise impossible(
+        raise refused_value(
             f"variant {variant.name!r}", "target_modules", variant.target_modules,
             f"PEFT has no default for model type {shape.architecture!r}", 'Name layers, or use ("all-linear",).',
         )  # fmt: skip
@@ -70,14 +70,15 @@ def unknown_targets(variant: LoraVariant, shape: ModelShape) -> tuple[str, ...]:
 
 def adapted_widths(variant: Variant, shape: ModelShape) -> dict[str, tuple[int, int]]:
     """Input and output widths of the layers of a block that have an adapter; other targets are left out."""
-    targets = targets_of(lora_of(variant, shape), shape)
+    targets = target_names(as_lora(variant, shape), shape)
     names = {target.rpartition(".")[2] for target in targets}
-    return {name: width for name, width in linear_widths(shape).items() if ALL_LINEAR in targets or name in names}
+    widths = linear_widths(shape).items()
+    return {name: width for name, width in widths if ALL_LINEAR in targets or name in names}
 
 
 def adapter_tensors(variant: Variant, shape: ModelShape) -> list[int]:
     """Elements of each tensor that the adapter adds to the model."""
-    block, lora = [], lora_of(variant, shape)
+    block, lora = [], as_lora(variant, shape)
     for inputs, outputs in adapted_widths(variant, shape).values():
         block += [lora.r * inputs, lora.r * outputs, *([outputs] if lora.use_dora else [])]
     return shape.layers * block
@@ -134,7 +135,7 @@ NESTED_BYTES = 256 * 4 + 4
 """With double quantisation: the table of the 8-bit scale values, and the mean of the scales."""
 
 
-def width(dtype: str) -> int:
+def element_bytes(dtype: str) -> int:
     """Bytes of an element."""
     return 4 if dtype == "float32" else 2
 
@@ -143,7 +144,7 @@ def weight_bytes(inputs: int, outputs: int, variant: Variant) -> int:
     """Bytes of the weights, without quantisation constants."""
     weights = inputs * outputs
     if variant.quantization == "none":
-        return weights * width(variant.dtype)
+        return weights * element_bytes(variant.dtype)
     return weights if variant.quantization == "int8" else -(-weights // 2)
 
 

@@ -29,23 +29,23 @@ from lorameter.models.costs.lora import (
     adapted_widths,
     adapter_parameters,
     adapter_tensors,
+    as_lora,
     constant_bytes,
-    lora_of,
+    element_bytes,
     optimizer_state_bytes,
     paged_state_bytes,
     weight_bytes,
-    width,
 )
 from lorameter.models.shapes import (
     STAGES,
     ModelShape,
-    family_of,
+    find_family,
     linear_elements,
     linear_layers,
     linear_widths,
     read_config,
 )
-from lorameter.records.record import MEMORY_PHASES, MemoryPhase, in_order
+from lorameter.records.record import MEMORY_PHASES, MemoryPhase, order_memory_kinds
 from lorameter.studies.variant import LoraVariant, Variant, form_keys
 from lorameter.studies.workload import Workload
 
@@ -165,17 +165,17 @@ def estimate_memory(
     if device == "cuda":
         return MemoryEstimate(
             phase=phase,
-            kinds=in_order(kinds),
+            kinds=order_memory_kinds(kinds),
             outside_allocator={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
         )
     kinds |= {"process": baseline_bytes(None) if process_bytes is None else process_bytes, **LIBRARY_BYTES}
     if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
         # Embeddings and norms are still pages of the file, which keeps all of it in memory.
-        kinds["checkpoint_pages"] = linear_elements(shape) * width(variant.dtype)
+        kinds["checkpoint_pages"] = linear_elements(shape) * element_bytes(variant.dtype)
     if repacks and phase == "generate" and variant.is_4bit:
         kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
         kinds["quantization_state"] = _constants(variant, shape, repacked=True)
-    return MemoryEstimate(phase=phase, kinds=in_order(kinds))
+    return MemoryEstimate(phase=phase, kinds=order_memory_kinds(kinds))
 
 
 def estimate_phases(variant: Variant, workload: Workload, shape: ModelShape, **more: Any) -> list[MemoryEstimate]:
@@ -201,7 +201,7 @@ def bound_bytes(variant: Variant, workload: Workload, shape: ModelShape, device:
     lora = lora_like(variant)
     expected = estimate_peak(lora, workload, shape, answers=False, device=device, process_bytes=process_bytes)
     weights = linear_elements(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
-    return expected.needed_bytes + 3 * weights * width(variant.dtype)
+    return expected.needed_bytes + 3 * weights * element_bytes(variant.dtype)
 
 
 def lora_like(variant: Variant) -> LoraVariant:
@@ -232,14 +232,14 @@ def stored_dtype(source: ModelSource) -> str | None:
 
 def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
     """Bytes of the base and the adapter."""
-    wide = width(variant.dtype)
+    wide = element_bytes(variant.dtype)
     outside, dtype = (4, "float32") if variant.prepare_for_kbit else (wide, variant.dtype)
     widths = linear_widths(shape).values()
     return {
         "linear_weights": shape.layers * sum(weight_bytes(*sizes, variant) for sizes in widths),
         "quantization_state": _constants(variant, shape),
         f"embeddings_{dtype}": shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) * outside,
-        f"norms_{dtype}": (family_of(shape).norms * shape.layers + 1) * shape.hidden_size * outside,
+        f"norms_{dtype}": (find_family(shape).norms * shape.layers + 1) * shape.hidden_size * outside,
         "adapter": adapter_parameters(variant, shape) * _adapter_width(variant),
     }
 
@@ -260,7 +260,7 @@ def mapped_bytes(variant: Variant, shape: ModelShape) -> int:
 
 
 def _adapter_width(variant: Variant) -> int:
-    return width(variant.adapter_dtype or "float32")
+    return element_bytes(variant.adapter_dtype or "float32")
 
 
 def _trained(variant: Variant, shape: ModelShape) -> dict[str, int]:
@@ -301,19 +301,19 @@ def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
 
     Only at this number can an estimate decrease with more tokens.
     """
-    return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * width(variant.dtype)))
+    return -(-MAPPED_FROM_BYTES // (shape.intermediate_size * element_bytes(variant.dtype)))
 
 
 def _dequantised(variant: Variant, shape: ModelShape) -> int:
     """Bytes of the largest layer in its compute dtype."""
     largest = max(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    return largest * width(variant.compute_dtype) if variant.is_4bit else 0
+    return largest * element_bytes(variant.compute_dtype) if variant.is_4bit else 0
 
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
     """Bytes that a request adds for each of its prompts: keys and values of the context, temporaries of one block, the
     logits of the last token; and the adapters, which are all in memory."""
-    size, prompts = 4 if variant.prepare_for_kbit else width(variant.dtype), workload.request_batch
+    size, prompts = 4 if variant.prepare_for_kbit else element_bytes(variant.dtype), workload.request_batch
     context = workload.prompt_tokens + workload.new_tokens
     kinds = {
         "kv_cache": prompts * 2 * shape.layers * shape.kv_heads * shape.head_dim * context * size,
@@ -342,22 +342,22 @@ class Activations:
     """
 
     def __init__(self, variant: Variant, workload: Workload, shape: ModelShape, device: str) -> None:
-        self._variant = lora_of(variant, shape)
+        self._variant = as_lora(variant, shape)
         self._shape = shape
         self._rows, self._length = workload.batch_size, workload.sequence_length
         self._tokens = self._rows * self._length
         self._adapted = adapted_widths(variant, shape)
-        self._family = family_of(shape)
+        self._family = find_family(shape)
         layers = linear_layers(shape)
         self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in STAGES}
-        self._stream = 4 if variant.prepare_for_kbit else width(variant.dtype)
-        self._adapter = width(variant.adapter_dtype or "float32")
+        self._stream = 4 if variant.prepare_for_kbit else element_bytes(variant.dtype)
+        self._adapter = element_bytes(variant.adapter_dtype or "float32")
         cast = variant.autocast
-        self._product = self._adapter if cast is None else width(cast)
-        self._attention = self._stream if cast is None else width(cast)
+        self._product = self._adapter if cast is None else element_bytes(cast)
+        self._attention = self._stream if cast is None else element_bytes(cast)
         # The output of a quantised layer has the dtype of its input, also under autocast.
-        self._gated = self._stream if cast is None or variant.quantization != "none" else width(cast)
-        self._casts = cast is not None and width(cast) != self._stream
+        self._gated = self._stream if cast is None or variant.quantization != "none" else element_bytes(cast)
+        self._casts = cast is not None and element_bytes(cast) != self._stream
         self._mask = self._adapter if device == "cpu" else 1
         """Bytes of an element of the dropout mask, which on a CPU is a factor in the dtype of the input."""
         self._cast_adapter = 0 if cast is None or self._product == self._adapter else self._product

@@ -300,7 +300,7 @@ def utilisation(name: str, work: int, time_s: Estimate, peak: Peak, formula: str
     )
 
 
-def ceiling_of(
+def find_ceiling(
     needs: int,
     does: int,
     full: int,

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.records.fileio import replacing
+from lorameter.records.fileio import replace_file
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.units import format_interval, format_value
 from lorameter.report.blocks import (
@@ -30,13 +30,13 @@ from lorameter.report.blocks import (
     Section,
     Table,
     name_columns,
-    tone_of,
     value_cell,
+    verdict_tone,
     write_number,
     write_row,
 )
 from lorameter.report.html import svg
-from lorameter.report.plots import scale_of
+from lorameter.report.plots import ratio_axis_limit
 
 
 def write_html(
@@ -69,13 +69,13 @@ def save_html(page: str, path: str | Path) -> Path:
     target = Path(path)
     with (
         translate_write_errors(f"--html {target}", "Name a file in an existing folder."),
-        replacing(target) as draft,
+        replace_file(target) as draft,
     ):
         draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 
 
-def numbers_of(chart: Chart) -> Table:
+def chart_table(chart: Chart) -> Table:
     """The points of a chart as a table."""
     rows = []
     for point in (point for curve in chart.curves for point in curve.points):
@@ -87,7 +87,7 @@ def numbers_of(chart: Chart) -> Table:
 def _scales(table: Table) -> list[svg.Scale | None]:
     """The scale of each column of ratios, and None for all other columns."""
     return [
-        svg.ratio_scale(scale_of(row.cells[place] for row in table.rows)) if head.ratio else None
+        svg.ratio_scale(ratio_axis_limit(row.cells[place] for row in table.rows)) if head.ratio else None
         for place, head in enumerate(table.heads)
     ]
 
@@ -98,7 +98,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.DictLoader(files), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
     environment.globals.update(
-        tone_of=tone_of, numbers_of=numbers_of, format_interval=format_interval, format_value=format_value,
+        verdict_tone=verdict_tone, chart_table=chart_table, format_interval=format_interval, format_value=format_value,
         kind=_kind, scales=_scales, svg=svg,
     )  # fmt: skip
     environment.filters["px"] = "{:.1f}".format

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lorameter.records.units import scale_of
+from lorameter.records.units import choose_scale
 from lorameter.report.blocks import Axis, Bars, Chart, Curve, Intervals
 
 WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
@@ -58,7 +58,7 @@ class Scale:
         unit and with the same decimals."""
         if self.axis.named:
             return list(self.axis.named[:MAX_TICKS])
-        factor, symbol = scale_of(max(abs(self.low), abs(self.high)), self.axis.unit)
+        factor, symbol = choose_scale(max(abs(self.low), abs(self.high)), self.axis.unit)
         least = (self.high - self.low) / factor / TICKS
         power = 10.0 ** math.floor(math.log10(least))
         step = next(times * power for times in (1, 2, 5, 10) if times * power >= least * (1 - 1e-9))
@@ -134,19 +134,19 @@ def ratio_scale(bound: float) -> Scale:
     return Scale(low=math.exp(-bound), high=math.exp(bound), begin=3.6, end=116.4, axis=Axis(title="", log=True))
 
 
-def path_of(points: Iterable[tuple[float, float]], layout: Layout) -> str:
+def line_path(points: Iterable[tuple[float, float]], layout: Layout) -> str:
     """The points of a polyline or polygon, as an SVG path."""
     assert layout.up is not None
     return " ".join(f"{layout.across.place(x):.1f},{layout.up.place(y):.1f}" for x, y in points)
 
 
-def band_of(curve: Curve) -> list[tuple[float, float]]:
+def interval_polygon(curve: Curve) -> list[tuple[float, float]]:
     """The polygon around the intervals of a curve; a point without an interval has zero width."""
     ends = [(point.x, *(point.y_interval or (point.y, point.y))) for point in curve.points]
     return [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
 
 
-def specks_of(curve: Curve, layout: Layout) -> str:
+def points_path(curve: Curve, layout: Layout) -> str:
     """The path that draws each point once, rounded to pixels; relative moves between sorted points keep it short."""
     assert layout.up is not None
     across, up = layout.across.place, layout.up.place

@@ -28,14 +28,14 @@ from lorameter.run.budget import SKIPPED, Budget, skipped_notice
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.plan import Group, Plan, variants_of
+from lorameter.run.plan import Group, Plan, list_variants
 from lorameter.run.prepare import begin_record
 from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest
 from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.slurm import cancel_job
 from lorameter.studies.study_file import read_study
-from lorameter.verdicts.compare import Difference, differences
+from lorameter.verdicts.compare import Difference, find_differences
 from lorameter.verdicts.validity import is_single_script_run
 
 POLL_S = 1.0
@@ -172,7 +172,7 @@ def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -
             **codec.to_json(fingerprint_fields(manifest.provenance, without)),
         }
 
-    return differences(likeness(first), likeness(other))
+    return find_differences(likeness(first), likeness(other))
 
 
 def copy_logs(folder: Path, path: Path) -> None:
@@ -359,7 +359,7 @@ class _Jobs:
         plan = PlanSpec(
             study=codec.to_json(study),
             phases=self._plan.phases,
-            selection=tuple(variant.name for variant in variants_of(self._plan.arms)),
+            selection=tuple(variant.name for variant in list_variants(self._plan.arms)),
             interleaving=self._plan.interleaving,
             why=self._plan.why,
             order=tuple(slot.trial for slot in self._plan.slots),
@@ -445,7 +445,7 @@ def merge_left(path: Path) -> None:
 
     Running SLURM jobs are cancelled first; other jobs ended with the process.
     """
-    with store.writing(path):
+    with store.lock_run(path):
         manifest = store.read_manifest(path) if store.is_run(path) else None
         known = store.read_run(str(path), path.parent).records if manifest else ()
         folders = sorted((path / JOBS).glob("*"))

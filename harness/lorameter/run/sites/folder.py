@@ -57,7 +57,7 @@ class JobState:
     """Whether the user can fix the error (`UsageError`)."""
 
 
-def command(folder: Path) -> list[str]:
+def job_command(folder: Path) -> list[str]:
     """The command line of a job."""
     return [sys.executable, "-m", "lorameter.run.sites.job", str(folder)]
 

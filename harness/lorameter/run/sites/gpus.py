@@ -15,13 +15,13 @@ from pathlib import Path
 
 from lorameter.errors import UsageError
 from lorameter.machine.nvml import VARIABLE, VisibleGpu, describe_gpus, shared_boards, visible_gpus
-from lorameter.machine.processes import CPUS, PARENT, cores_of, exit_words
+from lorameter.machine.processes import CPUS, PARENT, exit_words, physical_cores
 from lorameter.machine.provenance import Machine
 from lorameter.records.units import format_count
-from lorameter.run.sites.folder import LOG, command
+from lorameter.run.sites.folder import LOG, job_command
 from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.environment import Host
-from lorameter.studies.protocol import HERE, format_sites, numbers_of
+from lorameter.studies.protocol import HERE, format_sites, site_numbers
 from lorameter.studies.study import Study
 
 
@@ -34,7 +34,7 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
         UsageError: a GPU does not exist, GPUs are of different kinds and not `mixed`, or there are fewer cores than
             sites.
     """
-    groups = [numbers_of(name) for name in listed]
+    groups = [site_numbers(name) for name in listed]
     numbers = [number for group in groups for number in group]
     parts = iter(share_cpus(os.sched_getaffinity(0), len(numbers), format_sites(listed)))
     on_cpu, sites = machine.device == "cpu", dict[str, Host]()
@@ -62,7 +62,7 @@ def check_spreadable(study: Study) -> None:
             f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. "
             "Remove the option."
         )
-    if place.on == HERE and any(len(numbers_of(name)) != ranks for name in place.sites):
+    if place.on == HERE and any(len(site_numbers(name)) != ranks for name in place.sites):
         site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
         raise UsageError(
             f"{place.said}: a site has a GPU, or a share of the CPUs, for each rank of a trial, and study "
@@ -73,7 +73,7 @@ def check_spreadable(study: Study) -> None:
 def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[int]]:
     """Equal parts of the cores, one for each site, as CPU numbers: two threads of one core are never on two sites.
     Raises `UsageError`, beginning with the `option`, for too many sites."""
-    cores = cores_of(cpus)
+    cores = physical_cores(cpus)
     each = len(cores) // sites
     if not each:
         threads = sum(map(len, cores))
@@ -133,7 +133,7 @@ class LocalJobs:
         variables = self._hosts[slot].variables(os.environ) | {PARENT: str(os.getpid())}
         with (folder / LOG).open("wb") as log:
             self._processes[folder] = subprocess.Popen(
-                command(folder),
+                job_command(folder),
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

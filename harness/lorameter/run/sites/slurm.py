@@ -28,7 +28,7 @@ from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, format_error, shorten
 from lorameter.machine.processes import CPUS, PARENT
 from lorameter.records.fileio import scratch_folder
-from lorameter.run.sites.folder import LOG, command, read_order, write_order
+from lorameter.run.sites.folder import LOG, job_command, read_order, write_order
 from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.protocol import format_on, format_sites, read_slurm
 
@@ -64,7 +64,7 @@ class SlurmJobs:
             *sbatch_options(self._parameters),
             f"--output={str(folder / LOG).replace('%', '%%')}",
         ]
-        script = f"#!/bin/sh\nexec {shlex.join(command(folder))}\n"
+        script = f"#!/bin/sh\nexec {shlex.join(job_command(folder))}\n"
         done = _run(words, script)
         job = done.stdout.strip().partition(";")[0]
         if done.returncode or not _ID.fullmatch(job):
@@ -142,7 +142,9 @@ class NodeShare:
     shares: int = 1
 
 
-def shares_of(nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1) -> tuple[NodeShare, ...]:
+def divide_nodes(
+    nodes: Sequence[dict[str, Any]], wanted: Sequence[str] = (), *, ranks: int = 1
+) -> tuple[NodeShare, ...]:
     """The sites of a cluster: its GPUs if it has any, else its nodes with CPUs.
 
     Args:
@@ -225,7 +227,7 @@ class RayJobs:
                 f"{format_on(address)}: no Ray cluster answers: {format_error(error).rstrip('.')}. Start it, name it "
                 "as ray://HOST:PORT, or set RAY_ADDRESS to the HOST:PORT of its head."
             ) from None
-        self._shares = {share.site: share for share in shares_of(ray.nodes(), wanted, ranks=ranks)}
+        self._shares = {share.site: share for share in divide_nodes(ray.nodes(), wanted, ranks=ranks)}
         self.slots = tuple(self._shares)
         self._tasks: dict[Path, Any] = {}
         self._why: dict[Path, str] = {}
@@ -280,7 +282,9 @@ def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
             cpus = share_cpus(os.sched_getaffinity(0), shares, f"site {order.site}")[share]
             variables[CPUS] = ",".join(map(str, cpus))
         with (folder / LOG).open("wb") as log:
-            process = subprocess.Popen(command(folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                job_command(folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
             try:
                 process.wait()
             finally:

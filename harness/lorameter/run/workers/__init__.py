@@ -24,7 +24,7 @@ from typing import Any
 from lorameter import wire
 from lorameter.errors import LorameterError, UsageError, redact
 from lorameter.machine import provenance
-from lorameter.machine.processes import cpus_of, exit_words, explain_kill, pin_to_cpus
+from lorameter.machine.processes import allowed_cpus, exit_words, explain_kill, pin_to_cpus
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, Status, TokenSummary, WorkerInfo
@@ -117,7 +117,7 @@ class Worker(abc.ABC):
 
     def cpus(self) -> tuple[int, ...]:
         """CPUs on which it may run if it is not pinned; empty if it has ended."""
-        self._cpus = self._cpus or cpus_of(self.pid)
+        self._cpus = self._cpus or allowed_cpus(self.pid)
         return self._cpus
 
     def pin(self, cpus: Collection[int]) -> None:

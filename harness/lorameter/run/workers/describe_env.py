@@ -12,7 +12,7 @@ import re
 import sys
 
 
-def packages() -> "dict[str, str]":
+def installed_packages() -> "dict[str, str]":
     """Version of each distribution by its normalised name; if there are several, the first on the path.
 
     The version of a distribution installed from a repository includes the commit, because two commits may have one
@@ -35,7 +35,7 @@ def _commit(distribution: importlib.metadata.Distribution) -> str:
         return ""
 
 
-def origin(module: str) -> "str | None":
+def module_file(module: str) -> "str | None":
     """The file that `import module` would load, or None. `module` has no dots, so nothing is imported."""
     try:
         spec = importlib.util.find_spec(module)
@@ -51,8 +51,8 @@ if __name__ == "__main__":
             {
                 "python": platform.python_version(),
                 "executable": sys.executable,
-                "packages": packages(),
-                "origins": {name: origin(name) for name in json.loads(sys.argv[1])},
+                "packages": installed_packages(),
+                "origins": {name: module_file(name) for name in json.loads(sys.argv[1])},
             }
         )
     )

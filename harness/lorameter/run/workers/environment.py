@@ -31,10 +31,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from lorameter.errors import HIDDEN, InvalidRunError, UsageError, impossible, shorten
+from lorameter.errors import HIDDEN, InvalidRunError, UsageError, refused_value, shorten
 from lorameter.machine.processes import kill_group
-from lorameter.machine.provenance import LIBRARIES, cuda_of, git_state, library_version, switches_of
-from lorameter.records.fileio import locked
+from lorameter.machine.provenance import LIBRARIES, built_cuda_version, git_state, kernel_switches, library_version
+from lorameter.records.fileio import hold_lock
 from lorameter.records.os_errors import extract_os_error
 
 ANSWER_TIMEOUT_S = 120.0
@@ -95,14 +95,14 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> InterpreterFacts:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise impossible("interpreter", "python", host.python, f"it does not answer: {error}", _REMEDY) from None
+        raise refused_value("interpreter", "python", host.python, f"it does not answer: {error}", _REMEDY) from None
     printed = process.stdout.decode(errors="replace")
     for line in reversed(printed.splitlines() if process.returncode == 0 else []):
         with contextlib.suppress(msgspec.MsgspecError):
             return msgspec.json.decode(line, type=InterpreterFacts)
     output = shorten((printed.strip() or "nothing").splitlines()[-1])
     why = f"no Python that can be asked what it has installed; it printed: {output}"
-    raise impossible("interpreter", "python", host.python, why, _REMEDY)
+    raise refused_value("interpreter", "python", host.python, why, _REMEDY)
 
 
 def describe(host: Host) -> dict[str, Any]:
@@ -122,10 +122,10 @@ def describe(host: Host) -> dict[str, Any]:
         "libraries": {
             name: facts.packages[name].split(" ")[0] if name in facts.packages else None for name in LIBRARIES
         },
-        "cuda": None if torch is None else cuda_of(Path(torch).parent),
+        "cuda": None if torch is None else built_cuda_version(Path(torch).parent),
         "packages": facts.packages,
         "git": git_state(Path(host.cwd) if host.cwd is not None else Path.cwd()),
-        "switches": switches_of(host.variables(os.environ)),
+        "switches": kernel_switches(host.variables(os.environ)),
     }
 
 
@@ -196,7 +196,7 @@ def layered_environment(requirements: Sequence[str], cache: Path, *, report: Cal
     parts = [sorted(requirements), sys.version, sys.executable, present, _present_folders()]  # determine the layer
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     target = (cache / "environments" / key).absolute()
-    with locked(target, "waiting for another process that is making the same environment", report):
+    with hold_lock(target, "waiting for another process that is making the same environment", report):
         if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # left over from a killed install; the lock shows that none runs

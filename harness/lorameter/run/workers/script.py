@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from lorameter import wire
-from lorameter.attach.launch import HOOKED, NOT_HOOKED, SOCKET, address, read_missing_packages
+from lorameter.attach.launch import HOOKED, NOT_HOOKED, SOCKET, read_missing_packages, socket_address
 from lorameter.errors import UsageError, redact
 from lorameter.machine import provenance
 from lorameter.machine.host import HostTelemetry
@@ -51,7 +51,7 @@ from lorameter.records.os_errors import mentions_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect
-from lorameter.run.workers.script_sandbox import folder_of, take_snapshot, variables_of, words_of
+from lorameter.run.workers.script_sandbox import resolve_command, script_environment, take_snapshot, working_folder
 from lorameter.studies.request import ScriptRequest
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
@@ -70,7 +70,7 @@ TOKENS = TokenSummary(
 """Placeholder tokens: the tokens of a script are not known before it runs."""
 
 
-def is_named(host: Host) -> bool:
+def has_own_interpreter(host: Host) -> bool:
     """Whether a side names an interpreter or requirements, rather than a revision, which has a folder."""
     return host != Host() and host.cwd is None
 
@@ -100,7 +100,7 @@ class ScriptProcess:
             variables: the environment, including the socket's name.
             folder: the working folder.
             log: the file to which its output is appended.
-            turns: name of the socket (`lorameter.attach.launch.address`).
+            turns: name of the socket (`lorameter.attach.launch.socket_address`).
         """
         self._hooked = Path(variables[HOOKED])
         self._marker = f"{SOCKET}={turns}".encode()
@@ -110,7 +110,7 @@ class ScriptProcess:
             with delay_signals(STOP_SIGNALS):  # a signal waits until the process is registered and can be killed
                 self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 stack.callback(OrphanReaper(self._marker).close)
-                self._listener.bind(address(turns))
+                self._listener.bind(socket_address(turns))
                 self._listener.listen(8)
                 self.begun_s = time.monotonic()
                 with log.open("ab") as file:
@@ -341,7 +341,7 @@ class ScriptExecutor(Executor):
         PATH, as in a shell; the current interpreter if that one has no torch."""
         program = shutil.which("python") or shutil.which("python3") or sys.executable
         here = Path(program).absolute() == Path(sys.executable).absolute()  # may be links to one file
-        if here or is_named(self._side):
+        if here or has_own_interpreter(self._side):
             return self._side
         with contextlib.suppress(UsageError):  # the interpreter cannot be run
             if inspect(Host(python=program), ["torch"]).origins["torch"]:
@@ -353,18 +353,18 @@ class ScriptExecutor(Executor):
         # Random and of fixed length: the size of the environment shifts the stack and changes times, and trial names
         # would do so for one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         private = self._private_folders[request.trial] = self.scratch / secrets.token_hex(4)
-        origin = folder_of(variant, Path(host.cwd or Path.cwd()))
+        origin = working_folder(variant, Path(host.cwd or Path.cwd()))
         if origin not in self._snapshots:
             self._snapshots[origin] = take_snapshot(origin, self.scratch / f"snapshot-{len(self._snapshots)}")
         folder = Path(shutil.copytree(self._snapshots[origin], private / "work", symlinks=True))
         turns = f"@lorameter-{secrets.token_hex(8)}"
-        side = host.python if is_named(self._side) else ""
+        side = host.python if has_own_interpreter(self._side) else ""
         # That variable keeps the current folder off the path while an interpreter is inspected. A script has its own
         # folder first on its path, as when a user starts it.
         environment = {name: value for name, value in host.environment.items() if name != "PYTHONSAFEPATH"}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        variables = variables_of(
+        variables = script_environment(
             variant,
             dataclasses.replace(host, environment=environment).variables(os.environ),
             scratch=private,
@@ -373,5 +373,5 @@ class ScriptExecutor(Executor):
             socket=turns,
             side=side,
         )
-        words = words_of(variant, host.python, variables, folder, origin=origin, side=side)
+        words = resolve_command(variant, host.python, variables, folder, origin=origin, side=side)
         return ScriptProcess(words, variables, folder=folder, log=Path(request.log_path), turns=turns)

@@ -126,7 +126,7 @@ def _leads_out(link: Path, folder: Path) -> bool:
     return not target.is_relative_to(root) or bool(set(LEFT_OUT) & set(target.relative_to(root).parts))
 
 
-def folder_of(variant: ScriptVariant, current: Path) -> Path:
+def working_folder(variant: ScriptVariant, current: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` if it does not exist."""
     folder = current / variant.cwd
     if not fileio.is_folder(folder):
@@ -137,7 +137,7 @@ def folder_of(variant: ScriptVariant, current: Path) -> Path:
     return folder.resolve()
 
 
-def variables_of(
+def script_environment(
     variant: ScriptVariant,
     inherited: Mapping[str, str],
     *,
@@ -172,7 +172,7 @@ def variables_of(
     return child_environment(given, variables, follower=FOLLOWER)
 
 
-def words_of(
+def resolve_command(
     variant: ScriptVariant, python: str, variables: Mapping[str, str], folder: Path, *, origin: Path, side: str = ""
 ) -> list[str]:
     """The command's words with the program resolved.
@@ -251,8 +251,8 @@ def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:
     Raises:
         UsageError: the folder, program or script does not exist, or the folder is too large.
     """
-    folder = folder_of(variant, current)
-    words = words_of(variant, "python", os.environ, folder, origin=folder)
+    folder = working_folder(variant, current)
+    words = resolve_command(variant, "python", os.environ, folder, origin=folder)
     entries = list(copied_files(folder))
     large = [entry for entry in entries if not entry.is_symlink() and entry.is_file() and _is_linked(entry)]
     escaping_links = [one for one in entries if one.is_symlink() and _leads_out(one, folder)]

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kernels_check.terminal import print_stderr
-from lorameter.errors import UsageError, impossible, redact
+from lorameter.errors import UsageError, redact, refused_value
 from lorameter.machine.provenance import run_git
 from lorameter.records.fileio import is_file, scratch_folder
 from lorameter.records.record import Side
@@ -44,7 +44,7 @@ NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bit
 OWN_PACKAGES = ("lorameter", "kernels_check")
 
 _BUILD_EACH = "Build an environment for each revision and name its Python."
-_refusal = functools.partial(impossible, "ab", "side")
+_refusal = functools.partial(refused_value, "ab", "side")
 """The error for a side: its word, why it cannot be measured, and the remedy."""
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
 _REMEDY = (

@@ -1,7 +1,7 @@
 """Prepares the base of a run once, in a file that every process of the run maps.
 
 The cache holds the tensors of the model that `load_base` made (parameters, buffers, and the constants that bitsandbytes
-stores with each quantised weight) and the attributes that transformers sets on a loaded model. `take` builds the
+stores with each quantised weight) and the attributes that transformers sets on a loaded model. `map_base` builds the
 architecture without storage and inserts them. On a CPU tensors are not copied: the file is mapped privately, so that
 all processes share its pages, and a process that writes to a weight gets its own copy. A base from the cache is
 bit-equal to a loaded one; tests verify this.
@@ -31,31 +31,31 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from lorameter.errors import impossible
+from lorameter.errors import refused_value
 from lorameter.models import bases, catalogue
 from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import ModelSource
 from lorameter.records import codec
-from lorameter.records.fileio import locked, write_document
+from lorameter.records.fileio import hold_lock, write_document
 from lorameter.records.record import BaseSummary, PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.variant import Variant
 from lorameter.trial.building import base_model
 from lorameter.trial.building.base_model import (
     bnb_config,
-    constants_of,
     fill_layer,
     load_base,
+    make_skeleton,
     mark_quantised,
-    skeleton,
+    quantisation_constants,
     unquantised_modules,
 )
 
 
-def base_of(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
+def open_base(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
     """The base of a trial, and whether this process made it from its source, because no base was prepared, or because
     the prepared one was removed or has another size."""
-    model = take(Path(request.base), request.variant, request.device) if request.base else None
+    model = map_base(Path(request.base), request.variant, request.device) if request.base else None
     if model is not None:
         return model, False
     source = catalogue.resolve(request.workload.model)
@@ -78,15 +78,15 @@ def prepare(request: BaseRequest) -> BaseSummary:
     """
     begin = time.perf_counter()
     source = catalogue.resolve(request.workload.model)
-    folder = bases.folder_of(_facts_of(source, request))
-    with locked(folder, "waiting for another process that makes the same base", print):
+    folder = bases.base_folder(_facts_of(source, request))
+    with hold_lock(folder, "waiting for another process that makes the same base", print):
         description = bases.read_description(folder)
         is_new = description is None
         if description is None:
             began = time.perf_counter()
             model = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
             description = _write(model, folder, time.perf_counter() - began)
-        bases.touch(folder)
+        bases.mark_used(folder)
     return BaseSummary(
         path=str(folder.absolute()),
         hash=description.digest,
@@ -99,7 +99,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
     )
 
 
-def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
+def map_base(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
     """The base in a folder, mapped, on `device`; None if its file does not have its original size."""
     if bases.read_description(folder) is None:
         return None
@@ -110,7 +110,7 @@ def take(folder: Path, variant: Variant, device: str) -> transformers.PreTrained
     config.name_or_path = saved["name_or_path"]
     quantization = bnb_config(variant)
     with no_init_weights():  # random initialisation without storage would take longer than everything else here
-        model = skeleton(config, variant)
+        model = make_skeleton(config, variant)
         if quantization is not None:
             replace_with_bnb_linear(model, unquantised_modules(model), quantization)
     for name, stored in saved["weights"].items():
@@ -137,14 +137,14 @@ def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
     places, parameters = getattr(model, "hf_device_map", None), dict(model.named_parameters())  # tied ones appear once
     saved = {
         "weights": dict(model.named_buffers()) | {name: one.data for name, one in parameters.items()},
-        "constants": {name: constants_of(one) for name, one in parameters.items()},
+        "constants": {name: quantisation_constants(one) for name, one in parameters.items()},
         "frozen": [name for name, one in parameters.items() if not one.requires_grad],
         "marks": {name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
         "name_or_path": model.config.name_or_path,
         "device_map": None if places is None else {name: str(place) for name, place in places.items()},
         "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
     }
-    with bases.draft_of(folder) as draft:
+    with bases.draft_folder(folder) as draft:
         with (draft / bases.TENSORS).open("w+b") as file:
             torch.save(saved, file)
             file.flush()
@@ -187,7 +187,7 @@ def _identity(source: ModelSource) -> Any:
     config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_has(source))
     if config._commit_hash is None:
         why = "its revision in the cache of the hub is unknown"
-        raise impossible("models", "model", source.label, why, "Nothing to do: each process loads it itself.")
+        raise refused_value("models", "model", source.label, why, "Nothing to do: each process loads it itself.")
     return [source.location, config._commit_hash]
 
 

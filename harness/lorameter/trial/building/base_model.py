@@ -30,7 +30,7 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from kernels_check.observe.modules import Modes, without_repacking
-from lorameter.errors import LorameterError, format_error, impossible, shorten
+from lorameter.errors import LorameterError, format_error, refused_value, shorten
 from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import is_out_of_memory
@@ -68,18 +68,18 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
-                architecture(source), dtype=getattr(torch, variant.dtype)
+                read_architecture(source), dtype=getattr(torch, variant.dtype)
             )
     except LorameterError:
         raise
     except Exception as error:  # the exception's type depends on the invalid value
         why = f"transformers cannot build a model from its configuration ({format_error(error)})"
-        raise impossible(
+        raise refused_value(
             "models", "model", source.label, why, "Correct its config.json, or name another model."
         ) from None
 
 
-def skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
+def make_skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
     """The unquantised architecture, with its parameters on the meta device and real buffers."""
     with accelerate.init_empty_weights(include_buffers=False):
         return transformers.AutoModelForCausalLM.from_config(
@@ -106,7 +106,7 @@ def _from_files(source: ModelSource, variant: Variant, device: str) -> transform
         if own := getattr(config, "quantization_config", None):
             method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
             why = f"the checkpoint is already quantised ({method}), which overrides the variant"
-            raise impossible("models", "model", source.label, why, "Name the unquantised checkpoint.")
+            raise refused_value("models", "model", source.label, why, "Name the unquantised checkpoint.")
         return _load_whole(
             source.label,
             source.location,
@@ -125,7 +125,7 @@ def _load_whole(label: str, location: str | Path, **options: Any) -> transformer
     model, found = transformers.AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     if lacking := sorted(found["missing_keys"]):
         why = f"its files lack {len(lacking)} of its weights, {shorten(lacking[0], 60)} among them"
-        raise impossible("models", "model", label, why, _REMEDY)
+        raise refused_value("models", "model", label, why, _REMEDY)
     loaded: transformers.PreTrainedModel = model
     return loaded
 
@@ -141,7 +141,7 @@ def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
         if hub is not None and isinstance(error, OSError):
             raise catalogue.hub_failure(hub, error) from None
         why = f"its files cannot be loaded ({format_error(error)})"
-        raise impossible("models", "model", label, why, _REMEDY) from None
+        raise refused_value("models", "model", label, why, _REMEDY) from None
 
 
 _REMEDY = "Save the model again."
@@ -164,7 +164,7 @@ def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformer
 
 
 def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
-    model = skeleton(architecture(source), variant)
+    model = make_skeleton(read_architecture(source), variant)
     quantization = bnb_config(variant)
     packed = set(quantised_names(model)) if quantization is not None else set()
     with torch.no_grad(), torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
@@ -175,14 +175,14 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
             module = model.get_submodule(name)
             _materialise(model, name, module, device)
             if name in packed:
-                model.set_submodule(name, quantised(module, quantization, device))
+                model.set_submodule(name, quantise_linear(module, quantization, device))
     model.tie_weights()
     if quantization is not None:
         mark_quantised(model, quantization)
     return model.eval()
 
 
-def architecture(source: ModelSource) -> transformers.PretrainedConfig:
+def read_architecture(source: ModelSource) -> transformers.PretrainedConfig:
     """The configuration of a model whose weights are not loaded."""
     if source.kind == "gguf":
         path = Path(source.location)
@@ -214,7 +214,7 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
         parameter = module.get_parameter(key)
         if parameter.isnan().any():
             why = f"the architecture does not say how to initialise {name}.{key}"
-            raise impossible("models", "model", model.config.model_type, why, "Use real weights.")
+            raise refused_value("models", "model", model.config.model_type, why, "Use real weights.")
         module.register_parameter(key, nn.Parameter(parameter.to(meta.dtype), requires_grad=meta.requires_grad))
     for key, buffer in module.named_buffers(recurse=False):
         module._buffers[key] = buffer.to(device)
@@ -247,7 +247,7 @@ def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, devi
     config = bnb_config(variant)
     if config is not None:
         for name in quantised_names(model):
-            model.set_submodule(name, quantised(model.get_submodule(name), config, device))
+            model.set_submodule(name, quantise_linear(model.get_submodule(name), config, device))
     model.to(device)
     if config is not None:
         mark_quantised(model, config)
@@ -269,7 +269,7 @@ def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
     ]
 
 
-def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
+def quantise_linear(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
     """The bitsandbytes layer of a materialised linear layer, on `device`."""
     weight = module.weight.data
     if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
@@ -285,7 +285,7 @@ def quantised(module: Any, config: transformers.BitsAndBytesConfig, device: str)
     return layer
 
 
-def constants_of(weight: Any) -> dict[str, torch.Tensor]:
+def quantisation_constants(weight: Any) -> dict[str, torch.Tensor]:
     """The constants of a quantised weight, by the names of bitsandbytes.
 
     A 4-bit weight must be in its stored layout (see below).
@@ -352,7 +352,7 @@ def unpack_4bit(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluate between training steps: every module in eval mode, without gradients and without repacking. Modes are
     restored afterwards.
 

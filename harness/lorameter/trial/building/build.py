@@ -27,7 +27,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from kernels_check.check import Check
 from kernels_check.observe.digest import Fingerprinter
-from lorameter.errors import UsageError, impossible
+from lorameter.errors import UsageError, refused_value
 from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.models.costs.lora import optimizer_state_bytes, paged_state_bytes
@@ -37,7 +37,7 @@ from lorameter.studies.request import TrialRequest
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ADAMW, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_cache import base_of
+from lorameter.trial.building.base_cache import open_base
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.peft_methods import (
     activate,
@@ -106,7 +106,7 @@ def build(
     model = shared.model
     adapter = "default" if model is None else f"adapter{len(model.peft_config)}"
     if model is None:
-        base, shared.is_converted = base_of(request)
+        base, shared.is_converted = open_base(request)
         if variant.liger_kernel:
             apply_liger_kernel(base, None)  # before the adapter: it patches the forwards of the model's own classes
         seed_everything(request.seed)
@@ -238,7 +238,7 @@ BACKENDS = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_atten
 """The attention backend that kernels_check observes, by the setting `attention` of a variant."""
 
 
-def requirements_of(
+def build_requirements(
     variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool, on_linear: bool = True
 ) -> dict[str, Any]:
     """Requirements for kernels_check that follow from a variant, by path: quantization = "nf4" requires nf4. A study
@@ -323,20 +323,20 @@ def sizes_of_study(study: Study) -> tuple[Sizes, ...]:
     """
     model = study.workload.model.removeprefix(catalogue.RANDOM_PREFIX)
     source = catalogue.resolve(f"{catalogue.RANDOM_PREFIX}{model}")
-    return tuple(sizes_of(variant, source) for variant in study.built)
+    return tuple(count_sizes(variant, source) for variant in study.built)
 
 
-def sizes_of(variant: Variant, source: ModelSource) -> Sizes:
+def count_sizes(variant: Variant, source: ModelSource) -> Sizes:
     """The sizes of one variant for a model's true shape. Raises as `sizes_of_study` does."""
     if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
         why = "no formula is known for the size of its state"
-        raise impossible(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
+        raise refused_value(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
     model = _attached(variant, source)
     trainable, everything = model.get_nb_trainable_parameters()
     adapter = sum(parameter.numel() for parameter in peft_methods.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(variant, LoraVariant) and trainable != adapter and variant.quantization != "none":
-        raise impossible(
+        raise refused_value(
             f"sizes: variant {variant.name!r}", "bias", variant.bias,
             "bitsandbytes casts a bias to the type of its input in the first step, so its bytes are not known before",
             'Use bias = "none", or quantization = "none".',
@@ -387,7 +387,7 @@ def _attached(variant: Variant, source: ModelSource) -> Any:
         try:
             return peft_methods.attach(base, plain)
         except ValueError as error:  # PEFT does not find the layers, or cannot adapt them
-            raise impossible(
+            raise refused_value(
                 f"sizes: variant {variant.name!r}", "target_modules", variant.setting("target_modules"),
                 f"PEFT cannot adapt {source.label} ({error})", "Name other layers, or another model.",
             ) from None  # fmt: skip

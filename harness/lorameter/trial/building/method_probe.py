@@ -22,7 +22,7 @@ from lorameter.records import codec
 from lorameter.studies.variant import BuiltVariant, FullVariant, Variant
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
-from lorameter.trial.step import loss_of
+from lorameter.trial.step import compute_loss
 
 MODEL = f"{catalogue.RANDOM_PREFIX}tiny-llama"
 _ROWS, _LENGTH = 2, 16
@@ -32,7 +32,7 @@ def probe(variant: Variant) -> MethodFacts:
     """Find out what a variant's method supports, by trying it on the tiny model."""
     try:
         if not isinstance(variant, FullVariant):
-            peft_methods.config_of(variant, steps=1000)
+            peft_methods.make_config(variant, steps=1000)
         return _try_method(variant)
     except UsageError as error:
         return MethodFacts(refused=str(error).removeprefix(f"variant {variant.name!r}: "))
@@ -56,7 +56,7 @@ def _try_method(variant: Variant) -> MethodFacts:
     optimizer, update = peft_methods.make_optimizer(model, variant), peft_methods.find_update_hook(model)
     model.train()
     for step in (1, 2):
-        loss_of(model, batch | {"labels": inputs}, device="cpu", autocast=variant.autocast).backward()
+        compute_loss(model, batch | {"labels": inputs}, device="cpu", autocast=variant.autocast).backward()
         if not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()):
             raise ValueError("all gradients are zero")
         optimizer.step()

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels_check.observe.adapter import adapter_attributes
 from kernels_check.observe.modules import find_enclosing
-from lorameter.errors import UsageError, format_error, impossible
+from lorameter.errors import UsageError, format_error, refused_value
 from lorameter.models import catalogue, shapes
 from lorameter.studies.study import suggest
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
@@ -40,7 +40,7 @@ _BITSANDBYTES = "bitsandbytes."
 """Prefix of the names of bitsandbytes optimizers."""
 
 
-def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
+def make_config(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     """The PEFT configuration of a variant; `steps` is the length of its training, for methods that need it.
 
     Raises:
@@ -53,7 +53,7 @@ def config_of(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     known = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in known:
         why = f"PEFT {peft.__version__} has no such method"
-        raise impossible(where, "peft.peft_type", variant.peft["peft_type"], why, suggest(name, sorted(known)))
+        raise refused_value(where, "peft.peft_type", variant.peft["peft_type"], why, suggest(name, sorted(known)))
     fields = {field.name for field in dataclasses.fields(known[name]) if field.init}
     # Files of another version have further keys, which have no effect if off.
     given = {key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])}
@@ -92,7 +92,7 @@ def attach(
         base.enable_input_require_grads()
     if isinstance(variant, FullVariant):
         return base.requires_grad_(True)
-    config = config_of(variant, steps=steps)
+    config = make_config(variant, steps=steps)
     init = getattr(config, "init_lora_weights", None)
     if init == "corda":
         with torch.no_grad():
@@ -106,7 +106,7 @@ def attach(
 
 def attach_second(model: Any, variant: Variant, adapter: str) -> None:
     """Add another adapter to a model that has adapters; it is not active yet."""
-    model.add_adapter(adapter, config_of(variant), autocast_adapter_dtype=_upcasts(variant))
+    model.add_adapter(adapter, make_config(variant), autocast_adapter_dtype=_upcasts(variant))
     _cast(model, variant)
 
 
@@ -285,7 +285,7 @@ def find_optimizer(variant: Variant) -> Callable[..., Any]:
     found = known.get(name) or known.get(plain)
     if found is None:
         why = f"neither torch, bitsandbytes nor PEFT {peft.__version__} has such an optimizer"
-        raise impossible(f"variant {variant.name!r}", "optimizer", name, why, suggest(name, sorted(known)))
+        raise refused_value(f"variant {variant.name!r}", "optimizer", name, why, suggest(name, sorted(known)))
     return found
 
 

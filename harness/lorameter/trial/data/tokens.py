@@ -25,7 +25,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorameter.errors import format_error, impossible, require
+from lorameter.errors import format_error, refused_value, require
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import add_path_to_errors
@@ -364,7 +364,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
             return _byte_tokenizer(source, vocab_size), True
         if source.kind == "hub":
             raise catalogue.hub_failure(source, error) from None
-        raise impossible(
+        raise refused_value(
             "models",
             "model",
             source.label,
@@ -372,7 +372,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
             "Save one next to the weights.",
         ) from None
     if tokenizer.vocab_size > vocab_size:
-        raise impossible(
+        raise refused_value(
             "models",
             "model",
             source.label,
@@ -394,7 +394,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     """The file's tokenizer with the file's special tokens: transformers 5.17 mistakes BOS for EOS and drops PAD."""
-    values = shapes.gguf_of(path).values  # first: the library does not return for other files
+    values = shapes.read_gguf_header(path).values  # first: the library does not return for other files
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = values.get(f"tokenizer.ggml.{key}_token_id")
@@ -419,7 +419,7 @@ def _byte_tokenizer(source: ModelSource, vocab_size: int) -> transformers.PreTra
     """A tokenizer whose ids 0 to 255 are UTF-8 bytes; 256, 257 and 258 are begin, end and padding, which are never
     added."""
     if vocab_size < BYTE_VOCABULARY:
-        raise impossible(
+        raise refused_value(
             "models",
             "model",
             source.label,

@@ -62,7 +62,7 @@ class Window(NamedTuple):
     name: str
 
 
-def activity_of(
+def summarise_activity(
     events: Iterable[Any],
     step_times_s: tuple[float, ...],
     device: str,

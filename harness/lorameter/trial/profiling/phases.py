@@ -39,9 +39,9 @@ from lorameter.studies.request import TrialRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.build import TrainableModel
 from lorameter.trial.data.stream import Batch, TokenStream
-from lorameter.trial.memory import cache_of, cached_tensors, output_head, resident_tensors, storage_bytes
+from lorameter.trial.memory import cached_tensors, find_cache, output_head, resident_tensors, storage_bytes
 from lorameter.trial.process import Stopwatch, synchronize
-from lorameter.trial.profiling.activity import MARK, PART, activity_of
+from lorameter.trial.profiling.activity import MARK, PART, summarise_activity
 from lorameter.trial.serving.server import Request
 from lorameter.trial.step import TrainStep
 
@@ -185,7 +185,7 @@ def pair_times(
     return {name: tuple(values) for name, values in series.items()}
 
 
-def profiled(
+def record_profile(
     bordered: BorderedStep | BorderedRequest,
     device: str,
     folder: Path,
@@ -200,12 +200,12 @@ def profiled(
     first step under the profiler is not recorded, since the profiler starts in it; it belongs to the same session,
     since two sessions in quick succession can collide in CUPTI. A session without GPU kernels is repeated once.
 
-    `phase_names` and `weights` are arguments of `lorameter.trial.profiling.activity.activity_of`.
+    `phase_names` and `weights` are arguments of `lorameter.trial.profiling.activity.summarise_activity`.
     """
 
     def session() -> Activity:
         times, events = _record(bordered, device, folder / trace)
-        return activity_of(events, times, device, phase_names=phase_names, weights=weights)
+        return summarise_activity(events, times, device, phase_names=phase_names, weights=weights)
 
     activity = session()
     return session() if activity.missing else activity
@@ -274,7 +274,7 @@ class BorderedRequest:
             nonlocal passes
             self.phases.turn("decode" if passes else "prefill")
             if self.phases.marked and not passes:
-                parts.enter_context(_marking(cache_of(given), "update", CACHE))
+                parts.enter_context(_marking(find_cache(given), "update", CACHE))
             passes += 1
 
         with ExitStack() as parts:
@@ -326,7 +326,7 @@ def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
     def leave(module: Any, args: Any, output: Any) -> None:
         scores = getattr(output, "logits", None)
         logits.append(1 if scores is None else int(scores.shape[-2]))
-        if isinstance(output, dict) and (cache := cache_of(output)) is not None:
+        if isinstance(output, dict) and (cache := find_cache(output)) is not None:
             caches[:] = [cache]
             places.append(tuple(tensor.data_ptr() for tensor in cached_tensors(cache)))
 
@@ -343,11 +343,11 @@ def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
         cache_bytes=sum(storage_bytes(tensor) for cache in caches for tensor in cached_tensors(cache)),
         cache_moved=sum(moved) / max(1, len(moved)),
         head=next((f"{name}.weight" for name, one in base.named_modules() if one is head), ""),
-        size=size_of(model),
+        size=model_size(model),
     )
 
 
-def size_of(model: Any) -> ModelSize:
+def model_size(model: Any) -> ModelSize:
     """The weights that a forward pass multiplies by and reads, counted from the modules of any model."""
     base = peft_methods.unwrap(model)
     own = list(peft_methods.own_parameters(model).values())

@@ -42,7 +42,7 @@ from lorameter.trial.profiling.phases import (
     BorderedStep,
     observe_request,
     pair_times,
-    profiled,
+    record_profile,
     request_samples,
     watch_gradients,
     weights_by_shape,
@@ -116,7 +116,7 @@ class ProfiledTrial(Trial):
         model = self._trainee.model
         unpack_4bit(model)
         model.train()
-        activity = profiled(self._bordered_step(), self._request.device, Path(self._request.scratch))
+        activity = record_profile(self._bordered_step(), self._request.device, Path(self._request.scratch))
         return self._write(ACTIVITY, activity)
 
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
@@ -143,7 +143,7 @@ class ProfiledTrial(Trial):
     def request_activity(self, *, merged: bool) -> PartialRecord:
         """Profile the operators of a request."""
         name, trace = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
-        activity = profiled(
+        activity = record_profile(
             self._bordered_request(), self._request.device, Path(self._request.scratch), trace=trace,
             phase_names=REQUEST_PHASES, weights=weights_by_shape(self._trainee.model),
         )  # fmt: skip

@@ -32,7 +32,7 @@ from lorameter.trial.building.base_model import linear4bit_layers
 from lorameter.trial.building.build import SharedBase, judge_checks
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import Lap
-from lorameter.trial.step import TrainStep, loss_of, model_inputs
+from lorameter.trial.step import TrainStep, compute_loss, model_inputs
 from lorameter.trial.trial import ISOLATED, Trial
 
 _TRAINED = "ranks.trained"
@@ -163,7 +163,7 @@ class RankTrial(Trial):
         stream.restore(position)
         request = self._request
         with torch.no_grad(), without_repacking(model), peft_methods.without_adapter(model):
-            return float(loss_of(forward, batch, device=request.device, autocast=request.variant.autocast))
+            return float(compute_loss(forward, batch, device=request.device, autocast=request.variant.autocast))
 
     def _distribute(self, model: Any, stream: TokenStream) -> Any:
         request = self._request

@@ -20,7 +20,7 @@ from lorameter.errors import LorameterError
 from lorameter.models import catalogue
 from lorameter.records import codec
 from lorameter.records.os_errors import failed_record
-from lorameter.records.record import PROMPTS, SERVED, LogitDistance, PartialRecord, Served
+from lorameter.records.record import PROMPTS, SERVED, LogitDistance, PartialRecord, ServedAnswers
 from lorameter.studies.request import ServingMode, ServingRequest
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base, unpack_4bit
@@ -41,7 +41,7 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
     set_precision(trial.variant)
     stream = TokenStream(Path(trial.tokens_path), trial.workload, trial.variant, trial.device)
     model: Any = None
-    served: list[Served] = []
+    served: list[ServedAnswers] = []
     answers = request.reference
     for mode in request.ways:
         try:
@@ -53,7 +53,7 @@ def serve_adapter(request: ServingRequest) -> PartialRecord:
             failed = failed_record(error, "parity")
             if failed.status == "interrupted":  # the disk is full, also for the next mode
                 return failed
-            result = Served(way=mode.name, failure=failed.failure)
+            result = ServedAnswers(way=mode.name, failure=failed.failure)
         served.append(result)
         answers = answers or result.answers
         if not answers:  # without a reference there is nothing to compare
@@ -77,7 +77,7 @@ def load_served(request: ServingRequest, mode: ServingMode) -> Any:
 
 def observe(
     model: Any, mode: ServingMode, stream: TokenStream, request: ServingRequest, reference: Sequence[Sequence[int]]
-) -> Served:
+) -> ServedAnswers:
     """Answers, distances of the logits over the reference's answers, and held-out losses. Without a `reference`, the
     logits over the mode's own answers are saved as the reference."""
     workload = request.trial.workload
@@ -100,7 +100,7 @@ def observe(
         for batch in stream.held_out():
             logits = model(**model_inputs(batch)).logits
             losses += sequence_losses(logits, batch["labels"], workload.sequence_length)
-    return Served(way=mode.name, answers=answers, distances=tuple(distances), losses=tuple(losses))
+    return ServedAnswers(way=mode.name, answers=answers, distances=tuple(distances), losses=tuple(losses))
 
 
 def _prompts(stream: TokenStream, request: ServingRequest) -> list[torch.Tensor]:

@@ -20,10 +20,10 @@ from statistics import fmean
 import msgspec
 
 from lorameter.errors import InvalidRunError, require
-from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, samples_of
+from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, get_samples
 from lorameter.records.store import Run
 from lorameter.records.units import format_ratio
-from lorameter.stats import Comparison, ShareEstimate, explained_share, step_down
+from lorameter.stats import Comparison, ShareEstimate, explained_share, holm_step_down
 from lorameter.stats.trend import Conclusion
 from lorameter.studies.claim import ENGINE, ClaimPart
 from lorameter.studies.study import Study
@@ -34,13 +34,13 @@ from lorameter.verdicts.claims.parts import (
     Judgement,
     NotJudgedError,
     Question,
-    ask,
+    make_question,
+    make_result,
     metric_phrase,
-    metrics_of,
-    result_of,
+    part_metrics,
 )
 from lorameter.verdicts.claims.parts import PartResult as PartResult
-from lorameter.verdicts.series import Groups, control_of, group_trials, is_difference
+from lorameter.verdicts.series import Groups, compare_control, group_trials, is_difference
 from lorameter.verdicts.sites import refuse_mixed
 
 Controls = Mapping[str, Comparison | None]
@@ -113,7 +113,7 @@ def judge_claims(run: Run) -> ClaimsReport:
     )
     refuse_mixed(run, "a claim")
     groups = group_trials(run.records)
-    controls = controls_of(groups, study, run.manifest.phases)
+    controls = compare_controls(groups, study, run.manifest.phases)
     engine = collect_evidence(run, study, groups)
     results = _judge_parts(run, study, groups, controls, engine)
     replicates = {record.replicate for record in run.records if record.status == "ok"}
@@ -130,7 +130,7 @@ def judge_claims(run: Run) -> ClaimsReport:
             id=claim.id,
             says=claim.says,
             original=claim.original,
-            verdict=conjunction([part.verdict for part in parts[claim.id]]),
+            verdict=combine_verdicts([part.verdict for part in parts[claim.id]]),
             parts=parts[claim.id],
             source=claim.source,
         )
@@ -147,7 +147,7 @@ def judge_claims(run: Run) -> ClaimsReport:
         control=controls,
         deviations=study.deviations,
         notes=study.notes,
-        answers=answers_of(groups),
+        answers=collect_answers(groups),
         engine=engine,
         invalid=invalid,
     )
@@ -173,13 +173,13 @@ def _judge_parts(
                 elif part.of_memory:
                     results[key] = judge_peaks(part, groups, study)
                 else:
-                    questions[key] = ask(part, groups, study)
+                    questions[key] = make_question(part, groups, study)
             except NotJudgedError as error:
-                results[key] = result_of(part, "not judged", str(error))
+                results[key] = make_result(part, "not judged", str(error))
     doubts = {key: doubt for key, question in questions.items() if (doubt := find_doubt(question.part, controls))}
     # A part that cannot be asserted is not in the family of tests, so it does not reduce the error rate of the
     # others.
-    conclusions = step_down(
+    conclusions = holm_step_down(
         (key for key in questions if key not in doubts),
         lambda key, left: questions[key].judge(left),
         is_decided=lambda conclusion: conclusion.by == "difference",
@@ -188,7 +188,7 @@ def _judge_parts(
         conclusion = conclusions.get(key) or question.judge(1)
         doubt = doubts.get(key, "")
         if conclusion.by == "equality":
-            doubt = doubt or doubt_of_equality(question.part, controls)
+            doubt = doubt or why_not_equal(question.part, controls)
         results[key] = _answer(question, conclusion, doubt)
     return results
 
@@ -197,7 +197,7 @@ def _answer(question: Question, conclusion: Conclusion, doubt: str) -> PartResul
     """The result of a conclusion; inconclusive if there is a doubt."""
     ratio, low, high = question.ratio(conclusion)
     reason = question.reason(conclusion)
-    return result_of(
+    return make_result(
         question.part,
         "inconclusive" if doubt else conclusion.status,
         f"{doubt}; {reason}" if doubt else reason,
@@ -210,19 +210,19 @@ def _answer(question: Question, conclusion: Conclusion, doubt: str) -> PartResul
     )
 
 
-def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls:
+def compare_controls(groups: Groups, study: Study, phases: Sequence[str]) -> Controls:
     """Control comparisons: the primary metric of each phase, as in the run's report, then every other claimed metric.
 
     Each group shares an error rate of 5 %, so identical code seldom fails.
     """
     primaries = [PRIMARY[phase] for phase in PHASES if phase in phases]
-    claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in metrics_of(part))
+    claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in part_metrics(part))
     others = [name for name in claimed if name in METRICS and name not in primaries]
     found: dict[str, Comparison | None] = {}
     for family in (primaries, others):
         for name in family:
             try:
-                found[name] = control_of(groups, study.reference, name, family=len(family))
+                found[name] = compare_control(groups, study.reference, name, family=len(family))
             except InvalidRunError:  # values without a logarithm have no ratio, and claims about them are not judged
                 found[name] = None
     return found
@@ -230,7 +230,7 @@ def controls_of(groups: Groups, study: Study, phases: Sequence[str]) -> Controls
 
 def find_doubt(part: ClaimPart, controls: Controls) -> str:
     """Why nothing may be asserted about a part, because its control or its phase's control differs; empty if it may."""
-    for metric in metrics_of(part):
+    for metric in part_metrics(part):
         for name in (metric, PRIMARY[METRICS[metric].phase]):
             found = controls.get(name)
             if found is not None and is_difference(found):
@@ -239,27 +239,27 @@ def find_doubt(part: ClaimPart, controls: Controls) -> str:
     return ""
 
 
-def doubt_of_equality(part: ClaimPart, controls: Controls) -> str:
+def why_not_equal(part: ClaimPart, controls: Controls) -> str:
     """Why equality may not be asserted about a part; empty if it may."""
-    for metric in metrics_of(part):
+    for metric in part_metrics(part):
         found = controls.get(metric)
         if found is None or found.verdict != "equivalent":
             return f"the control is not equivalent to itself in {metric_phrase(metric)}, so nothing is called equal"
     return ""
 
 
-def conjunction(verdicts: Sequence[Judgement]) -> Judgement:
+def combine_verdicts(verdicts: Sequence[Judgement]) -> Judgement:
     """The verdict on a claim, from the verdicts on its parts."""
     strongest: tuple[Judgement, ...] = ("refuted", "not judged", "inconclusive")
     return next((verdict for verdict in strongest if verdict in verdicts), "supported")
 
 
-def answers_of(groups: Groups) -> Answers:
+def collect_answers(groups: Groups) -> Answers:
     """The shares for a run, from its variants without the control, which repeats one of them."""
     blocks: dict[int, list[tuple[Samples, Samples]]] = {}
     for (_, role), series in groups.items():
         for record, times in series.measured(TIME) if role == "variant" else ():
-            if tokens := samples_of(record, TOKENS):
+            if tokens := get_samples(record, TOKENS):
                 blocks.setdefault(record.replicate, []).append((tokens, times))
     trials = [blocks[replicate] for replicate in sorted(blocks)]
     requests = [[[*itertools.chain.from_iterable(column)] for column in zip(*one, strict=True)] for one in trials]

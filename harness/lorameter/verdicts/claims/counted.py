@@ -25,8 +25,8 @@ from lorameter.verdicts.claims.parts import (
     check_count,
     check_levels,
     describe_decision,
-    pair_of,
-    result_of,
+    make_result,
+    part_pair,
 )
 from lorameter.verdicts.series import Groups
 
@@ -55,7 +55,7 @@ def judge_counts(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     values_text = f"{texts[0]} at every level of {axis}" if len(set(texts)) == 1 else f"by {axis}, {', '.join(named)}"
     rises = all(max(before) < min(after) for before, after in itertools.pairwise(found))
     reason = f"{quantity}: {values_text}"
-    return result_of(part, "supported" if rises else "refuted", reason, replicates=len(replicates))
+    return make_result(part, "supported" if rises else "refuted", reason, replicates=len(replicates))
 
 
 def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
@@ -68,7 +68,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     def records_of(name: str, role: str = "variant") -> tuple[TrialRecord, ...]:
         return groups[name, role].ok if (name, role) in groups else ()  # type: ignore[index]
 
-    without, name = pair_of(part, study)
+    without, name = part_pair(part, study)
     sides = [records_of(name), records_of(without)]
     on_device = any(_DEVICE in record.memory for side in sides for record in side)
     kind = part.metric if part.metric != PEAK else _DEVICE if on_device else _HOST
@@ -108,7 +108,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         words += f", although the process holds more (on a CPU the peak is its resident memory{start_note})"
     about = f"{name} / {without}"
     found = {"ratio": ratio, "low": low, "high": high, "replicates": len(both)}
-    return result_of(part, verdict, f"{sentence}: {words}", about=about, **found)
+    return make_result(part, verdict, f"{sentence}: {words}", about=about, **found)
 
 
 def _decide(part: ClaimPart, low: float, high: float) -> Judgement:

@@ -21,9 +21,9 @@ from lorameter.verdicts.same_training import (
     OTHER_PARAMETERS,
     ScriptPair,
     describe_threads,
+    library_versions,
     notices_of_sides,
     sides_of_run,
-    versions_of,
 )
 from lorameter.verdicts.series import Groups
 
@@ -87,7 +87,7 @@ def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence |
         reference=study.reference,
         commands={one.name: one.command for one in variants if isinstance(one, ScriptVariant)},
         machine=f"{name} ({device}, {describe_threads(provenance, records)} a process){driver}",
-        versions=versions_of(provenance, records),
+        versions=library_versions(provenance, records),
         proof=tuple(
             _judge_path(path, wanted, names, [[one for record in ok[name] for one in record.checks] for name in names])
             for path, wanted in engine.proof.items()

@@ -18,14 +18,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from lorameter.records.metrics import METRICS, Samples
-from lorameter.records.units import decimals, format_count, format_ratio
+from lorameter.records.units import count_decimals, format_count, format_ratio
 from lorameter.stats import MAX_ADVISED, Pairing
 from lorameter.stats.effect import from_log, log_ratios, paired_effect
 from lorameter.stats.samples import checked_trials
-from lorameter.stats.trend import Conclusion, Scale, beyond, line_change, opposite, scores, sizes, within
+from lorameter.stats.trend import (
+    Conclusion,
+    Scale,
+    change_magnitudes,
+    judge_above,
+    judge_within,
+    line_change,
+    negate,
+    scores,
+)
 from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, format_level, is_number
 from lorameter.studies.study import Study, is_of_tokens
-from lorameter.verdicts.series import Groups, pairing_of
+from lorameter.verdicts.series import Groups, choose_pairing
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -71,15 +80,15 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     reason: str
 
 
-def result_of(part: ClaimPart, verdict: Judgement, reason: str, **found: Any) -> PartResult:
+def make_result(part: ClaimPart, verdict: Judgement, reason: str, **found: Any) -> PartResult:
     """The result of a part, with its limit; `found` are further fields."""
     name, limit = part.limit
     limits: dict[str, Any] = {name: limit} if name else {}
-    metric = " + ".join(metrics_of(part))
+    metric = " + ".join(part_metrics(part))
     return PartResult(rule=part.rule, axis=part.axis, metric=metric, verdict=verdict, reason=reason, **limits, **found)
 
 
-def metrics_of(part: ClaimPart) -> tuple[str, ...]:
+def part_metrics(part: ClaimPart) -> tuple[str, ...]:
     """The metrics of a part."""
     return tuple(part.metrics) or (part.metric,)
 
@@ -157,8 +166,8 @@ class Question:
         rule, by = self.part.rule, self.part.by
         limit = -math.log1p(-by) if rule == "lowers" else math.log1p(self.part.limit[1])
         values = self.sign * np.stack([contrast.logs for contrast in self.contrasts], axis=1)
-        found = (within if rule in _OF_EQUALITY else beyond)(values, limit, family=family)
-        return opposite(found) if rule in _NEGATED else found
+        found = (judge_within if rule in _OF_EQUALITY else judge_above)(values, limit, family=family)
+        return negate(found) if rule in _NEGATED else found
 
     def ratio(self, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
         """The ratio that decided, with its 95 % interval; None for an end beyond the range of a float."""
@@ -170,7 +179,7 @@ class Question:
         ratio = format_ratio(*self.ratio(conclusion))
         begin.append(f"{self.contrasts[conclusion.contrast].says} ×{ratio}")
         low, high = self._ends(conclusion.decided_low, conclusion.decided_high)
-        places = 4 if low is None or high is None else min(decimals((high - low) / 2), 4)
+        places = 4 if low is None or high is None else min(count_decimals((high - low) / 2), 4)
         ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
         decision = describe_decision(self.part, "equal" if conclusion.by == "equality" else conclusion.status)
         interval = f"{100 * conclusion.level:.4g} % interval [{', '.join(ends)}]"
@@ -182,14 +191,14 @@ class Question:
         return (from_log(low), from_log(high)) if self.sign > 0 else (from_log(-high), from_log(-low))
 
 
-def ask(part: ClaimPart, groups: Groups, study: Study) -> Question:
+def make_question(part: ClaimPart, groups: Groups, study: Study) -> Question:
     """The question of a part, for any rule except "rises".
 
     Raises `NotJudgedError` for losses over different tokens, for levels or a metric that were not measured, for fewer
     than two replicates in which every level is ok, and for values without a logarithm.
     """
     axes = (part.axis, *part.against)
-    tables = [_tabulate(groups, study, axis, metric) for axis in axes for metric in metrics_of(part)]
+    tables = [_tabulate(groups, study, axis, metric) for axis in axes for metric in part_metrics(part)]
     shared = sorted(set.intersection(*(set(table.replicates) for table in tables)))
     check_count(len(shared))
     tables = [table.keep(shared) for table in tables]
@@ -226,7 +235,7 @@ def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) 
         says = f"from {part.axis} {names[low]} to {names[high]} {table.title} changes by"
         yield Contrast(about=f"{names[high]} / {names[low]}", says=says, logs=table.change(low, high))
     elif part.rule in OF_PAIRS:
-        (low, high), (without, name) = places or (0, 1), pair_of(part, study)
+        (low, high), (without, name) = places or (0, 1), part_pair(part, study)
         change, about = table.change(low, high), f"{name} / {without}"
         if part.rule == "faster":
             says = f"the speed of {name} over that of {without}, by {table.title}, is"
@@ -234,7 +243,7 @@ def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) 
         else:
             yield Contrast(about=about, says=f"{table.title} of {name} over that of {without} is", logs=change)
     elif part.rule == "largest-effect":
-        own, *others = map(sizes, _lines(part, tables))
+        own, *others = map(change_magnitudes, _lines(part, tables))
         for axis, changes in zip(part.against, others, strict=True):
             says = f"the change along {part.axis} over that along {axis} is"
             yield Contrast(about=f"{part.axis} / {axis}", says=says, logs=own - changes)
@@ -265,7 +274,7 @@ def metric_phrase(metric: str) -> str:
     return f"time of {known.title}" if known.unit == "s" and "time" not in known.title else known.title
 
 
-def pair_of(part: ClaimPart, study: Study) -> tuple[str, str]:
+def part_pair(part: ClaimPart, study: Study) -> tuple[str, str]:
     """The two variants that a rule for pairs compares: the base of the ratio, and the variant of the claim."""
     levels = dict(study.levels(part.axis))
     before, after = part.levels or tuple(levels)
@@ -285,7 +294,7 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
             f"{known.title}: not measured in this run. Measure with the phase {known.phase}; answers until EOS need "
             "open_ended_tokens in [workload], and metrics of scripts a --command."
         )
-    pairing = pairing_of(series[0], metric)
+    pairing = choose_pairing(series[0], metric)
     found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
     seen = set[int]().union(*found)
     complete = [one for one in sorted(seen) if _is_complete([trials.get(one, ()) for trials in found], pairing)]
