@@ -241,7 +241,7 @@ def checkpoint_is_due(now_s: float, *, begun_s: float, saved_s: float) -> bool:
 def describe_failed_write(path: Path) -> tuple[str, str]:
     """What a failed write means for the run of this directory, and what to do once its cause is removed."""
     if not (path / MANIFEST).is_file():
-        return f"run {path.name} could not begin, or its folder was removed", ""
+        return f"run {path.name} could not be started, or its folder was removed", ""
     effect = f"run {path.name} ended early; its measurements are kept"
     return effect, f"resume: lorameter run --resume {path.name}"
 
