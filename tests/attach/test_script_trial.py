@@ -26,7 +26,7 @@ from huggingface_hub import hf_api
 from lorameter import wire
 from lorameter.attach import disable_side_effects
 from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weak_reference
-from lorameter.attach.script_trial import SOCKET, ScriptTrial, address
+from lorameter.attach.script_trial import SOCKET, ScriptTrial, socket_address
 from lorameter.machine.processes import pin_to_cpus
 from lorameter.records import codec
 from lorameter.records.record import PartialRecord
@@ -45,7 +45,7 @@ def listener(monkeypatch):
     name = f"@lorameter-test-{secrets.token_hex(8)}"
     monkeypatch.setenv(SOCKET, name)
     with socket.socket(socket.AF_UNIX) as found:
-        found.bind(address(name))
+        found.bind(socket_address(name))
         found.listen(1)
         found.settimeout(30)
         yield found

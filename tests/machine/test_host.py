@@ -200,11 +200,11 @@ def test_a_process_exits_with_its_code_and_flushed_output(code):
     """Exit handlers run, output is flushed, and threads are not joined."""
     program = (
         "import atexit, threading, time\n"
-        "from lorameter.machine.processes import leave\n"
+        "from lorameter.machine.processes import exit_quickly\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "atexit.register(print, 'at the end')\n"
         "print('before', end=' ')\n"
-        f"leave({code})\n"
+        f"exit_quickly({code})\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (code, "before at the end\n", "")

@@ -32,7 +32,7 @@ from lorameter.run.plan import Group, Plan, list_variants
 from lorameter.run.prepare import begin_record
 from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest
 from lorameter.run.runner import find_stop, records_outside
-from lorameter.run.sites.folder import JOBS, LOG, JobOrder, JobState, read_order, read_state, write_order
+from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.slurm import cancel_job
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import Difference, find_differences
@@ -448,7 +448,8 @@ def merge_left(path: Path) -> None:
     with store.lock_run(path):
         manifest = store.read_manifest(path) if store.is_run(path) else None
         known = store.read_run(str(path), path.parent).records if manifest else ()
-        folders = sorted((path / JOBS).glob("*"))
+        # A job that was killed before its order was written has measured nothing.
+        folders = sorted(order.parent for order in (path / JOBS).glob(f"*/{ORDER}"))
         plans = [plan for folder in folders if (plan := read_order(folder).plan) is not None]
 
         def begin(first: Manifest) -> Manifest:

@@ -23,7 +23,7 @@ from lorameter.run.resume import PlanSpec
 JOBS = "jobs"
 """The folder of all jobs, in the folder of their run; removed when the run has ended."""
 LOG = "job.log"
-_ORDER, _STATE = "order.json", "state.json"
+ORDER, _STATE = "order.json", "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +64,12 @@ def job_command(folder: Path) -> list[str]:
 
 def write_order(folder: Path, order: JobOrder) -> None:
     """Write the order of a job."""
-    write_whole(folder / _ORDER, codec.dumps(order))
+    write_whole(folder / ORDER, codec.dumps(order))
 
 
 def read_order(folder: Path) -> JobOrder:
     """The order of a job. Raises `UsageError` if it was written by another version of lorameter."""
-    return codec.from_json(JobOrder, codec.parse((folder / _ORDER).read_text()), _ORDER)
+    return codec.from_json(JobOrder, codec.parse((folder / ORDER).read_text()), ORDER)
 
 
 def write_state(folder: Path, state: JobState) -> None:
