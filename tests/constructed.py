@@ -26,7 +26,7 @@ from typing import Any
 
 REPORTS = Path(__file__).parents[1] / "reports"
 MEASURED = {
-    "lora-or-qlora": REPORTS / "2026-11-25_amd-epyc-2cpu_lora-or-qlora",
+    "lora-or-qlora": REPORTS / "2026-11-30_amd-epyc-2cpu_lora-or-qlora",
     "parameters": REPORTS / "2026-11-24_amd-epyc-2cpu_llama2-lora-parameters",
 }
 REFERENCE, NF4, ALPHA = "lora-r16", "qlora-nf4-r16", "qlora-nf4-r64-a256"

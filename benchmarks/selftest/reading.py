@@ -32,7 +32,7 @@ from lorameter.records.trials import EvidenceFile, encode_record
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 
-COMMITTED = ROOT / "reports" / "2026-11-25_amd-epyc-2cpu_lora-or-qlora"
+COMMITTED = ROOT / "reports" / "2026-11-30_amd-epyc-2cpu_lora-or-qlora"
 VARIANTS, SAMPLES = 99, 50
 """Size of the large run: with the control, a replicate has a hundred trials."""
 MAX_READ_S, MAX_MEMORY = 10.0, 4.0
