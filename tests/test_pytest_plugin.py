@@ -317,6 +317,14 @@ def test_a_project_that_does_not_attach_is_left_alone(pytester):
     assert "lorameter" not in json.loads((pytester.path / "out.json").read_text())["machine_info"]
 
 
+def test_a_suite_that_is_not_attached_is_refused_with_the_remedy(pytester):
+    """Its tests would find no fixture, and pytest does not know why."""
+    pytester.makepyfile("import pytest\n@pytest.mark.lorameter('train')\ndef test_x(replay): replay()")
+    result = pytester.runpytest_inprocess(*PYTEST_OPTIONS)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*the marker lorameter needs a call of `lorameter.pytest_plugin.attach(config)`*"])
+
+
 def test_a_dry_run_shows_the_plan_and_measures_nothing(suite):
     """The plan shows order, interleaving, time, memory and disk; each test gives the reason of its skip, and plan
     options apply."""

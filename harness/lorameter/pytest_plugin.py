@@ -47,6 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lorameter(phase): replays the samples of one phase: train, generate or cold")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse tests with our marker in a suite that is not attached: they would find no fixture."""
+    if not config.pluginmanager.has_plugin(PLUGIN) and any(item.get_closest_marker("lorameter") for item in items):
+        raise pytest.UsageError(
+            "the marker lorameter needs a call of `lorameter.pytest_plugin.attach(config)` in `pytest_configure` of "
+            "the suite's conftest.py. `lorameter init FOLDER` writes such a suite."
+        )
+
+
 def attach(config: pytest.Config) -> None:
     """Turn the calling conftest's suite into a lorameter suite; call it from `pytest_configure`."""
     if config.pluginmanager.has_plugin(PLUGIN):

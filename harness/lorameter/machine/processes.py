@@ -125,7 +125,7 @@ def exit_words(code: int | None) -> str:
 
 def explain_kill(code: int | None) -> str:
     """The probable causes of this exit status, to be appended to a message; empty unless it is SIGKILL."""
-    return ": killed from outside, or by the kernel for want of memory (see dmesg)" if code == -signal.SIGKILL else ""
+    return ": killed from outside, or by the kernel for lack of memory (see dmesg)" if code == -signal.SIGKILL else ""
 
 
 ATTEMPTS = 5

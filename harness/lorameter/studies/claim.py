@@ -166,7 +166,7 @@ def check_limits(part: Mapping[str, Any], where: str) -> None:
     own = _LIMITED.get(rule) if rule in RULES else None
     for name in ("tolerance", "margin", "by"):
         if rule in RULES and name in part and name != own:
-            why = f"rule {rule!r} does not go by it: its limit is {own!r}" if own else f"rule {rule!r} has no limit"
+            why = f"rule {rule!r} does not use it: its limit is {own!r}" if own else f"rule {rule!r} has no limit"
             raise refused_value(where, name, part[name], why, "Leave it out.")
 
 

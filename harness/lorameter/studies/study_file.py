@@ -412,7 +412,7 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
     for key in [key for key in content if key not in known]:
         # Controls are for all variants, so a form ignores those of another one; but a command never uses any.
         if key in own or form is ScriptVariant or key in form_keys(ScriptVariant):
-            raise refused_value(where, key, content[key], f"the variant is {_FORMS[form]}", "Take it out.")
+            raise refused_value(where, key, content[key], f"the variant is {_FORMS[form]}", "Remove it.")
     if form is PeftVariant and isinstance(path := content["peft"], str):
         content["peft"] = read_config(where, Path(path))
     return codec.from_json(form, {key: content[key] for key in known if key in content}, where, strict=True)

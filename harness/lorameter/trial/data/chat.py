@@ -58,7 +58,7 @@ def _read_message(value: Any, place: str) -> Message:
     table = value if isinstance(value, Mapping) else {}
     present = {key: item for key, item in table.items() if item is not None}  # Arrow adds the other keys as nulls
     for key in ("tool_calls", "function_call"):
-        require(not present.get(key), f"{place}: {key}: tool calls are not supported. Take the record out.")
+        require(not present.get(key), f"{place}: {key}: tool calls are not supported. Remove the record.")
     keys = next((keys for keys in _KEYS if keys[0] in present), None)
     if keys is None:
         raise UsageError(f"{place} = {_show(value)}: role and content, or from and value, are expected. {REPAIR}")
@@ -136,7 +136,7 @@ class ChatTemplate:
     def prompt(self, conversation: Conversation) -> tuple[str, str]:
         """The text before the last answer, with the generation prompt, and that answer."""
         last = _answers(conversation.messages)[-1]
-        require(last, f"{conversation.place}: the assistant begins, so there is no prompt. Take that message out.")
+        require(last, f"{conversation.place}: the assistant begins, so there is no prompt. Remove that message.")
         before = conversation.messages[:last]
         text: str = self._render(conversation, before, tokenize=False, add_generation_prompt=True)
         return text, conversation.messages[last]["content"]

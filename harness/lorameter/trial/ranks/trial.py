@@ -25,7 +25,7 @@ from kernels_check.check import Check
 from lorameter import wire
 from lorameter.errors import shorten
 from lorameter.machine.nvml import GENERATIONS, VARIABLE, visible_devices
-from lorameter.machine.processes import exit_words, fork_process
+from lorameter.machine.processes import exit_words, explain_kill, fork_process
 from lorameter.records.metrics import losses_of_steps
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import Failure, Notice, PartialRecord, Status
@@ -184,11 +184,11 @@ def _failure(
             failure=msgspec.structs.replace(failure, message=message),
         )  # fmt: skip
     if died := [member for member in members if member.code is not None]:
+        code = died[0].code
         message = (
-            f"{died[0].name} ended with {exit_words(died[0].code)} during {command}; the others were ended with it"
+            f"{died[0].name} ended with {exit_words(code)} during {command}{explain_kill(code)}; the others were ended "
+            "with it"
         )
-        if died[0].code == -signal.SIGKILL:
-            message += ". It was killed from outside, or by the kernel for lack of memory (see dmesg)"
         return outcome("crashed", "RankDied", message)
     if silent := ", ".join(member.name for member in members if member not in answers):
         message = f"{silent} gave no answer within {timeout_s:g} s during {command}"

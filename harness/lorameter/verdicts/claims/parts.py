@@ -329,7 +329,7 @@ def check_levels(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups)
     ]
     if absent:
         raise NotJudgedError(
-            f"{axis} {', '.join(absent)}: no trial in this run. Measure on, and every level: leave --variant out."
+            f"{axis} {', '.join(absent)}: no trial in this run. Measure every level: leave --variant out."
         )
 
 
@@ -338,7 +338,7 @@ def check_count(count: int) -> None:
     if count < MIN_SHARED:
         raise NotJudgedError(
             f"{format_count(count, 'replicate')} with every level: a claim is never judged from fewer than "
-            f"{MIN_SHARED}. Measure on, or see the report of the run for what failed."
+            f"{MIN_SHARED}. Measure more replicates; the report says which trials failed."
         )
 
 
