@@ -98,7 +98,7 @@ def _advice(comparison: Comparison, interleaving: Interleaving) -> str:
         return "Use `lorameter ab`, or stop other work."
     if comparison.replicates_needed is not None and comparison.replicates_needed <= MAX_ADVISED:
         return f"Measure {comparison.replicates_needed} replicates, or stop other work."
-    return "Stop other work, or measure more turns (turns in [protocol]) or cold starts (cold_replicates)."
+    return "Stop other work, or measure more turns (turns in [protocol])."
 
 
 def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:

@@ -226,7 +226,7 @@ def _control(title: str, control: Comparison | None) -> Iterator[Notice]:
     elif control.verdict == "inconclusive":
         count = control.replicates_needed or 5
         unseen = f"; a slow-down of less than {control.mde80:.0%} would go unseen" if control.mde80 else ""
-        more = f"Measure more: --replicates {count}, --lorameter-replicates={count} (pytest), or more cold_replicates."
+        more = f"Measure more: --replicates {count}, --lorameter-replicates={count} (pytest)."
         yield Notice(
             code="control-inconclusive",
             message=f"{title}: the control is inconclusive, {ratio}, so no two variants can be called equivalent"
