@@ -136,7 +136,7 @@ def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_repair(sabotaged):
 @pytest.mark.parametrize(
     ("name", "status", "kind", "words"),
     [
-        ("dies", "crashed", "RankDied", "rank 1 of 2 ended with signal 9 (SIGKILL) during turn; the others were ended"),
+        ("dies", "crashed", "RankDied", "rank 1 of 2 ended with signal 9 (SIGKILL) during turn: killed from outside"),
         ("hangs", "timeout", "Silent", "rank 1 of 2 hangs in turn: rank 0 of 2 waited for it in vain"),
         ("out of memory", "oom", "MemoryError", "rank 1 of 2: no more of it"),
     ],
