@@ -26,11 +26,11 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/pytest tests/stats tests/studies tests/records tests/verdicts tests/results -n 2 --dist loadfile
 
-# The study of LoRA parameters that this project began with, and its claims, on a small real model: about an hour and a half on two
+# The study of LoRA parameters that this project began with, and its claims, on a small real model: 75 minutes on two
 # cores. LORAMETER_DOLLY names databricks-dolly-15k.jsonl(.gz); without it embedded records are used.
 study: $(STAMP)
 	$(BIN)/lorameter model fetch smollm2-135m
-	$(BIN)/lorameter run llama2-lora-parameters --profile cpu --data "$(or $(LORAMETER_DOLLY),synthetic)" --replicates 6 --max-minutes 88
+	$(BIN)/lorameter run llama2-lora-parameters --profile cpu --data "$(or $(LORAMETER_DOLLY),synthetic)" --max-minutes 75
 
 # Write the committed reports again from their runs: as text, as Markdown and as a page for a browser.
 reports: $(STAMP)
