@@ -35,7 +35,7 @@ def file(tmp_path_factory):
     """The committed run with the most variants and charts, written as a page."""
     run = store.read_run(str(SWEPT), SWEPT.parent)
     view = make_run_view(run)
-    figures = figures_of_run(run, view)
+    figures = figures_of_run(view)
     document = describe_run(view)
     written = write_html(
         document, title=view.study.title, names=view.variants, figures=figures, again="lorameter run x"

@@ -83,8 +83,8 @@ def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict
 
 def page_of_run(view: RunView) -> dict[str, Any]:
     """Title, names, figures and commands of a run's page."""
-    figures, again = figures_of_run(view.run, view), reproduction_steps(view.run)
-    return {"title": view.study.title, "names": view.variants, "figures": figures, "again": again}
+    again = reproduction_steps(view.run)
+    return {"title": view.study.title, "names": view.variants, "figures": figures_of_run(view), "again": again}
 
 
 def describe_with_claims(view: RunView) -> Document:

@@ -16,7 +16,6 @@ from typing import cast
 from kernels_check.check import Status
 from lorameter.records.metrics import METRICS, PEAKS, RSS_AT_START, losses_of_steps
 from lorameter.records.record import TrialRecord
-from lorameter.records.store import Run
 from lorameter.records.units import first_few
 from lorameter.report.blocks import (
     Axis,
@@ -48,8 +47,7 @@ from lorameter.studies.claim import is_number
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.workload import OF_TOKENS
-from lorameter.verdicts.series import Series, group_trials
-from lorameter.verdicts.sites import runs_of_sites
+from lorameter.verdicts.series import Series
 
 Shown = Mapping[str, Series]
 """The trials of each variant, in study order."""
@@ -88,15 +86,15 @@ _TONES: Mapping[Status, Tone] = {
 """The colour of each status of a required path, the worst status first. Only `active` meets a requirement."""
 
 
-def figures_of_run(run: Run, view: RunView) -> tuple[Figure, ...]:
+def figures_of_run(view: RunView) -> tuple[Figure, ...]:
     """All figures for which the run has data, in page order: ratios of the view, then the phases that it shows
     completely."""
-    shown = _shown(run, view)
+    shown = view.series
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     figures = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
     if "train" in whole:
         figures += [_losses(shown), _memory(shown), _front(view, shown, whole["train"])]
-        figures += [_samples([record for record in run.records if record.name in shown])]
+        figures += [_samples([record for record in view.run.records if record.name in shown])]
     if "generate" in whole:
         figures += [_draw_serving(shown)]
     if "cold" in whole:
@@ -274,18 +272,13 @@ def _finding(series: Series, path: str) -> Finding | None:
 
 def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
     """The charts and further tables of a phase that is shown completely."""
-    shown = _shown(runs_of_sites(view.run)[table.site] if table.site else view.run, view)
+    shown = table.series
     if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
         note = "on the front: no other has more output tokens/s and less time per token"
         yield dataclasses.replace(serving.table, title=SERVING, notes=(to_line(note),))
     yield from _sweeps(view.study, shown, table)
     if table.phase == "train":
         yield from _loss_charts(shown)
-
-
-def _shown(run: Run, view: RunView) -> Shown:
-    groups = group_trials(run.records)
-    return {name: groups[name, "variant"] for name in view.variants if (name, "variant") in groups}
 
 
 def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGroup]:

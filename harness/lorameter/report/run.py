@@ -43,7 +43,7 @@ from lorameter.report.phrases import (
     metric_title,
     title_of_ratio,
 )
-from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView
+from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView, describe_required_paths
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads
@@ -145,7 +145,12 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
 
 def _paths(view: RunView) -> Iterator[Line]:
     """Whether the required paths were active, if the run has checks."""
-    statuses = [(name, text) for table in view.tables for name, text in table.checks.items()]
+    statuses = [
+        (name, describe_required_paths(series))
+        for table in view.tables
+        if table.phase in view.phases
+        for name, series in table.series.items()
+    ]
     missed = dict.fromkeys(f"{name}: {text}" for name, text in statuses if text != ALL_ACTIVE)
     if missed:
         yield to_line(Span(text=first_few(list(missed), MAX_NAMED, "; "), tone="bad"), label="checks")

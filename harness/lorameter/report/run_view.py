@@ -7,7 +7,7 @@ estimates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -72,10 +72,10 @@ class PhaseTable:
     metric: str
     """The metric by which variants are compared."""
     table: Table
+    series: Mapping[str, Series]
+    """The trials of each shown variant, in the order of the study."""
     ratios: Mapping[str, Comparison]
     """The ratio of each shown variant except the reference, in row order."""
-    checks: Mapping[str, str]
-    """For each shown variant, whether its required paths were active; empty in the table of a metric."""
     control: Comparison | None
     """The reference compared with its second measurement."""
     interleaving: Interleaving | None
@@ -93,14 +93,17 @@ class RunView:
     run: Run
     study: Study
     validity: RunValidity
-    notices: tuple[Notice, ...]
-    tables: tuple[PhaseTable, ...]
-    outcomes: tuple[PhaseTable, ...]
-    """Tables of peak memory and loss with their verdicts; empty if single metrics were selected."""
+    selection: ReportFilter
     variants: tuple[str, ...]
     """Names of the shown variants, in the order of the study."""
+    groups: Groups
+    """The trials of all variants and of the control; empty if the sites differ."""
+    notices: tuple[Notice, ...]
     phases: tuple[Phase, ...]
     """The phases that are shown completely; empty if single metrics were selected."""
+    tables: tuple[PhaseTable, ...] = ()
+    outcomes: tuple[PhaseTable, ...] = ()
+    """Tables of peak memory and loss with their verdicts; empty if single metrics were selected."""
 
     @property
     def valid(self) -> bool:
@@ -117,25 +120,10 @@ class RunView:
         """The number of trials by status."""
         return dict(Counter(record.status for record in self.run.records))
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """The data of a run's tables."""
-
-    run: Run
-    study: Study
-    validity: RunValidity
-    groups: Groups
-    names: tuple[str, ...]
-    selection: ReportFilter
-
     @property
-    def shown(self) -> list[Series]:
-        return [self.groups[name, "variant"] for name in self.names if (name, "variant") in self.groups]
-
-    @property
-    def phases(self) -> list[Phase]:
-        return [phase for phase in self.validity.controls if phase in (self.selection.phases or PHASES)]
+    def series(self) -> dict[str, Series]:
+        """The trials of each shown variant, in the order of the study; empty if the sites differ."""
+        return {name: self.groups[name, "variant"] for name in self.variants if (name, "variant") in self.groups}
 
 
 def make_run_view(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
@@ -148,48 +136,49 @@ def make_run_view(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
     validity, known = run_validity(run, study), [variant.name for variant in study.variants]
     check_patterns("variant", known, selection.variants)
     chosen = {study.reference, *match_patterns(known, selection.variants or ["*"])}
-    names = tuple(name for name in known if name in chosen)
-    if is_mixed(run):
-        views = {site: make_run_view(part, selection) for site, part in runs_of_sites(run).items()}
-        tables = [
-            replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
-            for site, view in views.items()
-            for table in view.tables
-        ]
-        outcomes: list[PhaseTable] = []
-        phases = [phase for phase in PHASES if any(phase in view.phases for view in views.values())]
-        notices = join_notices(run, {site: view.notices for site, view in views.items()})
-    else:
-        groups = group_trials(run.records)
-        source = _Source(run=run, study=study, validity=validity, groups=groups, names=names, selection=selection)
-        tables, outcomes = list(_tables(source)), list(_outcomes(source))
-        phases = [] if selection.metrics else source.phases
-        notices = collect_notices(run, study, validity.controls)
-    return RunView(
+    selected_phases = () if selection.metrics else selection.phases or PHASES
+    mixed = is_mixed(run)
+    view = RunView(
         run=run,
         study=study,
         validity=validity,
-        notices=notices,
+        selection=selection,
+        variants=tuple(name for name in known if name in chosen),
+        groups={} if mixed else group_trials(run.records),
+        notices=() if mixed else collect_notices(run, study, validity.controls),
+        phases=tuple(phase for phase in validity.controls if phase in selected_phases),
+    )
+    return _join_sites(view) if mixed else replace(view, tables=tuple(_tables(view)), outcomes=tuple(_outcomes(view)))
+
+
+def _join_sites(view: RunView) -> RunView:
+    """The view of a run whose sites differ: the tables of each site, and no number over all of them."""
+    views = {site: make_run_view(part, view.selection) for site, part in runs_of_sites(view.run).items()}
+    tables = [
+        replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
+        for site, one in views.items()
+        for table in one.tables
+    ]
+    return replace(
+        view,
         tables=tuple(tables),
-        outcomes=tuple(outcomes),
-        variants=names,
-        phases=tuple(phases),
+        phases=tuple(phase for phase in PHASES if any(phase in one.phases for one in views.values())),
+        notices=join_notices(view.run, {site: one.notices for site, one in views.items()}),
     )
 
 
-def _tables(source: _Source) -> Iterator[PhaseTable]:
-    run, controls, selection = source.run.manifest.run, source.validity.controls, source.selection
+def _tables(view: RunView) -> Iterator[PhaseTable]:
+    run, controls, selection = view.run.manifest.run, view.validity.controls, view.selection
     if absent := [phase for phase in selection.phases if phase not in controls]:
         raise UsageError(f"phase {absent[0]!r}: run {run} has {', '.join(controls) or 'none'}.")
-    metrics = [name for name in METRICS if any(series.measuring(name) for series in source.groups.values())]
-    known = [*metrics, *sorted({kind for one in source.run.records for kind in one.memory if is_memory(kind)})]
+    metrics = [name for name in METRICS if any(series.measuring(name) for series in view.groups.values())]
+    known = [*metrics, *sorted({kind for one in view.run.records for kind in one.memory if is_memory(kind)})]
     check_patterns("metric", known, selection.metrics)
     for metric in match_patterns(known, selection.metrics):
         if metric_phase(metric) in (selection.phases or PHASES):
-            yield _tabulate_metric(source, metric_phase(metric), metric)
-    for phase in source.phases if not selection.metrics else ():
-        metric = source.validity.primary[phase]
-        yield _tabulate(source, phase, metric, controls[phase], whole=True)
+            yield _tabulate_metric(view, metric_phase(metric), metric)
+    for phase in view.phases:
+        yield _tabulate(view, phase, view.validity.primary[phase], controls[phase], whole=True)
 
 
 def metric_phase(metric: str) -> Phase:
@@ -199,51 +188,46 @@ def metric_phase(metric: str) -> Phase:
     return next((phase for phase in PHASES if metric in PEAKS[phase] or f"_{phase}_" in metric), "train")
 
 
-def _outcomes(source: _Source) -> Iterator[PhaseTable]:
+def _outcomes(view: RunView) -> Iterator[PhaseTable]:
     """Tables for the peak memory of the first phase and for the last measured loss."""
-    reference = source.groups.get((source.study.reference, "variant"))
-    if (
-        source.selection.metrics
-        or not source.phases
-        or reference is None
-        or is_single_script_run(source.run, source.study)
-    ):
+    reference = view.series.get(view.study.reference)
+    if not view.phases or reference is None or view.alone:
         return
-    phase = source.phases[0]
+    phase = view.phases[0]
     kinds = [kind for kind in PEAKS[phase] if _sizes(reference, kind)]
-    columns = phase_columns(phase, own_workloads=bool(source.run.manifest.own_workloads))
+    columns = phase_columns(phase, own_workloads=bool(view.run.manifest.own_workloads))
     losses = [name for name in columns if METRICS[name].is_loss and reference.trials(name)]
     for metric in (*kinds[:1], *losses[-1:]):
-        yield _tabulate_metric(source, phase, metric)
+        yield _tabulate_metric(view, phase, metric)
 
 
-def _tabulate_metric(source: _Source, phase: Phase, metric: str) -> PhaseTable:
+def _tabulate_metric(view: RunView, phase: Phase, metric: str) -> PhaseTable:
     """A table of one metric or kind of memory, with its own control."""
-    control = compare_control(source.groups, source.study.reference, metric, family=1)
-    return _tabulate(source, phase, metric, control, whole=False)
+    control = compare_control(view.groups, view.study.reference, metric, family=1)
+    return _tabulate(view, phase, metric, control, whole=False)
 
 
-def _tabulate(source: _Source, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
+def _tabulate(view: RunView, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
     """A table of a phase: its primary metric and (with `whole`) all other metrics that are columns of it."""
-    reference, shown = source.study.reference, source.shown
-    compared = list_ratios(source.groups, source.study, metric, control, source.selection.limits_of)
-    ratios = {name: mark_invalid(one, source.validity.invalid) for name, one in compared.items()}
-    columns = list(_columns(source, phase, metric, ratios, whole=whole))
+    reference, series = view.study.reference, view.series
+    compared = list_ratios(view.groups, view.study, metric, control, view.selection.limits_of)
+    ratios = {name: mark_invalid(one, view.validity.invalid) for name, one in compared.items()}
+    columns = list(_columns(view, phase, metric, ratios, whole=whole))
     heads = tuple(head for head, _ in columns)
     lines = zip(*(cells for _, cells in columns), strict=True)
     rows = [Row(cells=cells, strong=cells[0].text == reference) for cells in lines]
-    rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(source.selection.sort, source.selection.sort))
+    rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(view.selection.sort, view.selection.sort))
     title = PHASE_TITLES[phase] if whole else f"{PHASE_TITLES[phase]}: {metric_title(metric)}"
-    base = source.groups.get((reference, "variant"))
+    base = series.get(reference)
     return PhaseTable(
         phase=phase,
         metric=metric,
         table=Table(title=title, heads=heads, rows=tuple(rows)),
+        series=series,
         ratios={name: ratios[name] for name in (row.cells[0].text for row in rows) if name in ratios},
-        checks={series.name: _checks(series) for series in shown} if whole else {},
         control=control,
         interleaving=None if base is None or is_memory(metric) else base.interleaving(metric),
-        note=_baseline_note(shown, phase) if whole else "",
+        note=_baseline_note(series.values(), phase) if whole else "",
     )
 
 
@@ -251,32 +235,32 @@ _Column: TypeAlias = tuple[ColumnHeader, list[Cell]]
 
 
 def _columns(
-    source: _Source, phase: Phase, metric: str, ratios: Mapping[str, Comparison], *, whole: bool
+    view: RunView, phase: Phase, metric: str, ratios: Mapping[str, Comparison], *, whole: bool
 ) -> Iterator[_Column]:
     """The columns in order, the most important one on the left."""
-    shown, reference = source.shown, source.study.reference
+    shown, reference = list(view.series.values()), view.study.reference
     yield ColumnHeader(text="variant", key="name"), [Cell(text=series.name) for series in shown]
-    if not is_single_script_run(source.run, source.study):
+    if not view.alone:
         turned = "slow-down " if metric in METRICS and METRICS[metric].higher_is_better else ""
         head = ColumnHeader(text=f"{turned}× {reference}", key="ratio", right=True, ratio=True)
         own = {reference: Cell(text="reference")}
         own |= {name: write_ratio(found) for name, found in ratios.items()}
         yield head, [own.get(series.name, Cell(text="–")) for series in shown]
         words = {
-            name: verdict_cell(found, metric, "variants", source.selection.limits_of(name, metric))
+            name: verdict_cell(found, metric, "variants", view.selection.limits_of(name, metric))
             for name, found in ratios.items()
         }
         yield ColumnHeader(text="verdict", joins_left=True), [words.get(series.name, Cell()) for series in shown]
     yield _metric_column(shown, metric, priority=0)
     if not whole:
         return
-    others = list(_other_metrics(source, phase))
+    others = list(_other_metrics(view, phase))
     if CPU_TIME in others:
         others.remove(CPU_TIME)
         yield _metric_column(shown, CPU_TIME, priority=4)
     if PEAKS[phase]:
         yield _peak_column(shown, phase)
-    checks = [Cell(text=_checks(series)) for series in shown]
+    checks = [Cell(text=describe_required_paths(series)) for series in shown]
     yield ColumnHeader(text="required paths", drop_priority=1, collapse_if_constant=True), checks
     for place, name in enumerate(others):
         yield _metric_column(shown, name, priority=3 if name == "tokens_per_s" else 6 + place)
@@ -287,16 +271,16 @@ def _columns(
         yield head, [_estimate_cell(tail, metric, absent="not supported") for tail in tails]
 
 
-def _other_metrics(source: _Source, phase: Phase) -> Iterator[str]:
+def _other_metrics(view: RunView, phase: Phase) -> Iterator[str]:
     """The metrics of a phase that at least one variant has, except the primary one."""
-    names = phase_columns(phase, own_workloads=bool(source.run.manifest.own_workloads))
-    sides = sides_of_run(source.run, source.study) if source.study.of_scripts else {}
+    names = phase_columns(phase, own_workloads=bool(view.run.manifest.own_workloads))
+    sides = sides_of_run(view.run, view.study) if view.study.of_scripts else {}
     if any(side.tokens_differ for side in sides.values()):
         names += ("time_per_real_token_s",)
-    on_cpu = phase == "train" and source.run.manifest.provenance.get("device") == "cpu"
-    if on_cpu and occupancies(record for series in source.shown for record in series.ok)[1]:
+    on_cpu = phase == "train" and view.run.manifest.provenance.get("device") == "cpu"
+    if on_cpu and occupancies(record for series in view.series.values() for record in series.ok)[1]:
         names = (CPU_TIME, *names)
-    yield from (name for name in names if any(series.trials(name) for series in source.shown))
+    yield from (name for name in names if any(series.trials(name) for series in view.series.values()))
 
 
 def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _Column:
@@ -339,7 +323,7 @@ def _size_cell(sizes: Sequence[int], where: str = "") -> Cell:
     return value_cell(max(sizes), min(sizes), max(sizes), "byte", detail=where) if sizes else Cell(text="–")
 
 
-def _baseline_note(shown: Sequence[Series], phase: Phase) -> str:
+def _baseline_note(shown: Iterable[Series], phase: Phase) -> str:
     """Memory of each process at its start, which host peaks include: a forked process maps its parent's imports."""
     on_host = [series for series in shown if _peak_kind(series, phase).startswith("host")]
     baselines = [size for series in on_host for size in _sizes(series, RSS_AT_START)]
@@ -349,7 +333,7 @@ def _baseline_note(shown: Sequence[Series], phase: Phase) -> str:
     return f"host peaks include the process baseline (RSS at start) of {high if low == high else f'{low} to {high}'}"
 
 
-def _checks(series: Series) -> str:
+def describe_required_paths(series: Series) -> str:
     """The required paths that were not active, as text, or a statement that all were active."""
     checks = [check for record in series.records for check in record.checks]
     required = [check for check in checks if check["required"] is not None]
