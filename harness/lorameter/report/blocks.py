@@ -185,11 +185,6 @@ class Point:
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
 
-    @property
-    def place(self) -> tuple[float, float]:
-        """The point without its intervals."""
-        return self.x, self.y
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
@@ -219,7 +214,7 @@ class Chart:
     curves: tuple[Curve, ...]
     style: Literal["joined", "dots", "specks"] = "joined"
     changes: tuple[Change, ...] = ()
-    front: tuple[tuple[float, float], ...] = ()
+    front: tuple[Point, ...] = ()
     """Corners of the Pareto front."""
 
 

@@ -357,8 +357,11 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
     return list(zip(*(losses for losses in curves if len(losses) == most), strict=True))
 
 
-def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) -> Figure | None:
-    """The variants that have both metrics, with the Pareto front joined; None with fewer than two variants."""
+def _draw_front(
+    shown: Shown, across: str, up: str, title: str, caption: str, prompts: Mapping[str, float] | None = None
+) -> Figure | None:
+    """The variants that have both metrics, with the Pareto front joined; None with fewer than two variants. `prompts`
+    becomes a column of the table."""
     xs, ys = _estimates(shown, across), _estimates(shown, up)
     names = [name for name in xs if name in ys]
     if len(names) < 2:
@@ -373,35 +376,31 @@ def _draw_front(shown: Shown, across: str, up: str, title: str, caption: str) ->
         point = Point(x=x, y=y, x_interval=_interval(*x_ends), y_interval=_interval(*y_ends))
         curves.append(Curve(name=name, points=(point,), hollow=dominated))
         cells = (value_cell(*found[name], METRICS[metric].unit) for found, metric in ((xs, across), (ys, up)))
-        rows.append(write_row(name, *cells, "no" if dominated else "yes"))
+        counts = [write_number(prompts[name])] if prompts else []
+        rows.append(write_row(name, *counts, *cells, "no" if dominated else "yes"))
     best = sorted((curve.points[0].x, curve.points[0].y) for curve in curves if not curve.hollow)
     corners = [corner for (x, y), (right, _) in pairwise(best) for corner in ((x, y), (right, y))]
     axes = [Axis(title=METRICS[metric].title, unit=METRICS[metric].unit) for metric in (across, up)]
+    titles = [*(["prompts"] if prompts else []), *(axis.title for axis in axes), "on the front"]
+    front = tuple(Point(x=x, y=y) for x, y in (*corners, *best[-1:]))
     return Figure(
         title=title,
         caption=f"{caption} The dashed line joins the variants that no other beats in both by its estimate; "
         "where intervals overlap the order is open.",
-        drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=(*corners, *best[-1:])),
-        table=Table(heads=name_columns("variant", *(axis.title for axis in axes), "on the front"), rows=tuple(rows)),
+        drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=front),
+        table=Table(heads=name_columns("variant", *titles), rows=tuple(rows)),
     )
 
 
 def _draw_serving(shown: Shown) -> Figure | None:
     """Throughput and latency of variants whose requests have different numbers of prompts; None if all have one
     prompt."""
-    batches = {name: max(one.values.get("request_batch", 1.0) for one in series.measuring(LATENCY))
+    prompts = {name: max(one.values.get("request_batch", 1.0) for one in series.measuring(LATENCY))
                for name, series in shown.items() if series.measuring(LATENCY)}  # fmt: skip
+    if len(set(prompts.values())) < 2:
+        return None
     caption = (
         "To the left each prompt gets its tokens sooner, above all prompts of a request together get more of them a "
         "second."
     )
-    figure = _draw_front(shown, LATENCY, THROUGHPUT, SERVING, caption)
-    if len(set(batches.values())) < 2 or figure is None or figure.table is None:
-        return None
-    name, *others = figure.table.heads
-    heads = (name, *name_columns("prompts", left=0), *others)
-    rows = tuple(
-        dataclasses.replace(row, cells=(row.cells[0], write_number(batches[row.cells[0].text]), *row.cells[1:]))
-        for row in figure.table.rows
-    )
-    return dataclasses.replace(figure, table=Table(heads=heads, rows=rows))
+    return _draw_front(shown, LATENCY, THROUGHPUT, SERVING, caption, prompts)

@@ -95,22 +95,15 @@ def draw_whisker(cell: Cell, bound: float, width: int) -> str:
     centre = width // 2
     drawn = [" "] * width
     if cell.value:
-        low, high = (one or cell.value for one in (cell.low, cell.high))
-        if cell.low is not None or cell.high is not None:
-            begin, end = (_column(one, bound, centre) for one in (low, high))
-            for place in range(max(begin, 0), min(end, width - 1) + 1):
-                drawn[place] = "─"
-            if begin < end:
-                drawn[max(begin, 0)] = "├" if begin >= 0 else "◂"
-                drawn[min(end, width - 1)] = "┤" if end < width else "▸"
-    if drawn[centre] == " ":
-        drawn[centre] = "┊"
-    elif drawn[centre] == "─":
-        drawn[centre] = "┼"
+        value, begin, end = (
+            centre + round(math.log(one or cell.value) / bound * centre) for one in (cell.value, cell.low, cell.high)
+        )
+        for place in range(max(begin, 0), min(end, width - 1) + 1):
+            drawn[place] = "─"
+        if begin < end:
+            drawn[max(begin, 0)] = "├" if begin >= 0 else "◂"
+            drawn[min(end, width - 1)] = "┤" if end < width else "▸"
+    drawn[centre] = {" ": "┊", "─": "┼"}.get(drawn[centre], drawn[centre])
     if cell.value:
-        drawn[min(max(_column(cell.value, bound, centre), 0), width - 1)] = "●"
+        drawn[min(max(value, 0), width - 1)] = "●"
     return "".join(drawn)
-
-
-def _column(ratio: float, bound: float, centre: int) -> int:
-    return centre + round(math.log(ratio) / bound * centre)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorameter.records.units import choose_scale
-from lorameter.report.blocks import Axis, Bars, Chart, Curve, Intervals
+from lorameter.report.blocks import Axis, Bars, Chart, Curve, Intervals, Point
 
 WIDTH, MARGIN, ROW, NAMES = 520, 14, 26, 190
 """Size of every picture in its own pixels, which the page scales; the height of a row, and the width for its name."""
@@ -134,21 +134,18 @@ def ratio_scale(bound: float) -> Scale:
     return Scale(low=math.exp(-bound), high=math.exp(bound), begin=3.6, end=116.4, axis=Axis(title="", log=True))
 
 
-def line_path(points: Iterable[tuple[float, float]], layout: Layout) -> str:
+def line_path(points: Iterable[Point], across: Scale, up: Scale) -> str:
     """The points of a polyline or polygon, as an SVG path."""
-    assert layout.up is not None
-    return " ".join(f"{layout.across.place(x):.1f},{layout.up.place(y):.1f}" for x, y in points)
+    return " ".join(f"{across.place(point.x):.1f},{up.place(point.y):.1f}" for point in points)
 
 
-def interval_polygon(curve: Curve) -> list[tuple[float, float]]:
+def interval_polygon(curve: Curve) -> list[Point]:
     """The polygon around the intervals of a curve; a point without an interval has zero width."""
     ends = [(point.x, *(point.y_interval or (point.y, point.y))) for point in curve.points]
-    return [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
+    return [Point(x=x, y=high) for x, _, high in ends] + [Point(x=x, y=low) for x, low, _ in reversed(ends)]
 
 
-def points_path(curve: Curve, layout: Layout) -> str:
+def points_path(curve: Curve, across: Scale, up: Scale) -> str:
     """The path that draws each point once, rounded to pixels; relative moves between sorted points keep it short."""
-    assert layout.up is not None
-    across, up = layout.across.place, layout.up.place
-    places = sorted({(round(across(point.x)), round(up(point.y))) for point in curve.points})
+    places = sorted({(round(across.place(point.x)), round(up.place(point.y))) for point in curve.points})
     return "".join(f"m{x - left} {y - above}h0" for (left, above), (x, y) in itertools.pairwise([(0, 0), *places]))
