@@ -8,8 +8,6 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from lorameter.commands.output import print_result, show_result
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, require
 from lorameter.records import codec, store
@@ -28,18 +26,15 @@ from lorameter.report.figures import figures_of_run
 from lorameter.report.parity import describe_samples, read_samples
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
-from lorameter.report.run_view import ReportFilter, RunView, make_run_view, metric_phase
+from lorameter.report.run_view import ReportFilter, RunView, make_run_view
 from lorameter.verdicts import claims
 from lorameter.verdicts.ab import attribute_difference, build_report
 from lorameter.verdicts.compare import (
     ComparisonInput,
     ComparisonReport,
-    ComparisonRow,
-    check_patterns,
     compare,
     comparison_document,
     exit_code,
-    match_patterns,
 )
 from lorameter.verdicts.gate import accept, gate_document, judge, load_policy, read_base, read_comparand, stored_policy
 from lorameter.verdicts.sites import is_mixed
@@ -50,7 +45,12 @@ def run_report(options: argparse.Namespace) -> int:
     run = _read_run(options.run, options)
     gc.freeze()  # everything read is needed to the end, and garbage collection of a large run takes seconds
     if run.manifest.sides:
-        return show_ab(run, options, keep=_filter_of(options, run))
+        require(
+            not (options.variant or options.phase) and options.sort == "study",
+            f"run {run.manifest.run} is an A/B, whose verdict is over all of its comparisons: --variant, --phase and "
+            "--sort are for other runs. Leave them out; --metric selects metrics.",
+        )
+        return show_ab(run, options)
     view = make_run_view(
         run,
         ReportFilter(
@@ -99,52 +99,29 @@ def describe_with_claims(view: RunView) -> Document:
     return (*report, Section(title="Claims", lines=(to_line(why),)))
 
 
-def _filter_of(options: argparse.Namespace, run: Run) -> Callable[[ComparisonRow], bool]:
-    """Build the filter of an A/B run's comparisons. Raises `UsageError` for an unknown variant or phase, or an
-    order."""
-    names = [str(variant["name"]) for variant in run.manifest.study["variants"]]
-    require(
-        options.sort == "study",
-        f"--sort {options.sort}: run {run.manifest.run} is an A/B, and each of its variants is compared with "
-        "itself. Leave it out.",
-    )
-    check_patterns("variant", names, options.variant)
-    variants = match_patterns(names, options.variant or ["*"])
-    for phase in options.phase:
-        require(
-            phase in run.manifest.phases,
-            f"phase {phase!r}: run {run.manifest.run} has {', '.join(run.manifest.phases)}.",
-        )
-    phases = options.phase or run.manifest.phases
-    return lambda row: row.variant in variants and metric_phase(row.metric) in phases
-
-
-def show_ab(run: Run, options: argparse.Namespace, *, keep: Callable[[ComparisonRow], bool] = lambda row: True) -> int:
+def show_ab(run: Run, options: argparse.Namespace) -> int:
     """Print an A/B run; the exit code combines all its verdicts under the policy. The default policy is the one that
     the run was measured for.
 
     Args:
         run: a run with two sides.
         options: format, policy, and metrics to judge in place of those of the policy.
-        keep: which comparisons are shown.
     """
     given = vars(options)
     policy = load_policy(given["policy"]) if given.get("policy") else stored_policy(run)
     policy = dataclasses.replace(policy, metrics=tuple(given.get("metric", ())) or policy.metrics)
     report = build_report(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
     result = judge(report, policy)
-    shown = msgspec.structs.replace(report, comparisons=tuple(filter(keep, report.comparisons)))
-    result = dataclasses.replace(result, report=shown)
     attribution, manifest = attribute_difference(run), run.manifest
     about = {"run": manifest.run, "path": str(run.path), "interleaving": manifest.interleaving}
     show_result(
         options,
         describe_gate(result) + describe_attribution(attribution, run),
         lambda: {**gate_document(result), **about, "attribution": codec.to_json(attribution)},
-        annotations=lambda: comparison_annotations(result.report, result),
+        annotations=lambda: comparison_annotations(report, result),
         page=lambda: {
             "title": f"{manifest.study['title']}: A/B",
-            "figures": figures_of_comparison(shown),
+            "figures": figures_of_comparison(report),
             "again": reproduction_steps(run),
         },
     )
@@ -189,7 +166,7 @@ def run_gate(options: argparse.Namespace) -> int:
         options,
         describe_gate(result),
         lambda: gate_document(result),
-        annotations=lambda: comparison_annotations(result.report, result),
+        annotations=lambda: comparison_annotations(report, result),
         page=lambda: _page_of_comparison(report),
     )
     return result.exit_code

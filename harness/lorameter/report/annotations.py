@@ -18,24 +18,18 @@ from lorameter.verdicts.gate import GateResult
 def comparison_annotations(report: ComparisonReport, gate: GateResult | None = None) -> str:
     """Annotations of a comparison, or of the gate that judged it: an error for each verdict that does not pass, or a
     warning if the gate's policy accepts it."""
-    level, name, about = "notice", "lorameter compare", title_of_report(report)
-    lenient = False
-    unmet: tuple[str, ...] = ()
-    if gate is not None:
-        level, name, about = (
-            "notice" if gate.passed else "error",
-            "lorameter gate",
-            f"{describe_outcome(gate)}: {about}",
-        )
-        lenient, unmet = gate.policy.inconclusive == "pass", gate.unmet
-    lines = [annotation(level, name, f"{_invalid(report.why_invalid)}{about}")]
+    outcome = f"{describe_outcome(gate)}: " if gate else ""
+    message = f"{_invalid(report.why_invalid)}{outcome}{title_of_report(report)}"
+    level = "notice" if gate is None or gate.passed else "error"
+    lines = [annotation(level, f"lorameter {'gate' if gate else 'compare'}", message)]
+    lenient = gate is not None and gate.policy.inconclusive == "pass"
     for row in sorted(report.comparisons, key=lambda row: PRECEDENCE.index(EXIT_OF[row.verdict])):
         if EXIT_OF[row.verdict]:
             ratio = f"{write_ratio_or_peak(row).line}, " if row.ratio is not None else ""
             level = "warning" if row.verdict == "inconclusive" and lenient else "error"
             title = f"lorameter: {row.name}, {metric_title(row.metric)} {row.verdict}"
             lines.append(annotation(level, title, f"{ratio}{row.reason}"))
-    lines += [annotation("error", "lorameter: policy", line) for line in unmet]
+    lines += [annotation("error", "lorameter: policy", line) for line in (gate.unmet if gate else ())]
     lines += [annotation("warning", "lorameter: differing", str(field)) for field in report.differing]
     return "\n".join(lines) + "\n"
 

@@ -175,13 +175,13 @@ def _tables(view: RunView) -> Iterator[PhaseTable]:
     known = [*metrics, *sorted({kind for one in view.run.records for kind in one.memory if is_memory(kind)})]
     check_patterns("metric", known, selection.metrics)
     for metric in match_patterns(known, selection.metrics):
-        if metric_phase(metric) in (selection.phases or PHASES):
-            yield _tabulate_metric(view, metric_phase(metric), metric)
+        if _find_phase(metric) in (selection.phases or PHASES):
+            yield _tabulate_metric(view, _find_phase(metric), metric)
     for phase in view.phases:
         yield _tabulate(view, phase, view.validity.primary[phase], controls[phase], whole=True)
 
 
-def metric_phase(metric: str) -> Phase:
+def _find_phase(metric: str) -> Phase:
     """The phase of a metric or a kind of memory."""
     if metric in METRICS:
         return METRICS[metric].phase
