@@ -11,7 +11,7 @@ The rules use only the evidence and never a process, so a test case for a rule i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from lorameter.records.units import format_bytes, format_count, format_value
 from lorameter.studies.variant import LoraVariant, Variant
 
 MIN_SHARE = 0.02
-"""Minimum share of a step for a finding: twice the smallest slow-down that a comparison detects."""
+"""Minimum share of a step or of a time of requests for a finding: twice the smallest slow-down that a comparison
+detects."""
 SAVED_BY_16_BITS = 0.5
 """Time share that 16 bits save in an adapter's product: it has few columns and is memory-bound."""
 MIN_IDLE = 0.10
@@ -71,9 +72,20 @@ class Finding:
 
 
 def diagnose(evidence: ProfileEvidence) -> tuple[Finding, ...]:
-    """All findings, the most expensive first, findings about memory last."""
-    found = [finding for rule in RULES.values() for finding in rule(evidence)]
-    return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0)))
+    """The findings about a step, as `_rank` sorts them."""
+    return _rank(finding for rule in RULES.values() for finding in rule(evidence))
+
+
+def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
+    """The findings about requests, as `_rank` sorts them."""
+    return _rank((finding for rule in REQUEST_RULES.values() for finding in rule(evidence)), evidence.passes)
+
+
+def _rank(findings: Iterable[Finding], passes: int = 1) -> tuple[Finding, ...]:
+    """The findings that cost more than `MIN_SHARE`, the most expensive for a step or request first, findings about
+    memory last. A cost per token counts once for each of the `passes`."""
+    costly = [one for one in findings if one.cost_share is None or one.cost_share > MIN_SHARE]
+    return tuple(sorted(costly, key=lambda one: -(one.cost_s or 0.0) * (passes if one.metric == LATER else 1)))
 
 
 def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
@@ -92,8 +104,6 @@ def _launch_bound(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
     share = evidence.unpacking
-    if share <= MIN_SHARE:
-        return
     fits, extra = evidence.fits("quantization"), format_bytes(evidence.extra_bytes.get("quantization", 0))
     yield _make_finding(
         "dequantisation", evidence.step_s, share,
@@ -112,7 +122,7 @@ def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
     if not evidence.wide_registers or evidence.variant.prepare_for_kbit:  # slower in 16 bits, or those of the head too
         products = 0.0
     share = evidence.casts + SAVED_BY_16_BITS * products
-    if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast or share <= MIN_SHARE:
+    if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast:
         return
     yield _make_finding(
         "float32-adapter", evidence.step_s, share,
@@ -125,7 +135,7 @@ def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
     share, variant = evidence.categories.get("matmul", 0.0), evidence.variant
-    if _compute_type(variant) != "float32" or variant.tf32 or not evidence.wide_registers or share <= MIN_SHARE:
+    if _compute_type(variant) != "float32" or variant.tf32 or not evidence.wide_registers:
         return
     key = "compute_dtype" if variant.is_4bit else "dtype"
     tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and not variant.is_4bit else ""
@@ -139,7 +149,7 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
     share, variant = evidence.categories.get("attention", 0.0), evidence.variant
     written_out = evidence.attention_backend in ("eager", "math")
     cost = share if written_out else share * evidence.masked_pairs
-    if not (written_out or evidence.attention_mask == "explicit") or cost <= MIN_SHARE:
+    if not (written_out or evidence.attention_mask == "explicit"):
         return
     changes: dict[str, Any] = {}
     obstacle = ""
@@ -167,8 +177,6 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _padding(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if evidence.padded <= MIN_SHARE:
-        return
     packs = {"layout": "packed"} if evidence.workload.layout == "padded" else {}
     yield _make_finding(
         "padding", evidence.step_s, evidence.padded, f"{evidence.padded:.0%} of the positions are padding",
@@ -193,23 +201,18 @@ def _checkpointing(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 def _optimizer(evidence: ProfileEvidence) -> Iterator[Finding]:
     share = evidence.phases_s.get("update", 0.0) / evidence.step_s
-    if evidence.variant.optimizer == "adamw_fused" or share <= MIN_SHARE:
-        return
-    if evidence.variant.optimizer != "adamw" and not evidence.fits("optimizer"):
+    optimizer = evidence.variant.optimizer
+    if optimizer == "adamw_fused" or (optimizer != "adamw" and not evidence.fits("optimizer")):
         return
     yield _make_finding(
         "unfused-optimizer", evidence.step_s, share,
-        f"clipping and {evidence.variant.optimizer} take {share:.1%} of a step",
+        f"clipping and {optimizer} take {share:.1%} of a step",
         'optimizer = "adamw_fused" updates all tensors in one kernel.', changes={"optimizer": "adamw_fused"},
     )  # fmt: skip
 
 
 def _dropout(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if (
-        not isinstance(evidence.variant, LoraVariant)
-        or evidence.variant.lora_dropout <= 0
-        or evidence.dropout <= MIN_SHARE
-    ):
+    if not isinstance(evidence.variant, LoraVariant) or evidence.variant.lora_dropout <= 0:
         return
     yield _make_finding(
         "dropout", evidence.step_s, evidence.dropout,
@@ -276,12 +279,6 @@ RULES: Mapping[str, Callable[[ProfileEvidence], Iterator[Finding]]] = {
 """The rules by the code of their findings."""
 
 
-RULES_ON_OPERATORS = frozenset(
-    ("launch-bound", "dequantisation", "float32-adapter", "float32-compute", "masked-attention", "dropout")
-)
-"""Rules that judge the recorded operators; they find nothing if no operators are known."""
-
-
 def _make_finding(
     code: str,
     whole_s: float,
@@ -334,18 +331,11 @@ MIN_REALLOCATED = 0.5
 """Share of the tokens at which the cache was reallocated; a cache that grows by concatenation moves at every token."""
 
 
-def diagnose_requests(evidence: RequestEvidence) -> tuple[Finding, ...]:
-    """All findings, the most expensive for a request first."""
-    found = [finding for rule in REQUEST_RULES.values() for finding in rule(evidence)]
-    times = {FIRST: 1, LATER: evidence.passes, WHOLE: 1}
-    return tuple(sorted(found, key=lambda finding: -(finding.cost_s or 0.0) * times[finding.metric]))
-
-
 def _weight_copied(evidence: RequestEvidence) -> Iterator[Finding]:
     """Findings by the shape of the copied weight: usually the output head, in its product before the first token."""
     for metric, account, name in ((FIRST, evidence.prefill, "prefill"), (LATER, evidence.decode, "decode")):
         cost = sum(copy.time_s for copy in account.copies)
-        if not account.copies or cost <= MIN_SHARE * _whole(evidence, metric):
+        if not account.copies:
             continue
         costliest = account.copies[0]
         shape = " × ".join(map(str, costliest.shape))
@@ -385,8 +375,6 @@ def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
     if merged is None or request.low is None or merged.high is None or request.low <= merged.high:
         return
     cost = request.value - merged.value
-    if cost <= MIN_SHARE * request.value:
-        return
     calls = ""
     if evidence.merged_calls is not None and evidence.decode.calls:
         unit = "launches" if evidence.device == "cuda" else "operators"
@@ -403,10 +391,7 @@ def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
 
 
 def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
-    unpacking = evidence.decode.dequantise_s
-    if unpacking <= MIN_SHARE * evidence.token.value:
-        return
-    extra = evidence.unquantised_bytes
+    unpacking, extra = evidence.decode.dequantise_s, evidence.unquantised_bytes
     more = 0.0 if extra is None or not evidence.bytes_per_s else extra / evidence.bytes_per_s
     fits = extra is not None and more < unpacking
     yield _request_finding(
@@ -436,7 +421,7 @@ def _request_launch_bound(evidence: RequestEvidence) -> Iterator[Finding]:
 
 
 def _cache_reallocated(evidence: RequestEvidence) -> Iterator[Finding]:
-    if evidence.facts.cache_moved <= MIN_REALLOCATED or evidence.decode.cache_s <= MIN_SHARE * evidence.token.value:
+    if evidence.facts.cache_moved <= MIN_REALLOCATED:
         return
     yield _request_finding(
         "cache-reallocated", evidence, LATER, evidence.decode.cache_s,
@@ -451,7 +436,7 @@ def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
     variant, cost = evidence.variant, evidence.prefill.casts_s + evidence.passes * evidence.decode.casts_s
     narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
     wide = evidence.adapter_dtype == "float32" and not variant.merge_adapter
-    if narrow == "float32" or not (wide or variant.prepare_for_kbit) or cost <= MIN_SHARE * evidence.request.value:
+    if narrow == "float32" or not (wide or variant.prepare_for_kbit):
         return
     what = "adapters" if wide else "norms, embeddings and head"
     yield _request_finding(
@@ -472,19 +457,16 @@ REQUEST_RULES: Mapping[str, Callable[[RequestEvidence], Iterator[Finding]]] = {
     "cache-reallocated": _cache_reallocated,
     "mixed-types": _mixed_types,
 }
-"""The rules by the code of their findings."""
-REQUEST_RULES_ON_OPERATORS = frozenset(
-    ("weight-copied", "dequantisation", "launch-bound", "cache-reallocated", "mixed-types")
+"""The rules of requests by the code of their findings."""
+OPERATOR_RULES = frozenset(
+    "launch-bound dequantisation float32-adapter float32-compute masked-attention dropout weight-copied "
+    "cache-reallocated mixed-types".split()
 )
-"""Rules that judge the recorded operators; they find nothing if no operators are known."""
-
-
-def _whole(evidence: RequestEvidence, metric: str) -> float:
-    return {FIRST: evidence.first_token, LATER: evidence.token, WHOLE: evidence.request}[metric].value
+"""The rules that judge the recorded operators; they find nothing if no operators are known."""
 
 
 def _request_finding(
     code: str, evidence: RequestEvidence, metric: str, cost_s: float, message: str, remedy: str, **more: Any
 ) -> Finding:
-    whole_s = _whole(evidence, metric)
+    whole_s = {FIRST: evidence.first_token, LATER: evidence.token, WHOLE: evidence.request}[metric].value
     return _make_finding(code, whole_s, cost_s / whole_s, message, remedy, metric=metric, **more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lorameter.profile.accounting import (
     IDLE,
@@ -21,7 +21,7 @@ from lorameter.profile.accounting import (
 )
 from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialProfile
 from lorameter.profile.remedy import RemedyResult
-from lorameter.profile.rules import REQUEST_RULES, REQUEST_RULES_ON_OPERATORS, RULES, RULES_ON_OPERATORS, Finding
+from lorameter.profile.rules import OPERATOR_RULES, REQUEST_RULES, RULES, Finding
 from lorameter.records.metrics import METRICS
 from lorameter.records.record import MemoryAccount, memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
@@ -70,7 +70,7 @@ def describe_profile(
         _memory(profile),
         Section(title="Tokens of a step", lines=(to_line(", ".join(shares)),)),
         Section(title="Ceilings", lines=to_lines(_ceilings(ceilings, profile))),
-        _tabulate_findings(findings, RULES, RULES_ON_OPERATORS if profile.activity.missing else ()),
+        _tabulate_findings(profile, findings, RULES),
         *_notices(profile),
     )
 
@@ -250,13 +250,14 @@ def _operators(profile: TrialProfile, step: StepAccount, names: Names) -> Iterat
         yield f"{share:6.1%}  {use.calls:6.0f} calls  {phase_name:8}  {use.category:11}  {name}"
 
 
-def _tabulate_findings(findings: Sequence[Finding], codes: Iterable[str], not_observable: Collection[str]) -> Table:
+def _tabulate_findings(profile: TrialProfile, findings: Sequence[Finding], codes: Iterable[str]) -> Table:
     """A row for each finding; below it the codes without findings, and those that could not be judged."""
     rows = [write_row(one.code, one.message, _cost(one), _remedy_cell(one)) for one in findings]
-    rest = [code for code in codes if code not in {finding.code for finding in findings}]
-    unseen = [code for code in rest if code in not_observable]
-    notes = [f"looked for and not found: {', '.join(code for code in rest if code not in unseen)}"]
-    notes += [f"not judged, since the operators are unknown: {', '.join(unseen)}"] if unseen else []
+    unknown = OPERATOR_RULES if profile.activity.missing else frozenset()
+    absent = [code for code in codes if code not in {finding.code for finding in findings}]
+    unjudged = ", ".join(code for code in absent if code in unknown)
+    notes = [f"looked for and not found: {', '.join(code for code in absent if code not in unknown)}"]
+    notes += [f"not judged, since the operators are unknown: {unjudged}"] if unjudged else []
     finding, message, cost, remedy = name_columns("finding", "seen", "cost", "what to try", left=2)
     return Table(
         title="Findings, and what each costs",
@@ -333,7 +334,7 @@ def describe_requests(
         *(_tabulate_categories(side, account.whole, SERVED, suffix=suffix) for side, account, suffix in sides),
         _request_memory(profile),
         *([_cold(profile)] if profile.cold_parts_s else []),
-        _tabulate_findings(findings, REQUEST_RULES, REQUEST_RULES_ON_OPERATORS if profile.activity.missing else ()),
+        _tabulate_findings(profile, findings, REQUEST_RULES),
         *_notices(profile),
     )
 
@@ -353,11 +354,10 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
 
 
 def _pass(title: str, one: PassAccount) -> Row:
-    time = value_cell(one.time.value, one.time.low, one.time.high, "s")
     mfu, mbu = (write_number(None if share is None else share.value, ".1%") for share in (one.mfu, one.mbu))
     return write_row(
         title,
-        time,
+        _time(one.time),
         write_number(one.calls, ".0f"),
         write_number(float(one.flops), ".4g"),
         mfu,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +82,8 @@ def describe_run(view: RunView) -> Document:
     facts = (to_line(text, label=label) for label, text in _facts(run, study))
     tables: list[Block] = []
     for table in view.tables:
-        notes = tuple(_notes(table, alone=view.alone))
+        control = to_line(f"A/A control: {format_verdict(table.control, table.metric)}")
+        notes = () if view.alone else (control,)
         tables.append(collapse_constant_columns(dataclasses.replace(table.table, notes=notes)))
         if table.phase in view.phases:
             tables += describe_charts(view, table)
@@ -166,12 +166,6 @@ def _label(table: PhaseTable) -> str:
         return "loss"
     whole = table.table.title == PHASE_TITLES[table.phase]
     return table.site or (PHASE_WORDS[table.phase] if whole else metric_title(table.metric))
-
-
-def _notes(table: PhaseTable, *, alone: bool) -> Iterator[Line]:
-    """The control, unless the run is a single training."""
-    if not alone:
-        yield to_line(f"A/A control: {format_verdict(table.control, table.metric)}")
 
 
 def _statistics(view: RunView) -> Iterator[Block]:
@@ -281,14 +275,13 @@ def _tokens(tokens: Mapping[str, Any]) -> str:
 
 def _replicates(run: Run) -> str:
     """The replicates of a run; for an incomplete run, those whose trials have all ended."""
-    planned: dict[str, set[str]] = defaultdict(set)
-    for trial in run.manifest.order or (record.trial for record in run.records):
-        planned[trial.partition("-")[0]].add(trial)
+    planned = run.manifest.order or [record.trial for record in run.records]
     settled = {record.trial for record in run.records if record.settled}
-    whole = sum(trials <= settled for trials in planned.values())
-    if whole == len(planned):
-        return format_count(whole, "replicate")
-    return f"{whole} of {len(planned)} replicates complete"
+    replicates = {trial.partition("-")[0] for trial in planned}
+    pending = {trial.partition("-")[0] for trial in planned if trial not in settled}
+    if not pending:
+        return format_count(len(replicates), "replicate")
+    return f"{len(replicates) - len(pending)} of {len(replicates)} replicates complete"
 
 
 def _commands(run: Run, study: Study) -> Iterator[str]:
