@@ -10,7 +10,6 @@ from lorameter.report.blocks import (
     Cell,
     ColumnHeader,
     Document,
-    Line,
     Row,
     Section,
     Span,
@@ -46,7 +45,7 @@ def describe_claims(report: ClaimsReport) -> Document:
         *describe_verdicts(report),
         *list_sections(
             {
-                "Machine and versions": tuple(_describe_machine(report)),
+                "Machine and versions": _describe_machine(report),
                 "Differs from the study as written": report.deviations,
                 "Notes": report.notes,
             }
@@ -60,14 +59,19 @@ def describe_verdicts(report: ClaimsReport) -> Document:
     legend = Span(text="95 % intervals of each ratio alone; differences by Holm, equalities by TOST", tone="faint")
     table = Table(title="Claims", heads=_HEADS, rows=rows, notes=(to_line(legend),))
     controls = [f"{METRICS[name].title}: {format_verdict(one, name)}" for name, one in report.control.items()]
+    reasons = tuple(
+        to_line(part.reason, label=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
+        for claim in report.claims
+        for part in claim.parts
+    )
     engine = report.engine
-    pages: dict[str, list[str]] = {}
-    for claim in report.claims:
-        if claim.source:
-            pages.setdefault(claim.source, []).append(claim.id)
+    sources = [
+        f"{', '.join(claim.id for claim in report.claims if claim.source == page)}: {page}"
+        for page in dict.fromkeys(claim.source for claim in report.claims if claim.source)
+    ]
     return (
         collapse_constant_columns(table),
-        Section(title="Reasons", lines=tuple(_reasons(report))),
+        Section(title="Reasons", lines=reasons),
         *list_sections(
             {
                 "Control (the reference measured twice)": controls,
@@ -76,7 +80,7 @@ def describe_verdicts(report: ClaimsReport) -> Document:
                     f"{one.path}: {one.found} ({one.reason})" for one in (engine.proof if engine else ())
                 ],
                 "Differences other than the engine": engine.differs if engine else (),
-                "Sources": [f"{', '.join(ids)}: {page}" for page, ids in pages.items()],
+                "Sources": sources,
             }
         ),
     )
@@ -97,13 +101,6 @@ def _ratio(part: PartResult) -> Cell:
     return Cell(text="–") if part.ratio is None else value_cell(part.ratio, part.low, part.high, "1")
 
 
-def _reasons(report: ClaimsReport) -> Iterator[Line]:
-    """The reason for the verdict of each part."""
-    for claim in report.claims:
-        for part in claim.parts:
-            yield to_line(part.reason, label=claim.id if len(claim.parts) == 1 else f"{claim.id} {part.rule}")
-
-
 def _answers(report: ClaimsReport) -> Iterator[str]:
     """The shares as text; nothing if no answers were measured."""
     for share, of in ((report.answers.requests, "requests"), (report.answers.variants, "variants' means")):
@@ -116,9 +113,10 @@ def _answers(report: ClaimsReport) -> Iterator[str]:
             )
 
 
-def _describe_machine(report: ClaimsReport) -> Iterator[str]:
+def _describe_machine(report: ClaimsReport) -> list[str]:
     """The machine and the versions with which an engine was tested; a run's own report has them at its top."""
-    if report.engine is not None:
-        yield report.engine.machine
-        yield ", ".join(f"{name} {version}" for name, version in report.engine.versions.items() if version)
-        yield from (f"{name}: {command}" for name, command in report.engine.commands.items())
+    engine = report.engine
+    if engine is None:
+        return []
+    versions = ", ".join(f"{name} {version}" for name, version in engine.versions.items() if version)
+    return [engine.machine, versions, *(f"{name}: {command}" for name, command in engine.commands.items())]

@@ -119,13 +119,11 @@ def _effect(ratio: float, metric: str) -> str:
 
 def describe_notices(notices: Sequence[Notice]) -> Document:
     """A line for each kind of notice, in order; empty without notices."""
-    kinds: dict[str, list[Notice]] = {}
-    for notice in notices:
-        kinds.setdefault(notice.code, []).append(notice)
     collapsibles = []
-    for alike in kinds.values():
-        first, more = alike[0], f" (and {len(alike) - 1} more)" if len(alike) > 1 else ""
-        collapsibles.append(Collapsible(summary=_line(first, more), lines=tuple(map(_line, alike))))
+    for code in dict.fromkeys(notice.code for notice in notices):
+        same_kind = [notice for notice in notices if notice.code == code]
+        more = f" (and {len(same_kind) - 1} more)" if len(same_kind) > 1 else ""
+        collapsibles.append(Collapsible(summary=_line(same_kind[0], more), lines=tuple(map(_line, same_kind))))
     return (Section(title="Notices"), *collapsibles) if collapsibles else ()
 
 
