@@ -10,6 +10,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec
+from lorameter.records.record import SIDES
 from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
 from lorameter.studies.script import SIDE
@@ -41,13 +42,20 @@ def reproduction_steps(run: Run) -> str:
     changes = " with local changes" if git.get("dirty") else ""
     revision = f"commit {git['commit']}{changes}" if git.get("commit") else "no repository"
     install = shlex.join(["pip", "install", *(f"{name}=={version}" for name, version in known.items())])
+    sides = {name: manifest.sides.get(name) or {} for name in SIDES} if manifest.sides else {}
     lines = (
         _comment(f"Python {python}; {revision}; seed {manifest.seed}"),
         *([install] if known else []),
-        *(_ab_commands(run) if manifest.sides else _variant_commands(run)),
-        f"# study: {json.dumps(manifest.study, ensure_ascii=False, sort_keys=True)}",
+        *(_comment(f"{name}: {side.get('label', 'unknown')}") for name, side in sides.items()),
+        *([f"# judged by --policy FILE, of {_to_json(manifest.policy)}"] if manifest.policy and sides else []),
+        *_commands(run, sides),
+        f"# study: {_to_json(manifest.study)}",
     )
     return "\n".join(lines)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _comment(text: str) -> str:
@@ -55,46 +63,38 @@ def _comment(text: str) -> str:
     return f"# {' '.join(text.splitlines())}"
 
 
-def _variant_commands(run: Run) -> Iterator[str]:
-    """The commands for a run that compares variants."""
-    study_word, overrides = _study(run)
-    if study_word.endswith(STUDY_SUFFIX):
-        yield NOT_BUILT_IN
-    profile = run.manifest.study.get("profile")
-    words = ["lorameter", "run", study_word, *(["--profile", str(profile)] if profile else [])]
-    yield shlex.join([*words, *overrides, *_selected(run)])
-
-
-def _ab_commands(run: Run) -> Iterator[str]:
-    """The commands for an A/B, with the words that name both sides."""
-    manifest = run.manifest
-    sides = {name: manifest.sides.get(name) or {} for name in ("base", "candidate")}
-    for name, side in sides.items():
-        yield _comment(f"{name}: {side.get('label', 'unknown')}")
-    if manifest.policy:
-        yield f"# judged by --policy FILE, of {json.dumps(manifest.policy, ensure_ascii=False, sort_keys=True)}"
+def _commands(run: Run, sides: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The command that measures the run again, with a comment if it needs a file; or why there is none."""
     specs = {name: _spec(side) for name, side in sides.items()}
     if not all(specs.values()):
         yield "# the run does not record the arguments of its sides"
         return
-    study_word, overrides = _study(run)
-    suffix = "-command" if {side["kind"] for side in manifest.sides.values()} == {SIDE} else ""
-    sided = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
-    command = str(manifest.study["variants"][0].get("command") or "")
-    if suffix or (command and study_word.endswith(STUDY_SUFFIX)):  # a command is itself the study
-        words = ["ab", *([] if suffix else ["--command", command]), *sided, *_script_options(run)]
-        words += _selected(run, variants=False)
+    stored, protocol = run.manifest.study, run.manifest.study.get("protocol", {})
+    study, overrides = _study(run)
+    phases = [word for phase in run.manifest.phases for word in ("--phase", phase)]
+    variants = [word for name in run.manifest.selection for word in ("--variant", name)]
+    replicates = ["--replicates", str(protocol.get("replicates", ""))]
+    kinds, variant = {side["kind"] for side in sides.values()}, stored["variants"][0]
+    of_commands = kinds == {SIDE}
+    if not sides:
+        profile = ["--profile", str(stored["profile"])] if stored.get("profile") else []
+        words = ["run", study, *profile, *overrides, *phases, *variants, *replicates]
+    elif of_commands or (variant.get("command") and study.endswith(STUDY_SUFFIX)):  # a command is itself the study
+        command = [] if of_commands else ["--command", str(variant["command"])]
+        sided = [word for name, spec in specs.items() for word in (f"--{name}{'-command' * of_commands}", spec)]
+        folder = ["--cwd", str(variant["cwd"])] if variant.get("cwd") else []
+        count = int(protocol.get("turns", 0)) * int(protocol.get("steps_per_turn", 0))
+        steps = ["--steps", str(count)] if count else []
+        words = ["ab", *command, *sided, *folder, *steps, *phases, *replicates]
     else:
-        if study_word.endswith(STUDY_SUFFIX):
-            yield NOT_BUILT_IN
-        is_calibration = all(side.get("kind") == PRESENT for side in sides.values())
         rows = max(int(side.get("slowdown_rows") or 0) for side in sides.values())
-        words = ["calibrate", study_word] if is_calibration else ["ab", study_word, *sided]
-        words += [
-            *overrides,
-            *(["--inject-rows", str(rows)] if rows else []),
-            *_selected(run, phases=not is_calibration),
-        ]
+        injected = ["--inject-rows", str(rows)] if rows else []
+        sided = [word for name, spec in specs.items() for word in (f"--{name}", spec)]
+        words = ["ab", study, *sided, *overrides, *injected, *phases, *variants, *replicates]
+        if kinds == {PRESENT}:
+            words = ["calibrate", study, *overrides, *injected, *variants, *replicates]
+    if study in words and study.endswith(STUDY_SUFFIX):
+        yield NOT_BUILT_IN
     yield shlex.join(["lorameter", *words])
 
 
@@ -103,22 +103,6 @@ def _spec(side: Mapping[str, Any]) -> str:
     if side.get("kind") == "revision":
         return str(((side.get("facts") or {}).get("git") or {}).get("commit") or side.get("spec") or "")
     return str(side.get("spec") or (side.get("kind") == PRESENT and PRESENT) or "")
-
-
-def _script_options(run: Run) -> list[str]:
-    """The folder of a command, and the number of its timed steps."""
-    protocol, variant = run.manifest.study.get("protocol", {}), run.manifest.study["variants"][0]
-    steps = int(protocol.get("turns", 0)) * int(protocol.get("steps_per_turn", 0))
-    where = ["--cwd", str(variant["cwd"])] if variant.get("cwd") else []
-    return [*where, *(["--steps", str(steps)] if steps else [])]
-
-
-def _selected(run: Run, *, variants: bool = True, phases: bool = True) -> list[str]:
-    """The selected phases and variants, and the number of replicates."""
-    manifest = run.manifest
-    words = [word for phase in manifest.phases for word in ("--phase", phase)] if phases else []
-    words += [word for name in manifest.selection for word in ("--variant", name)] if variants else []
-    return [*words, "--replicates", str(manifest.study.get("protocol", {}).get("replicates", ""))]
 
 
 def _study(run: Run) -> tuple[str, list[str]]:
