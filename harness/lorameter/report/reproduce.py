@@ -75,22 +75,21 @@ def _commands(run: Run, sides: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     variants = [word for name in run.manifest.selection for word in ("--variant", name)]
     replicates = ["--replicates", str(protocol.get("replicates", ""))]
     kinds, variant = {side["kind"] for side in sides.values()}, stored["variants"][0]
-    of_commands = kinds == {SIDE}
+    suffix = "-command" if kinds == {SIDE} else ""
+    side_options = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
     if not sides:
         profile = ["--profile", str(stored["profile"])] if stored.get("profile") else []
         words = ["run", study, *profile, *overrides, *phases, *variants, *replicates]
-    elif of_commands or (variant.get("command") and study.endswith(STUDY_SUFFIX)):  # a command is itself the study
-        command = [] if of_commands else ["--command", str(variant["command"])]
-        sided = [word for name, spec in specs.items() for word in (f"--{name}{'-command' * of_commands}", spec)]
+    elif suffix or (variant.get("command") and study.endswith(STUDY_SUFFIX)):  # a command is itself the study
+        command = [] if suffix else ["--command", str(variant["command"])]
         folder = ["--cwd", str(variant["cwd"])] if variant.get("cwd") else []
         count = int(protocol.get("turns", 0)) * int(protocol.get("steps_per_turn", 0))
         steps = ["--steps", str(count)] if count else []
-        words = ["ab", *command, *sided, *folder, *steps, *phases, *replicates]
+        words = ["ab", *command, *side_options, *folder, *steps, *phases, *replicates]
     else:
         rows = max(int(side.get("slowdown_rows") or 0) for side in sides.values())
         injected = ["--inject-rows", str(rows)] if rows else []
-        sided = [word for name, spec in specs.items() for word in (f"--{name}", spec)]
-        words = ["ab", study, *sided, *overrides, *injected, *phases, *variants, *replicates]
+        words = ["ab", study, *side_options, *overrides, *injected, *phases, *variants, *replicates]
         if kinds == {PRESENT}:
             words = ["calibrate", study, *overrides, *injected, *variants, *replicates]
     if study in words and study.endswith(STUDY_SUFFIX):
