@@ -16,7 +16,7 @@ from lorameter.models import bases, catalogue, shapes
 from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.estimate import describe_sizes
-from lorameter.report.history import describe_history, describe_runs, figures_of_history, names_of
+from lorameter.report.history import describe_history, describe_runs, figures_of_history, list_curve_names
 from lorameter.results.export import DASHBOARDS, TABULAR, export_text, write_tables, write_text
 from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
@@ -60,7 +60,7 @@ def run_history(options: argparse.Namespace) -> int:
         options,
         describe_history(history, every_run=options.runs),
         lambda: codec.to_json(history),
-        page=lambda: {"title": "History", "names": names_of(history), "figures": figures_of_history(history)},
+        page=lambda: {"title": "History", "names": list_curve_names(history), "figures": figures_of_history(history)},
     )
     return EXIT_PASS
 

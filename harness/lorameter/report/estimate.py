@@ -22,7 +22,6 @@ from lorameter.models.costs.memory import (
 from lorameter.records.record import Notice, memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_duration, format_percent
 from lorameter.report.blocks import (
-    Block,
     Cell,
     Document,
     Line,
@@ -81,23 +80,23 @@ def describe_estimate(
     is not on this machine, and `describe_fit` reports whether the workload fits there.
     """
     where = "device memory" if machine.device == "cuda" else "host memory"
-    lines = [
+    title = (
         f"{variant.name} on {workload.model}, {workload.batch_size} × {workload.sequence_length} tokens a batch, "
         f"{describe_request(workload)} a request; nothing was loaded"
-    ]
+    )
     if not estimates:
         peaks = (f"measured peak, {phase}: {_mib(peak).text} MiB of {where}" for phase, peak in measured.items())
-        return tuple(to_line(text, indented=False) for text in (*lines, "estimated peak: unknown", *peaks))
+        return tuple(to_line(text, indented=False) for text in (title, "estimated peak: unknown", *peaks))
     heads = name_columns(f"{where}, MiB", *(estimate.phase for estimate in estimates))
     table = Table(heads=heads, rows=tuple(_memory_rows(estimates, measured)))
     has = machine.device_memory_bytes if machine.device == "cuda" else machine.memory_bytes
-    after = [] if measured else ["No earlier run of this variant and workload on this machine has measured it."]
+    below = [] if measured else ["No earlier run of this variant and workload on this machine has measured it."]
     if has is not None:
-        after.append(
+        below.append(
             f"{format_bytes(max(estimate.needed_bytes for estimate in estimates))} of {format_bytes(has)} here"
         )
-    below = (to_line(text, indented=False) for text in (() if elsewhere else after))
-    return (to_line(*lines, indented=False), table, *below)
+    first, *others = (to_line(text, indented=False) for text in (title, *below))
+    return (first, table) if elsewhere else (first, table, *others)
 
 
 def _memory_rows(estimates: Sequence[MemoryEstimate], measured: Mapping[str, int]) -> Iterator[Row]:
@@ -129,12 +128,10 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
     """
     device = advice.device
     low, high = PEAK_RANGES[device.machine.device]
-    lines = [f"It has {format_bytes(device.total_bytes)}: {device.source}."]
-    if device.assumed:
-        lines.append(f"Assumed, not measured on a GPU: {'; '.join(device.assumed)}.")
-    lines.append(f"Range: {_span((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}")
-    if profile is not None:
-        lines.append(f"The study's profile {profile!r} is taken, as a run there would; --profile takes another.")
+    assumed = [f"Assumed, not measured on a GPU: {'; '.join(device.assumed)}."] if device.assumed else []
+    basis = f"Range: {_format_errors((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}"
+    taken = f"The study's profile {profile!r} is taken, as a run there would; --profile takes another."
+    lines = [f"It has {format_bytes(device.total_bytes)}: {device.source}.", *assumed, basis]
     options = Table(
         title="Possible changes, those that free most first",
         heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
@@ -145,7 +142,7 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
         notes=to_lines(["batch_size is written in [workload], the others in [[variant]]"]),
     )
     return (
-        Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines(lines))),
+        Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines([*lines, *([taken] if profile else [])]))),
         *list_sections({"The most that fits": [_most(one, workload) for one in advice.largest]}),
         *([options] if advice.options else []),
         _first(advice),
@@ -179,10 +176,10 @@ def describe_basis(device: str) -> str:
             f"{PUBLISHED_WITHIN} of {PUBLISHED_PEAKS} published peaks of GPUs lie within it; all are of batches of one "
             "length. None was measured by this project."
         )
-    return f"The estimate missed {MEASURED_ON} by {_span(MEASURED_ERRORS)}."
+    return f"The estimate missed {MEASURED_ON} by {_format_errors(MEASURED_ERRORS)}."
 
 
-def _span(errors: tuple[float, float]) -> str:
+def _format_errors(errors: tuple[float, float]) -> str:
     return " to ".join(f"{100 * error:+.1f} %".replace("-", "−") for error in errors)
 
 
@@ -208,19 +205,32 @@ def _first(advice: Advice) -> Line:
 
 def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = None) -> Document:
     """One row for each variant; counts are exact and have no intervals. `unknown`: why no formula checks them."""
-    lines = [f"{model}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded"]
-    lines += [f"counted by PEFT alone; other memory of the training is unknown: {unknown}"] if unknown else []
-    rows = []
-    for setting in sizes:
-        bytes_of = (setting.adapter_bytes, setting.optimizer_state_bytes, setting.gradient_bytes)
-        share = Cell(text=f"{100 * setting.share:.3f} %", value=setting.share, unit="1")
-        cells = (Cell(text=f"{size / MIB:.2f}", value=size, unit="byte") for size in bytes_of)
-        rows.append(write_row(setting.variant, write_number(setting.trainable_parameters, ","), share, *cells))
+    rows = (
+        write_row(
+            one.variant,
+            write_number(one.trainable_parameters, ","),
+            Cell(text=f"{100 * one.share:.3f} %", value=one.share, unit="1"),
+            *(
+                Cell(text=f"{size / MIB:.2f}", value=size, unit="byte")
+                for size in (one.adapter_bytes, one.optimizer_state_bytes, one.gradient_bytes)
+            ),
+        )
+        for one in sizes
+    )
     heads = name_columns(
         "setting", "trainable parameters", "of the base", "adapter, MiB", "optimizer, MiB", "gradients, MiB"
     )
-    first, *others = (to_line(text, indented=False) for text in lines)
-    return (first, Table(heads=heads, rows=tuple(rows)), *others)
+    return (
+        to_line(
+            f"{model}: {sizes[0].base_parameters:,} parameters in the base; counted, nothing was loaded", indented=False
+        ),
+        Table(heads=heads, rows=tuple(rows)),
+        *(
+            [to_line(f"counted by PEFT alone; other memory of the training is unknown: {unknown}", indented=False)]
+            if unknown
+            else []
+        ),
+    )
 
 
 def describe_plan(
@@ -282,14 +292,18 @@ TITLES: dict[About, str] = {
 
 def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
     """A table for each of the three questions, and the answer in one line."""
-    tables: list[Block] = []
-    for about, title in TITLES.items():
-        rows = tuple(
-            write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy))
-            for check in checks
-            if check.about == about
+    tables = (
+        Table(
+            title=title,
+            heads=name_columns("", "", "found", "remedy", left=4),
+            rows=tuple(
+                write_row(check.name, Cell(verdict=check.grade), check.found, Cell(detail=check.remedy))
+                for check in checks
+                if check.about == about
+            ),
         )
-        tables.append(Table(title=title, heads=name_columns("", "", "found", "remedy", left=4), rows=rows))
+        for about, title in TITLES.items()
+    )
     counts = Counter(check.grade for check in checks)
     grades = ", ".join(f"{counts[grade]} {grade}" for grade in get_args(Grade) if counts[grade])
     if not fit:

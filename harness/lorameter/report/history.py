@@ -25,9 +25,9 @@ from lorameter.report.blocks import (
     Line,
     Point,
     Row,
-    Section,
     Span,
     Table,
+    list_sections,
     name_columns,
     to_line,
     to_lines,
@@ -41,7 +41,7 @@ from lorameter.results.history import Break, History, HistorySeries, Moment, Sus
 from lorameter.stats.changes import MIN_POINTS
 from lorameter.verdicts.compare import Difference
 
-LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(text="with"))
+_LEVELS = (*name_columns("from", "to", "runs", "level", left=2), ColumnHeader(text="with"))
 _RUNS = (
     *name_columns("when", "run", "value", left=2),
     ColumnHeader(text="replicates", right=True, drop_priority=1),
@@ -51,24 +51,21 @@ _RUNS = (
 )
 COMMIT = "git.commit"
 _MINUTE = "%Y-%m-%d %H:%M"
-SHOWN, REASONS = 4, 2
+MAX_DIFFERENCES, MAX_REASONS = 4, 2
 """Maximum differences that are listed, and reasons for runs that are left out."""
 
 
 def describe_history(history: History, *, every_run: bool = False) -> Document:
     """All tracks; `every_run` adds a table with a row for each run."""
-    blocks: list[Block] = []
-    for track in history.tracks:
-        blocks += _track(track, every_run=every_run)
-    if history.unreadable:
-        lines = tuple(to_line(f"{name}: {why}") for name, why in history.unreadable.items())
-        blocks.append(Section(title="Not read", lines=lines))
-    return tuple(blocks)
+    return (
+        *(block for track in history.tracks for block in _track(track, every_run=every_run)),
+        *list_sections({"Not read": [f"{name}: {why}" for name, why in history.unreadable.items()]}),
+    )
 
 
 def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
     title = f"{metric_title(track.metric)} of {track.variant}, study {track.study}"
-    yield Table(title=title, heads=LEVELS, rows=tuple(_levels(track)))
+    yield Table(title=title, heads=_LEVELS, rows=tuple(_levels(track)))
     for change in track.breaks:
         yield from _break(change)
     for line in track.lines:
@@ -76,10 +73,10 @@ def _track(track: Track, *, every_run: bool) -> Iterator[Block]:
             yield from _suspicion(suspicion, track)
         yield _conclusion(line)
     if every_run:
-        yield table_of_runs(track)
+        yield tabulate_runs(track)
 
 
-def table_of_runs(track: Track) -> Table:
+def tabulate_runs(track: Track) -> Table:
     """A row for each run, and below it the reasons why runs do not count."""
     rows = tuple(_run(one, line, track) for line in track.lines for one in line.moments)
     moments = [one for line in track.lines for one in line.moments if one.why_not is not None]
@@ -101,7 +98,7 @@ def _levels(track: Track) -> Iterator[Row]:
 
 def _break(change: Break) -> Iterator[Line]:
     where = f"{_when(change.after)}, run {change.after.run}: "
-    yield to_line(Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), SHOWN))
+    yield to_line(Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), MAX_DIFFERENCES))
     if change.confirm:
         yield to_line("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
 
@@ -116,7 +113,7 @@ def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
         ),
         f"run {suspicion.after.run}: by {ratio:+.1f} % [{low:+.1f}, {high:+.1f}], {levels}; "
         f"last before: {_when(suspicion.before)}, run {suspicion.before.run}. Changed between: ",
-        first_few(_list_differences(suspicion.differing), SHOWN) or "nothing that is known",
+        first_few(_list_differences(suspicion.differing), MAX_DIFFERENCES) or "nothing that is known",
     )
     if suspicion.confirm:
         yield to_line("  a suspicion; it is confirmed by: ", Span(text=suspicion.confirm, tone="command"))
@@ -127,7 +124,7 @@ def _suspicion(suspicion: Suspicion, track: Track) -> Iterator[Line]:
 def _conclusion(line: HistorySeries) -> Line:
     """The number of changes found, and the smallest detectable change: "no change" is meaningless without it."""
     counting, left_out = len(line.counting), [one.why_not for one in line.moments if one.why_not is not None]
-    reasons = first_few(list(dict.fromkeys(left_out)), REASONS, "; ")
+    reasons = first_few(list(dict.fromkeys(left_out)), MAX_REASONS, "; ")
     gaps = f"; {format_count(len(left_out), 'run')} left out ({reasons})" if left_out else ""
     if line.scatter is None or line.detectable is None:
         return to_line(
@@ -180,7 +177,7 @@ def figures_of_history(history: History) -> tuple[Figure, ...]:
     return tuple(_figure(track) for track in history.tracks if any(line.counting for line in track.lines))
 
 
-def names_of(history: History) -> tuple[str, ...]:
+def list_curve_names(history: History) -> tuple[str, ...]:
     """The names of the curves, in order."""
     return tuple(dict.fromkeys(_curve_name(line) for track in history.tracks for line in track.lines))
 
@@ -200,29 +197,32 @@ def _figure(track: Track) -> Figure:
         ends = None if moment.low is None or moment.high is None else (moment.low, moment.high)
         return Point(x=day(moment), y=moment.value, y_interval=ends)
 
-    changes = [
+    suspected = (
         Change(
             at=day(one.after), text=f"{100 * (one.ratio - 1):+.1f} % at {_commit(one.after)}",
             tone="bad" if one.ratio > 1 else "good",
         )
         for line in track.lines
         for one in line.suspicions
-    ]  # fmt: skip
-    for known in track.breaks:
-        text = first_few(_list_differences(known.differing), 1)
-        changes.append(Change(at=day(known.after), text=text, tone="odd"))
+    )  # fmt: skip
+    known = (
+        Change(at=day(one.after), text=first_few(_list_differences(one.differing), 1), tone="odd")
+        for one in track.breaks
+    )
     curves = [Curve(name=_curve_name(line), points=tuple(map(point, line.counting)))
               for line in track.lines if line.counting]  # fmt: skip
-    up = Axis(title=title, unit=track.unit)
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
         caption=f"A curve for each fingerprint, from {_when(first, _MINUTE)} on, with the interval of each run; where "
         "another begins, machine or software changed, and the two are not compared. What does not "
         "count is in the table only.",
         drawing=Chart(
-            across=Axis(title="days since the first run"), up=up, curves=tuple(curves), changes=tuple(changes)
+            across=Axis(title="days since the first run"),
+            up=Axis(title=title, unit=track.unit),
+            curves=tuple(curves),
+            changes=(*suspected, *known),
         ),
-        table=table_of_runs(track),
+        table=tabulate_runs(track),
     )
 
 
@@ -232,9 +232,9 @@ def describe_runs(rows: Sequence[Mapping[str, Any]]) -> Document:
     Args:
         rows: the rows of `lorameter list runs --json`.
     """
-    damaged = to_lines(f"{row['run']}: {row['title']}" for row in rows if row["status"] == "damaged")
+    damaged = [f"{row['run']}: {row['title']}" for row in rows if row["status"] == "damaged"]
     table = Table(heads=name_columns("run", "study", "state", "verdict", "size", left=4), rows=tuple(map(_row, rows)))
-    return (table, Section(title="Not read", lines=damaged)) if damaged else (table,)
+    return (table, *list_sections({"Not read": damaged}))
 
 
 def _row(row: Mapping[str, Any]) -> Row:
