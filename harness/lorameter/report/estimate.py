@@ -130,8 +130,9 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
     low, high = PEAK_RANGES[device.machine.device]
     assumed = [f"Assumed, not measured on a GPU: {'; '.join(device.assumed)}."] if device.assumed else []
     basis = f"Range: {_format_errors((low - 1, high - 1))} of the estimate. {describe_basis(device.machine.device)}"
-    taken = f"The study's profile {profile!r} is taken, as a run there would; --profile takes another."
+    study_profile = f"The study's profile {profile!r} is taken, as a run there would; --profile takes another."
     lines = [f"It has {format_bytes(device.total_bytes)}: {device.source}.", *assumed, basis]
+    lines += [] if profile is None else [study_profile]
     options = Table(
         title="Possible changes, those that free most first",
         heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
@@ -142,7 +143,7 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
         notes=to_lines(["batch_size is written in [workload], the others in [[variant]]"]),
     )
     return (
-        Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines([*lines, *([taken] if profile else [])]))),
+        Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines(lines))),
         *list_sections({"The most that fits": [_most(one, workload) for one in advice.largest]}),
         *([options] if advice.options else []),
         _first(advice),

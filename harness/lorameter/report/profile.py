@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from lorameter.profile.accounting import (
     IDLE,
@@ -91,20 +92,24 @@ def _notices(profile: TrialProfile) -> Document:
 
 def _memory(profile: Profile) -> Table:
     """Kinds of memory of a step, each with its estimate from the shape, and the unexplained remainder."""
-    measured, guess = profile.memory, profile.estimates
-    rows = []
-    for kind in order_memory_kinds(dict.fromkeys((*measured.kinds, *guess), 1)):
-        size = write_value(measured.kinds[kind], "byte") if kind in measured.kinds else "–"
-        rows.append(write_row(memory_kind_title(kind), size, _guess(guess[kind]) if kind in guess else "–"))
-    total = sum(guess.values())
-    expected = _guess(total, f" ({total / measured.peak_bytes - 1:+.1%})") if total else Cell(text="–")
+    measured, estimates = profile.memory, profile.estimates
+    rows = [
+        write_row(
+            memory_kind_title(kind),
+            write_value(measured.kinds[kind], "byte") if kind in measured.kinds else "–",
+            _estimate(estimates.get(kind)),
+        )
+        for kind in order_memory_kinds(dict.fromkeys((*measured.kinds, *estimates), 1))
+    ]
+    total = sum(estimates.values())
+    expected = _estimate(total or None, f" ({total / measured.peak_bytes - 1:+.1%})")
     estimated = ColumnHeader(text="estimated", right=True)
     return _tabulate_memory(measured, rows, estimated, device=profile.device, at="its peak", peak=(expected,))
 
 
-def _guess(size: int, error: str = "") -> Cell:
-    """A size in a fainter tone than measured values."""
-    return Cell(detail=f"{format_bytes(size)}{error}", value=size, unit="byte")
+def _estimate(size: int | None, error: str = "") -> Cell:
+    """An estimated size, in a fainter tone than measured ones; a dash for None."""
+    return Cell(text="–") if size is None else Cell(detail=f"{format_bytes(size)}{error}", value=size, unit="byte")
 
 
 def _tabulate_memory(
@@ -154,22 +159,22 @@ def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: Names = ST
     known = not profile.activity.missing
     calls = "launches" if profile.device == "cuda" else "operators"
     idling = categories_s(profile, step).get(IDLE, {})
-    rows = []
-    for phase in profile.activity.phases:
-        span = step.phases[phase.phase]
-        share, idle = (
+    rows = (
+        write_row(
+            names.phases[phase.phase],
+            _time(span),
             write_number(span.value / step.step.value, ".1%"),
-            idling[phase.phase] / span.value if known else None,
+            write_number(idling[phase.phase] / span.value if known else None, ".0%"),
+            write_number(phase.calls if known else None, ".0f"),
         )
-        counted = write_number(phase.calls if known else None, ".0f")
-        rows.append(write_row(names.phases[phase.phase], _time(span), share, write_number(idle, ".0%"), counted))
-    rows.append(write_row("remainder", _time(step.remainder), _shares(step.remainder, step.step.value), "", ""))
+        for phase, span in ((phase, step.phases[phase.phase]) for phase in profile.activity.phases)
+    )
+    remainder = write_row("remainder", _time(step.remainder), _shares(step.remainder, step.step.value), "", "")
     total = write_number(profile.activity.calls if known else None, ".0f")
-    rows.append(write_row(names.what, _time(step.step), "100 %", "", total, strong=True))
     return Table(
         title=f"Where a {names.what}'s time goes{suffix}",
         heads=name_columns("phase", "time", f"of the {names.what}", waits, calls),
-        rows=tuple(rows),
+        rows=(*rows, remainder, write_row(names.what, _time(step.step), "100 %", "", total, strong=True)),
         notes=to_lines(_step_lines(step, names)),
     )
 
@@ -210,13 +215,15 @@ def _step_lines(step: StepAccount, names: Names) -> Iterator[str]:
 def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names = STEPS, *, suffix: str = "") -> Table:
     """A row for each kind of work, by phase; the most expensive operators are below it."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
-    rows = []
-    for category, by_phase in categories_s(profile, step).items():
-        seconds = sum(by_phase.values())
-        times = (write_value(by_phase[phase], "s") if by_phase[phase] else "–" for phase in step.phases)
-        rows.append(
-            write_row(category, write_number(seconds / step.step.value, ".1%"), write_value(seconds, "s"), *times)
+    rows = (
+        write_row(
+            category,
+            write_number(sum(by_phase.values()) / step.step.value, ".1%"),
+            write_value(sum(by_phase.values()), "s"),
+            *(write_value(by_phase[phase], "s") if by_phase[phase] else "–" for phase in step.phases),
         )
+        for category, by_phase in categories_s(profile, step).items()
+    )
     return Table(
         title=f"What ran{suffix}: {what}",
         heads=name_columns("category", f"of the {names.what}", "time", *step.phases),
@@ -228,7 +235,7 @@ def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names 
 def _operators(profile: TrialProfile, step: StepAccount, names: Names) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
     slower = step.profiler_slowdown
-    seen = (
+    source = (
         f"seen in {format_count(steps, names.what)} under the profiler, each {format_value(slow, 's')} "
         f"(× {format_ratio(slower.value, slower.low, slower.high)})"
     )
@@ -236,9 +243,9 @@ def _operators(profile: TrialProfile, step: StepAccount, names: Names) -> Iterat
         yield f"not available: {profile.activity.missing}"
         return
     if profile.activity.device == "cuda":
-        yield f"{seen}, which slows down the host and no kernel"
+        yield f"{source}, which slows down the host and no kernel"
     else:
-        yield f"{seen}; times are scaled to the unprofiled phases above"
+        yield f"{source}; times are scaled to the unprofiled phases above"
     uses = [
         (plain_s(profile, step, phase, use.time_s), use, phase.phase)
         for phase in profile.activity.phases
@@ -303,10 +310,10 @@ def _remedy_lines(tried: RemedyResult) -> Iterator[Line]:
     if finding.cost_share is not None and comparison is not None and comparison.ratio is not None:
         of, part = ("a step" if name == "step_time_s" else f"the {METRICS[name].title}"
                     for name in (tried.metric, finding.metric))  # fmt: skip
-        seen = f"the profile attributed {finding.cost_share:.1%} of {part} to it"
+        attributed = f"the profile attributed {finding.cost_share:.1%} of {part} to it"
         low, high = (None if end is None else 100 * (1 - end) for end in (comparison.high, comparison.low))
         gained = format_interval(100 * (1 - comparison.ratio), low, high, "1")
-        yield to_line(f"gained {gained} % of {of}; {seen}")
+        yield to_line(f"gained {gained} % of {of}; {attributed}")
     if tried.control is not None:
         yield to_line(f"control (the present variant measured twice): {format_verdict(tried.control, tried.metric)}")
     yield from (to_line(Span(text=failure, tone="bad")) for failure in tried.failures)
@@ -340,10 +347,11 @@ def describe_requests(
 
 
 def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Table:
-    rows: list[Row] = []
-    for account, suffix in accounts:
-        rows.append(_pass(f"prefill{suffix}", account.prefill))
-        rows.append(_pass(f"a token of decode{suffix}", account.decode))
+    rows = (
+        _pass(f"{title}{suffix}", one)
+        for account, suffix in accounts
+        for title, one in (("prefill", account.prefill), ("a token of decode", account.decode))
+    )
     calls = "launches" if profile.device == "cuda" else "operators"
     return Table(
         title="Forward passes and their share of the peak",
@@ -398,17 +406,16 @@ def _request_memory(profile: RequestProfile) -> Table:
 
 def _cold(profile: RequestProfile) -> Table:
     parts, total = profile.cold_parts_s, profile.record.values["cold_start_time_s"]
-    rows: list[Row] = []
-    until = 0.0
-    for name, seconds in parts.items():
-        until += seconds
-        share = write_number(seconds / total, ".1%")
-        rows.append(write_row(COLD_PARTS[name], write_value(seconds, "s"), share, write_value(until, "s")))
-    rows.append(write_row("cold start", write_value(total, "s"), "100 %", "", strong=True))
+    rows = (
+        write_row(
+            COLD_PARTS[name], write_value(seconds, "s"), write_number(seconds / total, ".1%"), write_value(until, "s")
+        )
+        for (name, seconds), until in zip(parts.items(), accumulate(parts.values()), strict=True)
+    )
     return Table(
         title="A cold start, part by part",
         heads=name_columns("part", "time", "of it", "until its end"),
-        rows=tuple(rows),
+        rows=(*rows, write_row("cold start", write_value(total, "s"), "100 %", "", strong=True)),
         notes=to_lines(
             [
                 "one start, with its parts timed; nothing is compiled for a request. Its interval is what "
