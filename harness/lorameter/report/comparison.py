@@ -57,6 +57,13 @@ MAX_FINDINGS = 6
 MAX_PACKAGES = 12
 """Maximum packages that are listed; a separate interpreter can differ in hundreds."""
 _RATIO = ColumnHeader(text="candidate / base", right=True, ratio=True)
+_HEADS = (
+    *name_columns("variant", "metric", left=2),
+    _RATIO,
+    ColumnHeader(text="verdict"),
+    ColumnHeader(text="tolerance", right=True, drop_priority=7, collapse_if_constant=True),
+    ColumnHeader(text="replicates", right=True, drop_priority=6, collapse_if_constant=True),
+)
 
 
 def describe_comparison(report: ComparisonReport) -> Document:
@@ -82,8 +89,10 @@ def title_of_report(report: ComparisonReport) -> str:
 
 def _findings(report: ComparisonReport) -> Iterator[Line]:
     """The verdicts other than "equivalent", the worst first, without repeated reasons."""
-    rows = [one for one in report.comparisons if one.verdict != "equivalent"]
-    rows.sort(key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]))
+    rows = sorted(
+        (one for one in report.comparisons if one.verdict != "equivalent"),
+        key=lambda one: PRECEDENCE.index(EXIT_OF[one.verdict]),
+    )
     grouped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         grouped.setdefault((row.verdict, _reason(row)), []).append(_name(row))
@@ -108,25 +117,23 @@ def _name(row: ComparisonRow) -> str:
 
 def _tabulate(report: ComparisonReport) -> Table:
     """A row for each comparison; below it the controls."""
-    rows = []
-    for one in report.comparisons:
-        within = Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1")
-        count, words = write_number(one.replicates or None), (one.name, title_of_ratio(one.metric))
-        verdict = verdict_cell(one, one.metric, "sides", one)
-        rows.append(write_row(*words, write_ratio_or_peak(one), verdict, within, count))
+    rows = (
+        write_row(
+            one.name,
+            title_of_ratio(one.metric),
+            write_ratio_or_peak(one),
+            verdict_cell(one, one.metric, "sides", one),
+            Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1"),
+            write_number(one.replicates or None),
+        )
+        for one in report.comparisons
+    )
     notes = [to_line(f"control of {phase}: {format_verdict(control)}") for phase, control in report.control.items()]
     if any(is_memory(one.metric) for one in report.comparisons):
         notes.append(
             to_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
         )
-    variant, metric, verdict_head = name_columns("variant", "metric", "verdict", left=3)
-    tolerance, replicates = (
-        ColumnHeader(text=text, right=True, drop_priority=priority, collapse_if_constant=True)
-        for text, priority in (("tolerance", 7), ("replicates", 6))
-    )
-    heads = (variant, metric, _RATIO, verdict_head, tolerance, replicates)
-    table = Table(heads=heads, rows=tuple(rows), notes=tuple(notes))
-    return collapse_constant_columns(table)
+    return collapse_constant_columns(Table(heads=_HEADS, rows=tuple(rows), notes=tuple(notes)))
 
 
 def write_ratio_or_peak(row: ComparisonRow) -> Cell:
@@ -209,11 +216,15 @@ def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
 
 def describe_bisection(bisection: Bisection, of: str) -> Document:
     """The conclusion, and a row for each comparison with the good end; `of` names the measured quantity."""
-    rows = []
-    for look in bisection.looks:
-        reason = look.comparison.reason if look.side == "not measured" else ""
-        side, replicates = Cell(text=look.side, detail=reason), write_number(look.comparison.replicates or None)
-        rows.append(write_row(look.label, write_ratio(look.comparison), replicates, side))
+    rows = (
+        write_row(
+            look.label,
+            write_ratio(look.comparison),
+            write_number(look.comparison.replicates or None),
+            Cell(text=look.side, detail=look.comparison.reason if look.side == "not measured" else ""),
+        )
+        for look in bisection.looks
+    )
     heads = name_columns("compared with the good end", "ratio", "replicates", "is")
     return *_conclusion(bisection, of), Table(heads=heads, rows=tuple(rows))
 

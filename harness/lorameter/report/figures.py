@@ -183,11 +183,15 @@ def _cold(shown: Shown) -> Figure | None:
 
 def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
     """Bars as a picture and as a table; None without any."""
-    kinds = list(dict.fromkeys(kind for kind_bytes in bars.values() for kind in kind_bytes))
-    rows = []
-    for name, kind_bytes in bars.items():
-        cells = (write_value(kind_bytes[kind], axis.unit) if kind in kind_bytes else "–" for kind in kinds)
-        rows.append(write_row(name, *cells, write_value(sum(kind_bytes.values()), axis.unit)))
+    kinds = list(dict.fromkeys(kind for sizes in bars.values() for kind in sizes))
+    rows = (
+        write_row(
+            name,
+            *(write_value(sizes[kind], axis.unit) if kind in sizes else "–" for kind in kinds),
+            write_value(sum(sizes.values()), axis.unit),
+        )
+        for name, sizes in bars.items()
+    )
     table = Table(heads=name_columns("variant", *kinds, "together"), rows=tuple(rows))
     return Figure(title=title, caption=caption, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
 

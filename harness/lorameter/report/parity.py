@@ -195,12 +195,9 @@ def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Do
             if (place := first_difference(texts[1], texts[2])) is not None
         ]
         panels += (
-            Panel(
-                title=f"{one.way}, prompt {index}, from token {place}",
-                passages=tuple(
-                    (author, decode(tokens).strip() or "(nothing)")
-                    for author, tokens in (("prompt", prompt), (parity.reference.way, ours), (one.way, theirs))
-                ),
+            _make_panel(
+                f"{one.way}, prompt {index}, from token {place}",
+                {"prompt": decode(prompt), parity.reference.way: decode(ours), one.way: decode(theirs)},
             )
             for index, place, prompt, ours, theirs in differing[:MAX_SHOWN]
         )
@@ -209,18 +206,24 @@ def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Do
 
 def describe_samples(samples: Sequence[Sample], title: str) -> Document:
     """Prompt, reference, and the model's answers before and after training."""
-    panels = []
-    for number, sample in enumerate(samples):
-        end = "ended by the model" if sample.ended else "cut at the limit"
-        texts = {
-            "prompt": sample.prompt,
-            "reference": sample.reference,
-            "before training": "not measured" if sample.base_answer is None else sample.base_answer,
-            f"after training, {sample.tokens} tokens, {end}": sample.trained,
-        }
-        passages = tuple((author, text.strip() or "(nothing)") for author, text in texts.items())
-        panels.append(Panel(title=f"prompt {number}", passages=passages))
+    panels = (
+        _make_panel(
+            f"prompt {number}",
+            {
+                "prompt": sample.prompt,
+                "reference": sample.reference,
+                "before training": "not measured" if sample.base_answer is None else sample.base_answer,
+                f"after training, {sample.tokens} tokens, "
+                f"{'ended by the model' if sample.ended else 'cut at the limit'}": sample.trained,
+            },
+        )
+        for number, sample in enumerate(samples)
+    )
     return to_line(Span(text=title, tone="strong"), indented=False), *panels
+
+
+def _make_panel(title: str, texts: Mapping[str, str]) -> Panel:
+    return Panel(title=title, passages=tuple((name, text.strip() or "(nothing)") for name, text in texts.items()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
