@@ -153,14 +153,14 @@ def _table(table: Table, console: Console) -> Iterator[RenderableType]:
     columns = list(_columns(table, stacked=False))
     if _total(columns) > console.width:
         columns = list(_columns(table, stacked=True))
-    kept = list(columns)
-    while _total(kept) > console.width and (droppable := [column for column in kept if column.priority]):
-        kept.remove(max(droppable, key=lambda column: (column.priority, column.place)))
-    if sum(column.longest for column in kept) + _GAP * (len(kept) - 1) > console.width:
+    visible = list(columns)
+    while _total(visible) > console.width and (droppable := [column for column in visible if column.priority]):
+        visible.remove(max(droppable, key=lambda column: (column.priority, column.place)))
+    if sum(column.longest for column in visible) + _GAP * (len(visible) - 1) > console.width:
         yield from _records(table, console)
         return
-    yield _grid(table, kept, console)
-    hidden = [column.head.text for column in columns if column not in kept and not column.whisker]
+    yield _grid(table, visible, console)
+    hidden = [column.head.text for column in columns if column not in visible and not column.whisker]
     if hidden:
         yield from _paragraphs([to_line(f"hidden columns (narrow terminal): {', '.join(hidden)}")], console)
 
@@ -176,10 +176,9 @@ def _columns(table: Table, *, stacked: bool) -> Iterator[_Column]:
         cells = [_joined(table, row, place) if stacked else row.cells[place] for row in table.rows]
         texts = tuple(_cell(cell, stacked=stacked) for cell in cells)
         lines = [line for text in texts for line in text.plain.split("\n")]
-        natural = max(map(cell_len, lines), default=0)
-        words = [word for line in (lines if not head.right else []) for word in line.split()]
+        words = lines if head.right else [word for line in lines for word in line.split()]
         longest = max(map(cell_len, [*words, *_unbreakable(head.text).plain.split()]), default=0)
-        longest, natural = max(longest, natural if head.right else 0), max(longest, natural)
+        natural = max([longest, *map(cell_len, lines)])
         least = max(longest, min(natural, _MIN_PROSE_WIDTH))
         yield _Column(head=head, place=place, whisker=False, texts=texts, priority=head.drop_priority,
                       longest=longest, least=least, natural=natural)  # fmt: skip
@@ -198,14 +197,16 @@ def _joined(table: Table, row: Row, place: int) -> Cell:
 
 def _cell(cell: Cell, *, stacked: bool) -> Text:
     """The parts of a cell on one line; if stacked, the interval is on its own line below the verdict."""
-    interval: tuple[str, str, Tone] = ("\n" if stacked else " ", cell.interval, "faint")
-    verdict: tuple[str, str, Tone] = (" ", cell.verdict_text or cell.verdict, verdict_tone(cell.verdict))
-    others: tuple[tuple[str, str, Tone], ...] = ((" ", cell.detail, "faint"), (" ", cell.command, "command"))
-    parts: tuple[tuple[str, str, Tone], ...] = (
+    verdict: list[tuple[str, str, Tone]] = [(" ", cell.verdict_text or cell.verdict, verdict_tone(cell.verdict))]
+    parts: list[tuple[str, str, Tone]] = [
         ("", cell.name, "strong"),
         (_INDENT, cell.text, "plain"),
-        *((verdict, interval, *others) if stacked else (interval, *others, verdict)),
-    )
+        *(verdict if stacked else []),
+        ("\n" if stacked else " ", cell.interval, "faint"),
+        (" ", cell.detail, "faint"),
+        (" ", cell.command, "command"),
+        *([] if stacked else verdict),
+    ]
     drawn = Text()
     for before, text, tone in parts:
         if text:
@@ -233,8 +234,8 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
             head = draw_text(draw_scale(bound, odd), "faint")
             texts = tuple(draw_text(draw_whisker(row.cells[column.place], bound, odd), _tone(row, column.place))
                           for row in table.rows)  # fmt: skip
-        justify: Literal["left", "right"] = "right" if column.head.right and not column.whisker else "left"
-        drawn.add_column(head, justify=justify, overflow="fold", width=width)
+        right = column.head.right and not column.whisker
+        drawn.add_column(head, justify="right" if right else "left", overflow="fold", width=width)
         cells.append(texts)
     for row, drawn_cells in zip(table.rows, zip(*cells, strict=True), strict=True):
         drawn.add_row(*drawn_cells, style="bold" if row.strong else "", end_section=row.ends_group)
@@ -284,14 +285,14 @@ def show(document: Document, console: Console, *, verbose: bool = False) -> None
         _print(document, console, verbose=verbose)
         if not verbose and any(isinstance(block, Collapsible) for block in document):
             console.print(draw_text("--verbose shows full notices and statistics.", "faint"))
-        if last := tuple(_repeated_sections(document)):
+        if last := _repeated_sections(document):
             console.print()
             _print(last, console, verbose=verbose)
     console.file.write(re.sub(" +$", "", captured.get().replace(_GLUE, " "), flags=re.MULTILINE))
     console.file.flush()
 
 
-def _print(document: Document, console: Console, *, verbose: bool) -> None:
+def _print(document: Sequence[Block], console: Console, *, verbose: bool) -> None:
     for number, block in enumerate(document):
         if number and _begins_part(block, document[number - 1]):
             console.print()
@@ -306,20 +307,12 @@ def _begins_part(block: Block, before: Block) -> bool:
     return isinstance(block, (Section, Table, ChartGroup))
 
 
-def _repeated_sections(document: Document) -> Iterator[Section]:
+def _repeated_sections(document: Document) -> list[Section]:
     """The blocks repeated below a report, so that a reader of a long report need not scroll up."""
-    for block in document:
-        if isinstance(block, Section) and block.last:
-            yield block
-    lines = [
-        line
-        for block in document
-        if isinstance(block, (Line, Section))
-        for line in (block.lines if isinstance(block, Section) else [block])
-        if line.last
-    ]
-    if lines:
-        yield Section(title="", lines=tuple(lines))
+    sections = [block for block in document if isinstance(block, Section)]
+    lines = [block for block in document if isinstance(block, Line)] + [line for one in sections for line in one.lines]
+    repeated = tuple(line for line in lines if line.last)
+    return [*(one for one in sections if one.last), *([Section(title="", lines=repeated)] if repeated else [])]
 
 
 def render_text(document: Document, *, width: int, coloured: bool, verbose: bool = False) -> str:
