@@ -93,7 +93,6 @@ def show_result(
 def save_page(path: str | None, document: Document, page: Callable[[], dict[str, Any]]) -> None:
     """Write the page of a report to a file, if one is given, and print its path."""
     if path is not None:
-        check_page(path)
         print_stderr(f"page: {save_html(write_html(document, **page()), path)}")
 
 

@@ -44,13 +44,12 @@ from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study
 from lorameter.verdicts.benchmark_files import about_run, differences_from_saved, extra_info
 from lorameter.verdicts.compare import (
-    ComparisonInput,
     compare,
     comparison_input,
     describe_differences,
     session_differences,
 )
-from lorameter.verdicts.gate import WORD, GateResult, judge, load_policy, read_base
+from lorameter.verdicts.gate import GateResult, judge, load_policy, read_base
 from lorameter.verdicts.same_training import REPORTED
 from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.validity import run_validity
@@ -85,7 +84,6 @@ class Session:
         self._idle = next((reason for applies, reason in reasons if applies), "")
         """Why this session measures nothing; empty if it measures."""
         self._gate = vars(self._options).pop("base")
-        self._base: ComparisonInput | None = None
         self._interrupted: Run | None = None
         self._run: Run | None = None
         self._judged: GateResult | str | None = None
@@ -212,7 +210,7 @@ class Session:
             return
         study, facts = self._study, fingerprint_fields(provenance)
         runs = store.runs_dir(self._options.runs_dir)
-        base = self._base = read_base(self._gate, runs, fingerprint=fingerprint(provenance), study=study.name)
+        base = read_base(self._gate, runs, fingerprint=fingerprint(provenance), study=study.name)
         require(not base.broken, f"--lorameter-base: {base.broken}. Give a valid run.")
         if study.of_scripts:
             known = base.facts or {}
@@ -265,10 +263,8 @@ class Session:
         if self._run is None:
             return "Gate failed: nothing was measured, so there was nothing to judge.\n"
         try:
-            base, candidate = self._base, comparison_input(self._run)
-            if base is None or self._gate == WORD:  # the run has the fingerprint that was measured
-                runs = store.runs_dir(self._options.runs_dir)
-                base = read_base(self._gate, runs, fingerprint=candidate.fingerprint, study=candidate.study)
+            candidate, runs = comparison_input(self._run), store.runs_dir(self._options.runs_dir)
+            base = read_base(self._gate, runs, fingerprint=candidate.fingerprint, study=candidate.study)
             studied = frozenset(variant["name"] for variant in self._run.manifest.study["variants"])
             base = base.without(studied - candidate.variants.keys())  # remove variants that were not selected
             report = compare(base, candidate, metrics=self._policy.metrics, limits_of=self._policy.limits_of)
