@@ -118,13 +118,9 @@ class StepAccount:
 def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
     """The account of a profile's step, or of the kind of call in `names`."""
     samples, prefix, what = profile.record.samples, names.prefix, names.what
-
-    def keep(name: str) -> list[float]:
-        return counted_samples(profile, name, names)
-
-    plain, bordered = keep(f"plain_{what}_time_s"), keep(f"bordered_{what}_time_s")
+    plain, bordered = (counted_samples(profile, f"{kind}_{what}_time_s", names) for kind in ("plain", "bordered"))
     step = median_interval(plain)
-    phases = [keep(f"phase_{phase}_s") for phase in names.phases]
+    phases = [counted_samples(profile, f"phase_{phase}_s", names) for phase in names.phases]
     sums = [sum(times) for times in zip(*phases, strict=True)]
     low, high = bootstrap_interval((plain, *phases), _remainder)
     everything = range(_pairs(profile, names))

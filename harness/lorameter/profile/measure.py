@@ -41,7 +41,6 @@ from lorameter.records.activity import (
     Activity,
     RequestFacts,
 )
-from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import remove_on_failure, scratch_folder, write_document
 from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
@@ -136,13 +135,9 @@ class TrialSession:
             self.ask("peak", rates=list(self.rates.values()))
 
     def read(self, kind: Any, name: str) -> Any:
-        """Read a result from the trial's folder. Raises `InvalidRunError` if it cannot be read."""
-        try:
-            data = fileio.read_json(self.executor.fetch(self.request.trial, name, self.scratch))
-        except NotReadableError as error:
-            variant = self.request.variant.name
-            raise InvalidRunError(f"{variant}: {name}: cannot be read: {error}. Measure again.") from None
-        return codec.from_json(kind, data, name)
+        """Read a result from the trial's folder."""
+        path = self.executor.fetch(self.request.trial, name, self.scratch)
+        return codec.from_json(kind, fileio.read_json(path), name)
 
     @property
     def rates(self) -> dict[str, Rate]:

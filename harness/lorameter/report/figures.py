@@ -122,19 +122,28 @@ def draw_ratios(title: str, caption: str, about: str, comparisons: Mapping[str, 
 
 
 def _losses(shown: Shown) -> Figure | None:
-    curves, rows = [], []
-    for name, series in shown.items():
-        steps = _losses_by_step(series)
-        if len(steps) > 1:
-            ends = [(min(found), max(found)) if len(found) > 1 else None for found in steps]
-            step_medians = [statistics.median(found) for found in steps]
-            points = tuple(Point(x=step, y=y, y_interval=end)
-                           for step, (y, end) in enumerate(zip(step_medians, ends, strict=True), start=1))  # fmt: skip
-            curves.append(Curve(name=name, points=points))
-            outer = (write_number(step_medians[place], ".4g") for place in (0, -1))
-            rows.append(write_row(name, str(len(steps[0])), str(len(steps)), *outer))
-    if not curves:
+    losses = {name: steps for name, series in shown.items() if len(steps := _losses_by_step(series)) > 1}
+    if not losses:
         return None
+    curves = (
+        Curve(
+            name=name,
+            points=tuple(
+                Point(x=number, y=statistics.median(step), y_interval=(min(step), max(step)) if len(step) > 1 else None)
+                for number, step in enumerate(steps, start=1)
+            ),
+        )
+        for name, steps in losses.items()
+    )
+    rows = (
+        write_row(
+            name,
+            str(len(steps[0])),
+            str(len(steps)),
+            *(write_number(statistics.median(steps[place]), ".4g") for place in (0, -1)),
+        )
+        for name, steps in losses.items()
+    )
     return Figure(
         title="Losses of all variants",
         caption="The training loss by step, the median of the replicates; the band is from the lowest to the highest "
@@ -340,13 +349,16 @@ def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
 
 def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
     """The median over replicates at each step."""
-    found = {name: _losses_by_step(series) for name, series in shown.items()}
-    curves = {name: losses for name, losses in found.items() if len(losses) >= MIN_STEPS}
-    charts = []
-    for name in list(curves)[:MAX_CURVES]:
-        points = tuple(Point(x=step, y=statistics.median(one)) for step, one in enumerate(curves[name], start=1))
-        charts.append(Chart(across=Axis(title=name), up=Axis(title=""), curves=(Curve(name=name, points=points),)))
-    more = len(curves) - len(charts)
+    losses = {name: steps for name, series in shown.items() if len(steps := _losses_by_step(series)) >= MIN_STEPS}
+    curves = [
+        Curve(
+            name=name,
+            points=tuple(Point(x=number, y=statistics.median(step)) for number, step in enumerate(steps, start=1)),
+        )
+        for name, steps in list(losses.items())[:MAX_CURVES]
+    ]
+    charts = [Chart(across=Axis(title=curve.name), up=Axis(title=""), curves=(curve,)) for curve in curves]
+    more = len(losses) - len(charts)
     notes = (to_line(f"and {more} more; --variant shows one"),) if more else ()
     for gallery in _gallery("loss by step, median of the replicates", charts):
         yield dataclasses.replace(gallery, notes=notes, on_page=False)
