@@ -10,7 +10,7 @@ from typing import Any
 
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.parser import build_parser
-from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, require
+from lorameter.errors import EXIT_INVALID, EXIT_PASS, require
 from lorameter.machine.doctor import examine, is_fit, survey
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
@@ -18,6 +18,7 @@ from lorameter.models.costs.lora import missing_formula
 from lorameter.models.costs.memory import PEAK_RANGES, MemoryEstimate, baseline_bytes, estimate_phases
 from lorameter.models.costs.peaks import find_gpu
 from lorameter.records import codec, store
+from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.record import MEMORY_PHASES, MemoryPhase
 from lorameter.report.estimate import describe_basis, describe_checks, describe_estimate, describe_fit
 from lorameter.report.phrases import warn_before_run
@@ -73,12 +74,10 @@ def run_init(options: argparse.Namespace) -> int:
     require(
         not existing, f"init: {folder} already holds {' and '.join(existing)}. Give another folder, or remove them."
     )
-    try:
+    with translate_write_errors(f"init: {folder}", "Give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in FILES.items():
             (folder / name).write_text(text)
-    except OSError as error:
-        raise UsageError(f"init: {folder} cannot be written: {error.strerror}. Give another folder.") from None
     wrote = f"wrote {' and '.join(str(folder / name) for name in FILES)}"
     next_step = f"next: pytest {folder} --benchmark-save=NAME"
     print_result(options, f"{wrote}\n{next_step}", {"folder": str(folder), "files": list(FILES)})
