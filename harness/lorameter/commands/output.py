@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def show_result(
     document: Document,
     data: Callable[[], dict[str, Any]],
     *,
-    annotations: Callable[[], str] = str,
+    annotations: Callable[[], Iterable[str]] = list,
     page: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Print a result in the format of the options, and write its HTML page if one is given.
@@ -73,7 +73,7 @@ def show_result(
         options: options of the command.
         document: the report for users.
         data: makes the JSON document, without its schema.
-        annotations: makes the annotations of a GitHub job.
+        annotations: makes the annotations of a GitHub job, one per line.
         page: makes the arguments of `write_html` for the page.
     """
     form = format_of(options)
@@ -82,7 +82,7 @@ def show_result(
     elif form == "markdown":
         sys.stdout.write(to_markdown(document))
     elif form == "github":
-        sys.stdout.write(annotations())
+        sys.stdout.writelines(f"{line}\n" for line in annotations())
         sys.stdout.flush()
         _add_to_summary(document)
     else:

@@ -90,11 +90,9 @@ def write_reference() -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; its last column has no header."""
-    lines = [f"| {' | '.join(heads)} | |", f"|{'---|' * (len(heads) + 1)}"]
-    for row in rows:
-        cells = " | ".join(cell.replace("|", "\\|") for cell in row)
-        lines.append(f"| {cells} |")
-    return "\n".join([*lines, ""])
+    cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
+    lines = (f"| {' | '.join(heads)} | |", f"|{'---|' * (len(heads) + 1)}", *(f"| {row} |" for row in cells), "")
+    return "\n".join(lines)
 
 
 def _columns_of(columns: Iterable[FrameColumn]) -> str:

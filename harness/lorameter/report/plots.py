@@ -8,7 +8,7 @@ beyond the scale ends in an arrow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lorameter.report.blocks import Axis, Cell, Chart
 
@@ -73,14 +73,12 @@ MIN_WIDTH, MAX_WIDTH = 11, 33
 _MIN_BOUND = math.log(1.05)
 
 
-def ratio_axis_limit(cells: Iterable[Cell]) -> float:
+def ratio_axis_limit(cells: Sequence[Cell]) -> float:
     """The distance from 1, as a logarithm, to which the scale of these ratios extends. Wide intervals do not shrink the
     rest: it extends at most twice as far as the values."""
-    values, ends = [0.0], [_MIN_BOUND]
-    for cell in cells:
-        values += [abs(math.log(one)) for one in (cell.value,) if one]
-        ends += [abs(math.log(one)) for one in (cell.value, cell.low, cell.high) if one]
-    return max(_MIN_BOUND, min(max(ends), 2 * max(values) + _MIN_BOUND))
+    values = [abs(math.log(cell.value)) for cell in cells if cell.value]
+    ends = [abs(math.log(end)) for cell in cells for end in (cell.value, cell.low, cell.high) if end]
+    return max(_MIN_BOUND, min(max(ends, default=0.0), 2 * max(values, default=0.0) + _MIN_BOUND))
 
 
 def draw_scale(bound: float, width: int) -> str:

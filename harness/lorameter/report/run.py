@@ -171,17 +171,23 @@ def _label(table: PhaseTable) -> str:
 def _statistics(view: RunView) -> Iterator[Block]:
     """Advice on inconclusive verdicts and the estimators; the reason of each verdict is collapsed."""
     tables = () if view.alone else (*view.tables, *view.outcomes)
-    needs, reasons = list[Line](), list[Line]()
-    for table in tables:
-        title, found = title_of_ratio(table.metric), {"A/A control": table.control, **table.ratios}
-        for name, one in found.items():
-            if one is not None and one.verdict != "invalid":
-                reasons.append(to_line(f"{title}, {name}: ", Span(text=one.reason, tone="faint")))
-            if one is not None and one.verdict == "inconclusive" and name in table.ratios:  # a control has a notice
-                advice = explain_inconclusive(one, table.metric, table.interleaving or "replicates")
-                about = Span(text=f"{name}, {title}", tone="warning")
-                needs.append(to_line(about, f": {advice}", label="inconclusive"))
-    lines, more = [*needs[:MAX_NAMED], *_estimators(tables)], (*needs[MAX_NAMED:], *reasons)
+    reasons = [
+        to_line(f"{title_of_ratio(table.metric)}, {name}: ", Span(text=one.reason, tone="faint"))
+        for table in tables
+        for name, one in {"A/A control": table.control, **table.ratios}.items()
+        if one is not None and one.verdict != "invalid"
+    ]
+    advice = [
+        to_line(
+            Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning"),
+            f": {explain_inconclusive(one, table.metric, table.interleaving or 'replicates')}",
+            label="inconclusive",
+        )
+        for table in tables
+        for name, one in table.ratios.items()
+        if one.verdict == "inconclusive"
+    ]
+    lines, more = [*advice[:MAX_NAMED], *_estimators(tables)], (*advice[MAX_NAMED:], *reasons)
     if lines:
         yield Section(title="Statistics", lines=tuple(lines))
     if more:
@@ -346,16 +352,20 @@ def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
 def _encode_table(table: PhaseTable) -> dict[str, Any]:
     """A table as JSON: each cell as a line of text and, if it is a number, also as numbers in base units."""
     heads = table.table.heads
-    rows = []
-    for row in table.table.rows:
-        numbers = {
-            head.key: {"value": cell.value, "low": cell.low, "high": cell.high}
-            for head, cell in zip(heads, row.cells, strict=True)
-            if cell.value is not None and head.key != "ratio"
+    rows = [
+        {
+            "name": row.cells[0].text,
+            "reference": row.strong,
+            "cells": [cell.line for cell in row.cells],
+            "ratio": codec.to_json(table.ratios.get(row.cells[0].text)),
+            "values": {
+                head.key: {"value": cell.value, "low": cell.low, "high": cell.high}
+                for head, cell in zip(heads, row.cells, strict=True)
+                if cell.value is not None and head.key != "ratio"
+            },
         }
-        name, cells = row.cells[0].text, [cell.line for cell in row.cells]
-        ratio = codec.to_json(table.ratios.get(name))
-        rows.append({"name": name, "reference": row.strong, "cells": cells, "ratio": ratio, "values": numbers})
+        for row in table.table.rows
+    ]
     return {
         "phase": table.phase,
         "title": table.table.title,

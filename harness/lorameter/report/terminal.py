@@ -230,7 +230,7 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
         left, lacking = left - given, lacking - lack
         width, head, texts = least + given, _unbreakable(column.head.text), column.texts
         if column.whisker:
-            bound, odd = ratio_axis_limit(row.cells[column.place] for row in table.rows), width - 1 + width % 2
+            bound, odd = ratio_axis_limit([row.cells[column.place] for row in table.rows]), width - 1 + width % 2
             head = draw_text(draw_scale(bound, odd), "faint")
             texts = tuple(draw_text(draw_whisker(row.cells[column.place], bound, odd), _tone(row, column.place))
                           for row in table.rows)  # fmt: skip

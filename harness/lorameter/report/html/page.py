@@ -77,17 +77,20 @@ def save_html(page: str, path: str | Path) -> Path:
 
 def chart_table(chart: Chart) -> Table:
     """The points of a chart as a table."""
-    rows = []
-    for point in (point for curve in chart.curves for point in curve.points):
-        low, high = point.y_interval or (None, None)
-        rows.append(write_row(write_number(point.x), value_cell(point.y, low, high, chart.up.unit)))
+    rows = (
+        write_row(
+            write_number(point.x), value_cell(point.y, *(point.y_interval or (None, None)), unit=chart.up.unit)
+        )
+        for curve in chart.curves
+        for point in curve.points
+    )
     return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
 
 def _scales(table: Table) -> list[svg.Scale | None]:
     """The scale of each column of ratios, and None for all other columns."""
     return [
-        svg.ratio_scale(ratio_axis_limit(row.cells[place] for row in table.rows)) if head.ratio else None
+        svg.ratio_scale(ratio_axis_limit([row.cells[place] for row in table.rows])) if head.ratio else None
         for place, head in enumerate(table.heads)
     ]
 
