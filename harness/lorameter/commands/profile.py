@@ -175,12 +175,11 @@ def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[st
     controls = (judgement.floor, judgement.without)
     known = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
     nothing = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
-    ways = []
-    for way in parity.ways[1:]:
-        likeness = known.get(way.name)
-        about = {
+    ways = [
+        (codec.to_json(known[way.name]) if way.name in known else nothing)
+        | {
             "way": way.name,
-            "verdict": likeness.verdict if likeness else "failed",
+            "verdict": known[way.name].verdict if way.name in known else "failed",
             "quantization": way.variant.quantization,
             "dtype": way.variant.dtype,
             "adapter": way.adapter,
@@ -188,7 +187,8 @@ def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[st
             "dequantised": way.dequantised,
             "failure": judgement.failures.get(way.name, ""),
         }
-        ways.append((codec.to_json(likeness) if likeness else nothing) | about)
+        for way in parity.ways[1:]
+    ]
     return {
         "path": str(folder),
         "study": parity.study,

@@ -343,18 +343,21 @@ def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
 
 def collapse_constant_columns(table: Table) -> Table:
     """Replace each constant column that may collapse by a note."""
-    kept, notes = [], []
-    for place, head in enumerate(table.heads):
-        cells = [row.cells[place] for row in table.rows]
-        if head.collapse_if_constant and len(cells) > 1 and len(set(cells)) == 1:
-            if cells[0].words not in ("", "–"):
-                notes.append(to_line(f"{head.text}: {cells[0].words}, in every row"))
-        else:
-            kept.append(place)
+    places = range(len(table.heads))
+    constant = [
+        place
+        for place in places
+        if table.heads[place].collapse_if_constant
+        and len(table.rows) > 1
+        and len({row.cells[place] for row in table.rows}) == 1
+    ]
+    texts = {table.heads[place].text: table.rows[0].cells[place].words for place in constant}
+    notes = (to_line(f"{head}: {text}, in every row") for head, text in texts.items() if text not in ("", "–"))
+    varying = [place for place in places if place not in constant]
     return dataclasses.replace(
         table,
-        heads=tuple(table.heads[place] for place in kept),
-        rows=tuple(dataclasses.replace(row, cells=tuple(row.cells[place] for place in kept)) for row in table.rows),
+        heads=tuple(table.heads[place] for place in varying),
+        rows=tuple(dataclasses.replace(row, cells=tuple(row.cells[place] for place in varying)) for row in table.rows),
         notes=(*notes, *table.notes),
     )
 

@@ -85,12 +85,17 @@ def tabulate_runs(track: Track) -> Table:
 
 def _levels(track: Track) -> Iterator[Row]:
     for line in track.lines:
-        rows = []
-        for plateau in line.plateaus:
-            commits = dict.fromkeys((_commit(plateau.first), _commit(plateau.last)))
-            level = value_cell(plateau.value, plateau.low, plateau.high, track.unit)
-            software = f"{_versions(plateau.last)}; {'..'.join(commits)}; {line.fingerprint}"
-            rows.append(write_row(_when(plateau.first), _when(plateau.last), str(plateau.runs), level, software))
+        rows = [
+            write_row(
+                _when(plateau.first),
+                _when(plateau.last),
+                str(plateau.runs),
+                value_cell(plateau.value, plateau.low, plateau.high, track.unit),
+                f"{_versions(plateau.last)}; "
+                f"{'..'.join(dict.fromkeys((_commit(plateau.first), _commit(plateau.last))))}; {line.fingerprint}",
+            )
+            for plateau in line.plateaus
+        ]
         *others, last = rows or [write_row("", "", "0", "–", "no run counts")]
         yield from others
         yield dataclasses.replace(last, ends_group=line is not track.lines[-1])
