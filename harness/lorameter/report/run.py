@@ -43,7 +43,6 @@ from lorameter.report.phrases import (
     title_of_ratio,
 )
 from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView, describe_required_paths
-from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.variant import ScriptVariant
@@ -291,19 +290,14 @@ def _replicates(run: Run) -> str:
 
 
 def _commands(run: Run, study: Study) -> Iterator[str]:
-    """Each command (in an A/B of commands, on each side): its folder, how its steps were recognised, and their
-    number."""
-    sides = {name: side for name, side in run.manifest.sides.items() if side.get("kind") == SIDE}
+    """Each command, its folder, how its steps were recognised, and their number."""
     for variant in study.scripts:
-        for side in sides or {"": {}}:
-            records = [one for one in run.records if one.name == variant.name and (not side or one.side == side)]
-            command = str(sides[side].get("spec")) if side else variant.command
-            begun = [record for record in records if "source" in record.tokens]
-            found = sorted({SOURCES.get(str(one.tokens["source"]), str(one.tokens["source"])) for one in begun})
-            counts = sorted({int(one.values["training_steps"]) for one in begun if "training_steps" in one.values})
-            seen = f"; steps seen by {' and '.join(found)}" if found else ""
-            taken = f", {' or '.join(map(str, counts))} steps a trial" if counts else ""
-            yield f"{side or variant.name}: {command}{_place(variant)}{seen}{taken}"
+        begun = [one for one in run.records if one.name == variant.name and "source" in one.tokens]
+        sources = sorted({SOURCES.get(str(one.tokens["source"]), str(one.tokens["source"])) for one in begun})
+        counts = sorted({int(one.values["training_steps"]) for one in begun if "training_steps" in one.values})
+        recognised = f"; steps seen by {' and '.join(sources)}" if sources else ""
+        steps = f", {' or '.join(map(str, counts))} steps a trial" if counts else ""
+        yield f"{variant.name}: {variant.command}{_place(variant)}{recognised}{steps}"
 
 
 def _place(variant: ScriptVariant) -> str:
