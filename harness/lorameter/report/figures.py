@@ -178,16 +178,21 @@ def _memory_by_kind(series: Series) -> dict[str, float]:
 
 
 def _cold(shown: Shown) -> Figure | None:
-    bars = {}
-    for name, series in shown.items():
-        found = {kind: [one for trial in series.trials(metric) for one in trial] for metric, kind in COLD.items()}
-        medians = {kind: statistics.median(samples) for kind, samples in found.items() if samples}
-        if "first token" in medians and "the other tokens" in medians:  # a completion includes its first token
-            medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
-        if medians:
-            bars[name] = medians
+    bars = {name: medians for name, series in shown.items() if (medians := _cold_parts(series))}
     caption = "From a new interpreter to its first completion, piece after piece; the median of each over replicates."
     return _bars("A cold start by phase", caption, Axis(title="time", unit="s"), bars)
+
+
+def _cold_parts(series: Series) -> dict[str, float]:
+    """The median time of each part of a cold start that was measured."""
+    medians = {
+        title: statistics.median([sample for trial in series.trials(metric) for sample in trial])
+        for metric, title in COLD.items()
+        if series.trials(metric)
+    }
+    if "first token" in medians and "the other tokens" in medians:  # a completion includes its first token
+        medians["the other tokens"] = max(medians["the other tokens"] - medians["first token"], 0.0)
+    return medians
 
 
 def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, float]]) -> Figure | None:
@@ -228,27 +233,44 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
     if not records:
         return None
     begin = min(record.started_unix_s for record in records)
-    points: dict[str, list[Point]] = {}
-    rows = []
-    for record in records:
-        timed = record.samples["step_time_s"]
-        steps = (*record.samples.get("warmup_step_time_s", ()), *timed)
-        began, pace = record.started_unix_s - begin, record.wall_time_s / len(steps)
-        dots = (Point(x=began + pace * (place + 0.5), y=step) for place, step in enumerate(steps))
-        points.setdefault(record.name, []).extend(dots)
-        cuts = statistics.quantiles(timed, n=4, method="inclusive") if len(timed) > 1 else [timed[0]] * 3
-        cells = (write_value(time_s, "s") for time_s in (min(timed), *cuts, max(timed)))
-        rows.append(write_row(record.trial, record.name, str(len(timed)), *cells))
+    curves = (
+        Curve(
+            name=name,
+            points=tuple(point for one in records if one.name == name for point in _spread_steps(one, begin)),
+        )
+        for name in dict.fromkeys(record.name for record in records)
+    )
+    rows = (
+        write_row(
+            record.trial,
+            record.name,
+            str(len(timed)),
+            *(write_value(time_s, "s") for time_s in (min(timed), *_quartiles(timed), max(timed))),
+        )
+        for record in records
+        for timed in (record.samples["step_time_s"],)
+    )
     heads = name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2)
     across, up = Axis(title="since the first trial", unit="s"), Axis(title="step time", unit="s")
-    curves = tuple(Curve(name=name, points=tuple(own)) for name, own in points.items())
     return Figure(
         title="Every step by time",
         caption="Each dot is one step, warm-ups included, which shows drift and warm-up. Steps are spread evenly over "
         "the time of their trial: interleaved trials are above each other.",
-        drawing=Chart(across=across, up=up, curves=curves, style="specks"),
+        drawing=Chart(across=across, up=up, curves=tuple(curves), style="specks"),
         table=Table(heads=heads, rows=tuple(rows)),
     )
+
+
+def _spread_steps(record: TrialRecord, begin: float) -> Iterator[Point]:
+    """The steps of a trial, spread evenly over its time since `begin`."""
+    steps = (*record.samples.get("warmup_step_time_s", ()), *record.samples["step_time_s"])
+    pace_s = record.wall_time_s / len(steps)
+    for number, step_s in enumerate(steps):
+        yield Point(x=record.started_unix_s - begin + pace_s * (number + 0.5), y=step_s)
+
+
+def _quartiles(samples: Sequence[float]) -> Sequence[float]:
+    return statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
 
 
 def _checks(shown: Shown) -> Figure | None:
@@ -324,14 +346,16 @@ def _estimates(shown: Shown, metric: str) -> dict[str, _Value]:
 
 def _sweep(axis: str, levels: Iterable[tuple[float, str]], values: Mapping[str, _Value]) -> Chart:
     """The values of the variants that have one, by their level of a field."""
-    found = [(level, *values[name]) for level, name in levels if name in values]
-    points = [Point(x=x, y=y, y_interval=_interval(low, high)) for x, y, low, high in found]
+    points = [
+        Point(x=level, y=values[name][0], y_interval=_interval(values[name])) for level, name in levels if name in values
+    ]
     named = tuple((point.x, f"{point.x:g}") for point in points)
     across = Axis(title=axis, named=named, log=bool(points) and points[0].x > 0)
     return Chart(across=across, up=Axis(title=""), curves=(Curve(name=axis, points=tuple(points)),))
 
 
-def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:
+def _interval(value: _Value) -> tuple[float, float] | None:
+    _, low, high = value
     return None if low is None or high is None else (low, high)
 
 
@@ -384,16 +408,33 @@ def _draw_front(
         return None
     x_sign, y_sign = (-1 if METRICS[metric].higher_is_better else 1 for metric in (across, up))
     costs = {name: (x_sign * xs[name][0], y_sign * ys[name][0]) for name in names}
-    curves, rows = [], []
-    for name in names:
-        x, y = costs[name]
-        dominated = any(other[0] <= x and other[1] <= y and other != (x, y) for other in costs.values())
-        (x, *x_ends), (y, *y_ends) = xs[name], ys[name]
-        point = Point(x=x, y=y, x_interval=_interval(*x_ends), y_interval=_interval(*y_ends))
-        curves.append(Curve(name=name, points=(point,), hollow=dominated))
-        cells = (value_cell(*found[name], METRICS[metric].unit) for found, metric in ((xs, across), (ys, up)))
-        counts = [write_number(prompts[name])] if prompts else []
-        rows.append(write_row(name, *counts, *cells, "no" if dominated else "yes"))
+    dominated = {
+        name
+        for name, (x, y) in costs.items()
+        if any(other[0] <= x and other[1] <= y and other != (x, y) for other in costs.values())
+    }
+    curves = tuple(
+        Curve(
+            name=name,
+            points=(
+                Point(
+                    x=xs[name][0], y=ys[name][0], x_interval=_interval(xs[name]), y_interval=_interval(ys[name])
+                ),
+            ),
+            hollow=name in dominated,
+        )
+        for name in names
+    )
+    rows = (
+        write_row(
+            name,
+            *([write_number(prompts[name])] if prompts else []),
+            value_cell(*xs[name], METRICS[across].unit),
+            value_cell(*ys[name], METRICS[up].unit),
+            "no" if name in dominated else "yes",
+        )
+        for name in names
+    )
     best = sorted((curve.points[0].x, curve.points[0].y) for curve in curves if not curve.hollow)
     corners = [corner for (x, y), (right, _) in pairwise(best) for corner in ((x, y), (right, y))]
     axes = [Axis(title=METRICS[metric].title, unit=METRICS[metric].unit) for metric in (across, up)]
@@ -403,7 +444,7 @@ def _draw_front(
         title=title,
         caption=f"{caption} The dashed line joins the variants that no other beats in both by its estimate; "
         "where intervals overlap the order is open.",
-        drawing=Chart(across=axes[0], up=axes[1], curves=tuple(curves), style="dots", front=front),
+        drawing=Chart(across=axes[0], up=axes[1], curves=curves, style="dots", front=front),
         table=Table(heads=name_columns("variant", *titles), rows=tuple(rows)),
     )
 
