@@ -20,6 +20,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -331,10 +332,8 @@ def compare_served(reference: ServedAnswers, other: ServedAnswers) -> Likeness:
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     """Position of the first differing token, from 1; if one answer ends earlier, the difference is at its end. None if
     both are equal."""
-    for place, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
-        if one != other:
-            return place
-    return None if len(ours) == len(theirs) else min(len(ours), len(theirs)) + 1
+    pairs = enumerate(zip_longest(ours, theirs), start=1)
+    return next((place for place, (one, other) in pairs if one != other), None)
 
 
 def _is_within(floor: Likeness, one: Likeness) -> bool:
