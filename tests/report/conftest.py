@@ -26,10 +26,10 @@ from lorameter.records import codec, store
 from lorameter.records.activity import Activity, ModelSize, OperatorUse, PhaseActivity, RequestFacts, WeightCopy
 from lorameter.records.record import Failure, LogitDistance, MemoryAccount, Notice, ServedAnswers, TrialRecord
 from lorameter.report.blocks import Document
-from lorameter.report.claims import describe_claims
 from lorameter.report.comparison import (
     describe_attribution,
     describe_bisection,
+    describe_claims,
     describe_comparison,
     describe_gate,
 )

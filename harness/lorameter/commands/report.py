@@ -14,11 +14,12 @@ from lorameter.records import codec, store
 from lorameter.records.store import Run
 from lorameter.report.annotations import claims_annotations, comparison_annotations, run_annotations
 from lorameter.report.blocks import Document, Section, to_line
-from lorameter.report.claims import describe_claims, describe_verdicts
 from lorameter.report.comparison import (
     describe_attribution,
+    describe_claims,
     describe_comparison,
     describe_gate,
+    describe_verdicts,
     figures_of_comparison,
     title_of_report,
 )
