@@ -212,16 +212,23 @@ def plain_s(
     return max(0.0, seconds - records * max(0.0, phase.window_s - plain) / whole)
 
 
-Of = Callable[[PhaseActivity], float]
+PhaseReader = Callable[[PhaseActivity], float]
 """Reads a number from the activity of a phase."""
 
 
-def unprofiled_time(profile: TrialProfile, step: StepAccount, seconds: Of, records: Of | None = None) -> float:
-    """Seconds of a plain step that correspond to `seconds` of each of its phases under the profiler, with their numbers
-    of `records`."""
+def unprofiled_time(profile: TrialProfile, step: StepAccount, seconds: PhaseReader, *counters: str, only: str = "") -> float:
+    """Seconds of a plain step that correspond to `seconds` of each of its phases under the profiler, or of the `only`
+    phase; `counters` are the names of the profiler's records in them, if these are counted."""
     return sum(
-        plain_s(profile, step, phase, seconds(phase), records=None if records is None else records(phase))
+        plain_s(
+            profile,
+            step,
+            phase,
+            seconds(phase),
+            records=sum(phase.records.get(name, 0.0) for name in counters) if counters else None,
+        )
         for phase in profile.activity.phases
+        if phase.phase == (only or phase.phase)
     )
 
 

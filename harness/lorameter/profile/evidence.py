@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -161,15 +162,12 @@ def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares, fo
         idle=shares.pop(IDLE, 0.0),
         categories=shares,
         calls=profile.activity.calls,
-        casts=unprofiled_time(profile, step, lambda phase: phase.casts_s, count_records("casts_s")) / step_s,
-        wide_products=unprofiled_time(
-            profile, step, lambda phase: phase.wide_products_s, count_records("wide_products_s")
-        )
-        / step_s,
+        casts=unprofiled_time(profile, step, lambda phase: phase.casts_s, "casts_s") / step_s,
+        wide_products=unprofiled_time(profile, step, lambda phase: phase.wide_products_s, "wide_products_s") / step_s,
         logits_bytes=profile.memory.kinds.get("logits", 0),
         liger=importlib.util.find_spec("liger_kernel") is not None,
         unpacking=unprofiled_time(profile, step, unpacking_s) / step_s,
-        dropout=unprofiled_time(profile, step, dropout_s, count_records(DROPOUT, "dropout_backward_s")) / step_s,
+        dropout=unprofiled_time(profile, step, dropout_s, DROPOUT, "dropout_backward_s") / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
         recomputed=_recomputed_share(profile, found),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
@@ -204,11 +202,6 @@ def unpacking_s(phase: PhaseActivity) -> float:
     """
     unpacked = phase.categories_s.get("dequantize", 0.0)
     return unpacked and unpacked + sum(operator.time_s for operator in phase.operators if operator.name in UNPACKING)
-
-
-def count_records(*names: str) -> Callable[[PhaseActivity], float]:
-    """The number of profiler records in the parts of a phase with these names."""
-    return lambda phase: sum(phase.records.get(name, 0.0) for name in names)
 
 
 def dropout_s(phase: PhaseActivity) -> float:
@@ -304,10 +297,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
     if activity is None or profile.activity.missing:  # the operators are unknown
         return PassEvidence(time_s=whole.phases[phase].value / count)
 
-    def plain(seconds: Callable[[PhaseActivity], float], *names: str) -> float:
-        records = count_records(*names)(activity) if names else None
-        return plain_s(profile, whole, activity, seconds(activity), records=records) / count
-
+    time_s = partial(unprofiled_time, profile, whole, only=phase)
     copies = tuple(
         msgspec.structs.replace(
             one, calls=one.calls / count, time_s=plain_s(profile, whole, activity, one.time_s) / count
@@ -318,10 +308,10 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
         time_s=whole.phases[phase].value / count,
         calls=activity.calls / count,
         idle_s=categories_s(profile, whole)[IDLE][phase] / count,
-        dequantise_s=plain(unpacking_s),
-        casts_s=plain(lambda part: part.casts_s, "casts_s"),
-        cache_s=plain(lambda part: part.parts_s.get(CACHE, 0.0)),
-        head_s=plain(lambda part: part.parts_s.get(HEAD, 0.0)),
+        dequantise_s=time_s(unpacking_s) / count,
+        casts_s=time_s(lambda part: part.casts_s, "casts_s") / count,
+        cache_s=time_s(lambda part: part.parts_s.get(CACHE, 0.0)) / count,
+        head_s=time_s(lambda part: part.parts_s.get(HEAD, 0.0)) / count,
         copies=copies,
     )
 
