@@ -148,7 +148,7 @@ def measure_parity(
             prompts=prompts,
             notices=() if adapter is None else trial.record.notices,  # otherwise the record has them
         )
-        trial.keep(DOCUMENT, parity)
+        trial.store(DOCUMENT, parity)
     return parity, trial.folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from lorameter.commands.profile import encode_parity
 from lorameter.parity import judge_parity
 from lorameter.records.record import Failure, ServedAnswers
-from lorameter.report.parity import describe_parity, show_differing
+from lorameter.report.parity import describe_parity, describe_differing_answers
 from lorameter.report.terminal import render_text
 from lorameter.stats import proportion
 
@@ -103,10 +103,10 @@ def test_differing_answers_are_shown_side_by_side_with_escaped_text(make_parity)
     """At most three of each mode are shown with escaped text; controls are left out."""
     parity = make_parity()
     merged = msgspec.structs.replace(served(parity, MERGED), answers=tuple((7, 8, 1, 1) for _ in range(8)))
-    panels = show_differing(make_parity(**{MERGED: merged}), lambda tokens: f"\x1b[2J{list(tokens)} [/b]")
+    panels = describe_differing_answers(make_parity(**{MERGED: merged}), lambda tokens: f"\x1b[2J{list(tokens)} [/b]")
     assert len(panels) == 3
     assert panels[0].title == "merged into nf4, prompt 0, from token 3"
     shown = render_text(panels, width=80, coloured=False)
     assert "\x1b[2J" not in shown
     assert "\\x1b[2J[7, 8, 1, 1] [/b]" in shown
-    assert show_differing(parity, str) == ()
+    assert describe_differing_answers(parity, str) == ()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorameter.profile.accounting import request_accounts
-from lorameter.profile.evidence import evidence_of_requests
+from lorameter.profile.evidence import gather_request_evidence
 from lorameter.profile.facts import RequestProfile
 from lorameter.profile.measure import REQUESTS_DOCUMENT, _start_cold, profile_requests
 from lorameter.profile.rules import diagnose_requests
@@ -61,7 +61,7 @@ def test_a_stored_profile_gives_the_same_findings(measured, capsys):
     assert again == profile
     assert all((folder / trace).stat().st_size > 0 for trace in (REQUEST_TRACE, MERGED_TRACE))
     served, merged = request_accounts(again)
-    findings = diagnose_requests(evidence_of_requests(again, served, merged))
+    findings = diagnose_requests(gather_request_evidence(again, served, merged))
     show(describe_requests(again, served, merged, findings), console_for())
     shown = capsys.readouterr().out
     for words in ("prefill", "with the adapter merged", "MFU", "MBU", "A cold start", "DynamicCache", "looked for"):
@@ -83,10 +83,10 @@ class ColdTrial:
         )  # fmt: skip
         self.done = []
 
-    def tell(self, command):
+    def announce(self, command):
         self.done.append(command)
 
-    def take(self, command, fragment):
+    def add_fragment(self, command, fragment):
         self.record = self.record.merged(fragment)
 
 

@@ -18,7 +18,7 @@ from lorameter.models.shapes import ModelShape
 from lorameter.parity import Parity, judge_parity
 from lorameter.profile import accounting
 from lorameter.profile.accounting import request_accounts
-from lorameter.profile.evidence import evidence_of_requests, gather_evidence
+from lorameter.profile.evidence import gather_request_evidence, gather_evidence
 from lorameter.profile.facts import Profile, RequestProfile
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import Finding, diagnose, diagnose_requests
@@ -42,7 +42,7 @@ from lorameter.report.estimate import (
     describe_sizes,
 )
 from lorameter.report.history import describe_history, describe_runs
-from lorameter.report.parity import Sample, describe_parity, describe_samples, show_differing
+from lorameter.report.parity import Sample, describe_parity, describe_samples, describe_differing_answers
 from lorameter.report.phrases import describe_notices, warn_before_run
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.run import describe_run
@@ -178,7 +178,7 @@ def requests_document() -> Document:
     """Return the profile of requests with all values computed from it."""
     profile = constructed_requests()
     served, merged = request_accounts(profile)
-    findings = diagnose_requests(evidence_of_requests(profile, served, merged))
+    findings = diagnose_requests(gather_request_evidence(profile, served, merged))
     return describe_requests(profile, served, merged, findings)
 
 
@@ -360,7 +360,7 @@ def every_report(small_study, history) -> dict[str, Document]:
         "empty profile": lambda: profile_document("unseen"),
         "profile of requests": requests_document,
         "parity": lambda: describe_parity(parity(), judge_parity(parity())),
-        "answers that differ": lambda: show_differing(parity(), str),
+        "answers that differ": lambda: describe_differing_answers(parity(), str),
         "tried remedy": lambda: describe_remedy(remedy_result()),
         "estimate": lambda: describe_estimate(
             LoraVariant(name="v"), Workload(), MACHINE, estimates(), {"train": 2**28 + 2**20}

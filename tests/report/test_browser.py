@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorameter.records import store
-from lorameter.report.figures import figures_of_run
+from lorameter.report.figures import draw_run_figures
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import make_run_view
@@ -35,7 +35,7 @@ def file(tmp_path_factory):
     """The committed run with the most variants and charts, written as a page."""
     run = store.read_run(str(SWEPT), SWEPT.parent)
     view = make_run_view(run)
-    figures = figures_of_run(view)
+    figures = draw_run_figures(view)
     document = describe_run(view)
     written = write_html(
         document, title=view.study.title, names=view.variants, figures=figures, again="lorameter run x"

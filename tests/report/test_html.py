@@ -37,7 +37,7 @@ from lorameter.report.blocks import (
     to_line,
     write_row,
 )
-from lorameter.report.figures import describe_charts, figures_of_run
+from lorameter.report.figures import describe_charts, draw_run_figures
 from lorameter.report.html.page import write_html
 from lorameter.report.run_view import ReportFilter, make_run_view
 
@@ -108,7 +108,7 @@ def test_charts_and_tables_show_only_the_selected_variants(tmp_path):
     drawn = re.findall('data-variant="([^"]*)"', page)
     assert set(drawn) == {"lora-r16", "qlora-nf4-r16"}
     run = store.read_run(str(path), path.parent)
-    figures = figures_of_run(make_run_view(run, ReportFilter(variants=("qlora-nf4-r16",))))
+    figures = draw_run_figures(make_run_view(run, ReportFilter(variants=("qlora-nf4-r16",))))
     cells = {cell.line for figure in figures if figure.table for row in figure.table.rows for cell in row.cells}
     assert len(figures) == 11
     assert not cells & {"qlora-nf4-r64-a16", "qlora-nf4-r64-a256"}
@@ -149,7 +149,7 @@ def test_losses_of_other_workloads_are_in_no_comparing_chart(field, kept, write_
     assert [title.partition(" ×")[0] for title in swept] == [
         "time per real token", *(["held-out loss, along each field"] if kept else []),
     ]  # fmt: skip
-    assert ("Loss against cost" in [figure.title for figure in figures_of_run(view)]) == kept
+    assert ("Loss against cost" in [figure.title for figure in draw_run_figures(view)]) == kept
 
 
 def test_a_truncated_training_is_in_no_median_of_a_step(write_run):
@@ -163,7 +163,7 @@ def test_a_truncated_training_is_in_no_median_of_a_step(write_run):
 
     path = write_run("cut", {"plain": [1.0, 1.1, 1.2], "nf4": [1.0, 1.1, 1.2]}, change=learnt)
     run = store.read_run(str(path), path.parent)
-    (losses,) = (figure for figure in figures_of_run(make_run_view(run)) if figure.title.startswith("Losses"))
+    (losses,) = (figure for figure in draw_run_figures(make_run_view(run)) if figure.title.startswith("Losses"))
     points = losses.drawing.curves[0].points
     assert [(point.x, point.y) for point in points] == [(step, 11.0 - step) for step in range(1, 9)]
     assert [cell.text for cell in losses.table.rows[0].cells[1:3]] == ["2", "8"]

@@ -30,7 +30,7 @@ from lorameter.cli import main
 from lorameter.commands import profile as commands_profile
 from lorameter.errors import EXIT_INVALID, EXIT_PASS
 from lorameter.profile.accounting import request_accounts
-from lorameter.profile.evidence import evidence_of_requests
+from lorameter.profile.evidence import gather_request_evidence
 from lorameter.profile.rules import diagnose_requests
 from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
@@ -340,7 +340,7 @@ def profile(requests_profile):
 
 def findings_of(profile):
     served, merged = request_accounts(profile)
-    return served, merged, diagnose_requests(evidence_of_requests(profile, served, merged))
+    return served, merged, diagnose_requests(gather_request_evidence(profile, served, merged))
 
 
 def test_the_lines_of_a_request_add_up(profile):

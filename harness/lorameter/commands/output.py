@@ -27,7 +27,7 @@ SCHEMA = 2
 """Version of the JSON documents of all commands (docs/json.md). 1: first form. 2: numbers in addition to text."""
 
 
-def format_of(options: argparse.Namespace) -> str:
+def choose_format(options: argparse.Namespace) -> str:
     """text, json, markdown or github. Raises `UsageError` if two options select different formats."""
     given = vars(options)
     formats = {
@@ -43,7 +43,7 @@ def format_of(options: argparse.Namespace) -> str:
 def check_output(options: argparse.Namespace) -> None:
     """Raise `UsageError` for two formats, and for a page that cannot be written."""
     if "markdown" in vars(options):  # the --format of an export refers to its file
-        format_of(options)
+        choose_format(options)
     check_page(vars(options).get("html"))
 
 
@@ -76,7 +76,7 @@ def show_result(
         annotations: makes the annotations of a GitHub job, one per line.
         page: makes the arguments of `write_html` for the page.
     """
-    form = format_of(options)
+    form = choose_format(options)
     if form == "json":
         print_json(data())
     elif form == "markdown":

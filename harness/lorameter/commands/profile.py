@@ -26,13 +26,13 @@ from lorameter.parity import (
     with_prompts,
 )
 from lorameter.profile import accounting
-from lorameter.profile.evidence import evidence_of_requests, gather_evidence
+from lorameter.profile.evidence import gather_request_evidence, gather_evidence
 from lorameter.profile.measure import profile_requests, profile_variant
 from lorameter.profile.remedy import RemedyResult, choose_finding, finding_phase, judge_remedy, make_pair
 from lorameter.profile.rules import REQUEST_RULES, RULES, Finding, diagnose, diagnose_requests
 from lorameter.records import codec, store
 from lorameter.report.blocks import Document, to_line
-from lorameter.report.parity import describe_parity, show_differing
+from lorameter.report.parity import describe_parity, describe_differing_answers
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
 from lorameter.run.device_lock import hold_device
@@ -111,7 +111,7 @@ def _profile_step(*trial: Any, **where: Any) -> _ProfileResult:
 def _profile_requests(*trial: Any, **where: Any) -> _ProfileResult:
     profile, folder = profile_requests(*trial, **where)
     served, merged = accounting.request_accounts(profile)
-    findings = diagnose_requests(evidence_of_requests(profile, served, merged))
+    findings = diagnose_requests(gather_request_evidence(profile, served, merged))
     sides = {"served": (profile, served)}
     if profile.merged is not None and merged is not None:
         sides["merged"] = (profile.merged, merged)
@@ -149,7 +149,7 @@ def run_parity(options: argparse.Namespace) -> int:
     judgement = judge_parity(parity)
     document = (
         *describe_parity(parity, judgement),
-        *(show_differing(parity, _decoder(parity)) if options.verbose else ()),
+        *(describe_differing_answers(parity, _decoder(parity)) if options.verbose else ()),
         to_line(f"All facts are in {folder}", indented=False),
     )
     show_result(

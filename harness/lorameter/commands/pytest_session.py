@@ -17,7 +17,7 @@ from kernels_check.terminal import escape_control_chars
 from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX
 from lorameter.commands.output import check_page, save_page
 from lorameter.commands.parser import build_parser
-from lorameter.commands.report import page_of_run
+from lorameter.commands.report import make_run_page
 from lorameter.commands.run import (
     apply_overrides,
     find_interrupted,
@@ -166,14 +166,14 @@ class Session:
             phases = self._study.protocol.phases
         else:
             return
-        lacking = [item for item in items if _phase_of(item) not in (None, *phases)]
+        lacking = [item for item in items if _read_phase(item) not in (None, *phases)]
         self._config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in lacking]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Measure everything that the selected tests need, once, before the first test."""
-        items = [(item, phase) for item in session.items if (phase := _phase_of(item))]
+        items = [(item, phase) for item in session.items if (phase := _read_phase(item))]
         idle = self._idle not in ("", DRY)
         if not items or idle or self._config.option.collectonly or session.testsfailed:
             return
@@ -228,7 +228,7 @@ class Session:
         def replayed() -> None:
             if self._idle:
                 pytest.skip(self._idle)
-            phase = _phase_of(request.node)
+            phase = _read_phase(request.node)
             if self._run is None or phase is None:
                 pytest.fail("nothing was measured for this test; is it marked with lorameter(phase)?", pytrace=False)
             series = group_trials(self._run.records)[variant_name, "variant"]
@@ -290,7 +290,7 @@ class Session:
         report = describe_run(view)
         _show(terminalreporter, "lorameter", report)
         with usage_errors():
-            save_page(self._options.html, report, lambda: page_of_run(view))
+            save_page(self._options.html, report, lambda: make_run_page(view))
         if isinstance(self._judged, GateResult):
             _show(terminalreporter, "lorameter gate", describe_gate(self._judged))
 
@@ -322,7 +322,7 @@ class Session:
             output_json["lorameter"] = about_run(self._run)
 
 
-def _phase_of(item: pytest.Item) -> str | None:
+def _read_phase(item: pytest.Item) -> str | None:
     marker = item.get_closest_marker("lorameter")
     if marker is None:
         return None

@@ -70,20 +70,20 @@ def write_reference() -> str:
     parts = (
         INTRODUCTION,
         "## A study\n",
-        _example_of(study_file),
-        *(f"{title}\n\n{text}\n\n{_keys_of(cls)}" for title, text, cls in SECTIONS),
+        _extract_example(study_file),
+        *(f"{title}\n\n{text}\n\n{_tabulate_keys(cls)}" for title, text, cls in SECTIONS),
         f"### The rules of a part\n\n{' '.join(rules.split())}\n",
         "## [requirements]\n\nPaths of `kernels_check` that are required of every variant, in addition to those "
         f"that it implies:\n\n{paths}.\n",
         "## A policy\n\nA file for `--policy` of `gate`, `compare`, `report` and `ab`, and for `--lorameter-policy` "
         "of pytest.\n",
-        _example_of(gate),
-        f"### Keys\n\n{_keys_of(Policy)}",
-        f"### [[limit]]\n\nFor each key, the last matching entry applies.\n\n{_keys_of(LimitRule)}",
+        _extract_example(gate),
+        f"### Keys\n\n{_tabulate_keys(Policy)}",
+        f"### [[limit]]\n\nFor each key, the last matching entry applies.\n\n{_tabulate_keys(LimitRule)}",
         "## Columns of tables\n\nThe tables of `lorameter.load` and `lorameter export`; `trials` and `estimates` end "
         "with the columns of `settings`.\n",
-        *(f"### `{name}`\n\n{_columns_of(columns)}" for name, columns in tables.items()),
-        f"### `settings`\n\n{_columns_of(SETTINGS)}",
+        *(f"### `{name}`\n\n{_tabulate_columns(columns)}" for name, columns in tables.items()),
+        f"### `settings`\n\n{_tabulate_columns(SETTINGS)}",
     )
     return "\n".join(parts)
 
@@ -95,18 +95,18 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _columns_of(columns: Iterable[FrameColumn]) -> str:
+def _tabulate_columns(columns: Iterable[FrameColumn]) -> str:
     return _table(("column", "type"), ((f"`{one.name}`", DTYPES[one.kind], one.description) for one in columns))
 
 
-def _example_of(module: types.ModuleType) -> str:
+def _extract_example(module: types.ModuleType) -> str:
     """The example in a module's docstring: from its first key to its last."""
     lines = inspect.cleandoc(module.__doc__ or "").split("\n")
     places = [place for place, line in enumerate(lines) if " = " in line or line.startswith("[")]
     return "\n".join(["```toml", *lines[places[0] : places[-1] + 1], "```\n"])
 
 
-def _keys_of(cls: type) -> str:
+def _tabulate_keys(cls: type) -> str:
     """The table of a class: each key with its values, its default and its description."""
     texts, hints = field_docstrings(cls), typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}

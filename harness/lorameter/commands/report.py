@@ -20,10 +20,10 @@ from lorameter.report.comparison import (
     describe_comparison,
     describe_gate,
     describe_verdicts,
-    figures_of_comparison,
-    title_of_report,
+    draw_comparison_figures,
+    comparison_title,
 )
-from lorameter.report.figures import figures_of_run
+from lorameter.report.figures import draw_run_figures
 from lorameter.report.parity import describe_samples, read_samples
 from lorameter.report.reproduce import reproduction_steps
 from lorameter.report.run import describe_run, encode_run
@@ -77,15 +77,15 @@ def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict
         report,
         data,
         annotations=lambda: run_annotations(view),
-        page=lambda: page_of_run(view),
+        page=lambda: make_run_page(view),
     )
     return EXIT_PASS if view.valid else EXIT_INVALID
 
 
-def page_of_run(view: RunView) -> dict[str, Any]:
+def make_run_page(view: RunView) -> dict[str, Any]:
     """Title, names, figures and commands of a run's page."""
     again = reproduction_steps(view.run)
-    return {"title": view.study.title, "names": view.variants, "figures": figures_of_run(view), "again": again}
+    return {"title": view.study.title, "names": view.variants, "figures": draw_run_figures(view), "again": again}
 
 
 def describe_with_claims(view: RunView) -> Document:
@@ -122,7 +122,7 @@ def show_ab(run: Run, options: argparse.Namespace) -> int:
         annotations=lambda: comparison_annotations(report, result),
         page=lambda: {
             "title": f"{manifest.study['title']}: A/B",
-            "figures": figures_of_comparison(report),
+            "figures": draw_comparison_figures(report),
             "again": reproduction_steps(run),
         },
     )
@@ -150,7 +150,7 @@ def run_compare(options: argparse.Namespace) -> int:
         describe_comparison(report),
         lambda: comparison_document(report),
         annotations=lambda: comparison_annotations(report),
-        page=lambda: _page_of_comparison(report),
+        page=lambda: _make_comparison_page(report),
     )
     return exit_code(report.comparisons)
 
@@ -168,13 +168,13 @@ def run_gate(options: argparse.Namespace) -> int:
         describe_gate(result),
         lambda: gate_document(result),
         annotations=lambda: comparison_annotations(report, result),
-        page=lambda: _page_of_comparison(report),
+        page=lambda: _make_comparison_page(report),
     )
     return result.exit_code
 
 
-def _page_of_comparison(report: ComparisonReport) -> dict[str, Any]:
-    return {"title": title_of_report(report), "figures": figures_of_comparison(report)}
+def _make_comparison_page(report: ComparisonReport) -> dict[str, Any]:
+    return {"title": comparison_title(report), "figures": draw_comparison_figures(report)}
 
 
 def _show_both_sides(options: argparse.Namespace) -> int:

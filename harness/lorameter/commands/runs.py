@@ -16,7 +16,7 @@ from lorameter.models import bases, catalogue, shapes
 from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.estimate import describe_sizes
-from lorameter.report.history import describe_history, describe_runs, figures_of_history, list_curve_names
+from lorameter.report.history import describe_history, describe_runs, draw_history_figures, list_curve_names
 from lorameter.results.export import DASHBOARDS, TABULAR, export_text, write_tables, write_text
 from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
@@ -60,7 +60,7 @@ def run_history(options: argparse.Namespace) -> int:
         options,
         describe_history(history, every_run=options.runs),
         lambda: codec.to_json(history),
-        page=lambda: {"title": "History", "names": list_curve_names(history), "figures": figures_of_history(history)},
+        page=lambda: {"title": "History", "names": list_curve_names(history), "figures": draw_history_figures(history)},
     )
     return EXIT_PASS
 
@@ -106,7 +106,7 @@ def run_list(options: argparse.Namespace) -> int:
         return EXIT_PASS
     if what == "sizes":
         return _list_sizes(options)
-    rows = _rows_of(options)
+    rows = _list_rows(options)
     if not rows and not options.json:
         print(f"no {what}", file=sys.stderr)
     elif what == "runs":
@@ -116,7 +116,7 @@ def run_list(options: argparse.Namespace) -> int:
     return EXIT_PASS
 
 
-def _rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _list_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.what == "studies":
         return [{"name": name, "title": load_study(name).title} for name in builtin_studies()]
     if options.what == "models":

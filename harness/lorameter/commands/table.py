@@ -17,8 +17,8 @@ STUDY = argument("study", metavar="STUDY", nargs="?", help="name of a built-in s
 VARIANT = argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
 RUN = argument("run", metavar="RUN", help="a run id or a run directory")
 CWD = "folder that the command is run in; default: this one"
-DEVICE = shared_options("replicates", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", "model", "data")
-SHOWN = shared_options("policy", "format", "markdown", "html", "verbose")
+MEASURING = shared_options("replicates", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", "model", "data")
+OUTPUT = shared_options("policy", "format", "markdown", "html", "verbose")
 SIDES = (
     argument(
         "base",
@@ -110,7 +110,7 @@ COMMANDS = (
             argument("--steps", type=int, metavar="N", help="timed steps of each process of a command; default 16"),
             argument("--resume", metavar="RUN", help="resume an interrupted A/B, by its own study and sides"),
             argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default 8"),
-            *DEVICE,
+            *MEASURING,
             *shared_options("precision", "mixed", "variant", "dry-run"),
             argument(
                 "--phase",
@@ -119,7 +119,7 @@ COMMANDS = (
                 default=[],
                 help="phase to measure; repeatable; default: train and generate",
             ),
-            *SHOWN,
+            *OUTPUT,
             argument(
                 "--inject-rows",
                 type=int,
@@ -143,7 +143,7 @@ COMMANDS = (
                 choices=("standard", "rigorous"),
                 help=f"8 or 12 replicates; default {CALIBRATION_REPLICATES}",
             ),
-            *DEVICE,
+            *MEASURING,
             argument(
                 "--variant",
                 metavar="V",
@@ -311,7 +311,7 @@ COMMANDS = (
                 default="study",
                 help="the order of the variants",
             ),
-            *SHOWN,
+            *OUTPUT,
         ),
     ),
     Command(
@@ -344,7 +344,7 @@ COMMANDS = (
             *shared_options("metric"),
             argument("--all-metrics", action="store_true", help="everything that was measured"),
             argument("--force", action="store_true", help="show ratios of sides that are not comparable"),
-            *SHOWN,
+            *OUTPUT,
         ),
     ),
     Command(
@@ -353,7 +353,7 @@ COMMANDS = (
         help="pass or fail a comparison by a policy",
         description="Pass or fail a comparison by a policy file.",
         example="lorameter gate baseline 20261120-101500-mine-3f2a --format github",
-        arguments=(*SIDES, *shared_options("metric"), *SHOWN),
+        arguments=(*SIDES, *shared_options("metric"), *OUTPUT),
     ),
     Command(
         name="accept",

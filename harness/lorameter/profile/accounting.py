@@ -42,18 +42,18 @@ REMAINDER_LIMIT = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Names:
+class SampleNames:
     """Names of the samples of a step or request (`lorameter.trial.profiling.phases.pair_times`), and their titles."""
 
-    what: str
+    unit: str
     phases: Mapping[str, str]
     between: str
     """Work between two steps or requests."""
     prefix: str = ""
 
 
-STEPS = Names(
-    what="step",
+STEPS = SampleNames(
+    unit="step",
     phases={
         "data": "data: taking the batch",
         "forward": "forward",
@@ -62,8 +62,8 @@ STEPS = Names(
     },
     between="reading the loss and storing the times",
 )
-SERVED = Names(
-    what="request",
+SERVED = SampleNames(
+    unit="request",
     phases={
         "prepare": "before the first forward pass",
         "prefill": "prefill: the pass over the prompt",
@@ -115,9 +115,9 @@ class StepAccount:
         return False if high < -limit or low > limit else None
 
 
-def step_account(profile: TrialProfile, names: Names = STEPS) -> StepAccount:
+def step_account(profile: TrialProfile, names: SampleNames = STEPS) -> StepAccount:
     """The account of a profile's step, or of the kind of call in `names`."""
-    samples, prefix, what = profile.record.samples, names.prefix, names.what
+    samples, prefix, what = profile.record.samples, names.prefix, names.unit
     plain, bordered = (counted_samples(profile, f"{kind}_{what}_time_s", names) for kind in ("plain", "bordered"))
     step = median_interval(plain)
     phases = [counted_samples(profile, f"phase_{phase}_s", names) for phase in names.phases]
@@ -145,7 +145,7 @@ def _remainder(step: Any, *phases: Any, axis: int = -1) -> Any:
     return np.median(step, axis=axis) - sum(np.median(phase, axis=axis) for phase in phases)
 
 
-def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> list[float]:
+def counted_samples(profile: TrialProfile, name: str, names: SampleNames = STEPS) -> list[float]:
     """Samples with one value per pair of a plain and a bordered step, by name without prefix; only those of the pairs
     that count: on a CPU, those without contention.
 
@@ -161,16 +161,16 @@ def counted_samples(profile: TrialProfile, name: str, names: Names = STEPS) -> l
     return list(samples)
 
 
-def _pairs(profile: TrialProfile, names: Names) -> int:
-    return len(profile.record.samples[f"{names.prefix}plain_{names.what}_time_s"])
+def _pairs(profile: TrialProfile, names: SampleNames) -> int:
+    return len(profile.record.samples[f"{names.prefix}plain_{names.unit}_time_s"])
 
 
-def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: Names) -> float:
+def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: SampleNames) -> float:
     """CPU time over wall time of pairs, per thread; the lower value of plain and bordered steps."""
     samples = profile.record.samples
 
     def share(kind: str) -> float:
-        stem = f"{names.prefix}{kind}_{names.what}"
+        stem = f"{names.prefix}{kind}_{names.unit}"
         cpu_s = sum(samples[f"{stem}_cpu_time_s"][index] for index in pairs)
         return cpu_s / sum(samples[f"{stem}_time_s"][index] for index in pairs) / max(1, profile.threads)
 
@@ -255,11 +255,11 @@ def token_shares(profile: Profile) -> TokenShares:
     return TokenShares(real=real, padded=positions - real, recomputed=again)
 
 
-SKIPPING = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn"})
+SKIPPING_KERNELS = frozenset({"flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "cudnn"})
 """Attention kernels that skip blocks hidden by the causal order, if they receive no mask tensor."""
 
 
-def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
+def count_executed_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     """The tokens and pairs that the operators of a step compute, given the observed attention.
 
     The pairs are all pairs of a row, unless the kernel skips: then they are those of the causal order and, for packed
@@ -267,7 +267,7 @@ def given_tokens(profile: Profile, useful: StepTokens) -> StepTokens:
     """
     every = computed_tokens(profile.variant, profile.workload)
     backend, mask = find_observed(profile, "attention.backend"), find_observed(profile, "attention.mask")
-    if backend not in SKIPPING or mask != "causal":
+    if backend not in SKIPPING_KERNELS or mask != "causal":
         return every
     if profile.workload.layout == "packed" and str(backend).startswith("flash_attention"):
         return dataclasses.replace(every, pairs=useful.pairs)
@@ -314,7 +314,7 @@ def compute_ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
         pairs=round(values["useful_pairs"]),
         passes=variant.gradient_accumulation,
     )
-    given, products = given_tokens(profile, useful), from_values(values)
+    given, products = count_executed_tokens(profile, useful), from_values(values)
     try:
         train = find_ceiling(
             step_flops(profile, variant, useful).model,
@@ -368,7 +368,7 @@ def request_accounts(profile: RequestProfile) -> tuple[RequestAccount, RequestAc
     return _account(profile, SERVED), None if merged is None else _account(merged, MERGED)
 
 
-def _account(profile: RequestProfile, names: Names) -> RequestAccount:
+def _account(profile: RequestProfile, names: SampleNames) -> RequestAccount:
     merged = names is MERGED or profile.variant.merge_adapter
     whole = step_account(profile, names)
     passes = profile.workload.new_tokens - 1

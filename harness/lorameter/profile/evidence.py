@@ -60,7 +60,7 @@ def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
     return {name: value for name, value in _WITHOUT[saving].items() if getattr(variant, name) != value}
 
 
-def extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
+def estimate_extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
     """Estimated bytes that turning off each memory saving would add; empty for a model with unknown layers, so that
     nothing is expected to fit."""
     found: dict[str, int] = {}
@@ -178,7 +178,7 @@ def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares, fo
         wide_registers=profile.device == "cuda" or profile.wide_registers,
         peak_bytes=allocated or memory["host_peak_train_bytes"],
         memory_bytes=profile.memory_bytes,
-        extra_bytes={"optimizer": unpaged, **extra_bytes(profile, find_shape(profile.workload.model))},
+        extra_bytes={"optimizer": unpaged, **estimate_extra_bytes(profile, find_shape(profile.workload.model))},
         reserved_bytes=memory.get("device_peak_reserved_train_bytes"),
         alloc_retries=memory.get("device_alloc_retries_train", 0),
     )
@@ -267,7 +267,7 @@ class RequestEvidence:
     unquantised_bytes: int | None = None
 
 
-def evidence_of_requests(
+def gather_request_evidence(
     profile: RequestProfile, account: RequestAccount, merged: RequestAccount | None
 ) -> RequestEvidence:
     """The evidence in a profile and its accounts."""
@@ -318,7 +318,7 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
 
 def _unquantised_bytes(profile: RequestProfile) -> int | None:
     """The additional bytes of the base in 16 or 32 bits, if they are expected to fit."""
-    extra = extra_bytes(profile, profile.shape).get("quantization")
+    extra = estimate_extra_bytes(profile, profile.shape).get("quantization")
     if profile.variant.quantization == "none" or extra is None:
         return None
     return extra if profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes else None

@@ -99,17 +99,17 @@ class TrialSession:
 
     def ask(self, command: str, **arguments: Any) -> PartialRecord:
         """Send a command and return the addition to the trial's record. Raises `InvalidRunError` if it fails."""
-        self.tell(command)
+        self.announce(command)
         trial, timeout_s = self.request.trial, self.request.protocol.step_timeout_s
-        return self.take(command, ask_or_fail(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
+        return self.add_fragment(command, ask_or_fail(lambda: self.worker.ask(command, trial, timeout_s, **arguments)))
 
-    def tell(self, command: str) -> None:
+    def announce(self, command: str) -> None:
         """Print the command, unless it repeats the last one."""
         if command != self.last_command:
             self.progress(COMMANDS[command].label)
         self.last_command = command
 
-    def take(self, command: str, fragment: PartialRecord) -> PartialRecord:
+    def add_fragment(self, command: str, fragment: PartialRecord) -> PartialRecord:
         """Add a fragment to the record. Raises `InvalidRunError` if the fragment reports a failure."""
         self.record = self.record.merged(fragment)
         if fragment.status != "ok":
@@ -119,7 +119,7 @@ class TrialSession:
             )
         return fragment
 
-    def pairs_s(self, usual_s: float) -> float:
+    def pairs_budget_s(self, usual_s: float) -> float:
         """Seconds for timed pairs: half of the time left, and `usual_s` at most."""
         return max(0.0, min(usual_s, (self.ends_s - time.monotonic()) / 2))
 
@@ -170,7 +170,7 @@ class TrialSession:
             "measured_peaks": measured,
         }
 
-    def keep(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
+    def store(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
         """Write the facts, and copy the profiler's recordings. Raises `UsageError` if they cannot be written."""
         with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure again")):
             for trace in traces:
@@ -271,7 +271,7 @@ def profile_variant(
         trial.begin()
         trial.ask("finish_training", steps=0)  # peaks and bytes of plain steps, before steps are divided or recorded
         trial.ask("memory_breakdown", phase="train")
-        trial.ask("profile", budget_s=trial.pairs_s(STEPS_S))
+        trial.ask("profile", budget_s=trial.pairs_budget_s(STEPS_S))
         trial.measure_peaks()
         trial.ask("activity")
         baseline = trial.record.memory.get(RSS_AT_START, baseline_bytes(trial.machine.cuda))
@@ -280,7 +280,7 @@ def profile_variant(
             memory=trial.read(MemoryAccount, ACCOUNTS["train"]),
             estimates=_estimates(variant, study.workload, trial.machine.device, baseline),
         )
-        trial.keep(DOCUMENT, profile, (TRACE,))
+        trial.store(DOCUMENT, profile, (TRACE,))
     return profile, trial.folder
 
 
@@ -299,7 +299,7 @@ def profile_requests(
         trial.ask("finish_training", steps=0)
         trial.ask("save_adapter")
         trial.ask("begin_generate")
-        trial.ask("profile_requests", merged=False, budget_s=trial.pairs_s(REQUESTS_S))
+        trial.ask("profile_requests", merged=False, budget_s=trial.pairs_budget_s(REQUESTS_S))
         trial.ask("end_generate")
         trial.ask("request_facts")
         trial.ask("memory_breakdown", phase="generate")
@@ -307,7 +307,7 @@ def profile_requests(
         merges = not variant.merge_adapter and trial.has_time("merge")
         if merges:  # the profiler comes after the timing of the same state, and the peaks of the device last
             trial.ask("merge")
-            trial.ask("profile_requests", merged=True, budget_s=trial.pairs_s(REQUESTS_S))
+            trial.ask("profile_requests", merged=True, budget_s=trial.pairs_budget_s(REQUESTS_S))
             trial.ask("request_activity", merged=True)
         trial.measure_peaks()
         trial.worker.close()
@@ -320,7 +320,7 @@ def profile_requests(
             memory=trial.read(MemoryAccount, ACCOUNTS["generate"]),
             shape=find_shape(study.workload.model),
         )
-        trial.keep(REQUESTS_DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
+        trial.store(REQUESTS_DOCUMENT, profile, (REQUEST_TRACE, MERGED_TRACE) if merges else (REQUEST_TRACE,))
     return profile, trial.folder
 
 
@@ -338,10 +338,10 @@ def _estimates(variant: Variant, workload: Workload, device: str, process_bytes:
 def _start_cold(trial: TrialSession, executor: Executor) -> None:
     """Measure a new interpreter after the trial's own process has ended. A failure gives a notice, and earlier
     measurements are kept."""
-    trial.tell("cold")
+    trial.announce("cold")
     fragment = ask_or_fail(lambda: executor.cold_start(trial.request))
     if fragment.status == "ok":
-        trial.take("cold", fragment)
+        trial.add_fragment("cold", fragment)
         return
     notice = Notice(
         code="no-cold-start",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import describe_outcome, title_of_report, write_ratio_or_peak
+from lorameter.report.comparison import describe_outcome, comparison_title, write_ratio_or_peak
 from lorameter.report.phrases import metric_title
 from lorameter.report.run_view import RunView
 from lorameter.verdicts.claims import ClaimsReport
@@ -21,7 +21,7 @@ def comparison_annotations(report: ComparisonReport, gate: GateResult | None = N
     """Annotations of a comparison, or of the gate that judged it: an error for each verdict that does not pass, or a
     warning if the gate's policy accepts it."""
     outcome = f"{describe_outcome(gate)}: " if gate else ""
-    message = f"{_invalid(report.why_invalid)}{outcome}{title_of_report(report)}"
+    message = f"{_invalid(report.why_invalid)}{outcome}{comparison_title(report)}"
     level = "notice" if gate is None or gate.passed else "error"
     yield annotation(level, f"lorameter {'gate' if gate else 'compare'}", message)
     lenient = gate is not None and gate.policy.inconclusive == "pass"

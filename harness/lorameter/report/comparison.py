@@ -43,7 +43,7 @@ from lorameter.report.phrases import (
     format_effect,
     format_verdict,
     metric_title,
-    title_of_ratio,
+    ratio_title,
     verdict_cell,
 )
 from lorameter.run.bisect import Bisection
@@ -76,7 +76,7 @@ def describe_comparison(report: ComparisonReport) -> Document:
     collapsed = Collapsible(summary=to_line(Span(text=f"and {len(more)} more findings", tone="faint")), lines=more)
     return (
         *make_invalid_lines(report.why_invalid),
-        Section(title=title_of_report(report), lines=lines[:MAX_FINDINGS]),
+        Section(title=comparison_title(report), lines=lines[:MAX_FINDINGS]),
         *([collapsed] if more else []),
         _tabulate(report),
         *_statistics(report),
@@ -85,7 +85,7 @@ def describe_comparison(report: ComparisonReport) -> Document:
     )
 
 
-def title_of_report(report: ComparisonReport) -> str:
+def comparison_title(report: ComparisonReport) -> str:
     """The candidate and its base."""
     return f"{report.candidate} against {report.base}"
 
@@ -123,7 +123,7 @@ def _tabulate(report: ComparisonReport) -> Table:
     rows = (
         write_row(
             one.name,
-            title_of_ratio(one.metric),
+            ratio_title(one.metric),
             write_ratio_or_peak(one),
             verdict_cell(one, one.metric, "sides", one),
             Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1"),
@@ -160,7 +160,7 @@ def _statistics(report: ComparisonReport) -> Iterator[Block]:
 def describe_attribution(attribution: Attribution, run: Run) -> Document:
     """Facts of the run, differing packages, and the ratio of each part of the work with its interval."""
     facts = tuple(to_line(text, label=label) for label, text in _sides(attribution, run))
-    rows = (write_row(part.variant, title_of_ratio(part.metric), write_ratio(part)) for part in attribution.parts)
+    rows = (write_row(part.variant, ratio_title(part.metric), write_ratio(part)) for part in attribution.parts)
     title = "Where the time went (intervals not corrected for several parts)"
     heads = (*name_columns("variant", "part", left=2), _RATIO)
     return Section(title="Sides", lines=facts), Table(title=title, heads=heads, rows=tuple(rows))
@@ -202,12 +202,12 @@ def describe_outcome(result: GateResult) -> str:
     return f"Gate {passed} (exit {result.exit_code}): {counted or 'nothing compared'}"
 
 
-def figures_of_comparison(report: ComparisonReport) -> tuple[Figure, ...]:
+def draw_comparison_figures(report: ComparisonReport) -> tuple[Figure, ...]:
     """A figure for each phase; ratios that could not be computed are left out."""
     by_phase: dict[str, dict[str, ComparisonRow]] = {}
     for one in report.comparisons:
         title = PHASE_TITLES[METRICS[one.metric].phase] if one.metric in METRICS else "Others"
-        by_phase.setdefault(title, {})[f"{one.name}, {title_of_ratio(one.metric)}"] = one
+        by_phase.setdefault(title, {})[f"{one.name}, {ratio_title(one.metric)}"] = one
     caption = (
         "A dot is the candidate's value as a multiple of the base's, the line through it its interval; right of 1 is "
         "worse."

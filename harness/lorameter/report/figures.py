@@ -40,7 +40,7 @@ from lorameter.report.blocks import (
     write_row,
     write_value,
 )
-from lorameter.report.phrases import metric_title, title_of_ratio
+from lorameter.report.phrases import metric_title, ratio_title
 from lorameter.report.run_view import PhaseTable, RunView
 from lorameter.stats import Comparison
 from lorameter.studies.claim import is_number
@@ -49,7 +49,7 @@ from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.workload import OF_TOKENS
 from lorameter.verdicts.series import Series
 
-Shown = Mapping[str, Series]
+SeriesByVariant = Mapping[str, Series]
 """The trials of each variant, in study order."""
 PERSISTENT_MEMORY = {
     "base_weight_bytes": "base weights",
@@ -86,26 +86,26 @@ _TONES: Mapping[Status, Tone] = {
 """The colour of each status of a required path, the worst status first. Only `active` meets a requirement."""
 
 
-def figures_of_run(view: RunView) -> tuple[Figure, ...]:
+def draw_run_figures(view: RunView) -> tuple[Figure, ...]:
     """All figures for which the run has data, in page order: ratios of the view, then the phases that it shows
     completely."""
-    shown = view.series
+    variants = view.series
     whole = {table.phase: table.metric for table in view.tables if table.phase in view.phases}
     figures = [_ratios(table, view.study.reference) for table in (*view.tables, *view.outcomes)]
     if "train" in whole:
-        figures += [_losses(shown), _memory(shown), _front(view, shown, whole["train"])]
-        figures += [_samples([record for record in view.run.records if record.name in shown])]
+        figures += [_losses(variants), _memory(variants), _front(view, variants, whole["train"])]
+        figures += [_samples([record for record in view.run.records if record.name in variants])]
     if "generate" in whole:
-        figures += [_draw_serving(shown)]
+        figures += [_draw_serving(variants)]
     if "cold" in whole:
-        figures += [_cold(shown)]
+        figures += [_cold(variants)]
     if whole:
-        figures += [_checks(shown)]
+        figures += [_checks(variants)]
     return tuple(figure for figure in figures if figure is not None)
 
 
 def _ratios(table: PhaseTable, reference: str) -> Figure | None:
-    about = f"{title_of_ratio(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
+    about = f"{ratio_title(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
     caption = "A dot is the ratio of a variant to the reference, the line through it its interval."
     return draw_ratios(about[:1].upper() + about[1:], caption, "right of 1 is worse", table.ratios)
 
@@ -121,8 +121,8 @@ def draw_ratios(title: str, caption: str, about: str, comparisons: Mapping[str, 
     return Figure(title=title, caption=caption, drawing=drawing, table=table) if found else None
 
 
-def _losses(shown: Shown) -> Figure | None:
-    losses = {name: steps for name, series in shown.items() if len(steps := _losses_by_step(series)) > 1}
+def _losses(variants: SeriesByVariant) -> Figure | None:
+    losses = {name: steps for name, series in variants.items() if len(steps := _losses_by_step(series)) > 1}
     if not losses:
         return None
     curves = (
@@ -153,12 +153,12 @@ def _losses(shown: Shown) -> Figure | None:
     )
 
 
-def _memory(shown: Shown) -> Figure | None:
+def _memory(variants: SeriesByVariant) -> Figure | None:
     caption = (
         "What a step keeps, by kind, and what else its peak held (activations, work space, the process baseline); the "
         "median over replicates."
     )
-    bars = {name: kind_bytes for name, series in shown.items() if (kind_bytes := _memory_by_kind(series))}
+    bars = {name: kind_bytes for name, series in variants.items() if (kind_bytes := _memory_by_kind(series))}
     return _bars("Memory of training", caption, Axis(title="memory", unit="byte"), bars)
 
 
@@ -177,8 +177,8 @@ def _memory_by_kind(series: Series) -> dict[str, float]:
     return kind_bytes | {"rest of the peak": max(median(peak) - sum(kind_bytes.values()), 0.0)}
 
 
-def _cold(shown: Shown) -> Figure | None:
-    bars = {name: medians for name, series in shown.items() if (medians := _cold_parts(series))}
+def _cold(variants: SeriesByVariant) -> Figure | None:
+    bars = {name: medians for name, series in variants.items() if (medians := _cold_parts(series))}
     caption = "From a new interpreter to its first completion, piece after piece; the median of each over replicates."
     return _bars("A cold start by phase", caption, Axis(title="time", unit="s"), bars)
 
@@ -210,21 +210,21 @@ def _bars(title: str, caption: str, axis: Axis, bars: Mapping[str, Mapping[str, 
     return Figure(title=title, caption=caption, drawing=Bars(axis=axis, bars=bars), table=table) if bars else None
 
 
-def _front(view: RunView, shown: Shown, cost: str) -> Figure | None:
+def _front(view: RunView, variants: SeriesByVariant, cost: str) -> Figure | None:
     """Loss against the metric of training, for variants whose loss is over the same tokens."""
-    loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in shown.values())), None)
+    loss = next((metric for metric in COMPARED_LOSSES if any(one.trials(metric) for one in variants.values())), None)
     if loss is None:
         return None
     own, common = read_own_workloads(view.run), view.study.workload
     others = sorted(
         name
-        for name in own.keys() & shown.keys()
+        for name in own.keys() & variants.keys()
         if any(getattr(own[name], key) != getattr(common, key) for key in OF_TOKENS)
     )
     caption = "To the left is faster, below is a lower loss after as many steps."
     if others:
         caption += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MAX_NAMED)}."
-    same = {name: series for name, series in shown.items() if name not in others}
+    same = {name: series for name, series in variants.items() if name not in others}
     return _draw_front(same, cost, loss, "Loss against cost", caption)
 
 
@@ -273,18 +273,18 @@ def _quartiles(samples: Sequence[float]) -> Sequence[float]:
     return statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
 
 
-def _checks(shown: Shown) -> Figure | None:
+def _checks(variants: SeriesByVariant) -> Figure | None:
     """A row for each path, a column for each variant; None without checks."""
     paths = dict.fromkeys(
-        str(check["path"]) for series in shown.values() for one in series.records for check in one.checks
+        str(check["path"]) for series in variants.values() for one in series.records for check in one.checks
     )
     if not paths:
         return None
-    rows = tuple((path, tuple(_finding(series, path) for series in shown.values())) for path in paths)
+    rows = tuple((path, tuple(_finding(series, path) for series in variants.values())) for path in paths)
     return Figure(
         title="Checks of the paths that ran",
         caption="What kernels_check found of each path in each variant; a word opens its evidence.",
-        drawing=Matrix(columns=tuple(shown), rows=rows),
+        drawing=Matrix(columns=tuple(variants), rows=rows),
         table=None,
     )
 
@@ -307,16 +307,16 @@ def _finding(series: Series, path: str) -> Finding | None:
 
 def describe_charts(view: RunView, table: PhaseTable) -> Iterator[Block]:
     """The charts and further tables of a phase that is shown completely."""
-    shown = table.series
-    if table.phase == "generate" and (serving := _draw_serving(shown)) and serving.table:
+    variants = table.series
+    if table.phase == "generate" and (serving := _draw_serving(variants)) and serving.table:
         note = "on the front: no other has more output tokens/s and less time per token"
         yield dataclasses.replace(serving.table, title=SERVING, notes=(to_line(note),))
-    yield from _sweeps(view.study, shown, table)
+    yield from _sweeps(view.study, variants, table)
     if table.phase == "train":
-        yield from _loss_charts(shown)
+        yield from _loss_charts(variants)
 
 
-def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGroup]:
+def _sweeps(study: Study, variants: SeriesByVariant, table: PhaseTable) -> Iterator[ChartGroup]:
     """The ratio, and for training the held-out loss, along each field with enough numeric levels."""
     levels_by_axis = {
         axis: [(float(level), name) for level, name in study.levels(axis) if is_number(level)] for axis in study.axes
@@ -324,12 +324,12 @@ def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGrou
     points: dict[str, _Value] = {
         name: (one.ratio, one.low, one.high) for name, one in table.ratios.items() if one.ratio is not None
     }
-    if study.reference in shown:
+    if study.reference in variants:
         points[study.reference] = (1.0, None, None)
     title = f"{metric_title(table.metric)} × {study.reference}, along each field"
     yield from _gallery(title, [_sweep(axis, levels, points) for axis, levels in levels_by_axis.items()])
     if table.phase == "train":
-        losses = _estimates(shown, "held_out_loss")
+        losses = _estimates(variants, "held_out_loss")
         comparable = {axis: levels for axis, levels in levels_by_axis.items() if not is_of_tokens(axis)}
         charts = [_sweep(axis, levels, losses) for axis, levels in comparable.items()]
         yield from _gallery(f"{metric_title('held_out_loss')}, along each field", charts)
@@ -338,9 +338,9 @@ def _sweeps(study: Study, shown: Shown, table: PhaseTable) -> Iterator[ChartGrou
 _Value = tuple[float, float | None, float | None]
 
 
-def _estimates(shown: Shown, metric: str) -> dict[str, _Value]:
+def _estimates(variants: SeriesByVariant, metric: str) -> dict[str, _Value]:
     """The estimate of each variant that has one, with its interval."""
-    found = {name: series.estimate(metric) for name, series in shown.items()}
+    found = {name: series.estimate(metric) for name, series in variants.items()}
     return {name: (one.value, one.low, one.high) for name, one in found.items() if one is not None}
 
 
@@ -371,9 +371,9 @@ def _gallery(title: str, charts: Sequence[Chart]) -> Iterator[ChartGroup]:
     yield ChartGroup(title=title, charts=tuple(dataclasses.replace(chart, up=up) for chart in curves))
 
 
-def _loss_charts(shown: Shown) -> Iterator[ChartGroup]:
+def _loss_charts(variants: SeriesByVariant) -> Iterator[ChartGroup]:
     """The median over replicates at each step."""
-    losses = {name: steps for name, series in shown.items() if len(steps := _losses_by_step(series)) >= MIN_STEPS}
+    losses = {name: steps for name, series in variants.items() if len(steps := _losses_by_step(series)) >= MIN_STEPS}
     curves = [
         Curve(
             name=name,
@@ -398,11 +398,11 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
 
 
 def _draw_front(
-    shown: Shown, across: str, up: str, title: str, caption: str, prompts: Mapping[str, float] | None = None
+    variants: SeriesByVariant, across: str, up: str, title: str, caption: str, prompts: Mapping[str, float] | None = None
 ) -> Figure | None:
     """The variants that have both metrics, with the Pareto front joined; None with fewer than two variants. `prompts`
     becomes a column of the table."""
-    xs, ys = _estimates(shown, across), _estimates(shown, up)
+    xs, ys = _estimates(variants, across), _estimates(variants, up)
     names = [name for name in xs if name in ys]
     if len(names) < 2:
         return None
@@ -449,15 +449,15 @@ def _draw_front(
     )
 
 
-def _draw_serving(shown: Shown) -> Figure | None:
+def _draw_serving(variants: SeriesByVariant) -> Figure | None:
     """Throughput and latency of variants whose requests have different numbers of prompts; None if all have one
     prompt."""
     prompts = {name: max(one.values.get("request_batch", 1.0) for one in series.measuring(LATENCY))
-               for name, series in shown.items() if series.measuring(LATENCY)}  # fmt: skip
+               for name, series in variants.items() if series.measuring(LATENCY)}  # fmt: skip
     if len(set(prompts.values())) < 2:
         return None
     caption = (
         "To the left each prompt gets its tokens sooner, above all prompts of a request together get more of them a "
         "second."
     )
-    return _draw_front(shown, LATENCY, THROUGHPUT, SERVING, caption, prompts)
+    return _draw_front(variants, LATENCY, THROUGHPUT, SERVING, caption, prompts)

@@ -177,7 +177,7 @@ def _commit(moment: Moment) -> str:
     return f"{moment.commit[:10]}{'+' if moment.dirty else ''}" if moment.commit else "no commit"
 
 
-def figures_of_history(history: History) -> tuple[Figure, ...]:
+def draw_history_figures(history: History) -> tuple[Figure, ...]:
     """A figure for each track with a run that counts."""
     return tuple(_figure(track) for track in history.tracks if any(line.counting for line in track.lines))
 

@@ -65,11 +65,11 @@ class LiveDisplay(Display):
         self._draw(at_once=True)
         replicates = format_count(plan.study.protocol.replicates, "replicate")
         trials = format_count(len(plan.slots), "trial")
-        self._line(f"run {run_id}: {trials}, {replicates}", "starting the worker", self._left())
+        self._print_line(f"run {run_id}: {trials}, {replicates}", "starting the worker", self._describe_time_left())
 
     def tokens_prepared(self, data: str) -> None:
         """Print the data of the training."""
-        self._line(f"data {data}")
+        self._print_line(f"data {data}")
 
     def rehearsed(self, plan: Plan, notices: Sequence[Notice]) -> None:
         """Print the interleaving of the scripts, and the notices of their rehearsal."""
@@ -86,7 +86,7 @@ class LiveDisplay(Display):
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
         if time.monotonic() - self._printed_at >= SILENT_S:
-            self._line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._left())
+            self._print_line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._describe_time_left())
 
     def trial_ended(self, record: TrialRecord) -> None:
         """Show the trial's value and status."""
@@ -95,7 +95,7 @@ class LiveDisplay(Display):
         why = f": {record.failure.message}" if record.failure else ""
         self._draw(at_once=True)
         done = f"[{len(self._records)}/{len(self._plan.slots)}]"
-        self._line(f"{done} {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
+        self._print_line(f"{done} {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
 
     def _draw(self, *, at_once: bool = False) -> None:
         if self._console.is_terminal and (at_once or time.monotonic() - self._drawn >= MIN_BETWEEN_S):
@@ -117,13 +117,13 @@ class LiveDisplay(Display):
             cells = (name, f"{len(ended)}/{len(slots)}", last, next(iter(under_way), ""))
             table.add_row(*map(draw_text, cells))
         done = f"{len(self._records)} of {len(self._plan.slots)} trials"
-        status = _join(done, self._left(), self._device)
+        status = _join(done, self._describe_time_left(), self._device)
         below = [draw_text(text, "faint") for text in (self._now, status)]
         for line in below:
             line.truncate(self._console.width, overflow="ellipsis")
         return Group(table, *below)
 
-    def _left(self) -> str:
+    def _describe_time_left(self) -> str:
         """The time left, estimated from the trials so far and capped by the run's time limit."""
         spent, ended = time.monotonic() - self._begin, len(self._records)
         left = spent / ended * (len(self._plan.slots) - ended) if ended else None
@@ -132,7 +132,7 @@ class LiveDisplay(Display):
             return f"{format_duration(max(0.0, 60 * minutes - spent))} left of {minutes:g} minutes"
         return "" if left is None else f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
 
-    def _line(self, *parts: str) -> None:
+    def _print_line(self, *parts: str) -> None:
         if not self._console.is_terminal:
             self._console.print(draw_text(_join(*parts)))
             self._printed_at = time.monotonic()

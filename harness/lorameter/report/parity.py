@@ -181,7 +181,7 @@ def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:
     )
 
 
-def show_differing(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Document:
+def describe_differing_answers(parity: Parity, decode: Callable[[Sequence[int]], str]) -> Document:
     """The first different answers of each way, with the reference's answers."""
     controls = {way.name for way in parity.ways if way.is_control}
     panels: list[Panel] = []

@@ -22,7 +22,7 @@ from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare import ComparisonRow
 from lorameter.verdicts.series import ComparisonLimits, is_memory
 
-Between = Literal["variants", "sides"]
+ComparisonKind = Literal["variants", "sides"]
 """Whether variants of a study are compared, or a candidate and its base."""
 _LIMITS = ComparisonLimits()
 
@@ -48,7 +48,7 @@ def metric_title(metric: str) -> str:
     return metric
 
 
-def title_of_ratio(metric: str) -> str:
+def ratio_title(metric: str) -> str:
     """The title of a metric's ratio; for a rate the ratio is inverted, so that above 1 is a slow-down."""
     turned = metric in METRICS and METRICS[metric].higher_is_better
     return f"{metric_title(metric)}, slow-down" if turned else metric_title(metric)
@@ -61,7 +61,7 @@ def describe_request(workload: Workload) -> str:
 
 
 def verdict_cell(
-    comparison: Comparison, metric: str, between: Between, limits: ComparisonLimits | ComparisonRow = _LIMITS
+    comparison: Comparison, metric: str, kind: ComparisonKind, limits: ComparisonLimits | ComparisonRow = _LIMITS
 ) -> Cell:
     """The verdict as one word; equivalence with its margin."""
     margin = limits.tolerance if is_memory(metric) else limits.margin
@@ -70,7 +70,7 @@ def verdict_cell(
         "no_baseline": "no baseline",
         "not_comparable": "not comparable",
     }
-    if between == "variants":
+    if kind == "variants":
         words["regressed"], words["improved"] = _direction_words(metric)
     return Cell(verdict=comparison.verdict, verdict_text=words.get(comparison.verdict, ""))
 
@@ -123,15 +123,15 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
     for code in dict.fromkeys(notice.code for notice in notices):
         same_kind = [notice for notice in notices if notice.code == code]
         more = f" (and {len(same_kind) - 1} more)" if len(same_kind) > 1 else ""
-        collapsibles.append(Collapsible(summary=_line(same_kind[0], more), lines=tuple(map(_line, same_kind))))
+        collapsibles.append(Collapsible(summary=_write_notice(same_kind[0], more), lines=tuple(map(_write_notice, same_kind))))
     return (Section(title="Notices"), *collapsibles) if collapsibles else ()
 
 
 def warn_before_run(notices: Sequence[Notice]) -> Document:
     """All notices in full, before the measurement, when the user can still act on them."""
-    return (Section(title="Notices", lines=tuple(map(_line, notices))),) if notices else ()
+    return (Section(title="Notices", lines=tuple(map(_write_notice, notices))),) if notices else ()
 
 
-def _line(notice: Notice, more: str = "") -> Line:
+def _write_notice(notice: Notice, more: str = "") -> Line:
     code, remedy = Span(text=f"{notice.code}{more}", tone="warning"), Span(text=notice.remedy, tone="faint")
     return to_line(code, f"  {notice.message} ", remedy)

@@ -12,7 +12,7 @@ from lorameter.profile.accounting import (
     SERVED,
     STEPS,
     Ceilings,
-    Names,
+    SampleNames,
     PassAccount,
     RequestAccount,
     StepAccount,
@@ -152,7 +152,7 @@ def _ceilings(ceilings: Ceilings | str, profile: Profile) -> Iterator[str]:
             yield f"measured on this device: {peak}"
 
 
-def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: Names = STEPS, *, suffix: str = "") -> Table:
+def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: SampleNames = STEPS, *, suffix: str = "") -> Table:
     """A row for each phase, the unexplained remainder, and the step; notes about the pairs are below it. `suffix` is
     added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
@@ -172,9 +172,9 @@ def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: Names = ST
     remainder = write_row("remainder", _time(step.remainder), _shares(step.remainder, step.step.value), "", "")
     total = write_number(profile.activity.calls if known else None, ".0f")
     return Table(
-        title=f"Where a {names.what}'s time goes{suffix}",
-        heads=name_columns("phase", "time", f"of the {names.what}", waits, calls),
-        rows=(*rows, remainder, write_row(names.what, _time(step.step), "100 %", "", total, strong=True)),
+        title=f"Where a {names.unit}'s time goes{suffix}",
+        heads=name_columns("phase", "time", f"of the {names.unit}", waits, calls),
+        rows=(*rows, remainder, write_row(names.unit, _time(step.step), "100 %", "", total, strong=True)),
         notes=to_lines(_step_lines(step, names)),
     )
 
@@ -192,10 +192,10 @@ def _shares(span: Estimate, whole: float) -> Cell:
     return dataclasses.replace(share, interval=f"[{low:.1%}, {high:.1%}]", low=low, high=high)
 
 
-def _step_lines(step: StepAccount, names: Names) -> Iterator[str]:
+def _step_lines(step: StepAccount, names: SampleNames) -> Iterator[str]:
     borders, between = step.borders, step.between
     quiet = "undisturbed" if step.counted < step.pairs else "all"
-    what = names.what
+    what = names.unit
     yield f"{step.pairs} plain {what}s, in turns with as many whose phases were timed; {step.counted} count ({quiet})"
     yield "intervals are those of this process; between processes times differ more"
     yield (
@@ -212,7 +212,7 @@ def _step_lines(step: StepAccount, names: Names) -> Iterator[str]:
         yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 
 
-def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names = STEPS, *, suffix: str = "") -> Table:
+def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: SampleNames = STEPS, *, suffix: str = "") -> Table:
     """A row for each kind of work, by phase; the most expensive operators are below it."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     rows = (
@@ -226,17 +226,17 @@ def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: Names 
     )
     return Table(
         title=f"What ran{suffix}: {what}",
-        heads=name_columns("category", f"of the {names.what}", "time", *step.phases),
+        heads=name_columns("category", f"of the {names.unit}", "time", *step.phases),
         rows=tuple(rows),
         notes=to_lines(_operators(profile, step, names)),
     )
 
 
-def _operators(profile: TrialProfile, step: StepAccount, names: Names) -> Iterator[str]:
+def _operators(profile: TrialProfile, step: StepAccount, names: SampleNames) -> Iterator[str]:
     steps, slow = len(profile.activity.step_times_s), profile.activity.window_s
     slower = step.profiler_slowdown
     source = (
-        f"seen in {format_count(steps, names.what)} under the profiler, each {format_value(slow, 's')} "
+        f"seen in {format_count(steps, names.unit)} under the profiler, each {format_value(slow, 's')} "
         f"(× {format_ratio(slower.value, slower.low, slower.high)})"
     )
     if profile.activity.missing:

@@ -40,7 +40,7 @@ from lorameter.report.phrases import (
     format_effect,
     format_verdict,
     metric_title,
-    title_of_ratio,
+    ratio_title,
 )
 from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView, describe_required_paths
 from lorameter.studies.study import Study
@@ -171,14 +171,14 @@ def _statistics(view: RunView) -> Iterator[Block]:
     """Advice on inconclusive verdicts and the estimators; the reason of each verdict is collapsed."""
     tables = () if view.alone else (*view.tables, *view.outcomes)
     reasons = [
-        to_line(f"{title_of_ratio(table.metric)}, {name}: ", Span(text=one.reason, tone="faint"))
+        to_line(f"{ratio_title(table.metric)}, {name}: ", Span(text=one.reason, tone="faint"))
         for table in tables
         for name, one in {"A/A control": table.control, **table.ratios}.items()
         if one is not None and one.verdict != "invalid"
     ]
     advice = [
         to_line(
-            Span(text=f"{name}, {title_of_ratio(table.metric)}", tone="warning"),
+            Span(text=f"{name}, {ratio_title(table.metric)}", tone="warning"),
             f": {explain_inconclusive(one, table.metric, table.interleaving or 'replicates')}",
             label="inconclusive",
         )
