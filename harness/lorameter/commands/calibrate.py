@@ -59,10 +59,6 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
     """The study for the calibration and its variant. Raises `UsageError` if it is not suitable."""
-    require(
-        len(options.variant) <= 1,
-        f"--variant: {', '.join(options.variant)}: a calibration measures one variant. Give one of them.",
-    )
     study = load_study(options.study or CALIBRATED_STUDY, device=open_executor().machine().kind)
     study = apply_overrides(study, options, replicates=CALIBRATION_REPLICATES)
     require(
@@ -79,7 +75,7 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
         f"{study.protocol.replicates} replicates: simulated gates sample them, which needs {MIN_TO_CALIBRATE} or "
         f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default.",
     )
-    variant = study.variant(options.variant[0] if options.variant else study.reference)
+    variant = study.variant(options.variant or study.reference)
     # All replicates are needed: a run that stopped at its precision would have too few for subsets.
     return study.with_protocol(precision=None), variant.name
 

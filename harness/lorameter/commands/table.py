@@ -144,13 +144,7 @@ COMMANDS = (
                 help=f"8 or 12 replicates; default {CALIBRATION_REPLICATES}",
             ),
             *MEASURING,
-            argument(
-                "--variant",
-                metavar="V",
-                action="append",
-                default=[],
-                help="the one variant to measure; default: the reference",
-            ),
+            argument("--variant", metavar="V", help="the one variant to measure; default: the reference"),
             argument(
                 "--inject-rows",
                 type=int,
