@@ -334,27 +334,29 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
     if base is candidate is one is None:
         _refuse_without("--command, --base-command and --candidate-command", options, "cwd", "steps")
         return None
-    require(
-        not options.study, "ab: a study and a command are given. A command is a study by itself: leave one of them out."
-    )
-    require(
-        not options.inject_rows,
-        "--inject-rows: extra work goes into adapters of lorameter's own, and a script has none of them.",
-    )
-    require(not options.variant, "--variant: a command is the one variant. Leave it out.")
-    require(
-        one is None or (base is None and candidate is None),
-        "--command is for both sides, but each side also has its own command. Give one of the two.",
-    )
     missing = "--base-command" if base is None else "--candidate-command"
-    require(
-        one is not None or (base is not None and candidate is not None),
-        f"ab: {missing} COMMAND is missing. Give it, or one --command on the sides --base and --candidate.",
-    )
-    require(
-        one is not None or (not options.base and not options.candidate),
-        "--base and --candidate are sides for one --command. Two commands are the sides themselves: leave them out.",
-    )
+    for refused, message in (
+        (options.study, "ab: a study and a command are given. A command is a study by itself: leave one of them out."),
+        (
+            options.inject_rows,
+            "--inject-rows: extra work goes into adapters of lorameter's own, and a script has none of them.",
+        ),
+        (options.variant, "--variant: a command is the one variant. Leave it out."),
+        (
+            one is not None and (base is not None or candidate is not None),
+            "--command is for both sides, but each side also has its own command. Give one of the two.",
+        ),
+        (
+            one is None and None in (base, candidate),
+            f"ab: {missing} COMMAND is missing. Give it, or one --command on the sides --base and --candidate.",
+        ),
+        (
+            one is None and (options.base or options.candidate),
+            "--base and --candidate are sides for one --command. Two commands are the sides themselves: leave them "
+            "out.",
+        ),
+    ):
+        require(not refused, message)
     protocol = time_steps(Protocol(phases=("train",)), 16 if options.steps is None else options.steps)
     command = one if one is not None else base
     study = study_of_command(command, cwd=options.cwd or "", protocol=protocol)

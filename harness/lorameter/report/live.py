@@ -53,9 +53,8 @@ class LiveDisplay(Display):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
-            self._live.update(Text(""), refresh=False)
-            self._live.stop()
+        self._live.update(Text(""), refresh=False)
+        self._live.stop()
 
     def starting(self, plan: Plan, run_id: str) -> None:
         """Show the plan at the start of the run."""
