@@ -27,7 +27,7 @@ COMMAND = "python scripted.py {slow|plain}"
         (["--command", COMMAND], "no study named"),
         (["compile", "--command", COMMAND, "--model", "tiny-llama"], "model = 'tiny-llama'"),
         (["compile", "--command", COMMAND, "--variant", "eager"], "--variant: both are needed"),
-        (["compile", "--command", COMMAND, "--profile", "cpu"], "--profile cpu: a script has none"),
+        (["compile", "--command", COMMAND, "--profile", "cpu"], "--profile cpu: a script has no profile"),
         (["compile", "--command", COMMAND, "--phase", "cold"], "training is measured"),
         (
             ["compile", "--command", COMMAND, "--steps", "3"],

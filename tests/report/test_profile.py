@@ -261,7 +261,7 @@ def test_a_run_without_answers_is_refused_with_the_remedy(write_run, capsys, var
     path = write_run("bare", {"plain": [1.0, 1.0], "nf4": [1.0, 1.0]})
     assert main(["sample", str(path), variant]) == 2
     said = capsys.readouterr().err
-    assert "run bare kept no answers" in said
+    assert "run bare has no answers" in said
     assert (
         "Write open_ended_tokens = 64 in [workload] of the study and measure it again with the phase generate" in said
     )

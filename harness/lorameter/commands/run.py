@@ -241,7 +241,7 @@ def load_requested_study(options: argparse.Namespace, device: str = "") -> Study
         return load_study(options.study, profile=options.profile, device=device)
     require(
         options.profile is None,
-        f"--profile {options.profile}: a script has none: it brings model and data. Leave it out.",
+        f"--profile {options.profile}: a script has no profile, since it brings its own model and data. Leave it out.",
     )
     require(not options.variant, "--variant: both are needed, with the engine and without it. Leave it out.")
     study = study_of_engine(load_study(options.study), options.script, cwd=options.cwd or "")

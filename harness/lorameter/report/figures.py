@@ -223,7 +223,7 @@ def _front(view: RunView, variants: SeriesByVariant, cost: str) -> Figure | None
     )
     caption = "To the left is faster, below is a lower loss after as many steps."
     if others:
-        caption += f" Not drawn, since theirs are losses of other tokens: {first_few(others, MAX_NAMED)}."
+        caption += f" Not drawn, because their losses are over other tokens: {first_few(others, MAX_NAMED)}."
     same = {name: series for name, series in variants.items() if name not in others}
     return _draw_front(same, cost, loss, "Loss against cost", caption)
 
@@ -457,7 +457,7 @@ def _draw_serving(variants: SeriesByVariant) -> Figure | None:
     if len(set(prompts.values())) < 2:
         return None
     caption = (
-        "To the left each prompt gets its tokens sooner, above all prompts of a request together get more of them a "
-        "second."
+        "Further left, each prompt gets its tokens sooner; further up, all prompts of a request together get more "
+        "tokens per second."
     )
     return _draw_front(variants, LATENCY, THROUGHPUT, SERVING, caption, prompts)

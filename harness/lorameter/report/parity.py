@@ -267,7 +267,7 @@ def read_samples(run: Run, variant: str, *, replicate: int = 0, count: int | Non
     chosen = [index for index in _prompts(records[replicate]) if index < len(examples)][:count] if records else []
     require(
         chosen,
-        f"run {name} kept no answers. Write open_ended_tokens = 64 in [workload] of the study and measure it again "
+        f"run {name} has no answers. Write open_ended_tokens = 64 in [workload] of the study and measure it again "
         "with the phase generate.",
     )
     source = catalogue.resolve(workload.model)
