@@ -173,6 +173,7 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Measure everything that the selected tests need, once, before the first test."""
+        self._config.pluginmanager.get_plugin("pytest-benchmark").save_data = True  # type: ignore[union-attr]
         items = [(item, phase) for item in session.items if (phase := _read_phase(item))]
         idle = self._idle not in ("", DRY)
         if not items or idle or self._config.option.collectonly or session.testsfailed:
@@ -312,12 +313,8 @@ class Session:
             why = f"{option}: not comparable: {'; '.join(different)}."
             require(not different, f"{why} Measure the base again on this machine.")
 
-    def pytest_benchmark_update_json(self, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-        """Keep raw samples, which `--benchmark-save` alone would drop."""
-        data = {bench.fullname: bench.stats.data for bench in benchmarks}
-        for entry in output_json["benchmarks"]:
-            if entry["fullname"] in data:
-                entry["stats"].setdefault("data", data[entry["fullname"]])
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        """Add facts about the run."""
         if self._run is not None:
             output_json["lorameter"] = about_run(self._run)
 

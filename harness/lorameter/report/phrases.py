@@ -123,7 +123,8 @@ def describe_notices(notices: Sequence[Notice]) -> Document:
     for code in dict.fromkeys(notice.code for notice in notices):
         same_kind = [notice for notice in notices if notice.code == code]
         more = f" (and {len(same_kind) - 1} more)" if len(same_kind) > 1 else ""
-        collapsibles.append(Collapsible(summary=_write_notice(same_kind[0], more), lines=tuple(map(_write_notice, same_kind))))
+        summary = _write_notice(same_kind[0], more)
+        collapsibles.append(Collapsible(summary=summary, lines=tuple(map(_write_notice, same_kind))))
     return (Section(title="Notices"), *collapsibles) if collapsibles else ()
 
 

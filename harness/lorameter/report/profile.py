@@ -196,7 +196,7 @@ def _step_lines(step: StepAccount, names: SampleNames) -> Iterator[str]:
     borders, between = step.borders, step.between
     quiet = "undisturbed" if step.counted < step.pairs else "all"
     what = names.unit
-    yield f"{step.pairs} pairs of a plain {what} and one whose phases were timed; {step.counted} of them count ({quiet})"
+    yield f"{step.pairs} pairs of a plain {what} and one whose phases were timed; {step.counted} count ({quiet})"
     yield "intervals are those of this process; between processes times differ more"
     yield (
         f"borders between phases cost {format_interval(borders.value, borders.low, borders.high, 's')} a {what}; in "
