@@ -173,6 +173,7 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Measure everything that the selected tests need, once, before the first test."""
+        # Otherwise --benchmark-save stores no samples.
         self._config.pluginmanager.get_plugin("pytest-benchmark").save_data = True  # type: ignore[union-attr]
         items = [(item, phase) for item in session.items if (phase := _read_phase(item))]
         idle = self._idle not in ("", DRY)

@@ -151,23 +151,16 @@ def _masked_attention(evidence: ProfileEvidence) -> Iterator[Finding]:
     cost = share if written_out else share * evidence.masked_pairs
     if not (written_out or evidence.attention_mask == "explicit"):
         return
-    changes: dict[str, Any] = {}
-    obstacle = ""
+    supports_flash = (variant.autocast or variant.dtype) != "float32" and evidence.device == "cuda"
     if variant.attention == "eager":
-        remedy, changes = 'attention = "sdpa" fuses it.', {"attention": "sdpa"}
-    elif (
-        evidence.device == "cuda"
-        and variant.attention != "flash_attention_2"
-        and (variant.autocast or variant.dtype) != "float32"  # flash-attn does not support float32
-    ):
+        remedy, changes, obstacle = 'attention = "sdpa" fuses it.', {"attention": "sdpa"}, ""
+    elif supports_flash and variant.attention != "flash_attention_2":
         remedy = 'attention = "flash_attention_2" takes packed rows without a mask.'
-        if evidence.flash_attn:
-            changes = {"attention": "flash_attention_2"}
-        else:
-            obstacle = 'flash-attn is not installed (pip install "lorameter[flash-attn]")'
+        changes = {"attention": "flash_attention_2"} if evidence.flash_attn else {}
+        obstacle = "" if changes else 'flash-attn is not installed (pip install "lorameter[flash-attn]")'
     else:
         remedy = "The check of attention.backend says why no other kernel took it; shorter rows hide fewer pairs."
-        obstacle = "what keeps other kernels out (device, type, head size, mask) is not a setting of the variant"
+        changes, obstacle = {}, "no setting of the variant lets other kernels run (device, type, head size, mask)"
     message = f"attention ({evidence.attention_backend}) takes {share:.1%} of a step" + (
         ", written out as products and softmax"
         if written_out

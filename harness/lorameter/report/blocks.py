@@ -8,7 +8,7 @@ new renderer is one module that takes a document, and every renderer can draw a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -295,11 +295,9 @@ def to_lines(texts: Iterable[str]) -> tuple[Line, ...]:
     return tuple(to_line(text) for text in texts)
 
 
-def list_sections(lists: Mapping[str, Sequence[str]]) -> Iterator[Section]:
+def list_sections(lists: Mapping[str, Sequence[str]]) -> tuple[Section, ...]:
     """A section for each non-empty list, by its title."""
-    for title, texts in lists.items():
-        if texts:
-            yield Section(title=title, lines=to_lines(texts))
+    return tuple(Section(title=title, lines=to_lines(texts)) for title, texts in lists.items() if texts)
 
 
 def name_columns(*texts: str, left: int = 1) -> tuple[ColumnHeader, ...]:
