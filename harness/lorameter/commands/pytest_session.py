@@ -89,7 +89,6 @@ class Session:
         self._judged: GateResult | str | None = None
         """The result of the gate, or why there is no result."""
         self._planned: Document | None = None
-        self._session: pytest.Session | None = None
         self._output: CapturedStdout | None = None
         with usage_errors():
             self._load()
@@ -137,19 +136,19 @@ class Session:
         (`pytest | head -1`) still completes its measurement."""
         screen = getattr(session.config.pluginmanager.get_plugin("terminalreporter"), "_tw", None)
         if screen is not None and hasattr(screen, "_file"):
-            self._session, self._output = session, CapturedStdout(screen._file)
-            screen._file = self._output
+            self._output = screen._file = CapturedStdout(screen._file)
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         """If output was lost, say so by the exit code: pytest's own would be 1, which means a regression."""
-        if self._session is None or self._output is None:
+        if self._output is None:
             return
         self._output.flush()
         if self._output.lost is not None:
             self._output.drain()
             closed = self._output.lost.errno == errno.EPIPE
-            self._session.exitstatus = EXIT_CLOSED_PIPE if closed else EXIT_UNWRITABLE
+            session = self._config.pluginmanager.get_plugin("session")
+            session.exitstatus = EXIT_CLOSED_PIPE if closed else EXIT_UNWRITABLE  # type: ignore[union-attr]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Generate a test for each variant of the study, or of the resumed run."""

@@ -287,10 +287,7 @@ def run_ab(options: argparse.Namespace) -> int:
     )
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:
-        interrupted = find_interrupted(options)
-        name = interrupted.manifest.run
-        require(interrupted.manifest.sides, f"run {name} is not an A/B. Resume it with: lorameter run --resume {name}")
-        return _show(resume(interrupted, options), options)
+        return _show(resume(find_interrupted(options), options), options)
     of_commands = study_of_commands(options)
     require(
         of_commands is not None or options.study is not None,

@@ -319,6 +319,5 @@ def _pass_evidence(profile: RequestProfile, account: RequestAccount, phase: str,
 def _unquantised_bytes(profile: RequestProfile) -> int | None:
     """The additional bytes of the base in 16 or 32 bits, if they are expected to fit."""
     extra = estimate_extra_bytes(profile, profile.shape).get("quantization")
-    if profile.variant.quantization == "none" or extra is None:
-        return None
-    return extra if profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes else None
+    fits = extra is not None and profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes
+    return extra if fits and profile.variant.quantization != "none" else None

@@ -95,12 +95,9 @@ def draw_run_figures(view: RunView) -> tuple[Figure, ...]:
     if "train" in whole:
         figures += [_losses(variants), _memory(variants), _front(view, variants, whole["train"])]
         figures += [_samples([record for record in view.run.records if record.name in variants])]
-    if "generate" in whole:
-        figures += [_draw_serving(variants)]
-    if "cold" in whole:
-        figures += [_cold(variants)]
-    if whole:
-        figures += [_checks(variants)]
+    figures += [_draw_serving(variants)] if "generate" in whole else []
+    figures += [_cold(variants)] if "cold" in whole else []
+    figures += [_checks(variants)] if whole else []
     return tuple(figure for figure in figures if figure is not None)
 
 
