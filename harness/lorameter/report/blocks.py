@@ -8,6 +8,7 @@ new renderer is one module that takes a document, and every renderer can draw a 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -18,6 +19,8 @@ from lorameter.stats import Comparison
 Tone: TypeAlias = Literal["plain", "strong", "faint", "good", "note", "warning", "bad", "alarm", "odd", "command"]
 """The role of a piece of text; `odd` is neither good nor bad, a `command` is for the user to type."""
 
+_MIN_BOUND = math.log(1.05)
+"""The least distance from 1, as a logarithm, to which the scale of ratios extends."""
 _TONES: Mapping[str, Tone] = {
     "regressed": "bad",
     "improved": "good",
@@ -337,6 +340,14 @@ def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
     if comparison.ratio is None:
         return Cell(text="–", verdict=verdict)
     return dataclasses.replace(value_cell(comparison.ratio, comparison.low, comparison.high, "1"), verdict=verdict)
+
+
+def ratio_axis_limit(cells: Sequence[Cell]) -> float:
+    """The distance from 1, as a logarithm, to which the scale of these ratios extends. Wide intervals do not shrink the
+    rest: it extends at most twice as far as the values."""
+    values = [abs(math.log(cell.value)) for cell in cells if cell.value]
+    ends = [abs(math.log(end)) for cell in cells for end in (cell.value, cell.low, cell.high) if end]
+    return max(_MIN_BOUND, min(max(ends, default=0.0), 2 * max(values, default=0.0) + _MIN_BOUND))
 
 
 def collapse_constant_columns(table: Table) -> Table:

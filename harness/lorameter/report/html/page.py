@@ -30,13 +30,13 @@ from lorameter.report.blocks import (
     Section,
     Table,
     name_columns,
+    ratio_axis_limit,
     value_cell,
     verdict_tone,
     write_number,
     write_row,
 )
 from lorameter.report.html import svg
-from lorameter.report.plots import ratio_axis_limit
 
 
 def write_html(
