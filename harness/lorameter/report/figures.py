@@ -225,8 +225,8 @@ def _front(view: RunView, variants: SeriesByVariant, cost: str) -> Figure | None
     return _draw_front(same, cost, loss, "Loss against cost", caption)
 
 
-def _samples(of: Sequence[TrialRecord]) -> Figure | None:
-    records = [record for record in of if record.samples.get("step_time_s")]
+def _samples(trials: Sequence[TrialRecord]) -> Figure | None:
+    records = [record for record in trials if record.samples.get("step_time_s")]
     if not records:
         return None
     begin = min(record.started_unix_s for record in records)
@@ -241,11 +241,10 @@ def _samples(of: Sequence[TrialRecord]) -> Figure | None:
         write_row(
             record.trial,
             record.name,
-            str(len(timed)),
-            *(write_value(time_s, "s") for time_s in (min(timed), *_quartiles(timed), max(timed))),
+            str(len(record.samples["step_time_s"])),
+            *(write_value(time_s, "s") for time_s in _five_numbers(record.samples["step_time_s"])),
         )
         for record in records
-        for timed in (record.samples["step_time_s"],)
     )
     heads = name_columns("trial", "variant", "steps", "least", "quartile", "median", "quartile", "most", left=2)
     across, up = Axis(title="since the first trial", unit="s"), Axis(title="step time", unit="s")
@@ -266,8 +265,10 @@ def _spread_steps(record: TrialRecord, begin: float) -> Iterator[Point]:
         yield Point(x=record.started_unix_s - begin + pace_s * (number + 0.5), y=step_s)
 
 
-def _quartiles(samples: Sequence[float]) -> Sequence[float]:
-    return statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+def _five_numbers(samples: Sequence[float]) -> tuple[float, ...]:
+    """The minimum, the quartiles and the maximum."""
+    several = samples if len(samples) > 1 else [*samples, *samples]
+    return min(samples), *statistics.quantiles(several, n=4, method="inclusive"), max(samples)
 
 
 def _checks(variants: SeriesByVariant) -> Figure | None:
@@ -288,17 +289,17 @@ def _checks(variants: SeriesByVariant) -> Figure | None:
 
 def _finding(series: Series, path: str) -> Finding | None:
     """The worst status of a path in a variant's trials, with the reasons from all trials."""
-    found = [check for record in series.records for check in record.checks if check["path"] == path]
-    if not found:
+    checks = [check for record in series.records for check in record.checks if check["path"] == path]
+    if not checks:
         return None
-    worst = min((cast(Status, check["status"]) for check in found), key=list(_TONES).index)
-    observed = Counter(str(check["observed"]) for check in found if check["status"] == worst).most_common(1)[0][0]
-    required = any(check["required"] is not None for check in found)
-    counted = Counter(f"{check['status']}: {check['reason']}" for check in found)
+    worst = min((cast(Status, check["status"]) for check in checks), key=list(_TONES).index)
+    observed = Counter(str(check["observed"]) for check in checks if check["status"] == worst).most_common(1)[0][0]
+    required = any(check["required"] is not None for check in checks)
+    counted = Counter(f"{check['status']}: {check['reason']}" for check in checks)
     return Finding(
         text=f"{worst}: {observed}" if observed not in ("", "None") else worst,
         tone=_TONES[worst] if required else "plain",
-        reasons=tuple(f"{reason} ({count} of {len(found)} trials)" for reason, count in counted.most_common()),
+        reasons=tuple(f"{reason} ({count} of {len(checks)} trials)" for reason, count in counted.most_common()),
     )
 
 
