@@ -29,15 +29,15 @@ SCHEMA = 2
 
 def choose_format(options: argparse.Namespace) -> str:
     """text, json, markdown or github. Raises `UsageError` if two options select different formats."""
-    given = vars(options)
+    values = vars(options)
     formats = {
-        "--json": "json" if given.get("json") else None,
-        "--markdown": "markdown" if given.get("markdown") else None,
-        f"--format {given.get('format')}": given.get("format"),
+        "--json": "json" if values.get("json") else None,
+        "--markdown": "markdown" if values.get("markdown") else None,
+        f"--format {values.get('format')}": values.get("format"),
     }
-    chosen = {option: form for option, form in formats.items() if form is not None}
-    require(len(set(chosen.values())) <= 1, f"{' and '.join(chosen)} both choose the format. Give one of them.")
-    return next(iter(chosen.values()), "text")
+    selected = {option: form for option, form in formats.items() if form is not None}
+    require(len(set(selected.values())) <= 1, f"{' and '.join(selected)} both choose the format. Give one of them.")
+    return next(iter(selected.values()), "text")
 
 
 def check_output(options: argparse.Namespace) -> None:

@@ -173,13 +173,13 @@ def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
 def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
     """The JSON document, without its schema."""
     controls = (judgement.floor, judgement.without)
-    known = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
+    likenesses = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
     nothing = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
     ways = [
-        (codec.to_json(known[way.name]) if way.name in known else nothing)
+        (codec.to_json(likenesses[way.name]) if way.name in likenesses else nothing)
         | {
             "way": way.name,
-            "verdict": known[way.name].verdict if way.name in known else "failed",
+            "verdict": likenesses[way.name].verdict if way.name in likenesses else "failed",
             "quantization": way.variant.quantization,
             "dtype": way.variant.dtype,
             "adapter": way.adapter,

@@ -108,9 +108,9 @@ def show_ab(run: Run, options: argparse.Namespace) -> int:
         run: a run with two sides.
         options: format, policy, and metrics to judge in place of those of the policy.
     """
-    given = vars(options)
-    policy = load_policy(given["policy"]) if given.get("policy") else stored_policy(run)
-    policy = dataclasses.replace(policy, metrics=tuple(given.get("metric", ())) or policy.metrics)
+    values = vars(options)
+    policy = load_policy(values["policy"]) if values.get("policy") else stored_policy(run)
+    policy = dataclasses.replace(policy, metrics=tuple(values.get("metric", ())) or policy.metrics)
     report = build_report(run, metrics=policy.metrics, limits_of=policy.limits_of, losses=policy.losses == "agree")
     result = judge(report, policy)
     attribution, manifest = attribute_difference(run), run.manifest
@@ -180,10 +180,10 @@ def _make_comparison_page(report: ComparisonReport) -> dict[str, Any]:
 def _show_both_sides(options: argparse.Namespace) -> int:
     """The comparison of the two sides of one run. Raises `UsageError` for a run that has one side."""
     run = _read_run(options.base, options)
-    name, given = run.manifest.run, vars(options)
+    name, values = run.manifest.run, vars(options)
     require(run.manifest.sides, f"run {name} has one side, so it needs a second run to compare with. Name a CANDIDATE.")
     require(
-        not (given.get("force") or given.get("all_metrics")),
+        not (values.get("force") or values.get("all_metrics")),
         f"run {name} is an A/B: --force and --all-metrics are for two runs.",
     )
     return show_ab(run, options)

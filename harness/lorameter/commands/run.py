@@ -66,24 +66,24 @@ def apply_overrides(
     Raises:
         UsageError: both replicates and an effort are given, or a value is invalid.
     """
-    given = vars(options)
+    values = vars(options)
     require(
         not (options.effort and options.replicates is not None),
         "--effort and --replicates both set the replicates. Give one of them.",
     )
-    if options.effort or options.replicates is not None or given.get("precision") is not None:
+    if options.effort or options.replicates is not None or values.get("precision") is not None:
         effort, replicates = options.effort, options.replicates
     return study.with_overrides(
         model=options.model,
         data=options.data,
         effort=effort,
         replicates=replicates,
-        precision=given.get("precision"),
+        precision=values.get("precision"),
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
-        on=given.get("on", HERE),  # commands without this option measure here
-        sites=given.get("sites"),
-        mixed=given.get("mixed", False),
+        on=values.get("on", HERE),  # commands without this option measure here
+        sites=values.get("sites"),
+        mixed=values.get("mixed", False),
     )
 
 
@@ -161,14 +161,14 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
     Raises:
         UsageError, InvalidRunError: the run does not exist or cannot be resumed, or an option cannot be given with it.
     """
-    given = [
+    refused = [
         f"{prefix}{'command' if name == 'script' else name.replace('_', '-')}"
         for name, value in vars(options).items()
         if name not in ON_RESUME and value not in (None, False, [])
     ]
     require(
-        not given,
-        f"{prefix}resume: {', '.join(given)} cannot be given, since the run holds its study and plan. Leave the "
+        not refused,
+        f"{prefix}resume: {', '.join(refused)} cannot be given, since the run holds its study and plan. Leave the "
         "option out, or measure a new run.",
     )
     study = load_study(options.study).name if options.study else None
@@ -190,8 +190,8 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
         plan = plan_rest(run, placement, max_minutes=options.max_minutes)
         unfinished = find_unfinished(plan, run.records, whole=placement.launcher is not None)
         left = [slot.trial for group in unfinished for slot in group.slots]
-        kept = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
-        print_stderr(f"run {name}: {kept}, {len(left)} are left to be measured.")
+        state = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
+        print_stderr(f"run {name}: {state}, {len(left)} are left to be measured.")
         with placement.hold(options.if_busy), LiveDisplay(console_for(stderr=True)) as display:
             return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)
 

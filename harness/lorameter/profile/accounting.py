@@ -314,16 +314,16 @@ def compute_ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
         pairs=round(values["useful_pairs"]),
         passes=variant.gradient_accumulation,
     )
-    given, products = count_executed_tokens(profile, useful), from_values(values)
+    executed, products = count_executed_tokens(profile, useful), from_values(values)
     try:
         train = find_ceiling(
             step_flops(profile, variant, useful).model,
-            step_flops(profile, variant, given).hardware,
+            step_flops(profile, variant, executed).hardware,
             products.six_n(useful) if products else six_n(shapes.shape(catalogue.resolve(workload.model)), useful),
             step,
             profile.peaks["product"],
             useful=useful,
-            computed=given,
+            computed=executed,
             counted=", counted from the modules" if products else "",
         )
         return Ceilings(train=train, flops=step_flops(profile, variant))

@@ -110,8 +110,8 @@ class RequestProfile(TrialProfile):
         values = self.record.values
         if "cold_base_time_s" not in values:
             return {}
-        known = values | {"cold_rest_s": values["cold_completion_time_s"] - values["cold_first_token_time_s"]}
-        return {name: known[name] for name in COLD_PARTS if name in known}
+        parts_s = values | {"cold_rest_s": values["cold_completion_time_s"] - values["cold_first_token_time_s"]}
+        return {name: parts_s[name] for name in COLD_PARTS if name in parts_s}
 
 
 def find_shape(model: str) -> ModelShape | None:

@@ -261,8 +261,8 @@ def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     yield from _time_lines(expected, plan.study.protocol)
     live = " for everything that is in memory at the same time, including processes"
     for what, size, words in (("memory", expected.memory_bytes, live), ("disk  ", expected.disk_bytes, "")):
-        known = f"unknown ({expected.unknown})" if size is None else f"estimate: {format_bytes(size)}{words}"
-        yield f"{what}  {known}"
+        forecast = f"unknown ({expected.unknown})" if size is None else f"estimate: {format_bytes(size)}{words}"
+        yield f"{what}  {forecast}"
 
 
 def _time_lines(time: Forecast, protocol: Protocol) -> Iterator[str]:

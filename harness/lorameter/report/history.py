@@ -169,8 +169,8 @@ def _list_differences(differing: Sequence[Difference]) -> list[str]:
 
 
 def _versions(moment: Moment) -> str:
-    known = [f"{name} {version}" for name in MAIN_LIBRARIES if (version := moment.versions.get(name))]
-    return ", ".join(known) or "no versions known"
+    versions = [f"{name} {version}" for name in MAIN_LIBRARIES if (version := moment.versions.get(name))]
+    return ", ".join(versions) or "no versions known"
 
 
 def _commit(moment: Moment) -> str:
@@ -202,7 +202,7 @@ def _figure(track: Track) -> Figure:
         ends = None if moment.low is None or moment.high is None else (moment.low, moment.high)
         return Point(x=day(moment), y=moment.value, y_interval=ends)
 
-    suspected = (
+    suspicions = (
         Change(
             at=day(one.after), text=f"{100 * (one.ratio - 1):+.1f} % at {_commit(one.after)}",
             tone="bad" if one.ratio > 1 else "good",
@@ -210,7 +210,7 @@ def _figure(track: Track) -> Figure:
         for line in track.lines
         for one in line.suspicions
     )  # fmt: skip
-    known = (
+    breaks = (
         Change(at=day(one.after), text=first_few(_list_differences(one.differing), 1), tone="odd")
         for one in track.breaks
     )
@@ -225,7 +225,7 @@ def _figure(track: Track) -> Figure:
             across=Axis(title="days since the first run"),
             up=Axis(title=title, unit=track.unit),
             curves=tuple(curves),
-            changes=(*suspected, *known),
+            changes=(*suspicions, *breaks),
         ),
         table=tabulate_runs(track),
     )

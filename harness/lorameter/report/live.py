@@ -124,11 +124,11 @@ class LiveDisplay(Display):
 
     def _describe_time_left(self) -> str:
         """The time left, estimated from the trials so far and capped by the run's time limit."""
-        spent, ended = time.monotonic() - self._begin, len(self._records)
-        left = spent / ended * (len(self._plan.slots) - ended) if ended else None
+        elapsed_s, ended = time.monotonic() - self._begin, len(self._records)
+        left = elapsed_s / ended * (len(self._plan.slots) - ended) if ended else None
         minutes = self._plan.study.protocol.max_minutes
-        if minutes is not None and (left is None or not 0 <= left <= 60 * minutes - spent):
-            return f"{format_duration(max(0.0, 60 * minutes - spent))} left of {minutes:g} minutes"
+        if minutes is not None and (left is None or not 0 <= left <= 60 * minutes - elapsed_s):
+            return f"{format_duration(max(0.0, 60 * minutes - elapsed_s))} left of {minutes:g} minutes"
         return "" if left is None else f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
 
     def _print_line(self, *parts: str) -> None:

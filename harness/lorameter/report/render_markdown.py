@@ -38,8 +38,8 @@ def to_markdown(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
     if len(text) > most:
         text = _text([block for block in document if not isinstance(block, (Collapsible, ChartGroup, Panel))]) + _CUT
     if len(text) > most:
-        kept = text[: most - len(_CUT)]
-        text = kept[: kept.rfind("\n") + 1] + _CUT
+        beginning = text[: most - len(_CUT)]
+        text = beginning[: beginning.rfind("\n") + 1] + _CUT
     return text
 
 

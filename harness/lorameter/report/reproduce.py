@@ -37,15 +37,15 @@ def reproduction_steps(run: Run) -> str:
     """The commands to type, with comments, which name unknown facts of the run."""
     manifest, provenance = run.manifest, training_facts(run.manifest.provenance, run.records)
     libraries = {name: version for name, version in provenance.get("libraries", {}).items() if version}
-    known = {name: libraries[name] for name in MAIN_LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
+    pinned = {name: libraries[name] for name in MAIN_LIBRARIES if name in libraries and BETWEEN not in libraries[name]}
     python, git = provenance.get("python", "unknown"), provenance.get("git", {})
     changes = " with local changes" if git.get("dirty") else ""
     revision = f"commit {git['commit']}{changes}" if git.get("commit") else "no repository"
-    install = shlex.join(["pip", "install", *(f"{name}=={version}" for name, version in known.items())])
+    install = shlex.join(["pip", "install", *(f"{name}=={version}" for name, version in pinned.items())])
     sides = {name: manifest.sides.get(name) or {} for name in SIDES} if manifest.sides else {}
     lines = (
         _comment(f"Python {python}; {revision}; seed {manifest.seed}"),
-        *([install] if known else []),
+        *([install] if pinned else []),
         *(_comment(f"{name}: {side.get('label', 'unknown')}") for name, side in sides.items()),
         *([f"# judged by --policy FILE, of {_to_json(manifest.policy)}"] if manifest.policy and sides else []),
         *_commands(run, sides),
@@ -118,6 +118,6 @@ def _study(run: Run) -> tuple[str, list[str]]:
         for key, option in keys.items():
             value = stored.get(table, {}).get(key)
             if value is not None and value is not False and value != written[table].get(key):
-                given = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-                words += [option] if value is True else [option, given]
+                value_text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words += [option] if value is True else [option, value_text]
     return name, words

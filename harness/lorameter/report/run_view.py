@@ -133,9 +133,9 @@ def make_run_view(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
         UsageError: a variant, metric or phase is selected that the run does not have.
     """
     study = read_study(run)
-    validity, known = run_validity(run, study), [variant.name for variant in study.variants]
-    check_patterns("variant", known, selection.variants)
-    chosen = {study.reference, *match_patterns(known, selection.variants or ["*"])}
+    validity, names = run_validity(run, study), [variant.name for variant in study.variants]
+    check_patterns("variant", names, selection.variants)
+    selected = {study.reference, *match_patterns(names, selection.variants or ["*"])}
     selected_phases = () if selection.metrics else selection.phases or PHASES
     mixed = is_mixed(run)
     view = RunView(
@@ -143,7 +143,7 @@ def make_run_view(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
         study=study,
         validity=validity,
         selection=selection,
-        variants=tuple(name for name in known if name in chosen),
+        variants=tuple(name for name in names if name in selected),
         groups={} if mixed else group_trials(run.records),
         notices=() if mixed else collect_notices(run, study, validity.controls),
         phases=tuple(phase for phase in validity.controls if phase in selected_phases),

@@ -233,9 +233,9 @@ def _grid(table: Table, columns: Sequence[_Column], console: Console) -> RichTab
     drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     cells = []
     for column, least, lack in zip(columns, widths, lacks, strict=True):
-        given = left * lack // max(lacking, 1)
-        left, lacking = left - given, lacking - lack
-        width, head, texts = least + given, _unbreakable(column.head.text), column.texts
+        extra = left * lack // max(lacking, 1)
+        left, lacking = left - extra, lacking - lack
+        width, head, texts = least + extra, _unbreakable(column.head.text), column.texts
         if column.whisker:
             bound, odd = ratio_axis_limit([row.cells[column.place] for row in table.rows]), width - 1 + width % 2
             head = draw_text(draw_scale(bound, odd), "faint")
