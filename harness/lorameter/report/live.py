@@ -15,7 +15,7 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lorameter.records.metrics import METRICS, PRIMARY, get_samples
@@ -103,9 +103,9 @@ class LiveDisplay(Display):
 
     def render(self) -> Group:
         """A row for each variant, the control last: ended trials, last value and current phase."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("", "trials", "last", "now"):
-            table.add_column(Text(head, style="dim"), no_wrap=True, overflow="ellipsis")
+        heads = (Text(head, style="dim") for head in ("", "trials", "last", "now"))
+        columns = (Column(head, no_wrap=True, overflow="ellipsis") for head in heads)
+        table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         rows: dict[str, list[Slot]] = {}
         for slot in sorted(self._plan.slots, key=lambda one: (one.arm.role == "control", one.replicate)):
             rows.setdefault(_name(slot), []).append(slot)
@@ -117,10 +117,8 @@ class LiveDisplay(Display):
             table.add_row(*map(draw_text, cells))
         done = f"{len(self._records)} of {len(self._plan.slots)} trials"
         status = _join(done, self._describe_time_left(), self._device)
-        below = [draw_text(text, "faint") for text in (self._now, status)]
-        for line in below:
-            line.truncate(self._console.width, overflow="ellipsis")
-        return Group(table, *below)
+        below = (draw_text(text, "faint") for text in (self._now, status))
+        return Group(table, *(Text.assemble(line, no_wrap=True, overflow="ellipsis") for line in below))
 
     def _describe_time_left(self) -> str:
         """The time left, estimated from the trials so far and capped by the run's time limit."""

@@ -28,6 +28,7 @@ from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.panel import Panel as RichPanel
+from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -128,9 +129,7 @@ def _paragraphs(lines: Sequence[Line], console: Console, *, cut: bool = False) -
             body = body.wrap(console, max(console.width - lead - 2, 1))[0]
             body.rstrip()
             body.append(" …")
-        grid = RichTable.grid()
-        grid.add_column(width=lead, overflow="fold")
-        grid.add_column(overflow="fold")
+        grid = RichTable.grid(Column(width=lead, overflow="fold"), Column(overflow="fold"))
         grid.add_row(_unbreakable(f"{_INDENT * line.indented}{line.label}", "faint"), body)
         yield grid if before else body
 
