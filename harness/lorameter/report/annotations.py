@@ -16,6 +16,8 @@ from lorameter.verdicts.claims import ClaimsReport
 from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport
 from lorameter.verdicts.gate import GateResult
 
+_ESCAPES = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
+
 
 def comparison_annotations(report: ComparisonReport, gate: GateResult | None = None) -> Iterator[str]:
     """Annotations of a comparison, or of the gate that judged it: an error for each verdict that does not pass, or a
@@ -41,10 +43,8 @@ def _invalid(reasons: str | None) -> str:
 
 def annotation(level: str, title: str, message: str) -> str:
     """One workflow command; characters that would end its title or line are escaped."""
-    for character, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
-        title, message = title.replace(character, escaped), message.replace(character, escaped)
-    title = title.replace(":", "%3A").replace(",", "%2C")
-    return f"::{level} title={escape_control_chars(title)}::{escape_control_chars(message)}"
+    escaped = title.translate(_ESCAPES | str.maketrans({":": "%3A", ",": "%2C"}))
+    return f"::{level} title={escape_control_chars(escaped)}::{escape_control_chars(message.translate(_ESCAPES))}"
 
 
 def run_annotations(view: RunView) -> Iterator[str]:

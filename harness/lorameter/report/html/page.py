@@ -56,7 +56,7 @@ def write_html(
     invalid = blocks.pop(0) if blocks and isinstance(blocks[0], Line) and blocks[0].last else None
     head = blocks.pop(0) if blocks and isinstance(blocks[0], Section) and blocks[0].title == title else None
     style, script = _file("style.css"), _file("script.js")
-    return _environment().get_template("page").render(
+    return _environment().get_template("page.html.jinja").render(
         title=title, invalid=invalid, head=head, document=blocks, figures=figures, again=again,
         top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
         classes=classes, names=[(escape_control_chars(name), own) for name, own in classes.items()],
@@ -96,9 +96,11 @@ def _scales(table: Table) -> list[svg.Scale | None]:
 
 
 def _environment() -> jinja2.Environment:
-    files = {"page": _file("page.html.jinja"), "charts": _file("charts.svg.jinja")}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader(files), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
     )
     environment.globals.update(
         verdict_tone=verdict_tone, chart_table=chart_table, format_interval=format_interval, format_value=format_value,
