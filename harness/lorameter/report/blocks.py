@@ -113,7 +113,6 @@ class Cell:
     """The number behind the text, in its base unit."""
     low: float | None = None
     high: float | None = None
-    unit: Unit | None = None
 
     @property
     def line(self) -> str:
@@ -322,17 +321,17 @@ def value_cell(value: float, low: float | None, high: float | None, unit: Unit, 
         text, ends = format_bytes(value), [format_bytes(end) for end in (low, high)]
         same = f" {text.partition(' ')[2]}"
         interval = "" if ends[0] == ends[1] else f"[{', '.join(end.removesuffix(same) for end in ends)}]"
-    return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high, unit=unit)
+    return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high)
 
 
 def write_value(value: float, unit: Unit) -> Cell:
     """A value without an interval, with three digits."""
-    return Cell(text=format_value(value, unit), value=value, unit=unit)
+    return Cell(text=format_value(value, unit), value=value)
 
 
 def write_number(value: float | None, form: str = "g") -> Cell:
     """A plain number in a Python format; a dash for None."""
-    return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value, unit="1")
+    return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value)
 
 
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:

@@ -126,7 +126,7 @@ def _tabulate(report: ComparisonReport) -> Table:
             ratio_title(one.metric),
             write_ratio_or_peak(one),
             verdict_cell(one, one.metric, "sides", one),
-            Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance, unit="1"),
+            Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance),
             write_number(one.replicates or None),
         )
         for one in report.comparisons

@@ -118,7 +118,7 @@ def _memory_rows(estimates: Sequence[MemoryEstimate], measured: Mapping[str, int
 
 
 def _mib(size: int) -> Cell:
-    return Cell(text=f"{size / MIB:,.1f}", value=size, unit="byte") if size else Cell()
+    return Cell(text=f"{size / MIB:,.1f}", value=size) if size else Cell()
 
 
 def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Document:
@@ -210,9 +210,9 @@ def describe_sizes(model: str, sizes: Sequence[Sizes], *, unknown: str | None = 
         write_row(
             one.variant,
             write_number(one.trainable_parameters, ","),
-            Cell(text=f"{100 * one.share:.3f} %", value=one.share, unit="1"),
+            Cell(text=f"{100 * one.share:.3f} %", value=one.share),
             *(
-                Cell(text=f"{size / MIB:.2f}", value=size, unit="byte")
+                Cell(text=f"{size / MIB:.2f}", value=size)
                 for size in (one.adapter_bytes, one.optimizer_state_bytes, one.gradient_bytes)
             ),
         )
@@ -356,4 +356,4 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
 
 
 def _share(share: float) -> Cell:
-    return Cell(text=f"{100 * share:.1f} %", value=share, unit="1")
+    return Cell(text=f"{100 * share:.1f} %", value=share)

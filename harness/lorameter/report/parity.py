@@ -131,10 +131,8 @@ _WAY = ColumnHeader(text="served")
 
 
 def _part(part: Proportion) -> Cell:
-    return Cell(
-        text=f"{part.count} of {part.of}", interval=_interval(part), value=part.share, low=part.low, high=part.high,
-        unit="1",
-    )  # fmt: skip
+    text = f"{part.count} of {part.of}"
+    return Cell(text=text, interval=_interval(part), value=part.share, low=part.low, high=part.high)
 
 
 def _logits(rows: Sequence[Likeness]) -> Table:
@@ -160,9 +158,7 @@ def _mean(mean: Estimate, sign: str = "") -> Cell:
     """A mean in powers of ten if it is small: a unit prefix would hide its size."""
     form = f"{sign}.3g"
     interval = "[no interval]" if mean.low is None or mean.high is None else f"[{mean.low:{form}}, {mean.high:{form}}]"
-    return Cell(
-        text=f"{mean.value:{form}}", interval=interval, value=mean.value, low=mean.low, high=mean.high, unit="1"
-    )
+    return Cell(text=f"{mean.value:{form}}", interval=interval, value=mean.value, low=mean.low, high=mean.high)
 
 
 def _losses(rows: Sequence[Likeness], parity: Parity) -> Table:

@@ -109,7 +109,7 @@ def _memory(profile: Profile) -> Table:
 
 def _estimate(size: int | None, error: str = "") -> Cell:
     """An estimated size, in a fainter tone than measured ones; a dash for None."""
-    return Cell(text="–") if size is None else Cell(detail=f"{format_bytes(size)}{error}", value=size, unit="byte")
+    return Cell(text="–") if size is None else Cell(detail=f"{format_bytes(size)}{error}", value=size)
 
 
 def _tabulate_memory(
@@ -132,7 +132,7 @@ def _tabulate_memory(
         heads=(*name_columns("kind", "bytes"), *others),
         rows=(
             *kinds,
-            write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes, unit="byte"), *empty),
+            write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes), *empty),
             write_row("peak, as measured", write_value(account.peak_bytes, "byte"), *peak, strong=True),
             *outside,
         ),
@@ -280,7 +280,7 @@ def _cost(finding: Finding) -> Cell:
     of = "" if finding.metric == "step_time_s" else f" of {METRICS[finding.metric].title}"
     cost = f"{format_value(finding.cost_s, 's')}\n{finding.cost_share:.1%}{of}"
     memory = "" if finding.cost_bytes is None else f"\n{format_bytes(finding.cost_bytes)}"
-    return Cell(text=cost + memory, value=finding.cost_s, unit="s")
+    return Cell(text=cost + memory, value=finding.cost_s)
 
 
 def _remedy_cell(finding: Finding) -> Cell:
