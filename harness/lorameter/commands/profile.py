@@ -112,13 +112,12 @@ def _profile_requests(*trial: Any, **where: Any) -> _ProfileResult:
     profile, folder = profile_requests(*trial, **where)
     served, merged = accounting.request_accounts(profile)
     findings = diagnose_requests(gather_request_evidence(profile, served, merged))
-    sides = {"served": (profile, served)}
-    if profile.merged is not None and merged is not None:
-        sides["merged"] = (profile.merged, merged)
+    sides = (("served", profile, served), ("merged", profile.merged, merged))
     document = {
         "requests": {
             name: codec.to_json(account) | {"categories_s": accounting.categories_s(side, account.whole)}
-            for name, (side, account) in sides.items()
+            for name, side, account in sides
+            if side is not None and account is not None
         },
         "cold_parts_s": profile.cold_parts_s,
         "findings": findings,

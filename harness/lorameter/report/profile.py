@@ -331,9 +331,11 @@ def describe_requests(
     prompts = f"{workload.request_batch} prompts of " if workload.request_batch > 1 else ""
     each = " each" if prompts else ""
     requests = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
-    sides: list[tuple[RequestProfile, RequestAccount, str]] = [(profile, served, "")]
-    if merged is not None and profile.merged is not None:
-        sides.append((profile.merged, merged, _MERGED))
+    sides = [
+        (side, account, suffix)
+        for side, account, suffix in ((profile, served, ""), (profile.merged, merged, _MERGED))
+        if side is not None and account is not None
+    ]
     return (
         _heading(profile, requests),
         *(_tabulate_phases(side, account.whole, SERVED, suffix=suffix) for side, account, suffix in sides),

@@ -4,9 +4,9 @@ No text is parsed as markup, so a title such as `a [/b] c` is shown unchanged, a
 terminal. Words and numbers are not broken if there is room for the longest one: tables drop columns, and prose wraps
 between words.
 
-Charts are drawn with plotext, without colour, since they are read by shape; it receives only numbers, and ticks that are
-formatted here. All ratios of a column share one logarithmic scale, so that half and twice are equally far from 1; an
-interval that extends beyond the scale ends in an arrow.
+Charts are drawn with plotext, without colour, since they are read by shape; it receives only numbers, and ticks that
+are formatted here. All ratios of a column share one logarithmic scale, so that half and twice are equally far from 1;
+an interval that extends beyond the scale ends in an arrow.
 
 Good is blue and bad is orange, which red-green colour-blind readers can distinguish. A colour never carries information
 that the words do not.
