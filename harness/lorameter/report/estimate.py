@@ -137,21 +137,21 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
         title="Possible changes, those that free most first",
         heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
         rows=tuple(
-            write_row(one.writes, write_value(one.freed_bytes, "byte"), _range(one.needs), _STATUSES[one.status][0])
+            write_row(one.writes, write_value(one.freed_bytes, "byte"), _write_range(one.needs), _STATUSES[one.status][0])
             for one in advice.options
         ),
         notes=to_lines(["batch_size is written in [workload], the others in [[variant]]"]),
     )
     return (
-        Section(title=f"On {device.name}", lines=(_finding(advice), *to_lines(lines))),
-        *list_sections({"The most that fits": [_most(one, workload) for one in advice.largest]}),
+        Section(title=f"On {device.name}", lines=(_describe_status(advice), *to_lines(lines))),
+        *list_sections({"The most that fits": [_describe_largest(one, workload) for one in advice.largest]}),
         *([options] if advice.options else []),
-        _first(advice),
+        _describe_first_change(advice),
         *to_lines(f"left out, {skipped.writes}: {skipped.why}." for skipped in advice.skipped),
     )
 
 
-def _finding(advice: Advice) -> Line:
+def _describe_status(advice: Advice) -> Line:
     usable, needs = advice.device.usable_bytes, advice.needs
     text, tone = _STATUSES[advice.status]
     left, lacking = usable - needs.high_bytes, needs.low_bytes - usable
@@ -162,11 +162,11 @@ def _finding(advice: Advice) -> Line:
     }[advice.status]
     what = "free now" if advice.device.is_here else "usable"
     return to_line(
-        Span(text=text, tone=tone), f": needs {_range(needs).line} of {format_bytes(usable)} {what}; {rest}."
+        Span(text=text, tone=tone), f": needs {_write_range(needs).line} of {format_bytes(usable)} {what}; {rest}."
     )
 
 
-def _range(needs: Needs) -> Cell:
+def _write_range(needs: Needs) -> Cell:
     return value_cell(needs.expected_bytes, needs.low_bytes, needs.high_bytes, "byte")
 
 
@@ -184,7 +184,7 @@ def _format_errors(errors: tuple[float, float]) -> str:
     return " to ".join(f"{100 * error:+.1f} %".replace("-", "−") for error in errors)
 
 
-def _most(largest: Largest, workload: Workload) -> str:
+def _describe_largest(largest: Largest, workload: Workload) -> str:
     sizes = {"batch_size": workload.batch_size, "sequence_length": workload.sequence_length}
     sizes[largest.key] = largest.value or largest.least
     text = f"{format_count(sizes['batch_size'], 'sequence')} of {sizes['sequence_length']} tokens"
@@ -193,7 +193,7 @@ def _most(largest: Largest, workload: Workload) -> str:
     return f"{largest.key} = {largest.value}: {text}{_BOUNDS[largest.bound]}."
 
 
-def _first(advice: Advice) -> Line:
+def _describe_first_change(advice: Advice) -> Line:
     if advice.turn is None:
         return to_line("All of them together are not enough: take a smaller model, or a GPU with more memory.")
     if not advice.turn:

@@ -198,10 +198,6 @@ def _figure(track: Track) -> Figure:
     def day(moment: Moment) -> float:
         return (moment.created_unix_s - first.created_unix_s) / 86_400.0
 
-    def point(moment: Moment) -> Point:
-        ends = None if moment.low is None or moment.high is None else (moment.low, moment.high)
-        return Point(x=day(moment), y=moment.value, y_interval=ends)
-
     suspicions = (
         Change(
             at=day(one.after), text=f"{100 * (one.ratio - 1):+.1f} % at {_commit(one.after)}",
@@ -214,8 +210,21 @@ def _figure(track: Track) -> Figure:
         Change(at=day(one.after), text=first_few(_list_differences(one.differing), 1), tone="odd")
         for one in track.breaks
     )
-    curves = [Curve(name=_curve_name(line), points=tuple(map(point, line.counting)))
-              for line in track.lines if line.counting]  # fmt: skip
+    curves = (
+        Curve(
+            name=_curve_name(line),
+            points=tuple(
+                Point(
+                    x=day(one),
+                    y=one.value,
+                    y_interval=None if one.low is None or one.high is None else (one.low, one.high),
+                )
+                for one in line.counting
+            ),
+        )
+        for line in track.lines
+        if line.counting
+    )
     return Figure(
         title=f"{title} of {track.variant}, study {track.study}",
         caption=f"A curve for each fingerprint, from {_when(first, _MINUTE)} on, with the interval of each run; where "
