@@ -168,13 +168,13 @@ def _pairs(profile: TrialProfile, names: SampleNames) -> int:
 def _occupancy(profile: TrialProfile, pairs: Sequence[int], names: SampleNames) -> float:
     """CPU time over wall time of pairs, per thread; the lower value of plain and bordered steps."""
     samples = profile.record.samples
-
-    def share(kind: str) -> float:
-        stem = f"{names.prefix}{kind}_{names.unit}"
-        cpu_s = sum(samples[f"{stem}_cpu_time_s"][index] for index in pairs)
-        return cpu_s / sum(samples[f"{stem}_time_s"][index] for index in pairs) / max(1, profile.threads)
-
-    return min(share("plain"), share("bordered"))
+    stems = (f"{names.prefix}{kind}_{names.unit}" for kind in ("plain", "bordered"))
+    shares = (
+        sum(samples[f"{stem}_cpu_time_s"][index] for index in pairs)
+        / sum(samples[f"{stem}_time_s"][index] for index in pairs)
+        for stem in stems
+    )
+    return min(shares) / max(1, profile.threads)
 
 
 IDLE = "idle"
@@ -370,46 +370,43 @@ def request_accounts(profile: RequestProfile) -> tuple[RequestAccount, RequestAc
 
 def _account(profile: RequestProfile, names: SampleNames) -> RequestAccount:
     merged = names is MERGED or profile.variant.merge_adapter
-    whole = step_account(profile, names)
+    whole, facts = step_account(profile, names), profile.facts
     passes = profile.workload.new_tokens - 1
-    decode, ran = whole.phases["decode"], {phase.phase: phase for phase in profile.activity.phases}
-
-    def calls(phase: str, count: int) -> float | None:
-        return None if profile.activity.missing else ran[phase].calls / count
-
     return RequestAccount(
         whole=whole,
         first_token=median_interval(counted_samples(profile, "first_token_time_s", names)),
         token=median_interval(counted_samples(profile, "time_per_output_token_s", names)),
         passes=passes,
         prefill=_pass_account(
-            profile, whole.phases["prefill"], calls("prefill", 1), rows=profile.facts.prompt_rows,
-            logit_rows=profile.facts.logit_rows, context=0, merged=merged,
+            profile, whole, "prefill", 1, rows=facts.prompt_rows, logit_rows=facts.logit_rows, context=0, merged=merged
         ),
         decode=_pass_account(
-            profile, _divided(decode, passes), calls("decode", passes), rows=1, logit_rows=1,
-            context=mean_context(profile.workload), merged=merged,
+            profile, whole, "decode", passes, rows=1, logit_rows=1, context=mean_context(profile.workload),
+            merged=merged,
         ),
     )  # fmt: skip
 
 
-def _divided(span: Estimate, by: int) -> Estimate:
-    low, high = (None if end is None else end / by for end in (span.low, span.high))
-    return Estimate(value=span.value / by, low=low, high=high)
-
-
 def _pass_account(
     profile: RequestProfile,
-    time: Estimate,
-    calls: float | None,
+    whole: StepAccount,
+    phase: str,
+    count: int,
     *,
     rows: int,
     logit_rows: int,
     context: int,
     merged: bool,
 ) -> PassAccount:
-    """`rows` and `logit_rows` are per prompt; `context` is the number of positions to which the row of a later pass
-    attends, 0 for the pass over the prompts."""
+    """The mean of the `count` passes in a phase.
+
+    `rows` and `logit_rows` are per prompt; `context` is the number of positions to which the row of a later pass
+    attends, 0 for the pass over the prompts.
+    """
+    span, activity = whole.phases[phase], profile.activity
+    low, high = (None if end is None else end / count for end in (span.low, span.high))
+    time = Estimate(value=span.value / count, low=low, high=high)
+    calls = next((one.calls / count for one in activity.phases if one.phase == phase), None)
     size, shape, facts = profile.facts.size, profile.shape, profile.facts
     prompts = profile.workload.request_batch
     pairs = prompts * (context or rows * (rows + 1) // 2)
@@ -417,15 +414,15 @@ def _pass_account(
     attention = 0 if shape is None else 4 * shape.layers * shape.heads * shape.head_dim * pairs
     weights = size.linear_elements + (0 if merged else size.adapter_elements)
     flops = 2 * rows * weights + 2 * logit_rows * size.head_elements + attention
-    whole = profile.workload.prompt_tokens + profile.workload.new_tokens - 1
-    cache = facts.cache_bytes * min(context, whole) // whole
+    positions = profile.workload.prompt_tokens + profile.workload.new_tokens - 1
+    cache = facts.cache_bytes * min(context, positions) // positions
     read = size.linear_bytes + size.head_bytes + size.norm_bytes + (0 if merged else size.adapter_bytes) + cache
     product, memory = profile.peaks.get("product"), profile.peaks.get("memory")
     without_attention = "" if shape is not None else ", without attention"
     formula = f"{rows} rows through the weights, {logit_rows} of logits, {pairs} pairs a head{without_attention}"
     return PassAccount(
         time=time,
-        calls=calls,
+        calls=None if activity.missing else calls,
         flops=flops,
         bytes=read,
         mfu=None if product is None else utilisation("MFU", flops, time, product, formula),
