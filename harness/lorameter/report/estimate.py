@@ -251,10 +251,11 @@ def describe_plan(
 def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     names = [[slot.trial.partition("-")[2] for slot in group.slots] for group in plan.groups if group.replicate == 0]
     trials = sum(map(len, names))
-    if trials > 20:  # their names would fill more than a few lines
-        first = f"{trials} trials in each replicate, shuffled by the study's seed"
-    else:
-        first = "; ".join(map(", ".join, names))
+    first = (
+        "; ".join(map(", ".join, names))
+        if trials <= 20  # more names would fill more than a few lines
+        else f"{trials} trials in each replicate, shuffled by the study's seed"
+    )
     replicates = plan.study.protocol.replicates
     yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"

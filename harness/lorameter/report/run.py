@@ -87,10 +87,8 @@ def describe_run(view: RunView) -> Document:
         if table.phase in view.phases:
             tables += describe_charts(view, table)
     counted = ", ".join(f"{count} {status}" for status, count in view.counts.items()) or "none yet"
-    last = [to_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False)]
-    if run.state != "complete":
-        rest = f" ({run.state}): the report shows the trials that have ended."
-        last.append(to_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False))
+    rest = f" ({run.state}): the report shows the trials that have ended."
+    incomplete = to_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
     return (
         *make_invalid_lines(view.validity.invalid),
         Section(title=study.title, lines=(*_summary(view), *facts)),
@@ -100,7 +98,8 @@ def describe_run(view: RunView) -> Document:
         *describe_notices(view.notices),
         *_statistics(view),
         *_time(run.manifest.spending),
-        *last,
+        to_line(f"Trials: {counted}. Run {run.manifest.run} in {run.path}", indented=False),
+        *([] if run.state == "complete" else [incomplete]),
     )
 
 
