@@ -54,10 +54,6 @@ from lorameter.verdicts.same_training import REPORTED
 from lorameter.verdicts.series import group_trials
 from lorameter.verdicts.validity import run_validity
 
-DRY = "--lorameter-dry-run: nothing was measured"
-SKIPPED = "--benchmark-skip: nothing was measured"
-DISABLED = "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed"
-
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
@@ -77,9 +73,15 @@ class Session:
             if name.startswith("lorameter_"):
                 setattr(self._options, name.removeprefix("lorameter_"), value)
         reasons = (
-            (config.getoption("benchmark_skip") and not config.getoption("benchmark_only"), SKIPPED),
-            (config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"), DISABLED),
-            (self._options.dry_run, DRY),
+            (
+                config.getoption("benchmark_skip") and not config.getoption("benchmark_only"),
+                "--benchmark-skip: nothing was measured",
+            ),
+            (
+                config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"),
+                "--benchmark-disable: nothing was measured, so nothing was stored and nothing can be replayed",
+            ),
+            (self._options.dry_run, "--lorameter-dry-run: nothing was measured"),
         )
         self._idle = next((reason for applies, reason in reasons if applies), "")
         """Why this session measures nothing; empty if it measures."""
@@ -175,7 +177,7 @@ class Session:
         # Otherwise --benchmark-save stores no samples.
         self._config.pluginmanager.get_plugin("pytest-benchmark").save_data = True  # type: ignore[union-attr]
         items = [(item, phase) for item in session.items if (phase := _read_phase(item))]
-        idle = self._idle not in ("", DRY)
+        idle = self._idle and not self._options.dry_run
         if not items or idle or self._config.option.collectonly or session.testsfailed:
             return
         names = [str(item.callspec.params["variant_name"]) for item, _ in items]  # type: ignore[attr-defined]

@@ -30,7 +30,8 @@ from lorameter.studies.study_file import load_variant
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
-CONFTEST = '''\
+FILES = {
+    "conftest.py": '''\
 """Makes this folder a lorameter suite: its tests replay one interleaved run."""
 
 from lorameter.pytest_plugin import attach
@@ -39,8 +40,8 @@ from lorameter.pytest_plugin import attach
 def pytest_configure(config):
     """Attach the session that plans, measures and reports."""
     attach(config)
-'''
-TESTS = '''\
+''',
+    "test_variants.py": '''\
 """One test per variant and phase; select with `-k`. Run as `pytest benchmarks/ --benchmark-save=NAME`."""
 
 import pytest
@@ -62,8 +63,8 @@ def test_generate_warm(replay):
 def test_cold_start(replay):
     """Time from starting an interpreter to the first completion of the trained adapter."""
     replay()
-'''
-FILES = {"conftest.py": CONFTEST, "test_variants.py": TESTS}
+''',
+}
 """The text of each file of a suite."""
 
 

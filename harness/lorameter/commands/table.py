@@ -12,11 +12,9 @@ EFFORTS = ("quick", "standard", "rigorous")
 PHASES = ("train", "generate", "cold")
 COMMAND_HELP = "a training command in quotes: 'python train.py --r 64'"
 SIDE_HELP = "a git revision, a Python executable, or requirements such as 'peft==0.20.0'"
-END_HELP = "a git revision of the repository in the current directory, or a release such as 'peft==0.19.0'"
 STUDY = argument("study", metavar="STUDY", nargs="?", help="name of a built-in study, or a TOML file")
 VARIANT = argument("variant", metavar="VARIANT", help="STUDY:NAME, or a TOML file with one variant")
 RUN = argument("run", metavar="RUN", help="a run id or a run directory")
-CWD = "folder that the command is run in; default: this one"
 MEASURING = shared_options("replicates", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", "model", "data")
 OUTPUT = shared_options("policy", "format", "markdown", "html", "verbose")
 SIDES = (
@@ -72,7 +70,7 @@ COMMANDS = (
                 metavar="COMMAND",
                 help="training command; put the engine's flags in {braces}",
             ),
-            argument("--cwd", metavar="DIR", help=CWD),
+            argument("--cwd", metavar="DIR", help="folder that the command is run in; default: this one"),
             argument("--steps", type=int, metavar="N", help="timed steps of each process of the command"),
             argument("--peft-experiments", metavar="DIR", help="method_comparison/MetaMathQA of PEFT, as a study"),
             argument(
@@ -163,7 +161,12 @@ COMMANDS = (
         example="lorameter bisect training-step --good v0.1.0 --bad HEAD",
         arguments=(
             argument("study", metavar="STUDY", help="name of a built-in study, or a TOML file"),
-            argument("--good", metavar="REV|REQ", required=True, help=END_HELP),
+            argument(
+                "--good",
+                metavar="REV|REQ",
+                required=True,
+                help="a git revision of the repository in the current directory, or a release such as 'peft==0.19.0'",
+            ),
             argument("--bad", metavar="REV|REQ", required=True, help="the same, later and slower"),
             argument("--metric", metavar="M", default="step_time_s", help="default: step_time_s"),
             argument("--variant", metavar="V", help="default: the reference of the study"),
