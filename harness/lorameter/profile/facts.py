@@ -100,9 +100,8 @@ class RequestProfile(TrialProfile):
     @property
     def merged(self) -> RequestProfile | None:
         """The same profile with the activity of the merged adapter."""
-        if self.merged_activity is None:
-            return None
-        return dataclasses.replace(self, activity=self.merged_activity)
+        activity = self.merged_activity
+        return None if activity is None else dataclasses.replace(self, activity=activity)
 
     @property
     def cold_parts_s(self) -> dict[str, float]:

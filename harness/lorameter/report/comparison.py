@@ -141,9 +141,8 @@ def _tabulate(report: ComparisonReport) -> Table:
 
 def write_ratio_or_peak(row: ComparisonRow) -> Cell:
     """The ratio; for peaks without an interval, since the ratio of two maxima has none."""
-    if is_memory(row.metric) and row.ratio is not None:
-        return write_number(row.ratio, ".4g")
-    return write_ratio(row)
+    is_peak = is_memory(row.metric) and row.ratio is not None
+    return write_number(row.ratio, ".4g") if is_peak else write_ratio(row)
 
 
 def _statistics(report: ComparisonReport) -> Iterator[Block]:

@@ -284,9 +284,8 @@ def _cost(finding: Finding) -> Cell:
 
 
 def _remedy_cell(finding: Finding) -> Cell:
-    if not finding.suggestion:
-        return Cell(text=finding.remedy, detail=f"Cannot be tried here: {finding.obstacle}.")
-    return Cell(text=finding.remedy, command=f"--try {finding.code}")
+    detail = "" if finding.suggestion else f"Cannot be tried here: {finding.obstacle}."
+    return Cell(text=finding.remedy, detail=detail, command=f"--try {finding.code}" if finding.suggestion else "")
 
 
 def describe_remedy(tried: RemedyResult) -> Document:

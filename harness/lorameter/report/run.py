@@ -329,17 +329,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
 
 def encode_spending(spending: TimeBreakdown | None) -> dict[str, Any]:
     """The time spent on each part of a run, under `time`; empty if the run has not recorded it."""
-    if spending is None:
-        return {}
-    return {
-        "time": {
-            "limit_s": spending.limit_s,
-            "wall_s": spending.wall_s,
-            "measured_s": dict(spending.measured_s),
-            "measured_share": spending.share,
-            "turns": list(spending.turns),
-        }
-    }
+    return {} if spending is None else {"time": codec.to_json(spending) | {"measured_share": spending.share}}
 
 
 def _encode_table(table: PhaseTable) -> dict[str, Any]:

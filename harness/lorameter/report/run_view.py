@@ -285,15 +285,14 @@ def _other_metrics(view: RunView, phase: Phase) -> Iterator[str]:
 
 def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _Column:
     head = ColumnHeader(text=metric_title(metric), key=metric, right=True, drop_priority=priority)
-    if is_memory(metric):
-        return head, [_size_cell(_sizes(series, metric)) for series in shown]
-    return head, [_estimate_cell(series.estimate(metric), metric) for series in shown]
+    sizes = is_memory(metric)
+    return head, [_size_cell(_sizes(one, metric)) if sizes else _estimate_cell(one.estimate(metric), metric)
+                  for one in shown]  # fmt: skip
 
 
 def _estimate_cell(found: Estimate | None, metric: str, *, absent: str = "–") -> Cell:
-    if found is None:
-        return Cell(text=absent)
-    return value_cell(found.value, found.low, found.high, METRICS[metric].unit)
+    unit = METRICS[metric].unit
+    return Cell(text=absent) if found is None else value_cell(found.value, found.low, found.high, unit)
 
 
 def _peak_column(shown: Sequence[Series], phase: Phase) -> _Column:
