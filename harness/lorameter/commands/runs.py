@@ -22,7 +22,7 @@ from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
-from lorameter.studies.variant import LoraVariant
+from lorameter.studies.variant import AnyVariant, LoraVariant
 from lorameter.studies.workload import workload_variant_id
 
 
@@ -123,15 +123,23 @@ def _list_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"name": entry.name, "description": entry.description} for entry in catalogue.CATALOGUE.values()]
     if options.what == "runs":
         return list_runs(store.runs_dir(options.runs_dir))
-    study, rows = _load_named(options), []
+    study = _load_named(options)
+    return [
+        {
+            "name": variant.name,
+            "id": workload_variant_id(variant.id, study.own_workloads.get(variant.name)),
+            "differs from the defaults in": _list_changes(study, variant),
+        }
+        for variant in study.variants
+    ]
+
+
+def _list_changes(study: Study, variant: AnyVariant) -> str:
+    """The settings of a variant, and of its own workload, that are not the defaults."""
     defaults = LoraVariant().settings | {"cwd": "", "env": {}, "python": ""}
-    for variant in study.variants:
-        changed = {key: codec.to_json(value) for key, value in variant.settings.items() if value != defaults.get(key)}
-        own = {f"workload.{key}": value for key, value in study.workloads.get(variant.name, {}).items()}
-        words = " ".join(f"{key}={value}" for key, value in (changed | own).items())
-        identity = workload_variant_id(variant.id, study.own_workloads.get(variant.name))
-        rows.append({"name": variant.name, "id": identity, "differs from the defaults in": words})
-    return rows
+    changed = {key: codec.to_json(value) for key, value in variant.settings.items() if value != defaults.get(key)}
+    own = {f"workload.{key}": value for key, value in study.workloads.get(variant.name, {}).items()}
+    return " ".join(f"{key}={value}" for key, value in (changed | own).items())
 
 
 def _list_sizes(options: argparse.Namespace) -> int:
