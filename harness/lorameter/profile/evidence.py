@@ -63,17 +63,14 @@ def changes_without(variant: Variant, saving: str) -> dict[str, Any]:
 def estimate_extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dict[str, int]:
     """Estimated bytes that turning off each memory saving would add; empty for a model with unknown layers, so that
     nothing is expected to fit."""
-    found: dict[str, int] = {}
     if shape is None:
-        return found
-    for saving in _WITHOUT:
-        without = dataclasses.replace(profile.variant, **changes_without(profile.variant, saving))
-        with contextlib.suppress(UsageError):
-            with_it, without_it = (
-                memory_bytes(variant, profile.workload, shape, profile.device) for variant in (profile.variant, without)
-            )
-            found[saving] = max(0, without_it - with_it)
-    return found
+        return {}
+    variant, workload, device = profile.variant, profile.workload, profile.device
+    without = {saving: dataclasses.replace(variant, **changes_without(variant, saving)) for saving in _WITHOUT}
+    with contextlib.suppress(UsageError):
+        present = memory_bytes(variant, workload, shape, device)
+        return {saving: max(0, memory_bytes(one, workload, shape, device) - present) for saving, one in without.items()}
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
