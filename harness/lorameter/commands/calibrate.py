@@ -33,8 +33,7 @@ from lorameter.studies.protocol import HERE, format_on
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study
 from lorameter.verdicts.ab import build_report
-from lorameter.verdicts.calibrate import INJECTED as INJECTED_SHARE
-from lorameter.verdicts.calibrate import MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for_slowdown
+from lorameter.verdicts.calibrate import INJECTED, MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for_slowdown
 from lorameter.verdicts.series import compare_series, group_trials, is_difference, verdict_only
 
 
@@ -53,7 +52,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         if rows is None:
             pilot = study.with_protocol(replicates=3)
             ratios = [_measure_pilot(pilot, variant, count, placement, options) for count in PILOT_ROWS]
-            rows = rows_for_slowdown(INJECTED_SHARE, *ratios)
+            rows = rows_for_slowdown(INJECTED, *ratios)
         return _show_calibration(_measure_injected(study, variant, rows, placement, options), options)
 
 

@@ -18,6 +18,7 @@ from lorameter.models.costs.memory import (
     PEAK_RANGES,
     PUBLISHED_PEAKS,
     PUBLISHED_WITHIN,
+    MemoryEstimate,
 )
 from lorameter.records.record import Notice, memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_duration, format_percent
@@ -45,14 +46,13 @@ from lorameter.run.budget import DROPPABLE
 from lorameter.run.forecast_time import Forecast
 from lorameter.run.plan import Plan
 from lorameter.studies.protocol import Protocol
+from lorameter.verdicts.calibrate import DRAWS, Calibration, planned_effects
 
 if TYPE_CHECKING:
-    from lorameter.models.costs.memory import MemoryEstimate
     from lorameter.run.memory_fit import Advice, FitStatus, Largest, Needs
     from lorameter.studies.variant import Variant
     from lorameter.studies.workload import Workload
     from lorameter.trial.building.build import Sizes
-    from lorameter.verdicts.calibrate import Calibration
 
 
 MIB = 2**20
@@ -319,8 +319,6 @@ def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
 
 def describe_calibration(result: Calibration, rows: int) -> Document:
     """The scatter, both comparisons, the rates of resampled gates, and the replicates needed for smaller effects."""
-    from lorameter.verdicts.calibrate import DRAWS, planned_effects
-
     identical, injected = (
         write_ratio(found, verdict=found.verdict).line for found in (result.identical, result.injected)
     )
