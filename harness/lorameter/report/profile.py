@@ -12,9 +12,8 @@ from lorameter.profile.accounting import (
     SERVED,
     STEPS,
     Ceilings,
-    SampleNames,
-    PassAccount,
     RequestAccount,
+    SampleNames,
     StepAccount,
     TokenShares,
     categories_s,
@@ -265,10 +264,9 @@ def _tabulate_findings(profile: TrialProfile, findings: Sequence[Finding], codes
     unjudged = ", ".join(code for code in absent if code in unknown)
     notes = [f"looked for and not found: {', '.join(code for code in absent if code not in unknown)}"]
     notes += [f"not judged, since the operators are unknown: {unjudged}"] if unjudged else []
-    finding, message, cost, remedy = name_columns("finding", "seen", "cost", "what to try", left=2)
     return Table(
         title="Findings, and what each costs",
-        heads=(finding, message, cost, ColumnHeader(text=remedy.text)),
+        heads=(*name_columns("finding", "seen", "cost", left=2), ColumnHeader(text="what to try")),
         rows=tuple(rows or [write_row("none", "", "", "")]),
         notes=to_lines(notes),
     )
@@ -349,7 +347,15 @@ def describe_requests(
 
 def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Table:
     rows = (
-        _pass(f"{title}{suffix}", one)
+        write_row(
+            f"{title}{suffix}",
+            _time(one.time),
+            write_number(one.calls, ".0f"),
+            write_number(float(one.flops), ".4g"),
+            write_number(None if one.mfu is None else one.mfu.value, ".1%"),
+            write_value(one.bytes, "byte"),
+            write_number(None if one.mbu is None else one.mbu.value, ".1%"),
+        )
         for account, suffix in accounts
         for title, one in (("prefill", account.prefill), ("a token of decode", account.decode))
     )
@@ -362,26 +368,10 @@ def _passes(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, st
     )
 
 
-def _pass(title: str, one: PassAccount) -> Row:
-    mfu, mbu = (write_number(None if share is None else share.value, ".1%") for share in (one.mfu, one.mbu))
-    return write_row(
-        title,
-        _time(one.time),
-        write_number(one.calls, ".0f"),
-        write_number(float(one.flops), ".4g"),
-        mfu,
-        write_value(one.bytes, "byte"),
-        mbu,
-    )
-
-
 def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount, str]]) -> Iterator[str]:
     for account, suffix in accounts:
-        first, later = account.first_token, account.token
-        yield (
-            f"time to first token {value_cell(first.value, first.low, first.high, 's').line}, per later token "
-            f"{value_cell(later.value, later.low, later.high, 's').line}{suffix}"
-        )
+        first, later = _time(account.first_token).line, _time(account.token).line
+        yield f"time to first token {first}, per later token {later}{suffix}"
     served = accounts[0][0]
     for one in (served.prefill.mfu, served.decode.mbu):
         if one is not None:
