@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from lorameter.profile.accounting import (
@@ -23,17 +23,17 @@ from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialPr
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import OPERATOR_RULES, REQUEST_RULES, RULES, Finding
 from lorameter.records.metrics import METRICS
-from lorameter.records.record import MemoryAccount, memory_kind_title, order_memory_kinds
+from lorameter.records.record import memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
 from lorameter.report.blocks import (
     Cell,
     ColumnHeader,
     Document,
     Line,
-    Row,
     Section,
     Span,
     Table,
+    collapse_constant_columns,
     make_invalid_lines,
     name_columns,
     to_line,
@@ -67,7 +67,7 @@ def describe_profile(
         _heading(profile),
         _tabulate_phases(profile, step),
         _tabulate_categories(profile, step),
-        _memory(profile),
+        _tabulate_memory(profile, "its peak", profile.estimates),
         Section(title="Tokens of a step", lines=(to_line(", ".join(shares)),)),
         Section(title="Ceilings", lines=to_lines(_ceilings(ceilings, profile))),
         _tabulate_findings(profile, findings, RULES),
@@ -89,54 +89,47 @@ def _notices(profile: TrialProfile) -> Document:
     return describe_notices((*profile.record.notices, *disturbances))
 
 
-def _memory(profile: Profile) -> Table:
-    """Kinds of memory of a step, each with its estimate from the shape, and the unexplained remainder."""
-    measured, estimates = profile.memory, profile.estimates
-    rows = [
-        write_row(
-            memory_kind_title(kind),
-            write_value(measured.kinds[kind], "byte") if kind in measured.kinds else "–",
-            _estimate(estimates.get(kind)),
-        )
-        for kind in order_memory_kinds(dict.fromkeys((*measured.kinds, *estimates), 1))
-    ]
-    total = sum(estimates.values())
-    expected = _estimate(total or None, f" ({total / measured.peak_bytes - 1:+.1%})")
-    estimated = ColumnHeader(text="estimated", right=True)
-    return _tabulate_memory(measured, rows, estimated, device=profile.device, at="its peak", peak=(expected,))
-
-
-def _estimate(size: int | None, error: str = "") -> Cell:
-    """An estimated size, in a fainter tone than measured ones; a dash for None."""
-    return Cell(text="–") if size is None else Cell(detail=f"{format_bytes(size)}{error}", value=size)
-
-
 def _tabulate_memory(
-    account: MemoryAccount,
-    kinds: Sequence[Row],
-    *others: ColumnHeader,
-    device: str,
-    at: str,
-    peak: tuple[Cell, ...] = (),
-    notes: tuple[Line, ...] = (),
+    profile: Profile | RequestProfile, at: str, estimates: Mapping[str, int], notes: tuple[Line, ...] = ()
 ) -> Table:
-    """Kinds of memory, the unexplained remainder, the peak, and memory outside of it; `peak` contains the cells of the
-    peak in the columns after the size."""
-    empty = [""] * len(peak)
+    """Kinds of memory, the unexplained remainder, the peak, and memory outside of it; with the estimates from the
+    shape, if there are any."""
+    account, total, missing = profile.memory, sum(estimates.values()), "–" if estimates else ""
     rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
-    outside = [write_row(f"{kind.replace('_', ' ')}, outside of it", write_value(size, "byte"), *empty)
-               for kind, size in account.outside_allocator.items()]  # fmt: skip
-    return Table(
-        title=f"Memory of the {'device' if device == 'cuda' else 'process'} at {at}",
-        heads=(*name_columns("kind", "bytes"), *others),
-        rows=(
-            *kinds,
-            write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes), *empty),
-            write_row("peak, as measured", write_value(account.peak_bytes, "byte"), *peak, strong=True),
-            *outside,
+    error = f" ({total / account.peak_bytes - 1:+.1%})"
+    rows = (
+        *(
+            write_row(
+                memory_kind_title(kind),
+                write_value(account.kinds[kind], "byte") if kind in account.kinds else "–",
+                _write_estimate(estimates[kind]) if kind in estimates else missing,
+            )
+            for kind in order_memory_kinds(dict.fromkeys((*account.kinds, *estimates), 1))
         ),
+        write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes), ""),
+        write_row(
+            "peak, as measured",
+            write_value(account.peak_bytes, "byte"),
+            _write_estimate(total, error) if total else missing,
+            strong=True,
+        ),
+        *(
+            write_row(f"{kind.replace('_', ' ')}, outside of it", write_value(size, "byte"), "")
+            for kind, size in account.outside_allocator.items()
+        ),
+    )
+    table = Table(
+        title=f"Memory of the {'device' if profile.device == 'cuda' else 'process'} at {at}",
+        heads=(*name_columns("kind", "bytes"), ColumnHeader(text="estimated", right=True, collapse_if_constant=True)),
+        rows=rows,
         notes=notes,
     )
+    return collapse_constant_columns(table)
+
+
+def _write_estimate(size: int, error: str = "") -> Cell:
+    """An estimated size, in a fainter tone than measured ones."""
+    return Cell(detail=f"{format_bytes(size)}{error}", value=size)
 
 
 def _ceilings(ceilings: Ceilings | str, profile: Profile) -> Iterator[str]:
@@ -382,17 +375,13 @@ def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount
 
 
 def _request_memory(profile: RequestProfile) -> Table:
-    account, memory, facts = profile.memory, profile.record.memory, profile.facts
+    memory, facts = profile.record.memory, profile.facts
     first = memory.get("device_peak_allocated_first_token_bytes", memory.get("host_peak_first_token_bytes"))
     lines = [] if first is None else [f"up to the first token, in a separate request: {format_bytes(first)}"]
     moved = f"is reallocated at {facts.cache_moved:.0%} of the tokens" if facts.cache_moved else "is never reallocated"
     size = format_bytes(facts.cache_bytes)
     lines.append(f"cache: {facts.cache}, {size} at the end of a request; it {moved}" if facts.cache else "cache: none")
-    rows = [
-        write_row(memory_kind_title(kind), write_value(size, "byte"))
-        for kind, size in order_memory_kinds(account.kinds).items()
-    ]
-    return _tabulate_memory(account, rows, device=profile.device, at="the peak of a request", notes=to_lines(lines))
+    return _tabulate_memory(profile, "the peak of a request", {}, to_lines(lines))
 
 
 def _cold(profile: RequestProfile) -> Table:
