@@ -95,6 +95,7 @@ def _tabulate_memory(
     """Kinds of memory, the unexplained remainder, the peak, and memory outside of it; with the estimates from the
     shape, if there are any."""
     account, total, missing = profile.memory, sum(estimates.values()), "–" if estimates else ""
+    sizes = {kind: max(account.kinds.get(kind, 0), estimates.get(kind, 0)) for kind in (*account.kinds, *estimates)}
     rest = f"{format_bytes(account.unexplained_bytes)} ({account.share:.1%})"
     error = f" ({total / account.peak_bytes - 1:+.1%})"
     rows = (
@@ -104,7 +105,7 @@ def _tabulate_memory(
                 write_value(account.kinds[kind], "byte") if kind in account.kinds else "–",
                 _write_estimate(estimates[kind]) if kind in estimates else missing,
             )
-            for kind in order_memory_kinds(dict.fromkeys((*account.kinds, *estimates), 1))
+            for kind in order_memory_kinds(sizes)
         ),
         write_row("unexplained", Cell(text=rest, value=account.unexplained_bytes), ""),
         write_row(
