@@ -118,9 +118,9 @@ def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
-    narrow, products = _compute_type(evidence.variant), evidence.wide_products
-    if not evidence.wide_registers or evidence.variant.prepare_for_kbit:  # slower in 16 bits, or those of the head too
-        products = 0.0
+    # Without wide registers, 16 bits are slower; with prepare_for_kbit, the products of the head are 32-bit as well.
+    counts = evidence.wide_registers and not evidence.variant.prepare_for_kbit
+    narrow, products = _compute_type(evidence.variant), evidence.wide_products if counts else 0.0
     share = evidence.casts + SAVED_BY_16_BITS * products
     if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast:
         return
@@ -237,12 +237,11 @@ def _logits(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 
 def _fragmentation(evidence: ProfileEvidence) -> Iterator[Finding]:
-    if not evidence.reserved_bytes:
+    reserved_bytes = evidence.reserved_bytes or evidence.peak_bytes  # a CPU reserves nothing
+    lost = reserved_bytes - evidence.peak_bytes
+    if lost <= LARGE_FRAGMENTATION * reserved_bytes and not evidence.alloc_retries:
         return
-    lost = evidence.reserved_bytes - evidence.peak_bytes
-    if lost <= LARGE_FRAGMENTATION * evidence.reserved_bytes and not evidence.alloc_retries:
-        return
-    reserved, used = format_bytes(evidence.reserved_bytes), format_bytes(evidence.peak_bytes)
+    reserved, used = format_bytes(reserved_bytes), format_bytes(evidence.peak_bytes)
     retries = format_count(evidence.alloc_retries, "time")
     retried = f", and had to free its cache {retries}" if evidence.alloc_retries else ""
     yield Finding(

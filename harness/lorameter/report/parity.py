@@ -72,10 +72,9 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
         yield to_line(Span(text=text, tone=tone), f": {format_likeness(one)}", label=one.way)
     for way, why in judgement.failures.items():
         yield to_line(Span(text="no answer", tone="alarm"), f": {why}", label=way)
-    if judgement.without is not None:
-        yield to_line(f"what the adapter changes: {format_likeness(judgement.without)}", label=judgement.without.way)
-    if judgement.floor is not None:
-        yield to_line(f"the noise floor: {format_likeness(judgement.floor)}", label=judgement.floor.way)
+    for control, title in ((judgement.without, "what the adapter changes"), (judgement.floor, "the noise floor")):
+        if control is not None:
+            yield to_line(f"{title}: {format_likeness(control)}", label=control.way)
     control = judgement.without or judgement.floor
     if control is not None and judgement.distinct == 1 < control.answers.of:
         yield to_line(
