@@ -21,8 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     for command in COMMANDS:
         parent, _, name = command.name.rpartition(" ")
-        parser = parents[parent].add_parser(name, help=command.help, description=command.description)
-        parser.epilog = f"example: {command.example}"
+        parser = parents[parent].add_parser(
+            name, help=command.help, description=command.description, epilog=f"example: {command.example}"
+        )
         if not command.calls:
             parents[command.name] = parser.add_subparsers(required=True, metavar="ACTION")
             continue
