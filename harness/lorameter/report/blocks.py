@@ -287,9 +287,8 @@ def to_line(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
 
 def make_invalid_lines(reasons: str | None) -> tuple[Line, ...]:
     """The first line of an invalid run's report; empty for a valid run."""
-    if reasons is None:
-        return ()
-    return (Line(spans=(Span(text=f"INVALID: {reasons}", tone="alarm"),), indented=False, last=True),)
+    line = Line(spans=(Span(text=f"INVALID: {reasons}", tone="alarm"),), indented=False, last=True)
+    return () if reasons is None else (line,)
 
 
 def to_lines(texts: Iterable[str]) -> tuple[Line, ...]:
@@ -313,7 +312,9 @@ def write_row(*cells: str | Cell, strong: bool = False, ends_group: bool = False
     return Row(cells=written, strong=strong, ends_group=ends_group)
 
 
-def value_cell(value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "") -> Cell:
+def value_cell(
+    value: float, low: float | None, high: float | None, unit: Unit, *, detail: str = "", verdict: str = ""
+) -> Cell:
     """A value with its interval, with as many digits as the interval supports. For bytes, both use one unit if
     possible, and the interval is omitted if its ends look the same."""
     text, interval = split_interval(value, low, high, unit)
@@ -321,7 +322,7 @@ def value_cell(value: float, low: float | None, high: float | None, unit: Unit, 
         text, ends = format_bytes(value), [format_bytes(end) for end in (low, high)]
         same = f" {text.partition(' ')[2]}"
         interval = "" if ends[0] == ends[1] else f"[{', '.join(end.removesuffix(same) for end in ends)}]"
-    return Cell(text=text, interval=interval, detail=detail, value=value, low=low, high=high)
+    return Cell(text=text, interval=interval, detail=detail, verdict=verdict, value=value, low=low, high=high)
 
 
 def write_value(value: float, unit: Unit) -> Cell:
@@ -336,9 +337,8 @@ def write_number(value: float | None, form: str = "g") -> Cell:
 
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
     """A ratio with its interval, and optionally its verdict; a dash if there is no ratio."""
-    if comparison.ratio is None:
-        return Cell(text="–", verdict=verdict)
-    return dataclasses.replace(value_cell(comparison.ratio, comparison.low, comparison.high, "1"), verdict=verdict)
+    ratio, low, high = comparison.ratio, comparison.low, comparison.high
+    return Cell(text="–", verdict=verdict) if ratio is None else value_cell(ratio, low, high, "1", verdict=verdict)
 
 
 def ratio_axis_limit(cells: Sequence[Cell]) -> float:

@@ -132,10 +132,8 @@ def _tabulate(report: ComparisonReport) -> Table:
         for one in report.comparisons
     )
     notes = [to_line(f"control of {phase}: {format_verdict(control)}") for phase, control in report.control.items()]
-    if any(is_memory(one.metric) for one in report.comparisons):
-        notes.append(
-            to_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
-        )
+    peaks = to_line(Span(text="peaks: the largest of the candidate over the largest of the base", tone="faint"))
+    notes += [peaks] if any(is_memory(one.metric) for one in report.comparisons) else []
     return collapse_constant_columns(Table(heads=_HEADS, rows=tuple(rows), notes=tuple(notes)))
 
 

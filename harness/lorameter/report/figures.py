@@ -218,9 +218,8 @@ def _front(view: RunView, variants: SeriesByVariant, cost: str) -> Figure | None
         for name in own.keys() & variants.keys()
         if any(getattr(own[name], key) != getattr(common, key) for key in OF_TOKENS)
     )
-    caption = "To the left is faster, below is a lower loss after as many steps."
-    if others:
-        caption += f" Not drawn, because their losses are over other tokens: {first_few(others, MAX_NAMED)}."
+    excluded = f" Not drawn, because their losses are over other tokens: {first_few(others, MAX_NAMED)}."
+    caption = f"To the left is faster, below is a lower loss after as many steps.{excluded if others else ''}"
     same = {name: series for name, series in variants.items() if name not in others}
     return _draw_front(same, cost, loss, "Loss against cost", caption)
 
