@@ -264,8 +264,8 @@ class Judgement:
     """All comparisons of one adapter.
 
     Attributes:
-        floor: the reference compared with itself; None if it could not be served again.
-        without: the base without the adapter; None if it could not be served.
+        noise_floor: the reference compared with itself; None if it could not be served again.
+        base_alone: the base without the adapter; None if it could not be served.
         likenesses: comparisons of all ways that answered, except the controls.
         failures: why a way did not answer, by way.
         distinct: number of different answers of the reference. If every answer is the same, as with an untrained model,
@@ -273,8 +273,8 @@ class Judgement:
         trouble: why the verdicts are not reliable; empty if they are.
     """
 
-    floor: Likeness | None
-    without: Likeness | None
+    noise_floor: Likeness | None
+    base_alone: Likeness | None
     likenesses: tuple[Likeness, ...]
     failures: dict[str, str]
     distinct: int
@@ -288,21 +288,21 @@ class Judgement:
 
 def judge_parity(parity: Parity) -> Judgement:
     """Compare every way with the reference."""
-    likenesses = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
-    floor = next((one for way, one in likenesses.items() if way.endswith(AGAIN)), None)
-    if floor is not None:
-        likenesses = {
-            way: dataclasses.replace(one, within_floor=_is_within(floor, one)) for way, one in likenesses.items()
-        }
-    without = next((one for way, one in likenesses.items() if way.startswith(WITHOUT)), None)
+    compared = {one.way: compare_served(parity.reference, one) for one in parity.served[1:] if one.failure is None}
+    floor = next((one for way, one in compared.items() if way.endswith(AGAIN)), None)
+    likenesses = {
+        way: dataclasses.replace(one, within_floor=floor is not None and _is_within(floor, one))
+        for way, one in compared.items()
+    }
+    base_alone = next((one for way, one in likenesses.items() if way.startswith(WITHOUT)), None)
     controls = {way.name for way in parity.ways if way.is_control}
     return Judgement(
-        floor=floor,
-        without=without,
+        noise_floor=floor,
+        base_alone=base_alone,
         likenesses=tuple(one for way, one in likenesses.items() if way not in controls),
         failures={one.way: format_failure(one.failure) for one in parity.served if one.failure is not None},
         distinct=len(set(parity.reference.answers)),
-        trouble=_trouble(floor, without),
+        trouble=_trouble(floor, base_alone),
     )
 
 
@@ -340,12 +340,12 @@ def _is_within(floor: Likeness, one: Likeness) -> bool:
     return one.answers.count <= floor.answers.count and one.difference_max <= floor.difference_max
 
 
-def _trouble(floor: Likeness | None, without: Likeness | None) -> str:
+def _trouble(floor: Likeness | None, base_alone: Likeness | None) -> str:
     if floor is None:
         return "the reference could not be run again, so the noise of its answers is unknown"
-    if without is None:
+    if base_alone is None:
         return "the base without the adapter could not be run, so the effect of the adapter is unknown"
-    if _is_within(floor, without):
+    if _is_within(floor, base_alone):
         return (
             "the base without the adapter answers as it does with it, so that a merge that leaves the adapter out "
             "would not be seen. Train for longer (--epochs), or give an adapter that has learnt something (--adapter)"

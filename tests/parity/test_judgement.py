@@ -32,7 +32,7 @@ def test_equal_answers_are_reported_with_the_possible_difference(make_parity):
     parity = make_parity()
     judgement = judge_parity(parity)
     assert judgement.whole
-    assert judgement.floor.difference_max == 0
+    assert judgement.noise_floor.difference_max == 0
     assert [one.verdict for one in judgement.likenesses] == ["same"] * 4
     one = judgement.likenesses[0]
     assert one.answers == proportion(0, 8)

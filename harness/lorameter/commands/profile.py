@@ -171,7 +171,7 @@ def _decoder(parity: Parity) -> Callable[[Sequence[int]], str]:
 
 def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[str, Any]:
     """The JSON document, without its schema."""
-    controls = (judgement.floor, judgement.without)
+    controls = (judgement.noise_floor, judgement.base_alone)
     likenesses = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
     nothing = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
     ways = [

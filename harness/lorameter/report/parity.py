@@ -48,7 +48,7 @@ MAX_SHOWN = 3
 def describe_parity(parity: Parity, judgement: Judgement) -> Document:
     """The report of a parity: verdicts, answers, logits, losses and notices."""
     notices = (*parity.notices, *(() if parity.record is None else parity.record.notices))
-    rows = [one for one in (*judgement.likenesses, judgement.without, judgement.floor) if one is not None]
+    rows = [one for one in (*judgement.likenesses, judgement.base_alone, judgement.noise_floor) if one is not None]
     adapter = f"adapter {parity.adapter}"
     if parity.record is not None:
         adapter = f"adapter trained for {format_count(round(parity.record.values['training_steps']), 'step')}"
@@ -72,10 +72,10 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
         yield to_line(Span(text=text, tone=tone), f": {format_likeness(one)}", label=one.way)
     for way, why in judgement.failures.items():
         yield to_line(Span(text="no answer", tone="alarm"), f": {why}", label=way)
-    for control, title in ((judgement.without, "what the adapter changes"), (judgement.floor, "the noise floor")):
+    for control, title in ((judgement.base_alone, "what the adapter changes"), (judgement.noise_floor, "the noise floor")):
         if control is not None:
             yield to_line(f"{title}: {format_likeness(control)}", label=control.way)
-    control = judgement.without or judgement.floor
+    control = judgement.base_alone or judgement.noise_floor
     if control is not None and judgement.distinct == 1 < control.answers.of:
         yield to_line(
             Span(text="few different answers", tone="warning"),
