@@ -390,18 +390,14 @@ def show(document: Document, console: Console, *, verbose: bool = False) -> None
 
 
 def _print(document: Sequence[Block], console: Console, *, verbose: bool) -> None:
+    """Print each block; an empty line comes before one that begins a part of the report."""
     for number, block in enumerate(document):
-        if number and _begins_part(block, document[number - 1]):
+        after_line = number > 0 and isinstance(document[number - 1], Line)
+        begins_part = isinstance(block, (Section, Table, ChartGroup))
+        if number and (begins_part or (isinstance(block, Line) and not block.indented and not after_line)):
             console.print()
         for drawn in _draw(block, console, verbose=verbose):
             console.print(drawn)
-
-
-def _begins_part(block: Block, before: Block) -> bool:
-    """Whether an empty line separates a block from the one before it."""
-    if isinstance(block, Line):
-        return not block.indented and not isinstance(before, Line)
-    return isinstance(block, (Section, Table, ChartGroup))
 
 
 def _repeated_sections(document: Document) -> list[Section]:
