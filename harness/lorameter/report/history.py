@@ -136,8 +136,7 @@ def _conclusion(line: HistorySeries) -> Line:
             Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
             f"{format_count(counting, 'counted run')}; changes are looked for from {MIN_POINTS} on{gaps}",
         )
-    count = len(line.suspicions)
-    found = f"{format_count(count, 'change')} suspected" if count else "no change found"
+    found = f"{format_count(len(line.suspicions), 'change')} suspected" if line.suspicions else "no change found"
     return to_line(
         Span(text=f"fingerprint {line.fingerprint}: ", tone="faint"),
         f"{found}; runs scatter by {format_percent(line.scatter)} around their level, and only a change of "
