@@ -212,11 +212,13 @@ def plain_s(
     return max(0.0, seconds - records * max(0.0, phase.window_s - plain) / whole)
 
 
-PhaseReader = Callable[[PhaseActivity], float]
-"""Reads a number from the activity of a phase."""
-
-
-def unprofiled_time(profile: TrialProfile, step: StepAccount, seconds: PhaseReader, *counters: str, only: str = "") -> float:
+def unprofiled_time(
+    profile: TrialProfile,
+    step: StepAccount,
+    seconds: Callable[[PhaseActivity], float],
+    *counters: str,
+    only: str = "",
+) -> float:
     """Seconds of a plain step that correspond to `seconds` of each of its phases under the profiler, or of the `only`
     phase; `counters` are the names of the profiler's records in them, if these are counted."""
     return sum(

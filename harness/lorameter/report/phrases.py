@@ -22,8 +22,6 @@ from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare import ComparisonRow
 from lorameter.verdicts.series import ComparisonLimits, is_memory
 
-ComparisonKind = Literal["variants", "sides"]
-"""Whether variants of a study are compared, or a candidate and its base."""
 _LIMITS = ComparisonLimits()
 
 _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
@@ -61,9 +59,13 @@ def describe_request(workload: Workload) -> str:
 
 
 def verdict_cell(
-    comparison: Comparison, metric: str, kind: ComparisonKind, limits: ComparisonLimits | ComparisonRow = _LIMITS
+    comparison: Comparison,
+    metric: str,
+    kind: Literal["variants", "sides"],
+    limits: ComparisonLimits | ComparisonRow = _LIMITS,
 ) -> Cell:
-    """The verdict as one word; equivalence with its margin."""
+    """The verdict on two variants of a study, or on a candidate and its base, as one word; equivalence with its
+    margin."""
     margin = limits.tolerance if is_memory(metric) else limits.margin
     words = {
         "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",

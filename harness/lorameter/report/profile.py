@@ -50,7 +50,6 @@ from lorameter.verdicts.validity import disturbance_notices
 TOP = 8
 """Number of operators that are shown by name."""
 NAME_WIDTH = 80
-_MERGED = ", with the adapter merged"
 
 
 def describe_profile(
@@ -324,7 +323,7 @@ def describe_requests(
     requests = f"; requests of {prompts}{workload.prompt_tokens} tokens{each}, answered by {workload.new_tokens}{each}"
     sides = [
         (side, account, suffix)
-        for side, account, suffix in ((profile, served, ""), (profile.merged, merged, _MERGED))
+        for side, account, suffix in ((profile, served, ""), (profile.merged, merged, ", with the adapter merged"))
         if side is not None and account is not None
     ]
     return (
