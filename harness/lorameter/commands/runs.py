@@ -72,8 +72,12 @@ def run_prune(options: argparse.Namespace) -> int:
         "prune: no runs were selected. Give --keep N, --older D, or both.",
     )
     require(options.keep is None or options.keep >= 0, f"--keep = {options.keep}: not a number of runs. Use 0 or more.")
-    older_s = None if options.older is None else parse_age(options.older)
-    pruned = prune(store.runs_dir(options.runs_dir), keep=options.keep, older_s=older_s, dry_run=options.dry_run)
+    pruned = prune(
+        store.runs_dir(options.runs_dir),
+        keep=options.keep,
+        older_s=None if options.older is None else parse_age(options.older),
+        dry_run=options.dry_run,
+    )
     word, freed = ("would be removed", "would be freed") if options.dry_run else ("removed", "freed")
     size = format_bytes(sum(run.size_bytes for run in pruned.removed))
     lines = [
@@ -81,8 +85,11 @@ def run_prune(options: argparse.Namespace) -> int:
         *(f"kept  {run.run}  {run.why}" for run in pruned.staying),
         f"{format_count(len(pruned.removed), 'run')}, {size} {freed}; {pruned.kept} others kept",
     ]
-    data = {"dry_run": options.dry_run, "removed": pruned.removed, "kept_for_a_reason": pruned.staying}
-    print_result(options, "\n".join(lines), data)
+    print_result(
+        options,
+        "\n".join(lines),
+        {"dry_run": options.dry_run, "removed": pruned.removed, "kept_for_a_reason": pruned.staying},
+    )
     return EXIT_PASS
 
 
@@ -92,8 +99,11 @@ def run_pack(options: argparse.Namespace) -> int:
     target = pack(options.run, store.runs_dir(options.runs_dir), output, texts=options.texts)
     skipped = ["logs"] if options.texts else ["texts", "logs"]
     size = target.stat().st_size
-    text = f"{target}  {format_bytes(size)}, without {', '.join(skipped)}"
-    print_result(options, text, {"file": str(target), "size_bytes": size, "skipped": skipped})
+    print_result(
+        options,
+        f"{target}  {format_bytes(size)}, without {', '.join(skipped)}",
+        {"file": str(target), "size_bytes": size, "skipped": skipped},
+    )
     return EXIT_PASS
 
 

@@ -134,13 +134,19 @@ def run_estimate(options: argparse.Namespace) -> int:
     profile, elsewhere = study.profile or None, gpu is not None
     document = describe_estimate(variant, workload, machine, tuple(estimates.values()), measured, elsewhere=elsewhere)
     fit = () if advice is None else describe_fit(advice, workload, profile)
-    about = {"variant": variant.name, "id": variant.id, "model": workload.model, "device": machine.device}
-    phases: dict[str, Any] = {phase: _encode(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES}
     of_device = {"profile": profile, "fit": advice and _encode_fit(advice, estimates)} if device is not None else {}
     show_result(
         options,
         (*document, *fit, *warn_before_run(notices)),
-        lambda: {**about, **phases, "notices": [notice.message for notice in notices], **of_device},
+        lambda: {
+            "variant": variant.name,
+            "id": variant.id,
+            "model": workload.model,
+            "device": machine.device,
+            **{phase: _encode(estimates.get(phase), measured.get(phase)) for phase in MEMORY_PHASES},
+            "notices": [notice.message for notice in notices],
+            **of_device,
+        },
     )
     return EXIT_PASS
 
