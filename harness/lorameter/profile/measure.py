@@ -66,7 +66,6 @@ STEPS_S, REQUESTS_S = 30.0, 20.0
 class TrialSession:
     """An isolated trial for a profile, in its own process; runs command by command within a time limit."""
 
-    study: str
     request: TrialRequest
     record: TrialRecord
     executor: Executor
@@ -77,7 +76,6 @@ class TrialSession:
     folder: Path
     """Folder of the results."""
     scratch: Path
-    label: str
     progress: Callable[[str], None]
     begin_s: float
     """When it began, on the monotonic clock; `ends_s` is when it should end."""
@@ -145,8 +143,8 @@ class TrialSession:
         return {"product": product_rate(self.request.variant), "memory": "memory"}
 
     def facts(self, activity: str) -> dict[str, Any]:
-        """The fields of `lorameter.profile.facts.TrialProfile`, after all measurements; `activity` is the file of the
-        recorded operators."""
+        """The fields of `lorameter.profile.facts.TrialProfile` except the study, after all measurements; `activity` is
+        the file of the recorded operators."""
         machine, request = self.machine, self.request
         by_rate = {} if "peak" in self.skipped else self.read(dict[str, Peak], PEAKS)
         measured = {name: by_rate[rate] for name, rate in self.rates.items() if rate in by_rate}
@@ -155,7 +153,6 @@ class TrialSession:
         limit = Notice(code=SKIPPED, message=f"left out within --max-minutes: {parts}.", remedy="Raise --max-minutes.")
         notices = (*self.record.notices, *((limit,) if parts else ()))
         return {
-            "study": self.study,
             "variant": request.variant,
             "workload": request.workload,
             "device": machine.device,
@@ -172,7 +169,7 @@ class TrialSession:
 
     def store(self, document: str, found: object, traces: Sequence[str] = ()) -> None:
         """Write the facts, and copy the profiler's recordings. Raises `UsageError` if they cannot be written."""
-        with translate_os_errors(lambda: (f"{self.label} {self.folder.name} could not be written", "measure again")):
+        with translate_os_errors(lambda: (f"{self.folder.name} could not be written", "measure again")):
             for trace in traces:
                 self.executor.fetch(self.request.trial, trace, self.folder)
             write_document(self.folder / document, found)
@@ -226,7 +223,6 @@ def open_trial(
         stack.callback(worker.close)
         record = begin_record(slot, "ok")
         yield TrialSession(
-            study=study.name,
             request=make_request(plan, slot, context, executor.make_place(slot.trial, slot.trial)),
             record=record.replaced(
                 started_unix_s=time.time(), tokens=context.token_facts(study.workload), notices=notices
@@ -237,7 +233,6 @@ def open_trial(
             memory_bytes=executor.free_bytes() or machine.device_memory_bytes or machine.memory_bytes,
             folder=folder,
             scratch=stack.enter_context(scratch_folder()),
-            label=label,
             progress=progress,
             begin_s=time.monotonic(),
             ends_s=ends_s,
@@ -276,6 +271,7 @@ def profile_variant(
         trial.ask("activity")
         baseline = trial.record.memory.get(RSS_AT_START, baseline_bytes(trial.machine.cuda))
         profile = Profile(
+            study=study.name,
             **trial.facts(ACTIVITY),
             memory=trial.read(MemoryAccount, ACCOUNTS["train"]),
             estimates=_estimates(variant, study.workload, trial.machine.device, baseline),
@@ -314,6 +310,7 @@ def profile_requests(
         if trial.has_time("cold", begin_s):
             _start_cold(trial, executor)
         profile = RequestProfile(
+            study=study.name,
             **trial.facts(REQUEST_ACTIVITY),
             facts=trial.read(RequestFacts, REQUEST_FACTS),
             merged_activity=trial.read(Activity, MERGED_ACTIVITY) if merges else None,
