@@ -84,8 +84,9 @@ def format_verdict(comparison: Comparison | None, metric: str = "") -> str:
     return f"{write_ratio(comparison).line} {verdict_cell(comparison, metric, 'variants').words}"
 
 
-def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving) -> str:
-    """The range of an inconclusive effect, the smallest detectable difference, and advice."""
+def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving = "replicates") -> str:
+    """The range of an inconclusive effect, the smallest detectable difference, and advice, which depends on whether
+    both sides were measured in one run."""
     if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
     detectable = (

@@ -178,7 +178,7 @@ def _statistics(view: RunView) -> Iterator[Block]:
     advice = [
         to_line(
             Span(text=f"{name}, {ratio_title(table.metric)}", tone="warning"),
-            f": {explain_inconclusive(one, table.metric, table.interleaving or 'replicates')}",
+            f": {explain_inconclusive(one, table.metric)}",
             label="inconclusive",
         )
         for table in tables

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from lorameter.errors import UsageError
 from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, phase_columns
-from lorameter.records.record import Interleaving, Notice
+from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
 from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
@@ -78,8 +78,6 @@ class PhaseTable:
     """The ratio of each shown variant except the reference, in row order."""
     control: Comparison | None
     """The reference compared with its second measurement."""
-    interleaving: Interleaving | None
-    """Interleaving of the trials that measured the metric."""
     note: str
     """A note on the peaks; may be empty."""
     site: str = ""
@@ -218,7 +216,6 @@ def _tabulate(view: RunView, phase: Phase, metric: str, control: Comparison | No
     rows = [Row(cells=cells, strong=cells[0].text == reference) for cells in lines]
     rows = _sort(rows, heads, {"value": metric, "memory": PEAK}.get(view.selection.sort, view.selection.sort))
     title = PHASE_TITLES[phase] if whole else f"{PHASE_TITLES[phase]}: {metric_title(metric)}"
-    base = series.get(reference)
     return PhaseTable(
         phase=phase,
         metric=metric,
@@ -226,7 +223,6 @@ def _tabulate(view: RunView, phase: Phase, metric: str, control: Comparison | No
         series=series,
         ratios={name: ratios[name] for name in (row.cells[0].text for row in rows) if name in ratios},
         control=control,
-        interleaving=None if base is None or is_memory(metric) else base.interleaving(metric),
         note=_baseline_note(series.values(), phase) if whole else "",
     )
 
