@@ -264,9 +264,6 @@ def _tone(row: Row, place: int) -> Tone:
 def _chart_group(group: ChartGroup, console: Console) -> Iterator[RenderableType]:
     """Charts in rows, with as many side by side as fit."""
     yield draw_text(group.title, "strong")
-    if not console.encoding.lower().startswith("utf"):
-        yield from _paragraphs([to_line("charts are drawn where the terminal takes UTF-8")], console)
-        return
     width, drawn = min(_CHART_WIDTH, console.width - 2), list[Text]()
     for chart in group.charts:
         title = draw_text(chart.across.title, "faint")
