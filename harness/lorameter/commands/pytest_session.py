@@ -108,9 +108,8 @@ class Session:
                 f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}",
             )
         options.study = options.study or DEFAULT_STUDY
-        self._study = self._load_study("")
-        if self._study.protocol.on == HERE:  # otherwise the remote machine determines the profile
-            self._study = self._load_study(open_executor().machine().kind)
+        is_here = self._load_study("").protocol.on == HERE  # otherwise the remote machine determines the profile
+        self._study = self._load_study(open_executor().machine().kind if is_here else "")
         require(
             not self._study.protocol.mixed,
             f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, but "
@@ -161,12 +160,9 @@ class Session:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Deselect tests of phases that a resumed run, a script or a multi-rank trial does not have."""
-        if self._interrupted is not None:
-            phases = self._interrupted.manifest.phases
-        elif self._study.trains_only:
-            phases = self._study.protocol.phases
-        else:
+        if self._interrupted is None and not self._study.trains_only:
             return
+        phases = self._study.protocol.phases if self._interrupted is None else self._interrupted.manifest.phases
         lacking = [item for item in items if _read_phase(item) not in (None, *phases)]
         self._config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in lacking]
@@ -299,11 +295,11 @@ class Session:
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Add device, libraries and workload, as far as two runs must agree on them to be compared."""
-        if self._run is not None:
-            provenance = self._run.manifest.provenance
-        else:
-            provenance = collect(self._study, open_executor().facts(), self._study.workload.threads)
-        machine_info["lorameter"] = fingerprint_fields(provenance)
+        machine_info["lorameter"] = fingerprint_fields(
+            collect(self._study, open_executor().facts(), self._study.workload.threads)
+            if self._run is None
+            else self._run.manifest.provenance
+        )
 
     def pytest_benchmark_compare_machine_info(
         self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
