@@ -113,6 +113,14 @@ def test_an_ab_is_reported_with_its_own_policy(run_command, kept):
         assert run_command(command, str(kept), "--policy", str(strict), "--json")[0] == 1, command
 
 
+@pytest.mark.parametrize("options", [("--variant", "lora-r16"), ("--phase", "train"), ("--sort", "ratio")])
+def test_a_selection_of_variants_is_refused_for_an_ab(run_command, options):
+    """The verdict of an A/B is over all of its comparisons."""
+    code, text = run_command("report", "ab", *options)
+    assert code == 2
+    assert "is an A/B, whose verdict is over all of its comparisons" in text
+
+
 def test_the_verdict_of_an_ab_comes_first(run_command):
     """The verdict comes before the differences of the sides and the time breakdown."""
     _, text = run_command("report", "ab-unsure")
