@@ -8,7 +8,7 @@ import pytest
 from lorameter.commands.profile import encode_parity
 from lorameter.parity import judge_parity
 from lorameter.records.record import Failure, ServedAnswers
-from lorameter.report.parity import describe_parity, describe_differing_answers
+from lorameter.report.parity import describe_differing_answers, describe_parity
 from lorameter.report.terminal import render_text
 from lorameter.stats import proportion
 

@@ -18,7 +18,7 @@ from lorameter.models.shapes import ModelShape
 from lorameter.parity import Parity, judge_parity
 from lorameter.profile import accounting
 from lorameter.profile.accounting import request_accounts
-from lorameter.profile.evidence import gather_request_evidence, gather_evidence
+from lorameter.profile.evidence import gather_evidence, gather_request_evidence
 from lorameter.profile.facts import Profile, RequestProfile
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import Finding, diagnose, diagnose_requests
@@ -42,7 +42,7 @@ from lorameter.report.estimate import (
     describe_sizes,
 )
 from lorameter.report.history import describe_history, describe_runs
-from lorameter.report.parity import Sample, describe_parity, describe_samples, describe_differing_answers
+from lorameter.report.parity import Sample, describe_differing_answers, describe_parity, describe_samples
 from lorameter.report.phrases import describe_notices, warn_before_run
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.run import describe_run

@@ -26,13 +26,13 @@ from lorameter.parity import (
     with_prompts,
 )
 from lorameter.profile import accounting
-from lorameter.profile.evidence import gather_request_evidence, gather_evidence
+from lorameter.profile.evidence import gather_evidence, gather_request_evidence
 from lorameter.profile.measure import profile_requests, profile_variant
 from lorameter.profile.remedy import RemedyResult, choose_finding, finding_phase, judge_remedy, make_pair
 from lorameter.profile.rules import REQUEST_RULES, RULES, Finding, diagnose, diagnose_requests
 from lorameter.records import codec, store
 from lorameter.report.blocks import Document, to_line
-from lorameter.report.parity import describe_parity, describe_differing_answers
+from lorameter.report.parity import describe_differing_answers, describe_parity
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
 from lorameter.run.device_lock import hold_device

@@ -15,13 +15,13 @@ from lorameter.records.store import Run
 from lorameter.report.annotations import claims_annotations, comparison_annotations, run_annotations
 from lorameter.report.blocks import Document, Section, to_line
 from lorameter.report.comparison import (
+    comparison_title,
     describe_attribution,
     describe_claims,
     describe_comparison,
     describe_gate,
     describe_verdicts,
     draw_comparison_figures,
-    comparison_title,
 )
 from lorameter.report.figures import draw_run_figures
 from lorameter.report.parity import describe_samples, read_samples

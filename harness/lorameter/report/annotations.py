@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels_check.terminal import escape_control_chars
-from lorameter.report.comparison import describe_outcome, comparison_title, write_ratio_or_peak
+from lorameter.report.comparison import comparison_title, describe_outcome, write_ratio_or_peak
 from lorameter.report.phrases import metric_title
 from lorameter.report.run_view import RunView
 from lorameter.verdicts.claims import ClaimsReport

@@ -137,7 +137,9 @@ def describe_fit(advice: Advice, workload: Workload, profile: str | None) -> Doc
         title="Possible changes, those that free most first",
         heads=(*name_columns("in the study", "frees", "needs then"), *name_columns("there")),
         rows=tuple(
-            write_row(one.writes, write_value(one.freed_bytes, "byte"), _write_range(one.needs), _STATUSES[one.status][0])
+            write_row(
+                one.writes, write_value(one.freed_bytes, "byte"), _write_range(one.needs), _STATUSES[one.status][0]
+            )
             for one in advice.options
         ),
         notes=to_lines(["batch_size is written in [workload], the others in [[variant]]"]),

@@ -344,7 +344,9 @@ def _estimates(variants: SeriesByVariant, metric: str) -> dict[str, _Value]:
 def _sweep(axis: str, levels: Iterable[tuple[float, str]], values: Mapping[str, _Value]) -> Chart:
     """The values of the variants that have one, by their level of a field."""
     points = [
-        Point(x=level, y=values[name][0], y_interval=_interval(values[name])) for level, name in levels if name in values
+        Point(x=level, y=values[name][0], y_interval=_interval(values[name]))
+        for level, name in levels
+        if name in values
     ]
     named = tuple((point.x, f"{point.x:g}") for point in points)
     across = Axis(title=axis, named=named, log=bool(points) and points[0].x > 0)
@@ -395,7 +397,12 @@ def _losses_by_step(series: Series) -> list[tuple[float, ...]]:
 
 
 def _draw_front(
-    variants: SeriesByVariant, across: str, up: str, title: str, caption: str, prompts: Mapping[str, float] | None = None
+    variants: SeriesByVariant,
+    across: str,
+    up: str,
+    title: str,
+    caption: str,
+    prompts: Mapping[str, float] | None = None,
 ) -> Figure | None:
     """The variants that have both metrics, with the Pareto front joined; None with fewer than two variants. `prompts`
     becomes a column of the table."""
@@ -414,9 +421,7 @@ def _draw_front(
         Curve(
             name=name,
             points=(
-                Point(
-                    x=xs[name][0], y=ys[name][0], x_interval=_interval(xs[name]), y_interval=_interval(ys[name])
-                ),
+                Point(x=xs[name][0], y=ys[name][0], x_interval=_interval(xs[name]), y_interval=_interval(ys[name])),
             ),
             hollow=name in dominated,
         )

@@ -103,7 +103,9 @@ def _levels(track: Track) -> Iterator[Row]:
 
 def _break(change: Break) -> Iterator[Line]:
     where = f"{_when(change.after)}, run {change.after.run}: "
-    yield to_line(Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), MAX_DIFFERENCES))
+    yield to_line(
+        Span(text="known break ", tone="odd"), where, first_few(_list_differences(change.differing), MAX_DIFFERENCES)
+    )
     if change.confirm:
         yield to_line("  its effect is measured by: ", Span(text=change.confirm, tone="command"))
 

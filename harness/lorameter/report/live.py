@@ -85,7 +85,9 @@ class LiveDisplay(Display):
         new, self._phase = (slot.replicate, words) != self._phase, (slot.replicate, words)
         self._draw(at_once=new)
         if time.monotonic() - self._printed_at >= SILENT_S:
-            self._print_line(f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._describe_time_left())
+            self._print_line(
+                f"{self._now}, after {format_duration(time.monotonic() - self._begin)}", self._describe_time_left()
+            )
 
     def trial_ended(self, record: TrialRecord) -> None:
         """Show the trial's value and status."""

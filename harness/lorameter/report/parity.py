@@ -72,7 +72,10 @@ def _verdicts(judgement: Judgement) -> Iterator[Line]:
         yield to_line(Span(text=text, tone=tone), f": {format_likeness(one)}", label=one.way)
     for way, why in judgement.failures.items():
         yield to_line(Span(text="no answer", tone="alarm"), f": {why}", label=way)
-    for control, title in ((judgement.base_alone, "what the adapter changes"), (judgement.noise_floor, "the noise floor")):
+    for control, title in (
+        (judgement.base_alone, "what the adapter changes"),
+        (judgement.noise_floor, "the noise floor"),
+    ):
         if control is not None:
             yield to_line(f"{title}: {format_likeness(control)}", label=control.way)
     control = judgement.base_alone or judgement.noise_floor

@@ -144,7 +144,9 @@ def _ceilings(ceilings: Ceilings | str, profile: Profile) -> Iterator[str]:
             yield f"measured on this device: {peak}"
 
 
-def _tabulate_phases(profile: TrialProfile, step: StepAccount, names: SampleNames = STEPS, *, suffix: str = "") -> Table:
+def _tabulate_phases(
+    profile: TrialProfile, step: StepAccount, names: SampleNames = STEPS, *, suffix: str = ""
+) -> Table:
     """A row for each phase, the unexplained remainder, and the step; notes about the pairs are below it. `suffix` is
     added to the title."""
     waits = "device waits" if profile.device == "cuda" else "between operators"
@@ -204,7 +206,9 @@ def _step_lines(step: StepAccount, names: SampleNames) -> Iterator[str]:
         yield f"the phases do not explain the {what}: the remainder is more than {limit}"
 
 
-def _tabulate_categories(profile: TrialProfile, step: StepAccount, names: SampleNames = STEPS, *, suffix: str = "") -> Table:
+def _tabulate_categories(
+    profile: TrialProfile, step: StepAccount, names: SampleNames = STEPS, *, suffix: str = ""
+) -> Table:
     """A row for each kind of work, by phase; the most expensive operators are below it."""
     what = "kernels" if profile.device == "cuda" else "operators, each without those that it calls"
     rows = (

@@ -10,7 +10,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.records import codec
-from lorameter.records.record import SIDES
+from lorameter.records.record import SIDES, Side
 from lorameter.records.store import Run
 from lorameter.run.plan import PRESENT
 from lorameter.studies.script import SIDE
@@ -63,7 +63,7 @@ def _comment(text: str) -> str:
     return f"# {' '.join(text.splitlines())}"
 
 
-def _commands(run: Run, sides: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _commands(run: Run, sides: Mapping[Side, Mapping[str, Any]]) -> Iterator[str]:
     """The command that measures the run again, with a comment if it needs a file; or why there is none."""
     specs = {name: _spec(side) for name, side in sides.items()}
     if not all(specs.values()):

@@ -78,11 +78,10 @@ def save_html(page: str, path: str | Path) -> Path:
 def chart_table(chart: Chart) -> Table:
     """The points of a chart as a table."""
     rows = (
-        write_row(
-            write_number(point.x), value_cell(point.y, *(point.y_interval or (None, None)), unit=chart.up.unit)
-        )
+        write_row(write_number(point.x), value_cell(point.y, low, high, chart.up.unit))
         for curve in chart.curves
         for point in curve.points
+        for low, high in [point.y_interval or (None, None)]
     )
     return Table(title=chart.across.title, heads=name_columns("at", "value", left=0), rows=tuple(rows))
 
