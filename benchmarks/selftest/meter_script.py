@@ -37,7 +37,7 @@ class Switch:
         self.trainer, self.callbacks = trainer, trainer.callback_handler.callbacks
         last = self.callbacks[-1]
         self.hooks = [(one, dict(one)) for one in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
-        self.meter: Any = last if hasattr(last, "detach") else None
+        self.meter: Any = last if type(last).__name__ == "Meter" else None
         self.on = self.meter is not None
         self.reported, self.wall, self.cpu = 0, 0.0, 0.0
 
@@ -50,7 +50,6 @@ class Switch:
             self.callbacks.append(self.meter)
             for hooks, found in self.hooks:
                 hooks.update(found)
-            self.meter.attach(self.meter._steps, self.trainer)
             self.meter._steps.add_hooks()
             self.meter._steps.restart()
         else:
@@ -58,7 +57,6 @@ class Switch:
             self.meter._steps.remove_hooks()
             for hooks, _ in self.hooks:
                 hooks.clear()
-            self.meter.detach()
 
     def time_reports(self) -> None:
         """Time the reports of the meter, each of which covers many steps."""

@@ -8,7 +8,7 @@ without products measures their share of a step.
 
 Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % more, or 100 µs of a shorter step. The bound
 applies to the upper end of the 95 % interval, of wall time and of CPU time, against the same process with the meter
-removed (its callback, its hooks, the methods that it times) and against a process that was never wrapped. The processes
+removed (its callback, hooks and patches) and against a process that was never wrapped. The processes
 take turns of a few steps, since other load changes within a second. A step is timed from its start to the start of the
 next step; the first step of a turn, whose caches are those of the other process, is left out, unless a turn is one
 step. Work of the meter for many steps at once is timed separately and added to each step by its share. A replicate is

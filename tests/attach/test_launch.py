@@ -55,33 +55,6 @@ def wrap(tmp_path, monkeypatch):
     return run
 
 
-CLOSURE = """
-import peft, torch, transformers
-torch.manual_seed(0)
-config = transformers.LlamaConfig(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
-)
-model = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
-optimizer = torch.optim.LBFGS([one for one in model.parameters() if one.requires_grad], lr=0.1, max_iter=2)
-for _ in range(30):
-    ids = torch.randint(0, 64, (2, 16))
-    def closure():
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-"""
-
-
-@pytest.mark.faults
-def test_a_training_by_closures_is_checked(wrap):
-    """LBFGS calls the model inside its update, so that the watched step begins before the update."""
-    code, run = wrap(CLOSURE, "--require", "peft.learning=true", "base.frozen=true")
-    assert code == 0
-    assert [record.status for record in run.records] == ["ok"]
-
-
 def test_a_signal_reaches_the_command_and_the_measured_steps_are_kept(wrap):
     """The signal ends the command, and the run records it."""
     text = LOOP + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"

@@ -138,7 +138,6 @@ def test_the_recorded_error_is_short_and_holds_no_credential(parent):
 
 ENDS = {
     "early": (lambda trial: trial.end(None), "invalid", "ended by itself after 1 step, and more are needed"),
-    "again": (lambda trial: trial.begin(training()), "invalid", "a second training began in the same process"),
     "nan": (lambda trial: trial.step(reading(2, loss=math.nan)), "invalid", "the loss is nan in step 2"),
     "memory": (lambda trial: trial.end(MemoryError("no room")), "oom", "MemoryError in step 2: no room"),
 }
@@ -146,7 +145,7 @@ ENDS = {
 
 @pytest.mark.parametrize(("act", "status", "message"), ENDS.values(), ids=ENDS)
 def test_a_training_that_cannot_be_measured_is_answered_with_its_reason(parent, act, status, message):
-    """The training ends or begins again before its steps were taken, diverges, or needs too much memory."""
+    """The training ends before its steps were taken, diverges, or needs too much memory."""
 
     def script():
         trial = ScriptTrial()

@@ -101,6 +101,7 @@ def test_a_training_is_the_same_with_and_without(listener, followed, make_model,
     losses = [[one["loss"] for one in trainer.state.log_history if "loss" in one] for trainer in (plain, metered)]
     assert losses[0] == losses[1]
     assert not {"compute_loss", "training_step", "get_batch_samples", "_get_grad_norm"} & set(vars(metered))
+    assert not hasattr(Trainer.get_batch_samples, "__wrapped__")
     assert not metered.model._forward_hooks
 
 

@@ -197,18 +197,6 @@ def test_phases_have_peaks_of_their_own(write, tmp_path, monkeypatch):
     assert any("while training" in note and "evaluating" in note for note in run.manifest.study["notes"])
 
 
-def test_a_second_training_of_a_process_is_noted(write):
-    """The first one is what was measured, whether or not it has ended."""
-    for end in (True, False):
-        run, writer, _ = write(steps(12), end=end)
-        writer.begin(training(source="optimizer"))
-        if not end:
-            writer.end(None)
-        (record,) = store.read_run(str(run.path), run.path.parent).records
-        assert [notice.code for notice in record.notices] == ["second-training"]
-        assert (record.status, len(record.samples["step_time_s"])) == ("ok", 4)
-
-
 def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
     """The first process claims the directory of the run."""
     run, _, _ = write(steps(12))

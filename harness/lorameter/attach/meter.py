@@ -5,20 +5,15 @@
 It writes its measurements as a run, like `lorameter run`, and prints the report at the end. A training that is wrapped
 (`lorameter wrap`), or that takes turns with others, is reported to the parent process instead.
 
-Callbacks of transformers' Trainer mark the start and end of steps and the other work of the Trainer. The Trainer
-fetches the batches of a step before it reports the start of the step, so the meter also times its `get_batch_samples`,
-on this trainer only, from the start of its training to its end. The Trainer logs, evaluates and saves after it has
-reported the end of a step: evaluation and saving are separate phases.
+Callbacks of transformers' Trainer mark the start and end of steps and the other work of the Trainer. The Trainer logs,
+evaluates and saves after it has reported the end of a step: evaluation and saving are separate phases.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +26,6 @@ from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserve
 from lorameter.attach.sources import named_observer, this_process
 from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
-
-BATCHES = "get_batch_samples"
-"""The Trainer method that fetches the batches of a step; without it, the wait for data and the tokens are unknown."""
-
 
 Batch = TypeVar("Batch")
 _END = object()
@@ -66,9 +57,6 @@ class Meter(TrainerCallback):
         self._required = dict(require or {})
         self._model = weak_reference(model)
         self._steps: Steps | None = None
-        self._begun = False
-        """Whether the training of a loop has begun."""
-        self._trainer: Callable[[], Any] = lambda: None
 
     def _make(self) -> TrainingObserver:
         if os.environ.get(ENV_FOLLOWER):
@@ -77,37 +65,20 @@ class Meter(TrainerCallback):
 
         return Writer(runs_dir=self._runs_dir, report=self._report)
 
-    def _follow(self, kind: Source, model: Any, **facts: Any) -> Steps | None:
-        return this_process().begin(self, kind, model, self._make, required=self._required, **facts)
+    def _begin(self, kind: Source, model: Any, **facts: Any) -> None:
+        """Begin or continue to measure the training, unless another one is measured."""
+        self._steps = ErrorGuard().run(
+            this_process().begin, self, kind, model, self._make, required=self._required, **facts
+        )
 
     # --- a Trainer ----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called after the setup, before the first batch is fetched."""
-        self.detach()
-        self._steps = ErrorGuard().run(self._begin, args, state, kwargs.get("model"))
-
-    def _begin(self, args: Any, state: Any, model: Any) -> Steps | None:
-        facts = {"planned_steps": state.max_steps or None, "accumulation": args.gradient_accumulation_steps}
-        steps = self._follow("trainer", model, **facts)
-        if steps is not None:
-            self.attach(steps, find_trainer(state))
-            if getattr(args, "eval_on_start", False):
-                steps.phase("evaluate")
-        return steps
-
-    def attach(self, steps: Steps, trainer: Any) -> None:
-        """Time how this trainer fetches its batches, until `detach`."""
-        fetch = getattr(trainer, BATCHES, None)
-        if callable(fetch):
-            self._trainer = weakref.ref(trainer)
-            setattr(trainer, BATCHES, functools.wraps(fetch)(functools.partial(_fetch_batches, steps, fetch)))
-
-    def detach(self) -> None:
-        """Restore the trainer."""
-        trainer = self._trainer()
-        if trainer is not None:
-            vars(trainer).pop(BATCHES, None)
+        planned, accumulation = state.max_steps or None, args.gradient_accumulation_steps
+        self._begin("trainer", kwargs.get("model"), planned_steps=planned, accumulation=accumulation)
+        if getattr(args, "eval_on_start", False):
+            self._enter("evaluate")
 
     def _enter(self, phase: Phase) -> None:
         if self._steps is not None:
@@ -145,7 +116,6 @@ class Meter(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called at the end of training."""
-        self.detach()
         self.end()
 
     # --- a loop -------------------------------------------------------------------------------------------------------
@@ -156,15 +126,12 @@ class Meter(TrainerCallback):
 
         The wait for a batch is measured separately. Call it again for every epoch.
         """
-        if not self._begun:
-            self._begun = True
-            model = None if self._model is None else self._model()
-            self._steps = ErrorGuard().run(self._follow, "loop", model, accumulation=accumulation)
+        model = None if self._model is None else self._model()
+        self._begin("loop", model, accumulation=accumulation)
         if self._steps is None:
             yield from batches
             return
         steps, iterator, taken = self._steps, iter(batches), 0
-        steps.restart()
         steps.within = True
         try:
             while True:
@@ -212,32 +179,6 @@ class Meter(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(error)
-
-
-def _fetch_batches(steps: Steps, fetch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Fetch the batches of a step, and time the wait for them."""
-    steps.phase("train")
-    steps.begin_part("data")
-    found = fetch(*args, **kwargs)
-    steps.end_part("data")
-    for batch in found[0] if isinstance(found, tuple) and isinstance(found[0], list) else ():
-        steps.batch(batch)
-    return found
-
-
-def find_trainer(state: Any) -> Any:
-    """The Trainer whose callback is being called; None if there is none.
-
-    A callback receives the arguments, the state and the model, but not the Trainer. The Trainer is the `self` of a
-    calling frame with this state.
-    """
-    frame: Any = sys._getframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if owner is not None and getattr(owner, "state", None) is state and callable(getattr(owner, "log", None)):
-            return owner
-        frame = frame.f_back
-    return None
 
 
 def add_meter(trainer: Any) -> None:

@@ -66,25 +66,16 @@ class TrainingOverError(Exception):
 
 
 class ScriptTrial:
-    """Implements `TrainingObserver` in a script's process; a fork of that process is not measured."""
+    """Implements `TrainingObserver` in a script's process."""
+
+    _program: Generator[ObserverReply, StepReading, NoReturn]
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
-        self._program: Generator[ObserverReply, StepReading, NoReturn] | None = None
         self._steps = 0
         self._phase = "prepare"
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
         """Wait for commands before the first step of the training."""
-        if os.getpid() != self._pid:
-            return ObserverReply()
-        if self._program is not None:
-            self._stop(
-                "invalid",
-                "TwoTrainings",
-                "a second training began in the same process while the first had not ended. Measure a script that "
-                "trains once",
-            )
         self._training = training
         self._connection = _connect()
         self._program = self._run()
@@ -92,20 +83,15 @@ class ScriptTrial:
 
     def step(self, reading: StepReading) -> ObserverReply:
         """Pass the reading of a step to the current command, and wait if that command is done."""
-        if os.getpid() != self._pid or self._program is None:
-            return ObserverReply()
         self._steps += 1
         return self._program.send(reading)
 
     def phase(self, phase: Phase) -> None:
         """Track memory peaks of evaluation and saving, which are outside all steps."""
-        if os.getpid() == self._pid and self._program is not None:
-            self._peaks.enter(phase)
+        self._peaks.enter(phase)
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Answer with the end of the training, and never return."""
-        if os.getpid() != self._pid or self._program is None:
-            return
         if error is None:
             self._stop(
                 "invalid",
@@ -123,7 +109,6 @@ class ScriptTrial:
             with contextlib.suppress(Exception):  # the script may have replaced the stream
                 stream.flush()
         failure = Failure(phase=self._phase, kind=kind[:120], message=message, traceback=traceback)
-        assert self._program is not None
         while True:
             self._program.throw(TrainingOverError(status, failure))
 

@@ -83,7 +83,7 @@ class Attachment:
         Returns:
             The object to which the source reports its steps; None if another training is or was measured.
         """
-        if self._pid == os.getpid() and self._source is source and self.steps is not None and self.steps.is_measuring:
+        if self._source is source and self.steps is not None and not self.steps.ended:
             self.steps.restart()
             return self.steps
         if self._pid is not None:
@@ -116,12 +116,11 @@ class Attachment:
         return self.steps
 
     def report_another(self, source: Source) -> None:
-        """Report another training once to the observer; it is not measured, and the first training has ended."""
+        """Report another training once; it is not measured, and the first training has ended."""
         if self._reported or self.steps is None or self._pid != os.getpid():
             return
         self._reported = True
         print_notice(f"another training of this script (seen by its {source}) is not measured: only the first is")
-        ErrorGuard().run(self.steps.observer.begin, TrainingInfo(source=source))
         self.steps.end(_unended_error(self.steps), seen=False)
 
     def _end_with_process(self) -> None:
@@ -216,8 +215,8 @@ class OptimizerSource:
     """Observes the steps of the first optimizer that updates, without keeping references to its training. The hook of a
     process (`hook/sitecustomize.py`) calls it before and after the update of every optimizer."""
 
-    def __init__(self, make: MakeObserver | None = None) -> None:
-        self._make = make or named_observer
+    def __init__(self, make: MakeObserver = named_observer) -> None:
+        self._make = make
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
         self._calls = Patches()
@@ -237,9 +236,7 @@ class OptimizerSource:
 
     def _begin_update(self) -> None:
         if self._steps is not None:
-            if self._steps.passes_in_update:
-                self._steps.open_step()
-            self._steps.begin_update()
+            self._steps.begin_part("optimizer")
 
     def _end_update(self, optimizer: Any) -> None:
         if self._over:
@@ -248,7 +245,7 @@ class OptimizerSource:
             if not this_process().occupied:
                 self._begin(optimizer)
             return
-        self._steps.end_update()
+        self._steps.end_part("optimizer")
         if optimizer is self._optimizer():
             self._others.clear()
             self._calls.remove()
@@ -257,7 +254,8 @@ class OptimizerSource:
             return
         self._others[id(optimizer)] += 1
         if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
-            self.end()
+            self._over = True
+            self._calls.remove()
             this_process().report_another("optimizer")
 
     def _begin(self, optimizer: Any) -> None:
@@ -267,7 +265,6 @@ class OptimizerSource:
             return
         self._optimizer = weakref.ref(optimizer)
         weakref.finalize(optimizer, self._remove_hooks).atexit = False  # at interpreter shutdown, modules are gone
-        self._steps.restart()
         self._watch_next(self._steps)
 
     def _follow(self, optimizer: Any) -> Steps | None:
@@ -276,9 +273,9 @@ class OptimizerSource:
 
     def _watch_next(self, steps: Steps) -> None:
         """Open a step that must be watched when a module of the model is called, since there is no such call after the
-        last step. If the closure of an update calls the model, the step is opened before the update."""
+        last step."""
         model = steps.training.module
-        if model is None or steps.passes_in_update or not steps.watch_is_due:
+        if model is None or not steps.watch_is_due:
             return
         trained, parts = model.training, frozenset(map(id, model.modules()))
 
@@ -296,13 +293,6 @@ class OptimizerSource:
         self._calls.remove()
         if self._steps is not None:
             self._steps.remove_hooks()
-
-    def end(self) -> None:
-        """Stop measuring the training, whose end was not seen."""
-        self._over = True
-        self._remove_hooks()
-        if self._steps is not None:
-            self._steps.end(None, seen=False)
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:

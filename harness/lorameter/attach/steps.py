@@ -58,6 +58,11 @@ After = Callable[[tuple[Any, ...], Any, BaseException | None], None]
 """Called after a call, with its positional arguments and its result or exception."""
 
 
+FETCH = "get_batch_samples"
+"""The Trainer method that fetches the batches of a step, before the Trainer reports the start of the step. Without it
+(before transformers 4.46), the wait for data and the tokens are unknown."""
+
+
 def _ignore(*args: Any) -> None:
     """Default for a callback that is not given."""
 
@@ -144,9 +149,6 @@ class Steps:
         """Whether the training has ended."""
         self.within = True
         """Whether current events belong to a step."""
-        self.passes_in_update = False
-        """Whether a backward pass ran inside an update, as in the closure of LBFGS."""
-        self._updating = False
         self._passes = 0
         """Depth of nested backward passes; checkpointing starts one inside another."""
         self._loaders = Loaders()
@@ -176,13 +178,18 @@ class Steps:
         add(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward)
         add(torch.nn.utils, "clip_grad_norm_", after=self._keep_norm)
         add(torch.amp.GradScaler, "scale", after=self._keep_loss)
-        if self.training.source == "optimizer":  # an optimizer source observes updates, but no batches
-            add(_BaseDataLoaderIter, "__next__", before=self._wait, after=self._load)
-        else:
-            self._handles = [
-                register_optimizer_step_pre_hook(_update_hook(self.begin_update)),
-                register_optimizer_step_post_hook(_update_hook(self.end_update)),
-            ]
+        if self.training.source == "optimizer":  # it reports its updates itself, but no batches
+            add(_BaseDataLoaderIter, "__next__", before=self._begin_load, after=self._end_load)
+            return
+        self._handles = [
+            register_optimizer_step_pre_hook(_update_hook(functools.partial(self.begin_part, "optimizer"))),
+            register_optimizer_step_post_hook(_update_hook(functools.partial(self.end_part, "optimizer"))),
+        ]
+        if self.training.source == "trainer":
+            from transformers import Trainer
+
+            if FETCH in vars(Trainer):
+                add(Trainer, FETCH, before=self._begin_fetch, after=self._end_fetch)
 
     def remove_hooks(self) -> None:
         """Remove all hooks and restore all replaced functions."""
@@ -197,33 +204,22 @@ class Steps:
 
     def begin_part(self, part: Part) -> None:
         """Mark the start of a part of the step."""
-        self._borders.append((part, "begin", time.perf_counter(), self._stamp()))
+        if self._active:
+            self._borders.append((part, "begin", time.perf_counter(), self._stamp()))
 
     def end_part(self, part: Part) -> None:
         """Mark the end of a part of the step and of all parts inside it; ignored if the part did not begin."""
-        self._borders.append((part, "end", time.perf_counter(), self._stamp()))
+        if self._active:
+            self._borders.append((part, "end", time.perf_counter(), self._stamp()))
 
     @property
     def _active(self) -> bool:
         return self.within and self.is_measuring
 
-    def begin_update(self) -> None:
-        """Mark the start of an optimizer's update."""
-        if self._active:
-            self._updating = True
-            self.begin_part("optimizer")
-
-    def end_update(self) -> None:
-        """Mark the end of an optimizer's update."""
-        if self._active:
-            self._updating = False
-            self.end_part("optimizer")
-
     def _begin_backward(self, args: tuple[Any, ...]) -> None:
         self._passes += 1
         if self._passes > 1 or not self._active:
             return
-        self.passes_in_update = self.passes_in_update or self._updating
         if args and _is_scalar(args[0]):
             self._roots.append(args[0].detach())
         self._batches += self._loaders.take()
@@ -231,7 +227,7 @@ class Steps:
 
     def _end_backward(self, args: tuple[Any, ...], result: Any, error: BaseException | None) -> None:
         self._passes -= 1
-        if self._passes == 0 and self._active:
+        if self._passes == 0:
             self.end_part("backward")
 
     def _keep_norm(self, args: tuple[Any, ...], norm: Any, error: BaseException | None) -> None:
@@ -248,11 +244,11 @@ class Steps:
         """Whether a loaded batch may belong to the training: gradients are on, unlike in an evaluation."""
         return torch.is_grad_enabled() and self._active
 
-    def _wait(self, args: tuple[Any, ...]) -> None:
+    def _begin_load(self, args: tuple[Any, ...]) -> None:
         if self._loads:
             self.begin_part("data")
 
-    def _load(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
+    def _end_load(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
         if not self._loads:
             return
         self.end_part("data")
@@ -260,6 +256,15 @@ class Steps:
             self._loaders.put(args[0], self._guard.run(copy_batch, batch) or BatchParts())
         else:
             self._loaders.end(args[0])
+
+    def _begin_fetch(self, args: tuple[Any, ...]) -> None:
+        self.phase("train")
+        self.begin_part("data")
+
+    def _end_fetch(self, args: tuple[Any, ...], fetched: Any, error: BaseException | None) -> None:
+        self.end_part("data")
+        for batch in fetched[0] if isinstance(fetched, tuple) and isinstance(fetched[0], list) else ():
+            self.batch(batch)
 
     def _stamp(self) -> Any:
         """A CUDA event recorded now; None on a CPU."""
