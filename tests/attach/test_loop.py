@@ -14,7 +14,7 @@ import torch
 
 from lorameter.attach import measures as module
 from lorameter.attach.batches import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
-from lorameter.attach.measures import Energy, StepFlops, StepSamples
+from lorameter.attach.measures import Energy, StepFlops, complete_columns, turn_columns
 from lorameter.attach.meter import Meter
 from lorameter.attach.observer import ErrorGuard, ObserverReply, StepReading, TrainingInfo, weak_reference
 from lorameter.attach.steps import Steps, make_watch
@@ -233,12 +233,10 @@ H100 = "NVIDIA H100 80GB HBM3"
 @pytest.fixture
 def gathered():
     """Steps of two rows with ten real tokens each."""
-    found = StepSamples(None)
-    for number in range(1, 21):
-        found.add(StepReading(
-            number=number, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20, padded_tokens=32
-        ))  # fmt: skip
-    return found.samples()
+    step = StepReading(
+        number=1, step_time_s=0.1, cpu_time_s=0.1, sequences=2, real_tokens=20, padded_tokens=32
+    )  # fmt: skip
+    return {name: values * 5 for name, values in complete_columns(turn_columns([step])).items()}
 
 
 def work(model):
@@ -264,9 +262,8 @@ def test_unknown_peaks_and_flops_are_left_out(make_model, gathered):
     """An unlisted device has no peak; a model without a configuration and steps with unknown tokens have no FLOPs."""
     assert "peak_flops_per_s" not in work(make_model()).values(gathered, "Test CPU")
     assert work(torch.nn.Linear(2, 2)).values(gathered, H100) == {}
-    unseen = StepSamples(None)
-    unseen.add(StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1))
-    assert work(make_model()).values(unseen.samples(), H100) == {}
+    unseen = complete_columns(turn_columns([StepReading(number=1, step_time_s=0.1, cpu_time_s=0.1)]))
+    assert work(make_model()).values(unseen, H100) == {}
 
 
 class Gpu:

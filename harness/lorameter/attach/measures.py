@@ -1,8 +1,7 @@
 """Measures a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
 
-Steps count as in any trial: the first is reported separately, the warm-up ends when the step times are steady, a step
-watched by kernels_check has no time, and the rest is timed. A quantity that one step lacks is left out for all steps.
-With several ranks, rank 0 writes the run, and the slowest rank determines the time of each step.
+A quantity that one step lacks is left out for all steps. With several ranks, rank 0 writes the run, and the slowest rank
+determines the time of each step.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from lorameter.attach.launch import WRAP
 from lorameter.attach.observer import NotFollowedError, Phase, StepReading, TrainingInfo
 from lorameter.errors import LorameterError
 from lorameter.machine.host import PeakMemoryTracker
-from lorameter.machine.nvml import NvmlDevice
 from lorameter.machine.reading import Reading
 from lorameter.machine.telemetry import energy_between, open_torch_gpu
 from lorameter.models.costs.flops import StepTokens
@@ -33,8 +31,6 @@ from lorameter.models.costs.peaks import Rate, stated_peak
 from lorameter.records.fileio import write_whole
 from lorameter.records.os_errors import describe_error
 from lorameter.records.record import Failure, Notice, Status
-from lorameter.stats import is_steady, is_warm
-from lorameter.studies.protocol import Protocol
 
 Columns = dict[str, list[float | None]]
 """Samples by their names in a record; None for a step without a value."""
@@ -86,60 +82,8 @@ def complete_columns(columns: Columns) -> dict[str, tuple[float, ...]]:
 
 MAX_TIMED = 10_000
 """Maximum timed steps that are kept: a record is read completely, and later steps of a long training add little."""
-
-
-class StepSamples:
-    """The steps of one training."""
-
-    def __init__(self, planned_steps: int | None) -> None:
-        """`planned_steps` is the length of the training; the warm-up takes at most a third of it."""
-        protocol = Protocol()
-        self._least, self._most = protocol.warmup_steps_min, protocol.warmup_steps_max
-        if planned_steps is not None:
-            self._most = max(self._least, min(self._most, planned_steps // 3))
-        self._columns: Columns = {}
-        self.values = {"training_steps": 0.0}
-        """Values as in a trial's record."""
-        self.warm = False
-        """Whether the warm-up is over."""
-        self.timed: list[int] = []
-        """The numbers of the timed steps."""
-        self.conventions: dict[str, None] = {}
-        """Descriptions of how tokens were counted."""
-        self.not_finite: Failure | None = None
-        """The failure of the first step whose loss is not finite."""
-
-    def add(self, reading: StepReading) -> dict[str, float | None]:
-        """Add a step; returns its values for the samples. Each timed step is its own turn."""
-        self.values["training_steps"] = float(reading.number)
-        self.conventions |= dict.fromkeys(reading.conventions)
-        self.not_finite = self.not_finite or loss_not_finite([reading])
-        columns: Columns = {}
-        if reading.checks is None and not self.warm:
-            columns = untimed_columns("warmup", [reading])
-            if "first_step_time_s" in self.values:
-                columns["warmup_step_time_s"] = [reading.step_time_s]
-            self.values.setdefault("first_step_time_s", reading.step_time_s)
-        elif reading.checks is None and len(self.timed) < MAX_TIMED:
-            columns = turn_columns([reading])
-            self.timed.append(reading.number)
-        for name, (value,) in columns.items():
-            self._columns.setdefault(name, []).append(value)
-        if not self.warm:
-            times = self.samples().get("warmup_step_time_s", ())
-            self.warm = is_warm(times, self._least, self._most)
-            self.values |= {"warmup_steady": float(is_steady(times))} if self.warm else {}
-        return {name: value for name, (value,) in columns.items()}
-
-    def samples(self) -> dict[str, tuple[float, ...]]:
-        """Samples as in a trial's record."""
-        return complete_columns(self._columns)
-
-
 WAIT_S = 10.0
 """Maximum time for which rank 0 waits for the files of the other ranks, which end at the same time."""
-MAX_KEPT = 2 * MAX_TIMED
-"""Maximum steps that a rank keeps: the timed steps are among the first (`MAX_TIMED`)."""
 RankStep = tuple[float, int | None, int | None, int | None]
 """The time of a step on one rank in seconds, and its sequences, real tokens and padding."""
 
@@ -162,7 +106,7 @@ class Ranks:
 
     def add(self, reading: StepReading) -> None:
         """Add a step."""
-        if len(self._steps) < MAX_KEPT:
+        if len(self._steps) < 2 * MAX_TIMED:  # the timed steps are among them
             step = reading.step_time_s, reading.sequences, reading.real_tokens, reading.padding_tokens
             self._steps.append(step)
 
@@ -174,10 +118,16 @@ class Ranks:
         self, samples: Mapping[str, tuple[float, ...]], timed: Iterable[int], notices: list[Notice]
     ) -> dict[str, tuple[float, ...]]:
         """The samples of rank 0, with the time of each timed step from its slowest rank, and the tokens of all ranks.
+        Waits for the files of the other ranks.
 
         A notice names ranks without a file, or with fewer steps; the tokens of all ranks are then unknown.
         """
-        others = self._read()
+        deadline = time.monotonic() + WAIT_S
+        paths = [self._folder / f"{rank}.json" for rank in range(1, self._ranks)]
+        while not all(path.is_file() for path in paths) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        read = [msgspec.json.decode(path.read_bytes(), type=list[RankStep]) for path in paths if path.is_file()]
+        others = [steps for steps in read if len(steps) >= len(self._steps)]
         shutil.rmtree(self._folder, ignore_errors=True)
         columns: Columns = {name: [] for name in ("step_time_s", "turn_sequences", "turn_tokens", "turn_padded_tokens")}
         missing = self._ranks - 1 - len(others)
@@ -199,15 +149,6 @@ class Ranks:
             )
         of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")
         return {name: one for name, one in samples.items() if name not in of_rank_0} | complete_columns(columns)
-
-    def _read(self) -> list[list[RankStep]]:
-        """The steps of the other ranks with the same number of steps; waits for missing files."""
-        deadline = time.monotonic() + WAIT_S
-        paths = [self._folder / f"{rank}.json" for rank in range(1, self._ranks)]
-        while not all(path.is_file() for path in paths) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        read = [msgspec.json.decode(path.read_bytes(), type=list[RankStep]) for path in paths if path.is_file()]
-        return [one for one in read if len(one) >= len(self._steps)]
 
 
 def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
@@ -260,8 +201,7 @@ class Energy:
     """Joules of one GPU over the stretches that only train, with their steps and tokens; empty on a CPU."""
 
     def __init__(self, device: str) -> None:
-        self._device = device
-        self._gpu: NvmlDevice | None = None
+        self._gpu = open_torch_gpu(device).value if device.startswith("cuda") else None
         self._begun: tuple[float, Reading[float]] | None = None
         self._before: Counter[str] = Counter()
         """Counts of the earlier stretches."""
@@ -271,8 +211,6 @@ class Energy:
 
     def begin(self) -> None:
         """Begin a stretch of training."""
-        if self._device.startswith("cuda"):
-            self._gpu = self._gpu or open_torch_gpu(self._device).value
         if self._gpu is not None:
             self._begun = (time.monotonic(), self._gpu.energy_j())
             self._stretch = Counter()

@@ -1,8 +1,8 @@
 """The observer that writes a script's training to disk as a run.
 
-It requests a check of the first step after the warm-up, and of the next step if the first left something unknown. It
-works only between steps, outside all step times: it reads the machine's state at the ends of each stretch of training,
-and writes each step.
+The first step is reported separately, the warm-up ends when the step times are steady, the next step is watched by
+kernels_check and has no time, and the rest is timed. The observer works only between steps, outside all step times: it
+reads the machine's state at the ends of each stretch of training, and writes each step.
 
 A process claims the run by creating its directory, which succeeds in one process only; trainings of other processes are
 not measured. The record is written when the training begins and when it ends, and each step when it is reported, so a
@@ -19,17 +19,27 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
 
-import kernels_check
-import lorameter
 from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, tokens_in
-from lorameter.attach.measures import MAX_TIMED, Energy, Peaks, Ranks, StepFlops, StepSamples, describe_end
+from lorameter.attach.measures import (
+    MAX_TIMED,
+    Columns,
+    Energy,
+    Peaks,
+    Ranks,
+    StepFlops,
+    complete_columns,
+    describe_end,
+    loss_not_finite,
+    turn_columns,
+    untimed_columns,
+)
 from lorameter.attach.observer import (
     NotFollowedError,
     ObserverReply,
@@ -48,6 +58,7 @@ from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRe
 from lorameter.records.store import Manifest, RunWriter
 from lorameter.records.trials import STEPS, Step, encode_step
 from lorameter.records.units import format_bytes, format_count
+from lorameter.stats import is_steady, is_warm
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_words
 from lorameter.studies.script_study import study_of_command
@@ -72,46 +83,44 @@ class RunFile:
         except FileExistsError:
             raise NotFollowedError("another process of this command is followed") from None
         self.path = path
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(store.lock_run(path))
-        self.study = study_of(read_command(), dict(requirements))
-        (self._variant,) = self.study.variants
-        self._begun_s, self._begun_unix_s = time.monotonic(), time.time()
-        facts = describe_place(self.study, device)
+        self._resources = contextlib.ExitStack()
+        self._resources.enter_context(store.lock_run(path))
+        self._study = study_of(read_command(), dict(requirements))
+        (variant,) = self._study.variants
+        trial, begun_unix_s = f"r0-{variant.name}", time.time()
+        self._begun_s = time.monotonic()
+        facts = describe_place(self._study, device)
         self.device_name = str(facts["device_name"])
         self._manifest = Manifest(
             run=path.name,
-            study=codec.to_json(self.study),
+            study=codec.to_json(self._study),
             phases=("train",),
             interleaving="replicates",
-            order=(f"r0-{self._variant.name}",),
+            order=(trial,),
             seed=0,
-            created_unix_s=self._begun_unix_s,
+            created_unix_s=begun_unix_s,
             provenance=facts,
             fingerprint=provenance.fingerprint(facts),
         )
-        self.steps = self._held.enter_context((path / STEPS).open("ab", buffering=0))
-        failure = Failure(phase="train", kind=UNDER_WAY, message="under way when this was written")
-        begun = self.record(status="interrupted", failure=failure, values=values)
-        RunWriter(path.parent, self._manifest).append(begun)
-
-    def record(self, **measured: Any) -> TrialRecord:
-        """The record of the trial with the measured values, including `status` and `failure`."""
-        (trial,) = self._manifest.order
-        return TrialRecord(
+        self.steps = self._resources.enter_context((path / STEPS).open("ab", buffering=0))
+        self.record = TrialRecord(
             trial=trial,
-            name=self._variant.name,
-            variant=self._variant.id,
+            status="interrupted",
+            failure=Failure(phase="train", kind=UNDER_WAY, message="under way when this was written"),
+            name=variant.name,
+            variant=variant.id,
             role="variant",
             replicate=0,
             position=0,
             interleaving="replicates",
             seed=0,
-            started_unix_s=self._begun_unix_s,
+            started_unix_s=begun_unix_s,
             wall_time_s=time.monotonic() - self._begun_s,
             log=f"logs/{trial}.log",
-            **measured,
+            values=values,
         )
+        """The record of the training before its first step."""
+        RunWriter(path.parent, self._manifest).append(self.record)
 
     def finish(self, record: TrialRecord, notes: Sequence[str]) -> None:
         """Write the last record, the number of timed steps, and notes on the numbers."""
@@ -120,14 +129,11 @@ class RunFile:
             log = text or "The output of the script went to its terminal.\n"
             (self.path / record.log).write_text(log, encoding="utf-8")
         protocol = dataclasses.replace(PROTOCOL, turns=max(1, len(record.turn_lengths)))
-        study = dataclasses.replace(self.study, protocol=protocol, notes=tuple(notes))
-        self._manifest = msgspec.structs.replace(self._manifest, study=codec.to_json(study))
-        self.write_last(record)
-        self._held.close()
-
-    def write_last(self, record: TrialRecord) -> None:
-        """Write the record of a training that has ended."""
-        RunWriter(self.path.parent, self._manifest).finish_with(record)
+        study = dataclasses.replace(self._study, protocol=protocol, notes=tuple(notes))
+        manifest = msgspec.structs.replace(self._manifest, study=codec.to_json(study))
+        wall_time_s = time.monotonic() - self._begun_s
+        RunWriter(self.path.parent, manifest).finish_with(record.replaced(wall_time_s=wall_time_s))
+        self._resources.close()
 
 
 def study_of(command: str, requirements: dict[str, object]) -> Study:
@@ -162,6 +168,9 @@ AT_ONCE = ObserverReply()
 class Writer:
     """A `TrainingObserver` that writes a run."""
 
+    _training: TrainingInfo
+    _program: Generator[ObserverReply, StepReading, NoReturn]
+
     def __init__(self, *, runs_dir: str | Path | None = None, report: bool = False) -> None:
         """Nothing is written before the training begins.
 
@@ -169,49 +178,43 @@ class Writer:
             runs_dir: where the run is written; None: from the environment.
             report: whether the report is printed at the end.
         """
-        self._runs_dir = None if runs_dir is None else str(runs_dir)
-        self._require: dict[str, Any] = json.loads(os.environ.get(REQUIRE, "{}"))
+        self._runs_dir = runs_dir
         self._report = report
-        self._training: TrainingInfo | None = None
-        self._file: RunFile | None = None
-        self._last: TrialRecord | None = None
-        """The last record, after it has been written."""
+        self._required: dict[str, Any] = json.loads(os.environ.get(REQUIRE, "{}"))
+        self._run: RunFile | None = None
+        """None on ranks other than 0, which write no run, and after the end."""
         self._ranks: Ranks | None = None
-        self._notices: list[Notice] = []
+        self._columns: Columns = {}
+        self._timed: list[int] = []
+        """The numbers of the timed steps."""
+        self._conventions: dict[str, None] = {}
+        """Descriptions of how tokens were counted."""
+        self._not_finite: Failure | None = None
+        """The failure of the first step whose loss is not finite."""
         self._checks: tuple[dict[str, Any], ...] | None = None
-        self._watched = 0
+        self._warm = False
+        """Whether the following steps are timed."""
         self._in_stretch = False
-        """Whether steps are being timed, and the machine's state is being recorded."""
-        self._values: dict[str, float] = {}
+        """Whether the machine's state is being recorded."""
+        self._read_s = 0.0
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
-        """Claim the run; a second training in the same process is only noted."""
-        if self._training is not None:
-            self._notices.append(
-                Notice(
-                    code="second-training",
-                    message=f"a second training began in the same process (seen by its {training.source}); the first "
-                    "one is what was measured.",
-                    remedy="Measure each training in a process of its own.",
-                )
-            )
-            if self._last is not None and self._file is not None:
-                self._file.write_last(self._last.replaced(notices=tuple(self._notices)))
-            return AT_ONCE
+        """Claim the run."""
         self._training = training
-        self._require = {**training.required, **self._require}  # requirements of the command take precedence
+        self._required = {**training.required, **self._required}  # requirements of the command take precedence
         path = self._path()
         if training.ranks > 1:
             self._ranks = Ranks(path, training)
         if training.rank:
             return AT_ONCE
         device = str(device_of([*training.module.parameters()])) if training.module is not None else device_in_use()
-        self._samples, self._work = StepSamples(training.planned_steps), StepFlops(training)
-        self._values = training.counts | {"threads": float(torch.get_num_threads())}
-        self._file = RunFile(path, device=device, requirements=self._require, values=dict(self._values))
+        values = training.counts | {"threads": float(torch.get_num_threads())}
+        self._work = StepFlops(training)
+        self._run = RunFile(path, device=device, requirements=self._required, values=values)
+        self._values = values | {"training_steps": 0.0}
         self._peaks, self._telemetry, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
-        self._read_s = time.monotonic()
-        return AT_ONCE
+        self._program = self._measure()
+        return next(self._program)
 
     def _path(self) -> Path:
         """The directory of the run."""
@@ -224,40 +227,59 @@ class Writer:
         """Add a step; request a check of the first step after the warm-up."""
         if self._ranks is not None:
             self._ranks.add(reading)
-        if self._file is None:
+        if self._run is None:
             return AT_ONCE
-        if reading.checks is not None:
-            self._watched += 1
-            self._checks = tuple(codec.to_json(check) for check in reading.checks)
-        was_warm = self._samples.warm
-        columns = self._samples.add(reading)
-        self._file.steps.write(encode_step(Step(samples=columns, **self._so_far())))
-        if self._samples.warm and (not was_warm or self._watch_again(reading)):
-            return ObserverReply(watch=self._require)
-        if not was_warm:
-            return AT_ONCE
-        if not self._in_stretch:
-            self._begin_stretch()
-        elif reading.checks is None:
+        self._conventions |= dict.fromkeys(reading.conventions)
+        self._not_finite = self._not_finite or loss_not_finite([reading])
+        return self._program.send(reading)
+
+    def _measure(self) -> Generator[ObserverReply, StepReading, NoReturn]:
+        """Yields the request for each step, and receives its reading. The warm-up takes at most a third of the
+        training."""
+        protocol, planned_steps = Protocol(), self._training.planned_steps
+        least, most = protocol.warmup_steps_min, protocol.warmup_steps_max
+        if planned_steps is not None:
+            most = max(least, min(most, planned_steps // 3))
+        reading = yield AT_ONCE
+        self._add(reading, untimed_columns("warmup", [reading]), first_step_time_s=reading.step_time_s)
+        times: list[float] = []
+        while not is_warm(times, least, most):
+            reading = yield AT_ONCE
+            times.append(reading.step_time_s)
+            self._add(reading, {"warmup_step_time_s": [reading.step_time_s], **untimed_columns("warmup", [reading])})
+        for _ in range(MAX_WATCHED):
+            reading = yield ObserverReply(watch=self._required)
+            self._add(reading, {}, warmup_steady=float(is_steady(times)))
+            if reading.checks is not None:
+                self._checks = tuple(codec.to_json(check) for check in reading.checks)
+            if not needs_another_step(reading.checks or ()):
+                break
+        self._warm = True
+        self._begin_stretch()
+        while True:
+            reading = yield ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
             self._energy.step(reading)
-        return ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
+            columns: Columns = {}
+            if len(self._timed) < MAX_TIMED:
+                columns = turn_columns([reading])  # each timed step is its own turn
+                self._timed.append(reading.number)
+            self._add(reading, columns)
 
-    def _watch_again(self, reading: StepReading) -> bool:
-        """Whether a check of the next step may decide what the first left unknown."""
-        if reading.checks is None or self._watched >= MAX_WATCHED:
-            return False
-        from kernels_check.judges.paths import PATHS
-
-        unknown = {check.path for check in reading.checks if check.status == "unknown"}
-        return any(PATHS[path].further_steps for path in unknown & PATHS.keys())
-
-    def _so_far(self) -> dict[str, Any]:
-        """Values that are known between steps; those that need a system call are read once a second."""
-        now = time.monotonic()
-        if now - self._read_s < FLUSH_INTERVAL_S:
-            return {"values": self._samples.values}
-        self._read_s = now
-        return {"values": self._samples.values | self._energy.values(), "memory": self._peaks.so_far()}
+    def _add(self, reading: StepReading, columns: Columns, **values: float) -> None:
+        """Add a step with these samples and values to the record, and write it. Values that need a system call are
+        read once a second."""
+        assert self._run is not None
+        values["training_steps"] = float(reading.number)
+        self._values |= values
+        for name, samples in columns.items():
+            self._columns.setdefault(name, []).extend(samples)
+        memory: dict[str, int] = {}
+        if time.monotonic() - self._read_s >= FLUSH_INTERVAL_S:
+            self._read_s = time.monotonic()
+            values |= self._energy.values()
+            memory = self._peaks.so_far()
+        step = Step(samples={name: value for name, (value,) in columns.items()}, values=values, memory=memory)
+        self._run.steps.write(encode_step(step))
 
     def _begin_stretch(self) -> None:
         self._in_stretch = True
@@ -272,76 +294,82 @@ class Writer:
 
     def phase(self, phase: Phase) -> None:
         """Start a new memory peak for the phase; evaluation and saving end the stretch of training."""
-        if self._file is None or self._last is not None:
+        if self._run is None:
             return
         if phase != "train":
             self._end_stretch()
         self._peaks.enter(phase)
-        if phase == "train" and self._samples.timed:
+        if phase == "train" and self._warm:
             self._begin_stretch()
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Write the last record, and print the report."""
-        if self._ranks is not None and self._file is None:
+        if self._ranks is not None and self._training.rank:
             self._ranks.write()
-        if self._file is None or self._training is None or self._last is not None:
+        if self._run is None:
             return
         self._end_stretch()
         status, failure = self._judge(error)
-        samples = self._samples.samples()
+        samples = complete_columns(self._columns)
+        notices: list[Notice] = []
+        values = self._values | self._energy.values() | self._work.values(samples, self._run.device_name)
         if self._ranks is not None:
-            samples = self._ranks.merge(samples, self._samples.timed, self._notices)
-        if (steps := int(self._samples.values["training_steps"])) > MAX_TIMED:
-            self._notices.append(
+            samples = self._ranks.merge(samples, self._timed, notices)
+        if (steps := int(values["training_steps"])) > MAX_TIMED:
+            notices.append(
                 Notice(
                     code="timed-steps-truncated",
                     message=f"the training had {steps} steps; its first {MAX_TIMED} timed ones are kept.",
                     remedy="Nothing is wrong; later steps are in the script's own log.",
                 )
             )
-        values = self._values | self._samples.values | self._energy.values() | ({} if seen else {UNSEEN_END: 1.0})
-        record = self._file.record(
+        record = self._run.record.replaced(
             status=status,
             failure=failure,
             samples=samples,
-            turn_lengths=(1,) * len(self._samples.timed),
-            values=values | self._work.values(self._samples.samples(), self._file.device_name),
+            turn_lengths=(1,) * len(self._timed),
+            values=values | ({} if seen else {UNSEEN_END: 1.0}),
             memory=self._peaks.so_far(),
             tokens=tokens_in(samples),
             checks=self._checks or (),
-            notices=tuple(self._notices),
+            notices=tuple(notices),
         )
-        self._file.finish(record, describe_measuring(self._training.source, record, self._samples, self._checks))
-        self._last = record  # from here on a failure leaves a complete run
+        self._run.finish(record, describe_measuring(self._training.source, record, self._conventions, self._checks))
+        path, self._run = self._run.path, None  # from here on a failure leaves a complete run
         if self._report:
-            print_report(self._file.path)
+            print_report(path)
         else:
-            print_notice(f"run {self._file.path.name} is written")
+            print_notice(f"run {path.name} is written")
 
     def _judge(self, error: BaseException | None) -> tuple[Status, Failure | None]:
         """The status of a training that ended with this error, and the failure if it is not ok."""
         if error is not None:
             return describe_end(error, self._peaks.phase)
-        failure = self._samples.not_finite
-        if failure is None and not self._samples.timed:
-            steps = format_count(int(self._samples.values["training_steps"]), "step")
+        failure = self._not_finite
+        if failure is None and not self._timed:
+            steps = format_count(int(self._values["training_steps"]), "step")
             message = (
                 f"the training ended after {steps}: only its first step, its warm-up and watched steps, so "
                 "none is timed. Train for more steps."
             )
             failure = Failure(phase="warm_up", kind="NothingTimed", message=message)
-        failure = failure or find_unmet(self._checks or (), self._require)
+        failure = failure or find_unmet(self._checks or (), self._required)
         return ("ok", None) if failure is None else ("invalid", failure)
+
+
+def needs_another_step(checks: Iterable[Any]) -> bool:
+    """Whether a check of the next step may decide what these checks leave unknown."""
+    from kernels_check.judges.paths import PATHS
+
+    unknown = {check.path for check in checks if check.status == "unknown"}
+    return any(PATHS[path].further_steps for path in unknown & PATHS.keys())
 
 
 def print_report(path: Path) -> None:
     """Print the report of a run in a separate process."""
-    folders = dict.fromkeys(str(Path(str(package.__file__)).parents[1]) for package in (lorameter, kernels_check))
-    search = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
     command = [sys.executable, "-m", "lorameter.cli", "report", str(path)]
     try:
-        subprocess.run(command, env=variables, check=False, timeout=REPORT_TIMEOUT_S)
+        subprocess.run(command, check=False, timeout=REPORT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         print_notice(f"run {path.name} is written, and its report was not printed: {format_error(error)}")
 
@@ -356,13 +384,13 @@ PHASES = {"train": "training", "evaluate": "evaluating", "save": "saving"}
 
 
 def describe_measuring(
-    source: Source, record: TrialRecord, samples: StepSamples, checks: Sequence[Mapping[str, Any]] | None
+    source: Source, record: TrialRecord, conventions: Iterable[str], checks: Sequence[Mapping[str, Any]] | None
 ) -> list[str]:
     """Notes on the measurement: how steps are delimited, how tokens are counted, the checks of the watched step, and
     the peak memory of each phase if there are several."""
     notes = [SEEN_BY[source]]
     notes += [NO_TOKENS] if record.samples and "turn_tokens" not in record.samples else []
-    notes += samples.conventions
+    notes += conventions
     where = "device_peak_allocated" if "device_peak_allocated_train_bytes" in record.memory else "host_peak"
     sizes = {word: record.memory.get(f"{where}_{phase}_bytes") for phase, word in PHASES.items()}
     peaks = [f"{word} {format_bytes(size)}" for word, size in sizes.items() if size is not None]
