@@ -33,12 +33,10 @@ from lorameter.records.store import RunWriter
 from lorameter.studies.script import hide_credentials
 
 ENV_FOLLOWER = "LORAMETER_FOLLOWER"
-"""Factory of the observer for the first training of the process: `package.module:callable`. The hook repeats this name
-and the next two, because it imports nothing before a training."""
+"""Factory of the observer for the first training of the process: `package.module:callable`. The hook repeats the names
+of this variable, of `HOOKED` and of `SOCKET`, because it imports nothing before a training."""
 DEFAULT_FOLLOWER = "lorameter.attach.writer:Writer"
 """The observer that writes a run."""
-MEASURED = "LORAMETER_MEASURED"
-"""Set if the script is started to be measured, without side effects (`lorameter.attach.disable_side_effects`)."""
 HOOKED = "LORAMETER_HOOKED"
 """A file that the hook writes when an interpreter has loaded it; it lists the packages that the interpreter lacks."""
 RUN = "LORAMETER_RUN"
@@ -48,10 +46,10 @@ WRAP = "LORAMETER_WRAP"
 REQUIRE = "LORAMETER_REQUIRE"
 """JSON of the kernels_check paths that a step must have."""
 SOCKET = "LORAMETER_TURN_SOCKET"
-"""The variable with the name of the parent's socket, an abstract one of Linux, since a path might be too long."""
+"""The name of the parent's socket, an abstract one of Linux, since a path might be too long. It is set if the script is
+started to be measured, without side effects (`lorameter.attach.disable_side_effects`)."""
 HOOK = Path(__file__).with_name("hook")
 """The folder that is put first on the path."""
-HOOKED_FILE = "hooked"
 NOT_HOOKED = (
     "no Python of the command has loaded the hook. It must start a Python that reads PYTHONPATH (not -I, -E or -S, and "
     "not in a separate container)"
@@ -119,8 +117,12 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
         UsageError: there is no such program.
     """
     (folder / "command").write_bytes(os.fsencode(write_command(words)))
-    hooked = folder / HOOKED_FILE
-    variables = {RUN: str(path), REQUIRE: json.dumps(dict(require)), WRAP: str(folder), HOOKED: str(hooked)}
+    variables = {
+        RUN: str(path),
+        REQUIRE: json.dumps(dict(require)),
+        WRAP: str(folder),
+        HOOKED: str(folder / "hooked"),
+    }
     try:
         process = subprocess.Popen(list(words), env=child_environment(os.environ, variables))
     except OSError as error:
@@ -173,7 +175,7 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
     """
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
-        print_notice(f"nothing was measured: {_why_nothing(code, folder / HOOKED_FILE)}")
+        print_notice(f"nothing was measured: {_why_nothing(code, folder)}")
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
@@ -195,7 +197,8 @@ def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
     return {name: int(sum(found)) for name, found in counts.items() if found}
 
 
-def _why_nothing(code: int, hooked: Path) -> str:
+def _why_nothing(code: int, folder: Path) -> str:
+    hooked = folder / "hooked"
     if not hooked.exists():
         return NOT_HOOKED
     ended = f"the command ended with {exit_words(_exit_status(code))}" if code else "the command has ended"
@@ -216,9 +219,8 @@ def _judge_end(record: TrialRecord, code: int) -> TrialRecord:
     if not record.under_way and not maybe_broken_off:
         return record
     status = _exit_status(code)
-    cause = f"the command ended with {exit_words(status)}{explain_kill(status)}"
     stopped = -status in STOP_SIGNALS
-    message = f"the training was not seen to end: {cause}"
+    message = f"the training was not seen to end: the command ended with {exit_words(status)}{explain_kill(status)}"
     return record.replaced(
         status="interrupted" if stopped else "crashed",
         failure=Failure(phase="train", kind="Interrupted" if stopped else "ProcessDied", message=message),

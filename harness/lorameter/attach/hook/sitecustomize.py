@@ -150,7 +150,7 @@ def install() -> None:
         with open(hooked, "a"):
             pass
     wanted = {"transformers.trainer": [attach_trainer], "torch.optim.optimizer": [attach_optimizers]}
-    if os.environ.get("LORAMETER_MEASURED"):
+    if os.environ.get("LORAMETER_TURN_SOCKET"):
         wanted["transformers.training_args"] = [without_side_effects("disable_trainer_side_effects")]
         wanted["huggingface_hub.hf_api"] = [without_side_effects("block_hub_writes")]
     sys.meta_path.insert(0, After(wanted))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn
 
-from lorameter.attach.launch import HOOKED, MEASURED, SOCKET, child_environment
+from lorameter.attach.launch import HOOKED, SOCKET, child_environment
 from lorameter.errors import UsageError, shorten
 from lorameter.records import fileio
 from lorameter.records.fileio import is_scratch
@@ -168,7 +168,7 @@ def script_environment(
     given = {**inherited, **limits, **_QUIET, **own, **variant.env}
     if in_front := variant.python or side:
         given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
-    variables = {SOCKET: socket, MEASURED: "1", HOOKED: str(scratch / "hooked")}
+    variables = {SOCKET: socket, HOOKED: str(scratch / "hooked")}
     return child_environment(given, variables, follower=FOLLOWER)
 
 
