@@ -110,10 +110,6 @@ class Meter(TrainerCallback):
         saves = control.should_save or getattr(args.save_strategy, "value", args.save_strategy) == "best"
         self._enter("save" if saves else "train")
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after saving."""
-        self._enter("train")
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called at the end of training."""
         self.end()

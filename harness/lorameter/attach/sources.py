@@ -14,6 +14,7 @@ longer updates while another one does.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import os
@@ -36,7 +37,7 @@ from lorameter.attach.observer import (
     print_notice,
     weak_reference,
 )
-from lorameter.attach.steps import Patches, Steps, compiles_here, uncompiled
+from lorameter.attach.steps import Steps, compiles_here, patch, uncompiled
 
 MakeObserver = Callable[[], TrainingObserver]
 
@@ -219,8 +220,8 @@ class OptimizerSource:
         self._make = make
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
-        self._calls = Patches()
-        """The patched module call, until a module of the model is called in a step that must be watched."""
+        self._calls = contextlib.ExitStack()
+        """Restores the module call, which is replaced until the model is called in a step that must be watched."""
         self._others: Counter[int] = Counter()
         """Updates of each other optimizer since the last update of the first."""
         self._over = compiles_here()
@@ -248,14 +249,14 @@ class OptimizerSource:
         self._steps.end_part("optimizer")
         if optimizer is self._optimizer():
             self._others.clear()
-            self._calls.remove()
+            self._calls.close()
             self._steps.end_step()
             self._watch_next(self._steps)
             return
         self._others[id(optimizer)] += 1
         if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
             self._over = True
-            self._calls.remove()
+            self._calls.close()
             this_process().report_another("optimizer")
 
     def _begin(self, optimizer: Any) -> None:
@@ -282,15 +283,15 @@ class OptimizerSource:
         def call(args: tuple[Any, ...]) -> None:
             called = steps.training.module if id(args[0]) in parts and torch.is_grad_enabled() else None
             if called is not None and called.training == trained:
-                self._calls.remove()
+                self._calls.close()
                 steps.open_step()
 
-        self._calls.add(torch.nn.Module, "__call__", before=call)
+        self._calls.callback(patch(torch.nn.Module, "__call__", before=call))
 
     def _remove_hooks(self) -> None:
         """Stop watching the training. Its steps are written later, at the next update or at the end of the process,
         because this may be called anywhere, for example by the garbage collector."""
-        self._calls.remove()
+        self._calls.close()
         if self._steps is not None:
             self._steps.remove_hooks()
 

@@ -8,13 +8,13 @@ Between two steps a line of Python takes ten times as long as in a loop, since i
 the end of a step only copies batches, reads the loss and stores the values. Everything else is computed when the steps
 are reported to the observer, every second or at the next other event.
 
-Nothing is attached to the model, the optimizer or the data loader, so they can still be pickled, scripted and freed.
-Instead, functions of torch are replaced for the whole process while a training is measured. torch.compile traces the
-unchanged training: in a replaced function it finds only the original call, and the meter's code around that call is
-never compiled. Backward passes are observed in `torch.autograd.backward`, which `Tensor.backward` calls. The forward
-pass before it began at the start of the step, or at the end of the preceding data wait, backward pass or update. The
-gradient norm is the result of `torch.nn.utils.clip_grad_norm_`, and the loss under a gradient scaler is the argument of
-its `scale`.
+Nothing is attached to the model, the optimizer, the data loader or the Trainer, so they can still be pickled, scripted
+and freed. Instead, functions of torch and transformers are replaced for the whole process while a training is measured.
+torch.compile traces the unchanged training: in a replaced function it finds only the original call, and the meter's
+code around that call is never compiled. Backward passes are observed in `torch.autograd.backward`, which
+`Tensor.backward` calls. The forward pass before it began at the start of the step, or at the end of the preceding data
+wait, backward pass or update. The gradient norm is the result of `torch.nn.utils.clip_grad_norm_`, and the loss under a
+gradient scaler is the argument of its `scale`.
 
 On a CPU the time of a part is read from the host's clock. On a GPU the host runs ahead of the device, and synchronising
 at each border would change the step, so CUDA events mark the borders and are read after the step.
@@ -67,31 +67,6 @@ def _ignore(*args: Any) -> None:
     """Default for a callback that is not given."""
 
 
-class Patches:
-    """Replaced functions, until they are removed."""
-
-    def __init__(self) -> None:
-        self._replaced: list[tuple[Any, str, Any, Any]] = []
-        """The holder, the name, the original and its replacement."""
-        self._on = [True]
-
-    def add(self, holder: Any, name: str, *, before: Before = _ignore, after: After = _ignore) -> None:
-        """Replace a function of a module or class so that it calls these two before and after."""
-        original = vars(holder)[name]
-        replacement = _around(original, before, after, self._on)
-        self._replaced.append((holder, name, original, replacement))
-        setattr(holder, name, replacement)
-
-    def remove(self) -> None:
-        """Restore the originals. A replacement that other code has since replaced stays and does nothing."""
-        self._on[:] = []
-        self._on = [True]
-        while self._replaced:
-            holder, name, original, replacement = self._replaced.pop()
-            if vars(holder).get(name) is replacement:
-                setattr(holder, name, original)
-
-
 def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
     """Exclude a function and all that it calls from torch.compile. Importing an optimizer has already loaded Dynamo."""
     wrapped: Callable[..., Any] = torch.compiler.disable(lambda *args: call(*args))
@@ -103,14 +78,21 @@ def compiles_here() -> bool:
     return callable(get_eval_frame_callback())
 
 
-def _around(original: Any, before: Before, after: After, on: list[bool]) -> Callable[..., Any]:
-    compiling = torch.compiler.is_compiling
+def patch(holder: Any, name: str, *, before: Before = _ignore, after: After = _ignore) -> Callable[[], None]:
+    """Replace a function of a module or class so that it calls these two before and after.
+
+    Returns:
+        A function that restores the original. If other code has replaced the function since, the replacement stays and
+        only calls the original.
+    """
+    original, compiling = vars(holder)[name], torch.compiler.is_compiling
     plain = before, after
     disabled = uncompiled(before), uncompiled(after)  # a disabled function takes several times as long to call
+    active = [True]
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        if compiling() or not on:  # Dynamo takes the first for true, and traces nothing else
+        if compiling() or not active:  # Dynamo takes the first for true, and traces nothing else
             return original(*args, **kwargs)
         call_before, call_after = disabled if compiles_here() else plain
         call_before(args)
@@ -122,7 +104,13 @@ def _around(original: Any, before: Before, after: After, on: list[bool]) -> Call
         call_after(args, result, None)
         return result
 
-    return replacement
+    def restore() -> None:
+        active.clear()
+        if vars(holder).get(name) is replacement:
+            setattr(holder, name, original)
+
+    setattr(holder, name, replacement)
+    return restore
 
 
 class Steps:
@@ -152,8 +140,8 @@ class Steps:
         self._passes = 0
         """Depth of nested backward passes; checkpointing starts one inside another."""
         self._loaders = Loaders()
-        self._patches = Patches()
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
+        """Removes all hooks and restores all replaced functions."""
         self._norm: torch.Tensor | None = None
         """Norm of the gradients of the current update; later steps do not change it."""
         self._start_step()
@@ -174,33 +162,31 @@ class Steps:
 
     def add_hooks(self) -> None:
         """Observe the parts of each step from now on."""
-        add = self._patches.add
-        add(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward)
-        add(torch.nn.utils, "clip_grad_norm_", after=self._keep_norm)
-        add(torch.amp.GradScaler, "scale", after=self._keep_loss)
+        hooks = self._hooks
+        hooks.callback(patch(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward))
+        hooks.callback(patch(torch.nn.utils, "clip_grad_norm_", after=self._keep_norm))
+        hooks.callback(patch(torch.amp.GradScaler, "scale", after=self._keep_loss))
         if self.training.source == "optimizer":  # it reports its updates itself, but no batches
-            add(_BaseDataLoaderIter, "__next__", before=self._begin_load, after=self._end_load)
+            hooks.callback(patch(_BaseDataLoaderIter, "__next__", before=self._begin_load, after=self._end_load))
             return
-        self._handles = [
-            register_optimizer_step_pre_hook(_update_hook(functools.partial(self.begin_part, "optimizer"))),
-            register_optimizer_step_post_hook(_update_hook(functools.partial(self.end_part, "optimizer"))),
-        ]
+        begin, end = (_update_hook(functools.partial(mark, "optimizer")) for mark in (self.begin_part, self.end_part))
+        hooks.callback(register_optimizer_step_pre_hook(begin).remove)
+        hooks.callback(register_optimizer_step_post_hook(end).remove)
         if self.training.source == "trainer":
             from transformers import Trainer
 
             if FETCH in vars(Trainer):
-                add(Trainer, FETCH, before=self._begin_fetch, after=self._end_fetch)
+                hooks.callback(patch(Trainer, FETCH, before=self._begin_fetch, after=self._end_fetch))
 
     def remove_hooks(self) -> None:
         """Remove all hooks and restore all replaced functions."""
-        self._patches.remove()
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
         self.abandon_step()
 
     def batch(self, batch: Any) -> None:
         """Store the batch of the step, before it is moved or changed."""
-        self._batches.append(self._guard.run(copy_batch, batch) or BatchParts())
+        if self._active:
+            self._batches.append(self._guard.run(copy_batch, batch) or BatchParts())
 
     def begin_part(self, part: Part) -> None:
         """Mark the start of a part of the step."""
@@ -239,19 +225,13 @@ class Steps:
         if self._active and _is_scalar(args[1]):
             self._scaled.append(args[1].detach())
 
-    @property
-    def _loads(self) -> bool:
-        """Whether a loaded batch may belong to the training: gradients are on, unlike in an evaluation."""
-        return torch.is_grad_enabled() and self._active
-
     def _begin_load(self, args: tuple[Any, ...]) -> None:
-        if self._loads:
-            self.begin_part("data")
+        self.begin_part("data")
 
     def _end_load(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
-        if not self._loads:
-            return
         self.end_part("data")
+        if not self._active or not torch.is_grad_enabled():  # a batch loaded without gradients is of an evaluation
+            return
         if error is None:
             self._loaders.put(args[0], self._guard.run(copy_batch, batch) or BatchParts())
         else:
@@ -311,8 +291,6 @@ class Steps:
         """End the step; this waits until the observer returns."""
         if self.is_measuring:
             self._guard.run(self._end_step)
-        else:
-            self._start_step()
 
     def _end_step(self) -> None:
         if self._cuda is not None:
