@@ -147,11 +147,11 @@ def receive_answer(connection: Connection, kind: type[T], timeout_s: float | Non
         raise GarbledError(f"not the answer that is expected: {error}") from None
 
 
-def serve(connection: Connection, carry_out: Callable[[Command], object]) -> None:
+def serve(connection: Connection, carry_out: Callable[[Command], object], hello: Hello | None = None) -> None:
     """Send a `Hello`, then execute each command until the other end closes the connection; a `LorameterError` becomes a
     refusal."""
     with contextlib.suppress(ClosedError):
-        send(connection, Hello(started_monotonic_s=time.monotonic()))
+        send(connection, hello or Hello(started_monotonic_s=time.monotonic()))
         while True:
             command = receive(connection, Command)
             try:

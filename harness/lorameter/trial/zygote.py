@@ -63,20 +63,20 @@ def zygote(control: Connection) -> None:
     begin = time.perf_counter()
     import_libraries()
     worker = _describe(time.perf_counter() - begin)
-    wire.send(control, wire.Hello(harness=worker.harness, worker=worker))
     outlive_parent()  # from now on, a closed connection ends this process after its children
     children: set[int] = set()
+
+    def carry_out(command: wire.Command) -> int | None:
+        if command.name == "fork":
+            pid = _fork(recv_handle(control), control)
+            children.add(pid)
+            return pid
+        status = _reap(command.arguments["pid"])
+        children.discard(command.arguments["pid"])
+        return status
+
     try:
-        while True:
-            command = wire.receive(control, wire.Command)
-            if command.name == "fork":
-                wire.send(control, _fork(recv_handle(control), control, children))
-            else:
-                pid = command.arguments["pid"]
-                wire.send(control, wire.answer_with(_reap(pid)))
-                children.discard(pid)
-    except wire.ClosedError:
-        return
+        wire.serve(control, carry_out, wire.Hello(harness=worker.harness, worker=worker))
     finally:
         for pid in children:
             kill_group(pid)
@@ -144,17 +144,15 @@ def other_threads() -> list[str]:
     return sorted(names)
 
 
-def _fork(descriptor: int, control: Connection, children: set[int]) -> wire.Answer | wire.Refused:
+def _fork(descriptor: int, control: Connection) -> int:
+    """Fork a process that serves the connection with this descriptor; returns its PID."""
     try:
-        if refusal := _cannot_fork():
-            return wire.Refused(refusal)
-        pid = fork_process(lambda: _host_trials(descriptor, control))
+        require_safe_fork()
+        return fork_process(lambda: _host_trials(descriptor, control))
     except OSError as error:
-        return wire.Refused(f"the zygote cannot fork: {error.strerror}; free memory or processes")
+        raise InvalidRunError(f"the zygote cannot fork: {error.strerror}; free memory or processes") from None
     finally:
         os.close(descriptor)  # the child never reaches this line
-    children.add(pid)
-    return wire.answer_with(pid)
 
 
 def _host_trials(descriptor: int, control: Connection) -> None:
@@ -167,20 +165,19 @@ def _host_trials(descriptor: int, control: Connection) -> None:
         serve(connection)
 
 
-def _cannot_fork() -> str | None:
-    """Why a fork would be unsafe; None if it is safe."""
+def require_safe_fork() -> None:
+    """Raise `InvalidRunError` if a fork would be unsafe."""
     if others := other_threads():
-        return (
+        raise InvalidRunError(
             f"the zygote has {1 + len(others)} threads and forks safely with one only; the others are "
             f"{', '.join(others)}. Measure in an environment without the library that starts it at import, or "
             "set background_thread:false in MALLOC_CONF where it is jemalloc's (jemalloc_bg_thd)"
         )
     if _driver_started():
-        return (
+        raise InvalidRunError(
             "something in the zygote has started the CUDA driver, and no fork of it could use the device: torch does "
             "so itself where NVML does not answer, as for a MIG instance or in a container without it"
         )
-    return None
 
 
 def _describe(import_time_s: float) -> WorkerInfo:
