@@ -67,11 +67,11 @@ def print_notice(text: str) -> None:
         print("lorameter: " + visible, file=sys.__stderr__, flush=True)
 
 
-def import_own(module: str, name: str) -> Any:
-    """Import a name from a module of lorameter, whether or not this interpreter has it installed."""
+def call_own(module: str, name: str, *args: Any) -> Any:
+    """Call a function of a module of lorameter, whether or not this interpreter has it installed."""
     if not any(isinstance(finder, Own) for finder in sys.meta_path):
         sys.meta_path.insert(0, Own())
-    return getattr(importlib.import_module("lorameter.attach." + module), name)
+    return getattr(importlib.import_module("lorameter.attach." + module), name)(*args)
 
 
 @functools.lru_cache(maxsize=None)
@@ -101,7 +101,7 @@ def attach_trainer(module: Any) -> None:
 
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        call_safely(lambda: import_own("meter", "add_meter")(self))
+        call_safely(call_own, "meter", "add_meter", self)
 
     module.Trainer.__init__ = functools.wraps(build)(built)
 
@@ -128,7 +128,7 @@ def attach_optimizers(module: Any) -> None:
                 source[0].begin_update()
             result = step(*args, **kwargs)
             if not source:
-                source.append(call_safely(lambda: import_own("sources", "OptimizerSource")()))
+                source.append(call_safely(call_own, "sources", "OptimizerSource"))
             if source[0] is not None:
                 source[0].end_update(args[0])
             return result
@@ -136,11 +136,6 @@ def attach_optimizers(module: Any) -> None:
         return update
 
     module.Optimizer.profile_hook_step = staticmethod(profile_hook_step)
-
-
-def without_side_effects(name: str) -> Any:
-    """A function that takes an imported module and keeps it from saving, reporting or publishing anything."""
-    return lambda module: import_own("disable_side_effects", name)(module)
 
 
 def install() -> None:
@@ -151,8 +146,9 @@ def install() -> None:
             pass
     wanted = {"transformers.trainer": [attach_trainer], "torch.optim.optimizer": [attach_optimizers]}
     if os.environ.get("LORAMETER_TURN_SOCKET"):
-        wanted["transformers.training_args"] = [without_side_effects("disable_trainer_side_effects")]
-        wanted["huggingface_hub.hf_api"] = [without_side_effects("block_hub_writes")]
+        disable = functools.partial(call_own, "disable_side_effects")
+        wanted["transformers.training_args"] = [functools.partial(disable, "disable_trainer_side_effects")]
+        wanted["huggingface_hub.hf_api"] = [functools.partial(disable, "block_hub_writes")]
     sys.meta_path.insert(0, After(wanted))
 
 
