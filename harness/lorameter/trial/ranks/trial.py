@@ -56,13 +56,14 @@ class TrialOfRanks:
         self._request = request
         self._losses: dict[str, list[float]] = {"ranks": [], "one": []}
         self._turns = 0
-        self._ranks: list[RankProcess] = []
-        for rank in range(request.workload.ranks):
-            name = f"rank {rank} of {request.workload.ranks}"
-            self._ranks.append(RankProcess(name, functools.partial(_make_rank, request, rank), self._ranks))
+        ranks = request.workload.ranks
+        self._ranks = [
+            RankProcess(f"rank {rank} of {ranks}", functools.partial(_make_rank, request, rank))
+            for rank in range(ranks)
+        ]
         self._one: RankProcess | None = None
         if request.workload.scaling and "steps" in request.measures:
-            self._one = RankProcess("one rank alone", functools.partial(_make_one, request), self._ranks)
+            self._one = RankProcess("one rank alone", functools.partial(_make_one, request))
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Execute a command on all ranks; a failure of one ends them all."""
@@ -167,14 +168,15 @@ def _failure(
     members: Sequence[RankProcess], answers: Mapping[RankProcess, PartialRecord], command: str, timeout_s: float
 ) -> PartialRecord | None:
     """The outcome of a trial in which a rank failed, died or hangs; None if all succeeded. A rank that waited for
-    another one is not the cause."""
+    another one is not the cause, unless all have answered."""
 
     def outcome(status: Status, kind: str, message: str) -> PartialRecord:
         return PartialRecord().failed(status, Failure(phase=command, kind=kind, message=message))
 
     bad = [(member, answer, answer.failure) for member, answer in answers.items() if answer.failure is not None]
     causes = [one for one in bad if not (_WAITING.search(one[2].message) or one[2].kind.startswith("Dist"))]
-    own = sorted(causes, key=lambda one: one[1].status != "oom")
+    silent = [member for member in members if member not in answers]
+    own = sorted(causes if silent else causes or bad, key=lambda one: one[1].status != "oom")
     if own:
         member, answer, failure = own[0]
         same = len(own) == len(members) and len({one[2].message for one in own}) == 1
@@ -190,14 +192,12 @@ def _failure(
             "with it"
         )
         return outcome("crashed", "RankDied", message)
-    if silent := ", ".join(member.name for member in members if member not in answers):
-        message = f"{silent} gave no answer within {timeout_s:g} s during {command}"
+    if silent:
+        names = ", ".join(member.name for member in silent)
+        message = f"{names} gave no answer within {timeout_s:g} s during {command}"
         if bad:
-            message = f"{silent} hangs in {command}: {', '.join(one[0].name for one in bad)} waited for it in vain"
+            message = f"{names} hangs in {command}: {', '.join(one[0].name for one in bad)} waited for it in vain"
         return outcome("timeout", "Silent", f"{message}; all were killed")
-    if bad:  # all ranks waited for each other
-        member, answer, failure = bad[0]
-        return outcome(answer.status, failure.kind, f"{member.name}: {shorten(failure.message)}")
     return None
 
 
@@ -244,14 +244,13 @@ class RankProcess:
     with `os._exit`, since its communication threads sometimes abort a regular exit of the interpreter.
     """
 
-    def __init__(self, name: str, make: Callable[[], Any], others: Sequence[RankProcess]) -> None:
-        """Fork; in the child, `make` creates the trial at its first command, and the connections of `others` are
-        closed."""
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        """Fork; in the child, `make` creates the trial at its first command."""
         self.name = name
         self.code: int | None = None
         """Its exit status, after it has ended and been reaped."""
         self.connection, theirs = Pipe()
-        self.pid = fork_process(lambda: _serve(theirs, make, [self, *others]))
+        self.pid = fork_process(lambda: _serve(theirs, make))
         theirs.close()
         wire.receive(self.connection, wire.Hello)
 
@@ -275,21 +274,16 @@ class RankProcess:
         self.connection.close()
 
 
-def _serve(connection: Connection, make: Callable[[], Any], others: Sequence[RankProcess]) -> None:
-    for other in others:
-        other.connection.close()
-    trial: Any = None
+def _serve(connection: Connection, make: Callable[[], Any]) -> None:
+    trial = functools.cache(make)
 
     def answer(command: wire.Command) -> PartialRecord:
-        nonlocal trial
         try:
-            trial = trial or make()
-            return trial.run(command.name, **command.arguments)  # type: ignore[no-any-return]
+            return trial().run(command.name, **command.arguments)  # type: ignore[no-any-return]
         except Exception as error:
             return failed_record(error, command.name)
 
-    with connection:
-        wire.serve(connection, answer)
+    wire.serve(connection, answer)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
