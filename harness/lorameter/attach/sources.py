@@ -214,7 +214,7 @@ with several optimizers has so many updates of one."""
 
 class OptimizerSource:
     """Observes the steps of the first optimizer that updates, without keeping references to its training. The hook of a
-    process (`hook/sitecustomize.py`) calls it before and after the update of every optimizer."""
+    process (`hook/sitecustomize.py`) calls it after the update of every optimizer."""
 
     def __init__(self, make: MakeObserver = named_observer) -> None:
         self._make = make
@@ -230,14 +230,8 @@ class OptimizerSource:
             print_notice(
                 "this training is not measured: torch.compile compiles its whole step, with the optimizer's update"
             )
-        self.begin_update = uncompiled(self._begin_update)
-        """Called before an update."""
         self.end_update = uncompiled(self._end_update)
-        """Called after an update of this optimizer."""
-
-    def _begin_update(self) -> None:
-        if self._steps is not None:
-            self._steps.begin_part("optimizer")
+        """Called after the update of an optimizer."""
 
     def _end_update(self, optimizer: Any) -> None:
         if self._over:
@@ -246,7 +240,6 @@ class OptimizerSource:
             if not this_process().occupied:
                 self._begin(optimizer)
             return
-        self._steps.end_part("optimizer")
         if optimizer is self._optimizer():
             self._others.clear()
             self._calls.close()
@@ -265,7 +258,7 @@ class OptimizerSource:
             self._over = True
             return
         self._optimizer = weakref.ref(optimizer)
-        weakref.finalize(optimizer, self._remove_hooks).atexit = False  # at interpreter shutdown, modules are gone
+        weakref.finalize(optimizer, self._stop).atexit = False  # at interpreter shutdown, modules are gone
         self._watch_next(self._steps)
 
     def _follow(self, optimizer: Any) -> Steps | None:
@@ -288,12 +281,13 @@ class OptimizerSource:
 
         self._calls.callback(patch(torch.nn.Module, "__call__", before=call))
 
-    def _remove_hooks(self) -> None:
-        """Stop watching the training. Its steps are written later, at the next update or at the end of the process,
-        because this may be called anywhere, for example by the garbage collector."""
+    def _stop(self) -> None:
+        """Stop watching the training. Its steps are reported and its hooks are removed later, at the next update or at
+        the end of the process, because this may be called anywhere, for example by the garbage collector."""
         self._calls.close()
         if self._steps is not None:
-            self._steps.remove_hooks()
+            self._steps.within = False
+            self._steps.abandon_step()
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:

@@ -166,12 +166,11 @@ class Steps:
         hooks.callback(patch(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward))
         hooks.callback(patch(torch.nn.utils, "clip_grad_norm_", after=self._keep_norm))
         hooks.callback(patch(torch.amp.GradScaler, "scale", after=self._keep_loss))
-        if self.training.source == "optimizer":  # it reports its updates itself, but no batches
-            hooks.callback(patch(_BaseDataLoaderIter, "__next__", before=self._begin_load, after=self._end_load))
-            return
         begin, end = (_update_hook(functools.partial(mark, "optimizer")) for mark in (self.begin_part, self.end_part))
         hooks.callback(register_optimizer_step_pre_hook(begin).remove)
         hooks.callback(register_optimizer_step_post_hook(end).remove)
+        if self.training.source == "optimizer":
+            hooks.callback(patch(_BaseDataLoaderIter, "__next__", before=self._begin_load, after=self._end_load))
         if self.training.source == "trainer":
             from transformers import Trainer
 

@@ -122,15 +122,12 @@ def attach_optimizers(module: Any) -> None:
 
         @functools.wraps(step)
         def update(*args: Any, **kwargs: Any) -> Any:
-            if compiling():  # Dynamo takes it for true, and traces nothing else of this function
-                return step(*args, **kwargs)
-            if source and source[0] is not None:
-                source[0].begin_update()
             result = step(*args, **kwargs)
-            if not source:
-                source.append(call_safely(call_own, "sources", "OptimizerSource"))
-            if source[0] is not None:
-                source[0].end_update(args[0])
+            if not compiling():  # Dynamo takes it for true, and traces nothing else of this function
+                if not source:
+                    source.append(call_safely(call_own, "sources", "OptimizerSource"))
+                if source[0] is not None:
+                    source[0].end_update(args[0])
             return result
 
         return update
