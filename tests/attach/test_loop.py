@@ -16,7 +16,7 @@ from lorameter.attach import measures as module
 from lorameter.attach.batches import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 from lorameter.attach.measures import Energy, StepFlops, complete_columns, turn_columns
 from lorameter.attach.meter import Meter
-from lorameter.attach.observer import ErrorGuard, ObserverReply, StepReading, TrainingInfo, weak_reference
+from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weak_reference
 from lorameter.attach.steps import Steps, make_watch
 from lorameter.machine.reading import Reading
 from lorameter.models.costs.flops import StepTokens
@@ -206,7 +206,7 @@ def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
     """An error of the meter in a later step loses no earlier results."""
     observer = PatientObserver()
     training = training_of(model)
-    steps = Steps(observer, training, torch.device("cpu"), ErrorGuard())
+    steps = Steps(observer, training, torch.device("cpu"))
     steps.begin()
     for _ in range(3):
         steps.end_step()

@@ -231,8 +231,8 @@ def fail(error):
 )
 def test_an_error_is_printed_once(capfd, error, expected, never):
     """A failure and a training that cannot be observed are each printed once, and nothing is called afterwards."""
-    guard, errors = ErrorGuard(), []
-    guard.on_error = errors.append
+    errors = []
+    guard = ErrorGuard(errors.append)
     for _ in range(2):
         assert guard.run(fail, error) is None
     assert guard.run(len, "never called") is None

@@ -56,6 +56,7 @@ class Meter(TrainerCallback):
         self._report = report
         self._required = dict(require or {})
         self._model = weak_reference(model)
+        self._guard = ErrorGuard()
         self._steps: Steps | None = None
 
     def _make(self) -> TrainingObserver:
@@ -67,9 +68,8 @@ class Meter(TrainerCallback):
 
     def _begin(self, kind: Source, model: Any, **facts: Any) -> None:
         """Begin or continue to measure the training, unless another one is measured."""
-        self._steps = ErrorGuard().run(
-            this_process().begin, self, kind, model, self._make, required=self._required, **facts
-        )
+        begin = this_process().begin
+        self._steps = self._guard.run(begin, self, kind, model, self._make, required=self._required, **facts)
 
     # --- a Trainer ----------------------------------------------------------------------------------------------------
 

@@ -141,11 +141,11 @@ class NotFollowedError(Exception):
 class ErrorGuard:
     """Calls functions of the meter, in the process that created it and until the first error. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_error: Callable[[Exception], object] = lambda error: None) -> None:
+        """`on_error` is called once, after the error was printed."""
         self.is_working = True
         """Whether functions are still called: false after an error, and in a fork of the process."""
-        self.on_error: Callable[[Exception], object] = lambda error: None
-        """Called once, after the error was printed."""
+        self._on_error = on_error
         os.register_at_fork(after_in_child=self._stop)
 
     def _stop(self) -> None:
@@ -164,7 +164,7 @@ class ErrorGuard:
                 what = "this training is not measured"
             print_notice(f"{what}: {format_error(error)}")
             with contextlib.suppress(Exception):
-                self.on_error(error)
+                self._on_error(error)
             return None
 
 

@@ -94,10 +94,8 @@ class Attachment:
         rank, ranks = rank_of()
         if rank and not writes:
             return None  # the observer uses the steps of rank 0
-        self._pid, self._source, guard = os.getpid(), source, ErrorGuard()
-        observer = guard.run(make)
-        if observer is None:
-            return None
+        self._pid, self._source = os.getpid(), source
+        observer = make()
         trainable, total = count_parameters(model)
         known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
         training = TrainingInfo(
@@ -109,7 +107,7 @@ class Attachment:
             ranks=ranks,
             **facts,
         )
-        self.steps = Steps(observer, training, device_of(known), guard)
+        self.steps = Steps(observer, training, device_of(known))
         atexit.register(self._end_with_process)
         if writes:
             self._end_before_exit()  # the parent of trainings that take turns detects the end of a process itself

@@ -116,14 +116,11 @@ def patch(holder: Any, name: str, *, before: Before = _ignore, after: After = _i
 class Steps:
     """Reports one training to one observer. Every call is guarded: an error of the meter never reaches the training."""
 
-    def __init__(
-        self, observer: TrainingObserver, training: TrainingInfo, device: torch.device, guard: ErrorGuard
-    ) -> None:
+    def __init__(self, observer: TrainingObserver, training: TrainingInfo, device: torch.device) -> None:
         self.observer = observer
         self.training = training
         self._cuda = device if device.type == "cuda" else None
-        self._guard = guard
-        guard.on_error = self._failed
+        self._guard = ErrorGuard(self._failed)
         self._number = 0
         self._next = ObserverReply()
         self._unreported: list[tuple[Any, ...]] = []
