@@ -9,6 +9,8 @@ Tests of the FLOPs of a script's step on constructed steps, since no device with
 Tests of the energy of a script's training: the GPU's counter over the periods of pure training.
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from lorameter.attach import measures as module
 from lorameter.attach.batches import AS_GIVEN, BY_ALL, BY_MASK, BY_POSITIONS, SHIFTED, copy_batch, count_tokens
 from lorameter.attach.measures import Energy, StepFlops, complete_columns, turn_columns
 from lorameter.attach.meter import Meter
-from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weak_reference
+from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo
 from lorameter.attach.steps import Steps, make_watch
 from lorameter.machine.reading import Reading
 from lorameter.models.costs.flops import StepTokens
@@ -177,7 +179,7 @@ def model():
 
 def training_of(model):
     return TrainingInfo(
-        source="loop", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        source="loop", model=weakref.ref(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     )  # fmt: skip
 
@@ -241,7 +243,7 @@ def gathered():
 
 def work(model):
     return StepFlops(TrainingInfo(
-        source="trainer", model=weak_reference(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
+        source="trainer", model=weakref.ref(model), planned_steps=None, trainable_parameters=1, total_parameters=1,
         accumulation=1,
     ))  # fmt: skip
 

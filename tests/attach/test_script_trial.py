@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from huggingface_hub import hf_api
 
 from lorameter import wire
 from lorameter.attach import disable_side_effects
-from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo, weak_reference
+from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo
 from lorameter.attach.script_trial import SOCKET, ScriptTrial, socket_address
 from lorameter.machine.processes import pin_to_cpus
 from lorameter.records import codec
@@ -96,7 +97,7 @@ def test_a_script_describes_its_training_and_its_requirements_are_checked(parent
 
     def script():
         trial = ScriptTrial()
-        replies.append(trial.begin(training(model=weak_reference(model), required={"base.bits": 4})))
+        replies.append(trial.begin(training(model=weakref.ref(model), required={"base.bits": 4})))
         replies.append(trial.step(reading(1)))
         trial.step(reading(2, checks=()))
 

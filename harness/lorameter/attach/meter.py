@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 from transformers import TrainerCallback
 
 from lorameter.attach.launch import ENV_FOLLOWER
-from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver, weak_reference
+from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver
 from lorameter.attach.sources import named_observer, this_process
 from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
@@ -55,7 +56,7 @@ class Meter(TrainerCallback):
         self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its working folder
         self._report = report
         self._required = dict(require or {})
-        self._model = weak_reference(model)
+        self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
         self._guard = ErrorGuard()
         self._steps: Steps | None = None
 
@@ -122,8 +123,7 @@ class Meter(TrainerCallback):
 
         The wait for a batch is measured separately. Call it again for every epoch.
         """
-        model = None if self._model is None else self._model()
-        self._begin("loop", model, accumulation=accumulation)
+        self._begin("loop", self._model(), accumulation=accumulation)
         if self._steps is None:
             yield from batches
             return

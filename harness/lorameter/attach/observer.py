@@ -58,14 +58,6 @@ class TrainingInfo:
         return {name: float(count) for name in names if (count := getattr(self, name)) is not None}
 
 
-def weak_reference(model: Any) -> weakref.ref[Any] | None:
-    """A weak reference to a model for a `TrainingInfo`; None for an object that cannot be referenced weakly."""
-    try:
-        return weakref.ref(model)
-    except TypeError:
-        return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReading:
     """The measurements of one step; a value is None if this source cannot observe it."""

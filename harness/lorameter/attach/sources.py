@@ -35,7 +35,6 @@ from lorameter.attach.observer import (
     TrainingInfo,
     TrainingObserver,
     print_notice,
-    weak_reference,
 )
 from lorameter.attach.steps import Steps, compiles_here, patch, uncompiled
 
@@ -100,7 +99,7 @@ class Attachment:
         known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
         training = TrainingInfo(
             source=kind,
-            model=weak_reference(model),
+            model=weakref.ref(model) if isinstance(model, torch.nn.Module) else None,
             trainable_parameters=sum(one.numel() for one in parameters) if model is None and parameters else trainable,
             total_parameters=total,
             rank=rank,
