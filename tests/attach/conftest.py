@@ -118,12 +118,12 @@ def tiny_model():
     )
 
 
-FOLLOWER = '''
+OBSERVER = '''
 import json, os
 from lorameter.attach.observer import ObserverReply
 from lorameter.attach.sources import this_process
 
-class Follower:
+class Recorder:
     """Writes a line for each event."""
 
     def __init__(self):
@@ -155,11 +155,11 @@ class Follower:
 
 @pytest.fixture
 def wrapped(tmp_path):
-    """A function that runs a command with the hook installed and returns the process and the events of its follower."""
+    """A function that runs a command with the hook installed and returns the process and the events of its observer."""
     import json
 
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "listening.py").write_text(FOLLOWER)
+    (tmp_path / "site" / "listening.py").write_text(OBSERVER)
 
     def run(*command, timeout=240, python_path="", **variables):
         events = tmp_path / "events.jsonl"
@@ -168,7 +168,7 @@ def wrapped(tmp_path):
         inherited = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable if word == "python" else word for word in command],
-            env=child_environment(inherited, {"EVENTS": str(events), **variables}, follower="listening:Follower"),
+            env=child_environment(inherited, {"EVENTS": str(events), **variables}, observer="listening:Recorder"),
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         lines = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []

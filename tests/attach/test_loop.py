@@ -208,7 +208,7 @@ def test_steps_before_a_failure_of_the_meter_are_reported(model, capfd):
     """An error of the meter in a later step loses no earlier results."""
     observer = PatientObserver()
     training = training_of(model)
-    steps = Steps(observer, training, torch.device("cpu"))
+    steps = Steps(observer, training)
     steps.begin()
     for _ in range(3):
         steps.end_step()

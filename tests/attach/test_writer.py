@@ -14,7 +14,7 @@ import pytest
 from kernels_check import Check
 from lorameter.attach import measures
 from lorameter.attach.launch import REQUIRE, RUN, WRAP, finalize_run
-from lorameter.attach.observer import ErrorGuard, NotFollowedError, StepReading, TrainingInfo
+from lorameter.attach.observer import ErrorGuard, NotMeasuredError, StepReading, TrainingInfo
 from lorameter.attach.sources import UnendedError
 from lorameter.attach.writer import Writer
 from lorameter.records import store
@@ -201,7 +201,7 @@ def test_a_second_process_of_a_command_is_not_followed(write, monkeypatch):
     """The first process claims the directory of the run."""
     run, _, _ = write(steps(12))
     monkeypatch.setenv(RUN, str(run.path))
-    with pytest.raises(Exception, match="another process of this command is followed"):
+    with pytest.raises(Exception, match="another process of this command is measured"):
         Writer().begin(training())
 
 
@@ -225,7 +225,7 @@ def fail(error):
 @pytest.mark.parametrize(
     ("error", "expected", "never"),
     [
-        (NotFollowedError("another process of it is"), "this training is not measured: another process", "has failed"),
+        (NotMeasuredError("another process of it is"), "this training is not measured: another process", "has failed"),
         (OSError("no room left"), "the measurement failed and has stopped; the training", "is not measured"),
     ],
 )

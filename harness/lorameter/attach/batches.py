@@ -65,14 +65,14 @@ def copy_batch(batch: Any) -> BatchParts:
     if shape is None or len(shape) != 2:
         tensors = (value for value in batch.values() if type(value) is torch.Tensor and value.dim())
         return BatchParts(next((tensor.shape[0] for tensor in tensors), None))
-    mask = _copy_of(batch.get("attention_mask"), shape)
-    positions = _copy_of(batch.get("position_ids"), shape) if mask is None else None
+    mask = _copy_tensor(batch.get("attention_mask"), shape)
+    positions = _copy_tensor(batch.get("position_ids"), shape) if mask is None else None
     return BatchParts(
-        shape[0], shape, mask, positions, _copy_of(batch.get("labels")), _copy_of(batch.get("shift_labels"))
+        shape[0], shape, mask, positions, _copy_tensor(batch.get("labels")), _copy_tensor(batch.get("shift_labels"))
     )
 
 
-def _copy_of(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
+def _copy_tensor(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
     """A copy of a plain tensor of this `shape` (None: of any shape); None for any other object, such as a subclass."""
     return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
 

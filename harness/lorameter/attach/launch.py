@@ -32,10 +32,10 @@ from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import RunWriter
 from lorameter.studies.script import hide_credentials
 
-ENV_FOLLOWER = "LORAMETER_FOLLOWER"
+ENV_OBSERVER = "LORAMETER_OBSERVER"
 """Factory of the observer for the first training of the process: `package.module:callable`. The hook repeats the names
 of this variable, of `HOOKED` and of `SOCKET`, because it imports nothing before a training."""
-DEFAULT_FOLLOWER = "lorameter.attach.writer:Writer"
+DEFAULT_OBSERVER = "lorameter.attach.writer:Writer"
 """The observer that writes a run."""
 HOOKED = "LORAMETER_HOOKED"
 """A file that the hook writes when an interpreter has loaded it; it lists the packages that the interpreter lacks."""
@@ -63,18 +63,18 @@ PASSED_ON = (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, sign
 
 
 def child_environment(
-    inherited: Mapping[str, str], variables: Mapping[str, str], *, follower: str = DEFAULT_FOLLOWER
+    inherited: Mapping[str, str], variables: Mapping[str, str], *, observer: str = DEFAULT_OBSERVER
 ) -> dict[str, str]:
     """The environment variables of a process whose first training is measured.
 
     Args:
         inherited: variables that it would have otherwise.
         variables: further variables.
-        follower: factory of the observer, as `package.module:callable`; it is called without arguments when the
+        observer: factory of the observer, as `package.module:callable`; it is called without arguments when the
             training begins.
     """
     path = os.pathsep.join(filter(None, [str(HOOK), inherited.get("PYTHONPATH", "")]))
-    return {**inherited, "PYTHONPATH": path, ENV_FOLLOWER: follower, **variables}
+    return {**inherited, "PYTHONPATH": path, ENV_OBSERVER: observer, **variables}
 
 
 def socket_address(name: str) -> str:
@@ -175,7 +175,7 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
     """
     if not (path / store.MANIFEST).is_file():
         shutil.rmtree(path, ignore_errors=True)
-        print_notice(f"nothing was measured: {_why_nothing(code, folder)}")
+        print_notice(f"nothing was measured: {_explain_missing_run(code, folder)}")
         return True
     manifest = store.read_manifest(path)
     if store.is_live(path, manifest):
@@ -197,7 +197,7 @@ def tokens_in(samples: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
     return {name: int(sum(found)) for name, found in counts.items() if found}
 
 
-def _why_nothing(code: int, folder: Path) -> str:
+def _explain_missing_run(code: int, folder: Path) -> str:
     hooked = folder / "hooked"
     if not hooked.exists():
         return NOT_HOOKED

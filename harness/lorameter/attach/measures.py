@@ -20,7 +20,7 @@ import msgspec
 
 from lorameter.attach.batches import sum_known
 from lorameter.attach.launch import WRAP
-from lorameter.attach.observer import NotFollowedError, Phase, StepReading, TrainingInfo
+from lorameter.attach.observer import NotMeasuredError, Phase, StepReading, TrainingInfo
 from lorameter.errors import LorameterError
 from lorameter.machine.host import PeakMemoryTracker
 from lorameter.machine.reading import Reading
@@ -166,7 +166,7 @@ def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
 def describe_end(error: BaseException, phase: str) -> tuple[Status, Failure]:
     """The status and the failure of a training that an exception ended, or that was not measured to its end."""
     status, failure = describe_error(error, phase)
-    if type(error) is NotFollowedError:
+    if type(error) is NotMeasuredError:
         return "invalid", Failure(phase=phase, kind="NotFollowed", message=str(error), traceback=failure.traceback)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", Failure(phase=phase, kind="Interrupted", message="stopped by the user")

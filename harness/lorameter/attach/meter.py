@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
-from lorameter.attach.launch import ENV_FOLLOWER
+from lorameter.attach.launch import ENV_OBSERVER
 from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver
-from lorameter.attach.sources import named_observer, this_process
+from lorameter.attach.sources import make_observer, this_process
 from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
 
@@ -61,8 +61,8 @@ class Meter(TrainerCallback):
         self._steps: Steps | None = None
 
     def _make(self) -> TrainingObserver:
-        if os.environ.get(ENV_FOLLOWER):
-            return named_observer()
+        if os.environ.get(ENV_OBSERVER):
+            return make_observer()
         from lorameter.attach.writer import Writer
 
         return Writer(runs_dir=self._runs_dir, report=self._report)
@@ -128,7 +128,7 @@ class Meter(TrainerCallback):
             yield from batches
             return
         steps, iterator, taken = self._steps, iter(batches), 0
-        steps.within = True
+        steps.is_observing = True
         try:
             while True:
                 steps.begin_part("data")
@@ -144,7 +144,7 @@ class Meter(TrainerCallback):
                 if taken == 0:
                     steps.end_step()
         finally:
-            steps.within = False
+            steps.is_observing = False
             steps.abandon_step()
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -36,6 +36,8 @@ class TrainingInfo:
     source: Source
     model: weakref.ref[Any] | None = None
     """Reference to an ``nn.Module``; None if the source does not know it."""
+    device: str = "cpu"
+    """The torch device of its parameters."""
     planned_steps: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
@@ -126,7 +128,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class NotFollowedError(Exception):
+class NotMeasuredError(Exception):
     """Raised if the meter, not the training, ends the measurement early."""
 
 
@@ -152,7 +154,7 @@ class ErrorGuard:
         except Exception as error:
             self.is_working = False
             what = "the measurement failed and has stopped; the training continues without it"
-            if isinstance(error, NotFollowedError):
+            if isinstance(error, NotMeasuredError):
                 what = "this training is not measured"
             print_notice(f"{what}: {format_error(error)}")
             with contextlib.suppress(Exception):

@@ -37,7 +37,6 @@ from lorameter.attach.measures import (
     untimed_columns,
 )
 from lorameter.attach.observer import ObserverReply, Phase, StepReading, TrainingInfo
-from lorameter.attach.sources import device_in_use
 from lorameter.machine.host import host_bytes
 from lorameter.machine.provenance import own_software
 from lorameter.records import codec
@@ -123,7 +122,7 @@ class ScriptTrial:
             "finish_training": self._finish,
         }
         try:
-            wire.send(self._connection, wire.Hello(pid=os.getpid(), device=device_in_use()))
+            wire.send(self._connection, wire.Hello(pid=os.getpid(), device=torch.device(self._training.device).type))
             while True:
                 command = wire.receive(self._connection, wire.Command)
                 self._phase = command.name
@@ -156,7 +155,7 @@ class ScriptTrial:
         tokens: dict[str, Any] = {"source": training.source}
         tokens |= {"trainable_dtype": ", ".join(sorted(dtypes))} if dtypes else {}
         memory = {"host_peak_load_bytes": host_bytes("VmHWM")}
-        self._peaks = Peaks(device_in_use())
+        self._peaks = Peaks(training.device)
         values = training.counts | {"threads": float(torch.get_num_threads())}
         return PartialRecord(values=values, tokens=tokens, memory=memory, software=own_software(torch.version.cuda))
 

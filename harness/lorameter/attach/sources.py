@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from lorameter.attach.launch import DEFAULT_FOLLOWER, ENV_FOLLOWER
+from lorameter.attach.launch import DEFAULT_OBSERVER, ENV_OBSERVER
 from lorameter.attach.observer import (
     ErrorGuard,
-    NotFollowedError,
+    NotMeasuredError,
     Source,
     TrainingInfo,
     TrainingObserver,
@@ -38,10 +38,10 @@ from lorameter.attach.observer import (
 )
 from lorameter.attach.steps import Steps, compiles_here, patch, uncompiled
 
-MakeObserver = Callable[[], TrainingObserver]
+ObserverFactory = Callable[[], TrainingObserver]
 
 
-class UnendedError(NotFollowedError):
+class UnendedError(NotMeasuredError):
     """A training has not ended."""
 
 
@@ -65,7 +65,7 @@ class Attachment:
         source: object,
         kind: Source,
         model: Any,
-        make: MakeObserver,
+        make: ObserverFactory,
         *,
         parameters: Sequence[torch.nn.Parameter] = (),
         **facts: Any,
@@ -89,8 +89,8 @@ class Attachment:
         if self._pid is not None:
             self.report_another(kind)
             return None
-        writes = os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER) == DEFAULT_FOLLOWER
-        rank, ranks = rank_of()
+        writes = os.environ.get(ENV_OBSERVER, DEFAULT_OBSERVER) == DEFAULT_OBSERVER
+        rank, ranks = find_rank()
         if rank and not writes:
             return None  # the observer uses the steps of rank 0
         self._pid, self._source = os.getpid(), source
@@ -100,13 +100,14 @@ class Attachment:
         training = TrainingInfo(
             source=kind,
             model=weakref.ref(model) if isinstance(model, torch.nn.Module) else None,
+            device=str(find_device(known)),
             trainable_parameters=sum(one.numel() for one in parameters) if model is None and parameters else trainable,
             total_parameters=total,
             rank=rank,
             ranks=ranks,
             **facts,
         )
-        self.steps = Steps(observer, training, device_of(known))
+        self.steps = Steps(observer, training)
         atexit.register(self._end_with_process)
         if writes:
             self._end_before_exit()  # the parent of trainings that take turns detects the end of a process itself
@@ -156,29 +157,27 @@ def this_process() -> Attachment:
     return Attachment()
 
 
-def named_observer() -> TrainingObserver:
+def make_observer() -> TrainingObserver:
     """The observer named in the environment as `package.module:callable`; else an observer that writes a run.
 
     Raises:
         ImportError: the module does not exist.
         AttributeError: the module has no such name.
     """
-    make: MakeObserver = pkgutil.resolve_name(os.environ.get(ENV_FOLLOWER, DEFAULT_FOLLOWER))
+    make: ObserverFactory = pkgutil.resolve_name(os.environ.get(ENV_OBSERVER, DEFAULT_OBSERVER))
     return make()
 
 
-def device_of(parameters: Sequence[torch.nn.Parameter]) -> torch.device:
-    """The device of the first trainable parameter, else of the first parameter; the CPU if there is none."""
+def find_device(parameters: Sequence[torch.nn.Parameter]) -> torch.device:
+    """The device of the first trainable parameter, else of the first parameter; without parameters, the GPU if the
+    process has initialised CUDA."""
     first = next((one for one in parameters if one.requires_grad), next(iter(parameters), None))
-    return torch.device("cpu") if first is None else first.device
+    if first is not None:
+        return first.device
+    return torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
 
 
-def device_in_use() -> str:
-    """The device of a training whose model is unknown: the GPU if the process has initialised CUDA."""
-    return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
-
-
-def rank_of() -> tuple[int, int]:
+def find_rank() -> tuple[int, int]:
     """This process's rank and the number of ranks, from torch.distributed, else from the launcher's environment."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
@@ -213,7 +212,7 @@ class OptimizerSource:
     """Observes the steps of the first optimizer that updates, without keeping references to its training. The hook of a
     process (`hook/sitecustomize.py`) calls it after the update of every optimizer."""
 
-    def __init__(self, make: MakeObserver = named_observer) -> None:
+    def __init__(self, make: ObserverFactory = make_observer) -> None:
         self._make = make
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
@@ -283,7 +282,7 @@ class OptimizerSource:
         the end of the process, because this may be called anywhere, for example by the garbage collector."""
         self._calls.close()
         if self._steps is not None:
-            self._steps.within = False
+            self._steps.is_observing = False
             self._steps.abandon_step()
 
 

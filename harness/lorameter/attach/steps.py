@@ -37,7 +37,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from lorameter.attach.batches import BatchParts, Loaders, copy_batch, total_tokens
 from lorameter.attach.observer import (
     ErrorGuard,
-    NotFollowedError,
+    NotMeasuredError,
     ObserverReply,
     Phase,
     StepReading,
@@ -116,11 +116,11 @@ def patch(holder: Any, name: str, *, before: Before = _ignore, after: After = _i
 class Steps:
     """Reports one training to one observer. Every call is guarded: an error of the meter never reaches the training."""
 
-    def __init__(self, observer: TrainingObserver, training: TrainingInfo, device: torch.device) -> None:
+    def __init__(self, observer: TrainingObserver, training: TrainingInfo) -> None:
         self.observer = observer
         self.training = training
-        self._cuda = device if device.type == "cuda" else None
-        self._guard = ErrorGuard(self._failed)
+        self._cuda = training.device if training.device.startswith("cuda") else None
+        self._guard = ErrorGuard(self._report_failure)
         self._number = 0
         self._next = ObserverReply()
         self._unreported: list[tuple[Any, ...]] = []
@@ -132,8 +132,8 @@ class Steps:
         self._open = False
         self.ended = False
         """Whether the training has ended."""
-        self.within = True
-        """Whether current events belong to a step."""
+        self.is_observing = True
+        """Whether events belong to a step, unlike between two epochs of a loop."""
         self._passes = 0
         """Depth of nested backward passes; checkpointing starts one inside another."""
         self._loaders = Loaders()
@@ -161,8 +161,8 @@ class Steps:
         """Observe the parts of each step from now on."""
         hooks = self._hooks
         hooks.callback(patch(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward))
-        hooks.callback(patch(torch.nn.utils, "clip_grad_norm_", after=self._keep_norm))
-        hooks.callback(patch(torch.amp.GradScaler, "scale", after=self._keep_loss))
+        hooks.callback(patch(torch.nn.utils, "clip_grad_norm_", after=self._store_norm))
+        hooks.callback(patch(torch.amp.GradScaler, "scale", after=self._store_loss))
         begin, end = (_update_hook(functools.partial(mark, "optimizer")) for mark in (self.begin_part, self.end_part))
         hooks.callback(register_optimizer_step_pre_hook(begin).remove)
         hooks.callback(register_optimizer_step_post_hook(end).remove)
@@ -196,7 +196,7 @@ class Steps:
 
     @property
     def _active(self) -> bool:
-        return self.within and self.is_measuring
+        return self.is_observing and self.is_measuring
 
     def _begin_backward(self, args: tuple[Any, ...]) -> None:
         self._passes += 1
@@ -212,12 +212,12 @@ class Steps:
         if self._passes == 0:
             self.end_part("backward")
 
-    def _keep_norm(self, args: tuple[Any, ...], norm: Any, error: BaseException | None) -> None:
+    def _store_norm(self, args: tuple[Any, ...], norm: Any, error: BaseException | None) -> None:
         """A norm that is sharded over ranks is not read: that would synchronise the ranks."""
         if type(norm) is torch.Tensor and self._active:
             self._norm = norm.detach()
 
-    def _keep_loss(self, args: tuple[Any, ...], scaled: Any, error: BaseException | None) -> None:
+    def _store_loss(self, args: tuple[Any, ...], scaled: Any, error: BaseException | None) -> None:
         if self._active and _is_scalar(args[1]):
             self._scaled.append(args[1].detach())
 
@@ -274,9 +274,9 @@ class Steps:
     def abandon_step(self) -> None:
         """Abandon the current step, and remove the hooks of its check from the model."""
         if self._open:
-            error = NotFollowedError("the step was abandoned")
+            error = NotMeasuredError("the step was abandoned")
             watch, self._watch, self._open = self._watch, None, False
-            self._guard.run(watch.__exit__, NotFollowedError, error, None)
+            self._guard.run(watch.__exit__, NotMeasuredError, error, None)
 
     def restart(self) -> None:
         """Exclude the time until now from all steps: the clock of the next step starts now."""
@@ -346,14 +346,14 @@ class Steps:
         self._report()
         self.observer.end(error, seen=seen)
 
-    def _failed(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         """Report to the observer that the meter failed before the training ended; the training continues."""
         with contextlib.suppress(Exception):
             self._close_watch()
         with contextlib.suppress(Exception):  # the observer itself may have failed
             self._report()
         steps = format_count(self._number, "step")
-        failure = NotFollowedError(f"the meter failed after {steps}: {type(error).__name__}: {error}")
+        failure = NotMeasuredError(f"the meter failed after {steps}: {type(error).__name__}: {error}")
         failure.__cause__ = error
         self.observer.end(failure)
 

@@ -41,7 +41,7 @@ from lorameter.attach.measures import (
     untimed_columns,
 )
 from lorameter.attach.observer import (
-    NotFollowedError,
+    NotMeasuredError,
     ObserverReply,
     Phase,
     Source,
@@ -49,7 +49,6 @@ from lorameter.attach.observer import (
     TrainingInfo,
     print_notice,
 )
-from lorameter.attach.sources import device_in_use, device_of
 from lorameter.errors import UsageError, format_error
 from lorameter.machine import provenance
 from lorameter.machine.telemetry import Telemetry
@@ -75,21 +74,21 @@ class RunFile:
         """Claim the directory, and write the manifest and the record with these values.
 
         Raises:
-            NotFollowedError: another process has claimed it.
+            NotMeasuredError: another process has claimed it.
             InvalidRunError: writing failed.
         """
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            raise NotFollowedError("another process of this command is followed") from None
+            raise NotMeasuredError("another process of this command is measured") from None
         self.path = path
         self._resources = contextlib.ExitStack()
         self._resources.enter_context(store.lock_run(path))
-        self._study = study_of(read_command(), dict(requirements))
+        self._study = make_study(read_command(), dict(requirements))
         (variant,) = self._study.variants
         trial, begun_unix_s = f"r0-{variant.name}", time.time()
         self._begun_s = time.monotonic()
-        facts = describe_place(self._study, device)
+        facts = describe_provenance(self._study, device)
         self.device_name = str(facts["device_name"])
         self._manifest = Manifest(
             run=path.name,
@@ -136,7 +135,7 @@ class RunFile:
         self._resources.close()
 
 
-def study_of(command: str, requirements: dict[str, object]) -> Study:
+def make_study(command: str, requirements: dict[str, object]) -> Study:
     """The study of a running command. A command line that no study can hold (a program text behind `-c`) is shortened
     to its program."""
     options: dict[str, Any] = {"threads": torch.get_num_threads(), "protocol": PROTOCOL, "requirements": requirements}
@@ -146,7 +145,7 @@ def study_of(command: str, requirements: dict[str, object]) -> Study:
         return study_of_command(shlex.join(shlex.split(command)[:1]), **options)
 
 
-def describe_place(study: Study, device: str) -> dict[str, Any]:
+def describe_provenance(study: Study, device: str) -> dict[str, Any]:
     """The provenance of a training on this device (a torch device type)."""
     machine = provenance.probe_machine()
     if device == "cpu":
@@ -162,7 +161,7 @@ MAX_WATCHED = 2
 REPORT_TIMEOUT_S = 120.0
 FLUSH_INTERVAL_S = 1.0
 """Maximum seconds of training that a killed process loses."""
-AT_ONCE = ObserverReply()
+REPORT_AT_ONCE = ObserverReply()
 
 
 class Writer:
@@ -206,8 +205,8 @@ class Writer:
         if training.ranks > 1:
             self._ranks = Ranks(path, training)
         if training.rank:
-            return AT_ONCE
-        device = str(device_of([*training.module.parameters()])) if training.module is not None else device_in_use()
+            return REPORT_AT_ONCE
+        device = training.device
         values = training.counts | {"threads": float(torch.get_num_threads())}
         self._work = StepFlops(training)
         self._run = RunFile(path, device=device, requirements=self._required, values=values)
@@ -228,7 +227,7 @@ class Writer:
         if self._ranks is not None:
             self._ranks.add(reading)
         if self._run is None:
-            return AT_ONCE
+            return REPORT_AT_ONCE
         self._conventions |= dict.fromkeys(reading.conventions)
         self._not_finite = self._not_finite or loss_not_finite([reading])
         return self._program.send(reading)
@@ -240,11 +239,11 @@ class Writer:
         least, most = protocol.warmup_steps_min, protocol.warmup_steps_max
         if planned_steps is not None:
             most = max(least, min(most, planned_steps // 3))
-        reading = yield AT_ONCE
+        reading = yield REPORT_AT_ONCE
         self._add(reading, untimed_columns("warmup", [reading]), first_step_time_s=reading.step_time_s)
         times: list[float] = []
         while not is_warm(times, least, most):
-            reading = yield AT_ONCE
+            reading = yield REPORT_AT_ONCE
             times.append(reading.step_time_s)
             self._add(reading, {"warmup_step_time_s": [reading.step_time_s], **untimed_columns("warmup", [reading])})
         for _ in range(MAX_WATCHED):
@@ -374,7 +373,7 @@ def print_report(path: Path) -> None:
         print_notice(f"run {path.name} is written, and its report was not printed: {format_error(error)}")
 
 
-SEEN_BY: Mapping[Source, str] = {
+STEP_DEFINITIONS: Mapping[Source, str] = {
     "trainer": "steps are the Trainer's: from the end of one to the end of the next, without evaluation and saving",
     "loop": "steps are those that the loop names",
     "optimizer": "steps lie between two updates of the optimizer; the first update is before the first step",
@@ -388,7 +387,7 @@ def describe_measuring(
 ) -> list[str]:
     """Notes on the measurement: how steps are delimited, how tokens are counted, the checks of the watched step, and
     the peak memory of each phase if there are several."""
-    notes = [SEEN_BY[source]]
+    notes = [STEP_DEFINITIONS[source]]
     notes += [NO_TOKENS] if record.samples and "turn_tokens" not in record.samples else []
     notes += conventions
     where = "device_peak_allocated" if "device_peak_allocated_train_bytes" in record.memory else "host_peak"

@@ -160,6 +160,6 @@ def import_shadowed_sitecustomize() -> None:
     spec.loader.exec_module(module)
 
 
-if os.environ.get("LORAMETER_FOLLOWER"):
+if os.environ.get("LORAMETER_OBSERVER"):
     call_safely(install)
 import_shadowed_sitecustomize()

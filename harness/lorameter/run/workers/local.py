@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorameter import wire
-from lorameter.attach.launch import ENV_FOLLOWER
+from lorameter.attach.launch import ENV_OBSERVER
 from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
 from lorameter.machine.processes import CPUS, CRASH_SIGNALS, PARENT, exit_words, kill_group
 from lorameter.records import codec
@@ -62,7 +62,7 @@ def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         PARENT: str(os.getpid()),
-        ENV_FOLLOWER: "",
+        ENV_OBSERVER: "",
     }
     return inherited | fixed
 

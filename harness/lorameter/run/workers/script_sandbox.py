@@ -36,7 +36,7 @@ MAX_FILES = 50_000
 LINKED = (".git", ".hg", ".svn", "node_modules", ".venv", "venv")
 """Folders that a script only reads."""
 LEFT_OUT = ("__pycache__", ".lorameter", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb")
-FOLLOWER = "lorameter.attach.script_trial:ScriptTrial"
+OBSERVER = "lorameter.attach.script_trial:ScriptTrial"
 
 _QUIET: Mapping[str, str] = {
     "WANDB_MODE": "disabled",
@@ -169,7 +169,7 @@ def script_environment(
     if in_front := variant.python or side:
         given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
     variables = {SOCKET: socket, HOOKED: str(scratch / "hooked")}
-    return child_environment(given, variables, follower=FOLLOWER)
+    return child_environment(given, variables, observer=OBSERVER)
 
 
 def resolve_command(
