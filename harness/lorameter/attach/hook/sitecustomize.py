@@ -14,32 +14,32 @@ import sys
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-HOME = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-HOMES = (HOME, os.path.dirname(HOME))  # if installed, both packages are in the first; in a checkout each has one
-OWN = ("lorameter", "kernels_check")
-NEEDED = ("filelock", "msgspec")
-PYTHON = (3, 11)
+FIRST_FOLDER = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
+PACKAGE_FOLDERS = (FIRST_FOLDER, os.path.dirname(FIRST_FOLDER))  # in a checkout, each package is in its own
+PACKAGES = ("lorameter", "kernels_check")
+DEPENDENCIES = ("filelock", "msgspec")
+MIN_PYTHON = (3, 11)
 
 
-class Own:
+class PackageFinder:
     """Finds the packages of lorameter, but no other modules in their folders."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.machinery.PathFinder.find_spec(name, HOMES) if name in OWN else None
+        return importlib.machinery.PathFinder.find_spec(name, PACKAGE_FOLDERS) if name in PACKAGES else None
 
 
-class After:
-    """Finds a module with the other finders, and calls functions with it after its import."""
+class ImportHook:
+    """Finds a module with the other finders, and calls a function with it after its import."""
 
-    def __init__(self, wanted: Any) -> None:
-        self.wanted = wanted
+    def __init__(self, calls: Any) -> None:
+        self.calls = calls
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        calls = self.wanted.pop(name, None)
-        if calls is None:
+        call = self.calls.pop(name, None)
+        if call is None:
             return None
         spec = importlib.util.find_spec(name)  # by the other finders: this finder no longer looks for it
-        self.wanted[name] = calls
+        self.calls[name] = call
         if spec is not None and hasattr(spec.loader, "exec_module"):
             loader: Any = spec.loader
             loader.exec_module = functools.partial(self.execute, loader.exec_module)
@@ -47,8 +47,8 @@ class After:
 
     def execute(self, execute: Any, module: Any) -> None:
         execute(module)
-        for call in self.wanted.pop(module.__name__, ()):
-            call_safely(call, module)
+        if module.__name__ in self.calls:
+            call_safely(self.calls.pop(module.__name__), module)
 
 
 def call_safely(call: Any, *args: Any) -> Any:
@@ -69,8 +69,8 @@ def print_notice(text: str) -> None:
 
 def call_own(module: str, name: str, *args: Any) -> Any:
     """Call a function of a module of lorameter, whether or not this interpreter has it installed."""
-    if not any(isinstance(finder, Own) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Own())
+    if not any(isinstance(finder, PackageFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PackageFinder())
     return getattr(importlib.import_module("lorameter.attach." + module), name)(*args)
 
 
@@ -78,9 +78,9 @@ def call_own(module: str, name: str, *args: Any) -> Any:
 def report_missing_packages() -> bool:
     """Whether this interpreter lacks a package that the meter needs; if so, print that and write it into the file that
     says that the hook was loaded."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if sys.version_info < PYTHON:
-        text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *PYTHON)
+    missing = [name for name in DEPENDENCIES if importlib.util.find_spec(name) is None]
+    if sys.version_info < MIN_PYTHON:
+        text = "{} is older than Python {}.{}. Use a newer one".format(sys.executable, *MIN_PYTHON)
     elif missing:
         text = "{0} lacks {1}. Install: {0} -m pip install {1}".format(sys.executable, " ".join(missing))
     else:
@@ -99,11 +99,11 @@ def attach_trainer(module: Any) -> None:
         return
     build = module.Trainer.__init__
 
-    def built(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         call_safely(call_own, "meter", "add_meter", self)
 
-    module.Trainer.__init__ = functools.wraps(build)(built)
+    module.Trainer.__init__ = functools.wraps(build)(init)
 
 
 def attach_optimizers(module: Any) -> None:
@@ -141,12 +141,12 @@ def install() -> None:
     if hooked:
         with open(hooked, "a"):
             pass
-    wanted = {"transformers.trainer": [attach_trainer], "torch.optim.optimizer": [attach_optimizers]}
+    calls = {"transformers.trainer": attach_trainer, "torch.optim.optimizer": attach_optimizers}
     if os.environ.get("LORAMETER_TURN_SOCKET"):
         disable = functools.partial(call_own, "disable_side_effects")
-        wanted["transformers.training_args"] = [functools.partial(disable, "disable_trainer_side_effects")]
-        wanted["huggingface_hub.hf_api"] = [functools.partial(disable, "block_hub_writes")]
-    sys.meta_path.insert(0, After(wanted))
+        calls["transformers.training_args"] = functools.partial(disable, "disable_trainer_side_effects")
+        calls["huggingface_hub.hf_api"] = functools.partial(disable, "block_hub_writes")
+    sys.meta_path.insert(0, ImportHook(calls))
 
 
 def import_shadowed_sitecustomize() -> None:
