@@ -14,8 +14,7 @@ import pytest
 from kernels_check import Check
 from lorameter.attach import measures
 from lorameter.attach.launch import REQUIRE, RUN, WRAP, finalize_run
-from lorameter.attach.observer import ErrorGuard, NotMeasuredError, StepReading, TrainingInfo
-from lorameter.attach.sources import UnendedError
+from lorameter.attach.observer import ErrorGuard, NotMeasuredError, StepReading, TrainingInfo, UnendedError
 from lorameter.attach.writer import Writer
 from lorameter.records import store
 

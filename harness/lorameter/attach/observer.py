@@ -132,6 +132,10 @@ class NotMeasuredError(Exception):
     """Raised if the meter, not the training, ends the measurement early."""
 
 
+class UnendedError(NotMeasuredError):
+    """A training has not ended."""
+
+
 class ErrorGuard:
     """Calls functions of the meter, in the process that created it and until the first error. Not thread-safe."""
 

@@ -28,21 +28,10 @@ from typing import Any
 import torch
 
 from lorameter.attach.launch import DEFAULT_OBSERVER, ENV_OBSERVER
-from lorameter.attach.observer import (
-    ErrorGuard,
-    NotMeasuredError,
-    Source,
-    TrainingInfo,
-    TrainingObserver,
-    print_notice,
-)
+from lorameter.attach.observer import ErrorGuard, Source, TrainingInfo, TrainingObserver, print_notice
 from lorameter.attach.steps import Steps, compiles_here, patch, uncompiled
 
 ObserverFactory = Callable[[], TrainingObserver]
-
-
-class UnendedError(NotMeasuredError):
-    """A training has not ended."""
 
 
 class Attachment:
@@ -109,8 +98,9 @@ class Attachment:
         )
         self.steps = Steps(observer, training)
         atexit.register(self._end_with_process)
-        if writes:
-            self._end_before_exit()  # the parent of trainings that take turns detects the end of a process itself
+        if writes:  # the parent of trainings that take turns detects the end of a process itself
+            # A script calls it, which skips exit handlers, because a library would abort at exit.
+            patch(os, "_exit", before=lambda args: self._end_with_process())
         self.steps.begin()
         return self.steps
 
@@ -120,35 +110,14 @@ class Attachment:
             return
         self._reported = True
         print_notice(f"another training of this script (seen by its {source}) is not measured: only the first is")
-        self.steps.end(_unended_error(self.steps), seen=False)
+        self.steps.end(None, seen=False)
 
     def _end_with_process(self) -> None:
         """End the measurement because the process ends before the training, by an error or because the script abandoned
         it."""
         if self.steps is not None and self._pid == os.getpid():
             error = getattr(sys, "last_value", None)  # the exception that the interpreter has just printed
-            self.steps.end(error if isinstance(error, BaseException) else _unended_error(self.steps), seen=False)
-
-    def _end_before_exit(self) -> None:
-        """End the measurement at `os._exit`, which skips exit handlers. Scripts call it because a library would abort
-        at exit; their training is complete."""
-        module: Any = os
-        leave = module._exit
-
-        @functools.wraps(leave)
-        def end_and_leave(status: int) -> None:
-            try:
-                self._end_with_process()
-            finally:
-                leave(status)
-
-        module._exit = end_and_leave
-
-
-def _unended_error(steps: Steps) -> BaseException | None:
-    """The error for a Trainer that did not reach its end; a loop may have reached its own."""
-    by_trainer = steps.training.source == "trainer"
-    return UnendedError("the Trainer did not reach the end of its training") if by_trainer else None
+            self.steps.end(error, seen=False)
 
 
 @functools.cache  # one per process, however many modules call this

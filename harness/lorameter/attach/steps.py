@@ -43,6 +43,7 @@ from lorameter.attach.observer import (
     StepReading,
     TrainingInfo,
     TrainingObserver,
+    UnendedError,
 )
 from lorameter.records.units import format_count
 
@@ -123,8 +124,7 @@ class Steps:
         self._guard = ErrorGuard(self._report_failure)
         self._number = 0
         self._next = ObserverReply()
-        self._unreported: list[tuple[Any, ...]] = []
-        """Arguments of `read_step` for steps that are not reported yet."""
+        self._unreported: list[Callable[[], StepReading]] = []
         self._reported_s = -math.inf
         self._phase: Phase = "train"
         self._watch: Any = None
@@ -298,9 +298,19 @@ class Steps:
         losses = self._scaled or self._roots
         loss = sum(map(float, losses)) if losses else None  # read now: a script may modify the tensor later
         dtype = losses[-1].dtype if losses else None
-        wall_s = ended_s - self._begun_s
         self._unreported.append(
-            (self._number, wall_s, cpu_s, self._borders, self._batches, loss, dtype, self._norm, checks)
+            functools.partial(
+                read_step,
+                number=self._number,
+                wall_s=ended_s - self._begun_s,
+                cpu_s=cpu_s,
+                borders=self._borders,
+                batches=self._batches,
+                loss=loss,
+                loss_dtype=dtype,
+                gradient_norm=self._norm,
+                checks=checks,
+            )
         )
         if checks is not None or ended_s - self._reported_s >= self._next.flush_interval_s:
             self._report()
@@ -308,8 +318,8 @@ class Steps:
 
     def _report(self) -> None:
         unreported, self._unreported = self._unreported, []
-        for arguments in unreported:
-            self._next = self.observer.step(read_step(*arguments))
+        for read in unreported:
+            self._next = self.observer.step(read())
         self._reported_s = time.perf_counter()
 
     def _start_step(self) -> None:
@@ -340,6 +350,8 @@ class Steps:
         if not self.ended:
             self.remove_hooks()
             self.ended = True
+            if error is None and not seen and self.training.source == "trainer":  # a loop may have reached its own end
+                error = UnendedError("the Trainer did not reach the end of its training")
             self._guard.run(self._end, error, seen)
 
     def _end(self, error: BaseException | None, seen: bool) -> None:
