@@ -131,9 +131,9 @@ class Meter(TrainerCallback):
         steps.is_observing = True
         try:
             while True:
-                steps.begin_part("data")
+                steps.mark("data", "begin")
                 batch = next(iterator, _END)
-                steps.end_part("data")
+                steps.mark("data", "end")
                 if batch is _END:
                     break
                 steps.batch(batch)

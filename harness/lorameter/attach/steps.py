@@ -48,9 +48,10 @@ from lorameter.attach.observer import (
 from lorameter.records.units import format_count
 
 Part = Literal["data", "forward", "backward", "optimizer"]
-Border = tuple[Part | None, Literal["begin", "end", "backward"], float, Any]
-"""The part (None: the step itself), whether it begins or ends, the host's clock, and on a GPU an event. At a "backward"
-border a backward pass begins, and the time since the previous border was a forward pass."""
+BorderKind = Literal["begin", "end", "backward"]
+"""A part begins or ends, or a backward pass begins, and the time since the previous border was a forward pass."""
+Border = tuple[Part | None, BorderKind, float, Any]
+"""The part (None: the step itself), the kind, the host's clock, and on a GPU an event."""
 
 
 Before = Callable[[tuple[Any, ...]], None]
@@ -163,9 +164,8 @@ class Steps:
         hooks.callback(patch(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward))
         hooks.callback(patch(torch.nn.utils, "clip_grad_norm_", after=self._store_norm))
         hooks.callback(patch(torch.amp.GradScaler, "scale", after=self._store_loss))
-        begin, end = (_update_hook(functools.partial(mark, "optimizer")) for mark in (self.begin_part, self.end_part))
-        hooks.callback(register_optimizer_step_pre_hook(begin).remove)
-        hooks.callback(register_optimizer_step_post_hook(end).remove)
+        hooks.callback(register_optimizer_step_pre_hook(self._make_update_hook("begin")).remove)
+        hooks.callback(register_optimizer_step_post_hook(self._make_update_hook("end")).remove)
         if self.training.source == "optimizer":
             hooks.callback(patch(_BaseDataLoaderIter, "__next__", before=self._begin_load, after=self._end_load))
         if self.training.source == "trainer":
@@ -184,15 +184,22 @@ class Steps:
         if self._active:
             self._batches.append(self._guard.run(copy_batch, batch) or BatchParts())
 
-    def begin_part(self, part: Part) -> None:
-        """Mark the start of a part of the step."""
+    def mark(self, part: Part, kind: BorderKind) -> None:
+        """Mark that a part of the step begins or ends. With a part, all parts inside it end; the end of a part that did
+        not begin is ignored."""
         if self._active:
-            self._borders.append((part, "begin", time.perf_counter(), self._stamp()))
+            self._borders.append((part, kind, time.perf_counter(), self._stamp()))
 
-    def end_part(self, part: Part) -> None:
-        """Mark the end of a part of the step and of all parts inside it; ignored if the part did not begin."""
-        if self._active:
-            self._borders.append((part, "end", time.perf_counter(), self._stamp()))
+    def _make_update_hook(self, kind: BorderKind) -> Callable[..., None]:
+        """A hook on all optimizers; it does nothing inside a compiled update."""
+        mark, compiling = functools.partial(self.mark, "optimizer", kind), torch.compiler.is_compiling
+        disabled = uncompiled(mark)
+
+        def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not compiling():
+                (disabled if compiles_here() else mark)()
+
+        return hook
 
     @property
     def _active(self) -> bool:
@@ -205,12 +212,12 @@ class Steps:
         if args and _is_scalar(args[0]):
             self._roots.append(args[0].detach())
         self._batches += self._loaders.take()
-        self._borders.append(("backward", "backward", time.perf_counter(), self._stamp()))
+        self.mark("backward", "backward")
 
     def _end_backward(self, args: tuple[Any, ...], result: Any, error: BaseException | None) -> None:
         self._passes -= 1
         if self._passes == 0:
-            self.end_part("backward")
+            self.mark("backward", "end")
 
     def _store_norm(self, args: tuple[Any, ...], norm: Any, error: BaseException | None) -> None:
         """A norm that is sharded over ranks is not read: that would synchronise the ranks."""
@@ -222,10 +229,10 @@ class Steps:
             self._scaled.append(args[1].detach())
 
     def _begin_load(self, args: tuple[Any, ...]) -> None:
-        self.begin_part("data")
+        self.mark("data", "begin")
 
     def _end_load(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
-        self.end_part("data")
+        self.mark("data", "end")
         if not self._active or not torch.is_grad_enabled():  # a batch loaded without gradients is of an evaluation
             return
         if error is None:
@@ -235,10 +242,10 @@ class Steps:
 
     def _begin_fetch(self, args: tuple[Any, ...]) -> None:
         self.phase("train")
-        self.begin_part("data")
+        self.mark("data", "begin")
 
     def _end_fetch(self, args: tuple[Any, ...], fetched: Any, error: BaseException | None) -> None:
-        self.end_part("data")
+        self.mark("data", "end")
         for batch in fetched[0] if isinstance(fetched, tuple) and isinstance(fetched[0], list) else ():
             self.batch(batch)
 
@@ -372,17 +379,6 @@ class Steps:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 1
-
-
-def _update_hook(call: Callable[[], None]) -> Callable[..., None]:
-    """A hook on all optimizers; it does nothing inside a compiled update."""
-    disabled, compiling = uncompiled(call), torch.compiler.is_compiling
-
-    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not compiling():
-            (disabled if compiles_here() else call)()
-
-    return hook
 
 
 def _record_event() -> torch.cuda.Event:
