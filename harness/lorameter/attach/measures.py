@@ -186,11 +186,11 @@ class Peaks:
 
     def enter(self, phase: Phase) -> None:
         """End the current phase, and begin this one."""
-        self.so_far()
+        self.read()
         self.phase = phase
         self._gauge.begin()
 
-    def so_far(self) -> dict[str, int]:
+    def read(self) -> dict[str, int]:
         """Bytes by their names in a record, including those of the current phase."""
         for name, size in self._gauge.peaks(self.phase).items():
             self._found[name] = max(size, self._found.get(name, 0))
@@ -222,9 +222,9 @@ class Energy:
 
     def end(self) -> None:
         """End the stretch."""
-        self._before, self._begun = self._so_far(), None
+        self._before, self._begun = self._sum_stretches(), None
 
-    def _so_far(self) -> Counter[str]:
+    def _sum_stretches(self) -> Counter[str]:
         """Counts of all stretches, including the one under way if it is long enough."""
         if self._begun is None or self._gpu is None:
             return self._before
@@ -234,7 +234,7 @@ class Energy:
 
     def values(self) -> dict[str, float]:
         """Values as in a trial's record; empty if no stretch was long enough."""
-        found = dict(self._so_far())
+        found = dict(self._sum_stretches())
         if self._uncounted:
             found.pop("energy_tokens", None)
         return {name: float(value) for name, value in found.items()}

@@ -226,7 +226,7 @@ class ScriptTrial:
         record = PartialRecord(
             samples=complete_columns(untimed_columns("remaining", taken)),
             values=values,
-            memory=self._peaks.so_far(),
+            memory=self._peaks.read(),
             notices=notices,
         )
         return _judge_losses(record, taken)

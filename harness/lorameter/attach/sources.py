@@ -204,29 +204,27 @@ class OptimizerSource:
         if self._steps is None:
             if not this_process().occupied:
                 self._begin(optimizer)
-            return
-        if optimizer is self._optimizer():
+        elif optimizer is self._optimizer():
             self._others.clear()
             self._calls.close()
             self._steps.end_step()
             self._watch_next(self._steps)
-            return
-        self._others[id(optimizer)] += 1
-        if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
-            self._over = True
-            self._calls.close()
-            this_process().report_another("optimizer")
+        else:
+            self._others[id(optimizer)] += 1
+            if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
+                self._over = True
+                self._calls.close()
+                this_process().report_another("optimizer")
 
     def _begin(self, optimizer: Any) -> None:
-        self._steps = ErrorGuard().run(self._follow, optimizer)
-        if self._steps is None:
-            self._over = True
-            return
-        self._optimizer = weakref.ref(optimizer)
-        weakref.finalize(optimizer, self._stop).atexit = False  # at interpreter shutdown, modules are gone
-        self._watch_next(self._steps)
+        self._steps = ErrorGuard().run(self._begin_training, optimizer)
+        self._over = self._steps is None
+        if self._steps is not None:
+            self._optimizer = weakref.ref(optimizer)
+            weakref.finalize(optimizer, self._stop).atexit = False  # at interpreter shutdown, modules are gone
+            self._watch_next(self._steps)
 
-    def _follow(self, optimizer: Any) -> Steps | None:
+    def _begin_training(self, optimizer: Any) -> Steps | None:
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         return this_process().begin(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
 
@@ -262,8 +260,6 @@ def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | Non
     Only their type is read, since some are proxies with side effects on access.
     """
     trained = next((one for one in parameters if one.requires_grad), None)
-    if trained is None:
-        return None
     holders = [
         one
         for one in gc.get_objects()

@@ -207,12 +207,11 @@ class Steps:
 
     def _begin_backward(self, args: tuple[Any, ...]) -> None:
         self._passes += 1
-        if self._passes > 1 or not self._active:
-            return
-        if args and _is_scalar(args[0]):
-            self._roots.append(args[0].detach())
-        self._batches += self._loaders.take()
-        self.mark("backward", "backward")
+        if self._passes == 1 and self._active:
+            if args and _is_scalar(args[0]):
+                self._roots.append(args[0].detach())
+            self._batches += self._loaders.take()
+            self.mark("backward", "backward")
 
     def _end_backward(self, args: tuple[Any, ...], result: Any, error: BaseException | None) -> None:
         self._passes -= 1
@@ -233,12 +232,11 @@ class Steps:
 
     def _end_load(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
         self.mark("data", "end")
-        if not self._active or not torch.is_grad_enabled():  # a batch loaded without gradients is of an evaluation
-            return
-        if error is None:
-            self._loaders.put(args[0], self._guard.run(copy_batch, batch) or BatchParts())
-        else:
-            self._loaders.end(args[0])
+        if self._active and torch.is_grad_enabled():  # a batch loaded without gradients is of an evaluation
+            if error is None:
+                self._loaders.put(args[0], self._guard.run(copy_batch, batch) or BatchParts())
+            else:
+                self._loaders.end(args[0])
 
     def _begin_fetch(self, args: tuple[Any, ...]) -> None:
         self.phase("train")

@@ -240,15 +240,15 @@ class Writer:
         if planned_steps is not None:
             most = max(least, min(most, planned_steps // 3))
         reading = yield REPORT_AT_ONCE
-        self._add(reading, untimed_columns("warmup", [reading]), first_step_time_s=reading.step_time_s)
+        self._add_step(reading, untimed_columns("warmup", [reading]), first_step_time_s=reading.step_time_s)
         times: list[float] = []
         while not is_warm(times, least, most):
             reading = yield REPORT_AT_ONCE
             times.append(reading.step_time_s)
-            self._add(reading, {"warmup_step_time_s": [reading.step_time_s], **untimed_columns("warmup", [reading])})
+            self._add_step(reading, {"warmup_step_time_s": [reading.step_time_s], **untimed_columns("warmup", [reading])})
         for _ in range(MAX_WATCHED):
             reading = yield ObserverReply(watch=self._required)
-            self._add(reading, {}, warmup_steady=float(is_steady(times)))
+            self._add_step(reading, {}, warmup_steady=float(is_steady(times)))
             if reading.checks is not None:
                 self._checks = tuple(codec.to_json(check) for check in reading.checks)
             if not needs_another_step(reading.checks or ()):
@@ -262,9 +262,9 @@ class Writer:
             if len(self._timed) < MAX_TIMED:
                 columns = turn_columns([reading])  # each timed step is its own turn
                 self._timed.append(reading.number)
-            self._add(reading, columns)
+            self._add_step(reading, columns)
 
-    def _add(self, reading: StepReading, columns: Columns, **values: float) -> None:
+    def _add_step(self, reading: StepReading, columns: Columns, **values: float) -> None:
         """Add a step with these samples and values to the record, and write it. Values that need a system call are
         read once a second."""
         assert self._run is not None
@@ -276,7 +276,7 @@ class Writer:
         if time.monotonic() - self._read_s >= FLUSH_INTERVAL_S:
             self._read_s = time.monotonic()
             values |= self._energy.values()
-            memory = self._peaks.so_far()
+            memory = self._peaks.read()
         step = Step(samples={name: value for name, (value,) in columns.items()}, values=values, memory=memory)
         self._run.steps.write(encode_step(step))
 
@@ -293,13 +293,12 @@ class Writer:
 
     def phase(self, phase: Phase) -> None:
         """Start a new memory peak for the phase; evaluation and saving end the stretch of training."""
-        if self._run is None:
-            return
-        if phase != "train":
-            self._end_stretch()
-        self._peaks.enter(phase)
-        if phase == "train" and self._warm:
-            self._begin_stretch()
+        if self._run is not None:
+            self._peaks.enter(phase)
+            if phase != "train":
+                self._end_stretch()
+            elif self._warm:
+                self._begin_stretch()
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
         """Write the last record, and print the report."""
@@ -328,7 +327,7 @@ class Writer:
             samples=samples,
             turn_lengths=(1,) * len(self._timed),
             values=values | ({} if seen else {UNSEEN_END: 1.0}),
-            memory=self._peaks.so_far(),
+            memory=self._peaks.read(),
             tokens=tokens_in(samples),
             checks=self._checks or (),
             notices=tuple(notices),
