@@ -130,8 +130,8 @@ class ScriptTrial:
                     record = commands[command.name](**command.arguments)
                     if not isinstance(record, PartialRecord):
                         record = yield from record
-                except TrainingOverError as over:
-                    record = PartialRecord().failed(over.status, over.failure)
+                except TrainingOverError as end:
+                    record = PartialRecord().failed(end.status, end.failure)
                 except Exception as error:
                     record = PartialRecord().failed(*describe_error(error, command.name))
                 wire.send(self._connection, wire.answer_with(record))
@@ -144,10 +144,10 @@ class ScriptTrial:
 
     def _build(self) -> PartialRecord:
         training, protocol = self._training, self._request.protocol
-        least = BEFORE_WARMUP + protocol.warmup_steps_min + protocol.turns * protocol.steps_per_turn
-        if training.planned_steps is not None and training.planned_steps < least:
+        min_steps = BEFORE_WARMUP + protocol.warmup_steps_min + protocol.turns * protocol.steps_per_turn
+        if training.planned_steps is not None and training.planned_steps < min_steps:
             message = (
-                f"the script trains {training.planned_steps} steps, and at least {least} are needed. {TRAIN_LONGER}"
+                f"the script trains {training.planned_steps} steps, and at least {min_steps} are needed. {TRAIN_LONGER}"
             )
             raise TrainingOverError("invalid", Failure(phase="build", kind="TooFewSteps", message=message))
         parameters = [] if training.module is None else training.module.parameters()
@@ -177,40 +177,40 @@ class ScriptTrial:
 
     def _warm_up(self, steps: int | None = None) -> Command:
         protocol, planned = self._request.protocol, self._training.planned_steps
-        most = protocol.warmup_steps_max
+        max_steps = protocol.warmup_steps_max
         if planned is not None:
-            most = min(most, planned - BEFORE_WARMUP - protocol.turns * protocol.steps_per_turn)
-        taken: list[StepReading] = []
+            max_steps = min(max_steps, planned - BEFORE_WARMUP - protocol.turns * protocol.steps_per_turn)
+        readings: list[StepReading] = []
         times: list[float] = []
-        while not is_warm(times, protocol.warmup_steps_min, most) if steps is None else len(times) < steps:
-            taken.append((yield ObserverReply()))
-            times.append(taken[-1].step_time_s)
+        while not is_warm(times, protocol.warmup_steps_min, max_steps) if steps is None else len(times) < steps:
+            readings.append((yield ObserverReply()))
+            times.append(readings[-1].step_time_s)
         record = PartialRecord(
-            samples=complete_columns({"warmup_step_time_s": [*times], **untimed_columns("warmup", taken)}),
+            samples=complete_columns({"warmup_step_time_s": [*times], **untimed_columns("warmup", readings)}),
             values={"warmup_steady": float(is_steady(times))} if steps is None else {},
         )
-        return _judge_losses(record, taken)
+        return _judge_losses(record, readings)
 
     def _turn(self, steps: int) -> Command:
-        taken: list[StepReading] = []
+        readings: list[StepReading] = []
         try:
             for _ in range(steps):
-                taken.append((yield ObserverReply()))
-        except TrainingOverError as over:
-            samples = complete_columns(turn_columns(taken)) if taken else {}
-            return PartialRecord(samples=samples).failed(over.status, over.failure)
-        return _judge_losses(PartialRecord(samples=complete_columns(turn_columns(taken))), taken)
+                readings.append((yield ObserverReply()))
+        except TrainingOverError as end:
+            samples = complete_columns(turn_columns(readings)) if readings else {}
+            return PartialRecord(samples=samples).failed(end.status, end.failure)
+        return _judge_losses(PartialRecord(samples=complete_columns(turn_columns(readings))), readings)
 
     def _finish(self, steps: int | None = None) -> Command:
         planned = self._request.protocol.total_steps
         last = BEFORE_WARMUP - 1 + (planned if steps is None else steps)
-        taken: list[StepReading] = []
+        readings: list[StepReading] = []
         notices: tuple[Notice, ...] = ()
         try:
             while self._steps < min(last, self._training.planned_steps or last):
-                taken.append((yield ObserverReply()))
-        except TrainingOverError as over:
-            if over.failure.kind != "EndedEarly":
+                readings.append((yield ObserverReply()))
+        except TrainingOverError as end:
+            if end.failure.kind != "EndedEarly":
                 raise
             notices = (
                 Notice(
@@ -224,12 +224,12 @@ class ScriptTrial:
         values = {"training_steps": float(self._steps)}
         values |= {} if steps is None else {"training_steps_planned": float(planned + 1)}
         record = PartialRecord(
-            samples=complete_columns(untimed_columns("remaining", taken)),
+            samples=complete_columns(untimed_columns("remaining", readings)),
             values=values,
             memory=self._peaks.read(),
             notices=notices,
         )
-        return _judge_losses(record, taken)
+        return _judge_losses(record, readings)
 
 
 TRAIN_LONGER = "Make it train longer (it is stopped after the measured steps), or set fewer turns in [protocol]."
