@@ -51,8 +51,8 @@ EXIT_ORPHAN = 75
 BEFORE_WARMUP = 2
 """The first step, and the step that may be watched."""
 
-Command = Generator[ObserverReply, StepReading, PartialRecord]
-"""Yields once for each step that it needs, and receives the reading of that step."""
+Command = Generator[ObserverReply, None, PartialRecord]
+"""Yields once for each step that it needs; the step's reading is then in `ScriptTrial._readings`."""
 
 
 class TrainingOverError(Exception):
@@ -67,10 +67,12 @@ class TrainingOverError(Exception):
 class ScriptTrial:
     """Implements `TrainingObserver` in a script's process."""
 
-    _program: Generator[ObserverReply, StepReading, NoReturn]
+    _program: Generator[ObserverReply, None, NoReturn]
 
     def __init__(self) -> None:
         self._steps = 0
+        self._readings: list[StepReading] = []
+        """The steps of the current command."""
         self._phase = "prepare"
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
@@ -83,7 +85,8 @@ class ScriptTrial:
     def step(self, reading: StepReading) -> ObserverReply:
         """Pass the reading of a step to the current command, and wait if that command is done."""
         self._steps += 1
-        return self._program.send(reading)
+        self._readings.append(reading)
+        return next(self._program)
 
     def phase(self, phase: Phase) -> None:
         """Track memory peaks of evaluation and saving, which are outside all steps."""
@@ -111,7 +114,7 @@ class ScriptTrial:
         while True:
             self._program.throw(TrainingOverError(status, failure))
 
-    def _run(self) -> Generator[ObserverReply, StepReading, NoReturn]:
+    def _run(self) -> Generator[ObserverReply, None, NoReturn]:
         """Send the first message, and execute one command after the other; a yield lets the training run a step."""
         commands: dict[str, Callable[..., Command | PartialRecord]] = {
             "prepare": self._prepare,
@@ -125,13 +128,17 @@ class ScriptTrial:
             wire.send(self._connection, wire.Hello(pid=os.getpid(), device=torch.device(self._training.device).type))
             while True:
                 command = wire.receive(self._connection, wire.Command)
-                self._phase = command.name
+                self._phase, self._readings = command.name, []
                 try:
                     record = commands[command.name](**command.arguments)
                     if not isinstance(record, PartialRecord):
                         record = yield from record
+                    if (failure := loss_not_finite(self._readings)) is not None:
+                        record = record.failed("invalid", failure)
                 except TrainingOverError as end:
-                    record = PartialRecord().failed(end.status, end.failure)
+                    partial_turn = command.name == "turn" and self._readings
+                    samples = complete_columns(turn_columns(self._readings)) if partial_turn else {}
+                    record = PartialRecord(samples=samples).failed(end.status, end.failure)
                 except Exception as error:
                     record = PartialRecord().failed(*describe_error(error, command.name))
                 wire.send(self._connection, wire.answer_with(record))
@@ -162,17 +169,15 @@ class ScriptTrial:
     def _verify(self) -> Command:
         request = self._request
         required = {**self._training.required, **request.requirements}
-        first = yield ObserverReply()
-        second = yield ObserverReply(watch=required if required or request.replicate == 0 else None)
+        yield ObserverReply()
+        yield ObserverReply(watch=required if required or request.replicate == 0 else None)
+        first, second = self._readings
         record = PartialRecord(
             checks=tuple(codec.to_json(check) for check in second.checks or ()),
             values={"first_step_time_s": first.step_time_s},
-            samples=complete_columns(untimed_columns("warmup", [first, second])),
+            samples=complete_columns(untimed_columns("warmup", self._readings)),
             tokens={"loss_dtype": first.loss_dtype} if first.loss_dtype else {},
         )
-        record = _judge_losses(record, [first, second])
-        if record.status != "ok":
-            return record
         return judge_required(record, required, name=request.variant.name, allow_fallback=request.allow_fallback)
 
     def _warm_up(self, steps: int | None = None) -> Command:
@@ -180,35 +185,27 @@ class ScriptTrial:
         max_steps = protocol.warmup_steps_max
         if planned is not None:
             max_steps = min(max_steps, planned - BEFORE_WARMUP - protocol.turns * protocol.steps_per_turn)
-        readings: list[StepReading] = []
         times: list[float] = []
         while not is_warm(times, protocol.warmup_steps_min, max_steps) if steps is None else len(times) < steps:
-            readings.append((yield ObserverReply()))
-            times.append(readings[-1].step_time_s)
-        record = PartialRecord(
-            samples=complete_columns({"warmup_step_time_s": [*times], **untimed_columns("warmup", readings)}),
+            yield ObserverReply()
+            times.append(self._readings[-1].step_time_s)
+        return PartialRecord(
+            samples=complete_columns({"warmup_step_time_s": [*times], **untimed_columns("warmup", self._readings)}),
             values={"warmup_steady": float(is_steady(times))} if steps is None else {},
         )
-        return _judge_losses(record, readings)
 
     def _turn(self, steps: int) -> Command:
-        readings: list[StepReading] = []
-        try:
-            for _ in range(steps):
-                readings.append((yield ObserverReply()))
-        except TrainingOverError as end:
-            samples = complete_columns(turn_columns(readings)) if readings else {}
-            return PartialRecord(samples=samples).failed(end.status, end.failure)
-        return _judge_losses(PartialRecord(samples=complete_columns(turn_columns(readings))), readings)
+        for _ in range(steps):
+            yield ObserverReply()
+        return PartialRecord(samples=complete_columns(turn_columns(self._readings)))
 
     def _finish(self, steps: int | None = None) -> Command:
         planned = self._request.protocol.total_steps
         last = BEFORE_WARMUP - 1 + (planned if steps is None else steps)
-        readings: list[StepReading] = []
         notices: tuple[Notice, ...] = ()
         try:
             while self._steps < min(last, self._training.planned_steps or last):
-                readings.append((yield ObserverReply()))
+                yield ObserverReply()
         except TrainingOverError as end:
             if end.failure.kind != "EndedEarly":
                 raise
@@ -223,21 +220,15 @@ class ScriptTrial:
             )
         values = {"training_steps": float(self._steps)}
         values |= {} if steps is None else {"training_steps_planned": float(planned + 1)}
-        record = PartialRecord(
-            samples=complete_columns(untimed_columns("remaining", readings)),
+        return PartialRecord(
+            samples=complete_columns(untimed_columns("remaining", self._readings)),
             values=values,
             memory=self._peaks.read(),
             notices=notices,
         )
-        return _judge_losses(record, readings)
 
 
 TRAIN_LONGER = "Make it train longer (it is stopped after the measured steps), or set fewer turns in [protocol]."
-
-
-def _judge_losses(record: PartialRecord, readings: list[StepReading]) -> PartialRecord:
-    failure = loss_not_finite(readings)
-    return record if failure is None else record.failed("invalid", failure)
 
 
 def _connect() -> Connection:
