@@ -60,7 +60,6 @@ def train(steps):
                 sequences=2,
                 real_tokens=200,
                 padded_tokens=200,
-                loss_tokens=100,
             )
         )
 

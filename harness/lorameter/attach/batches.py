@@ -1,7 +1,7 @@
 """Determines which of the loaded batches a step has used, and counts their tokens.
 
-Tokens can be counted in several ways: rows are padded to the longest row, a mask hides some positions, a packed row has
-an unused tail, and the loss covers only a part of the rest. So each count has a convention, which is printed.
+Tokens can be counted in several ways: rows are padded to the longest row, a mask hides some positions, and a packed row
+has an unused tail. So each count has a convention, which is printed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ IGNORED = -100
 BY_MASK = "real tokens are the positions that the attention mask keeps"
 BY_POSITIONS = "no attention mask: real tokens are all positions but the last of a row with position id 0 and no label"
 BY_ALL = "neither attention mask nor position ids: every position counts as real"
-SHIFTED = "the loss is over the labels that are not -100, the first of each row left out"
-AS_GIVEN = "the loss is over the labels that are not -100"
 
 
 class BatchParts(NamedTuple):
@@ -31,8 +29,7 @@ class BatchParts(NamedTuple):
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     labels: torch.Tensor | None = None
-    shifted: torch.Tensor | None = None
-    """Labels that are already shifted."""
+    """They tell filler from the first token of a record, whose position is 0 as well."""
 
 
 class Tokens(NamedTuple):
@@ -41,7 +38,6 @@ class Tokens(NamedTuple):
     sequences: int | None = None
     padded_tokens: int | None = None
     real_tokens: int | None = None
-    loss_tokens: int | None = None
     conventions: tuple[str, ...] = ()
 
 
@@ -50,8 +46,8 @@ def copy_batch(batch: Any) -> BatchParts:
 
     Args:
         batch: a mapping with `input_ids` (rows, positions) or `inputs_embeds` (rows, positions, width) and optionally
-            `attention_mask`, `position_ids`, `labels`, `shift_labels`; or a sequence whose first item is an integer
-            tensor (rows, positions). For any other object, no tokens are counted.
+            `attention_mask`, `position_ids`, `labels`; or a sequence whose first item is an integer tensor (rows,
+            positions). For any other object, no tokens are counted.
     """
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
@@ -67,14 +63,13 @@ def copy_batch(batch: Any) -> BatchParts:
         return BatchParts(next((tensor.shape[0] for tensor in tensors), None))
     mask = _copy_tensor(batch.get("attention_mask"), shape)
     positions = _copy_tensor(batch.get("position_ids"), shape) if mask is None else None
-    return BatchParts(
-        shape[0], shape, mask, positions, _copy_tensor(batch.get("labels")), _copy_tensor(batch.get("shift_labels"))
-    )
+    labels = None if positions is None else _copy_tensor(batch.get("labels"), shape)
+    return BatchParts(shape[0], shape, mask, positions, labels)
 
 
-def _copy_tensor(value: Any, shape: torch.Size | None = None) -> torch.Tensor | None:
-    """A copy of a plain tensor of this `shape` (None: of any shape); None for any other object, such as a subclass."""
-    return value.clone() if type(value) is torch.Tensor and (shape is None or value.shape == shape) else None
+def _copy_tensor(value: Any, shape: torch.Size) -> torch.Tensor | None:
+    """A copy of a plain tensor of this shape; None for any other object, such as a subclass."""
+    return value.clone() if type(value) is torch.Tensor and value.shape == shape else None
 
 
 def count_tokens(copied: BatchParts) -> Tokens:
@@ -82,40 +77,30 @@ def count_tokens(copied: BatchParts) -> Tokens:
     if copied.shape is None:
         return Tokens(copied.sequences)
     rows, length = copied.shape
-    labels = copied.labels
-    per_token = labels is not None and labels.shape == copied.shape
     real, convention = rows * length, BY_ALL
     if copied.mask is not None:
         real, convention = int((copied.mask != 0).sum()), BY_MASK
-    elif copied.positions is not None and per_token:
-        filler = (copied.positions == 0) & (labels == IGNORED)
+    elif copied.positions is not None and copied.labels is not None:
+        filler = (copied.positions == 0) & (copied.labels == IGNORED)
         real, convention = real - int(torch.cumprod(filler.flip(-1), dim=-1).sum()), BY_POSITIONS
-    counted, over = (copied.shifted, AS_GIVEN) if copied.shifted is not None else (labels, AS_GIVEN)
-    if counted is labels and labels is not None and per_token:
-        counted, over = labels[:, 1:], SHIFTED
-    if counted is None:
-        return Tokens(rows, rows * length, real, None, (convention,))
-    return Tokens(rows, rows * length, real, int((counted != IGNORED).sum()), (convention, over))
+    return Tokens(rows, rows * length, real, (convention,))
 
 
 def total_tokens(batches: Sequence[BatchParts]) -> Tokens:
     """The tokens of all batches of a step; a count that one of them lacks is None."""
     found = [count_tokens(batch) for batch in batches]
-    if not found:
-        return Tokens()
     return Tokens(
         sequences=sum_known([tokens.sequences for tokens in found]),
         padded_tokens=sum_known([tokens.padded_tokens for tokens in found]),
         real_tokens=sum_known([tokens.real_tokens for tokens in found]),
-        loss_tokens=sum_known([tokens.loss_tokens for tokens in found]),
-        conventions=found[-1].conventions,
+        conventions=found[-1].conventions if found else (),
     )
 
 
 def sum_known(counts: Sequence[int | None]) -> int | None:
-    """The sum of counts; None if one of them is unknown."""
+    """The sum of counts; None if there are none, or if one of them is unknown."""
     known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+    return sum(known) if known and len(known) == len(counts) else None
 
 
 MAX_AHEAD = 64

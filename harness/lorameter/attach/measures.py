@@ -49,7 +49,6 @@ _TIMED = {
 _COUNTED = {
     "turn_sequences": "sequences",
     "turn_tokens": "real_tokens",
-    "turn_loss_tokens": "loss_tokens",
     "turn_padded_tokens": "padding_tokens",
 }
 """Fields of a reading that are summed, by the name of their samples of turns."""
@@ -147,7 +146,7 @@ class Ranks:
                     "share.",
                 )
             )
-        of_rank_0 = (*columns, "turn_loss_tokens", "warmup_tokens")
+        of_rank_0 = (*columns, "warmup_tokens")
         return {name: one for name, one in samples.items() if name not in of_rank_0} | complete_columns(columns)
 
 

@@ -79,7 +79,6 @@ class StepReading:
     """Tokens that are not padding."""
     padded_tokens: int | None = None
     """All positions, including padding."""
-    loss_tokens: int | None = None
     loss: float | None = None
     loss_dtype: str | None = None
     """Dtype of the loss from which the backward pass started, torch's name without `torch.`."""

@@ -136,8 +136,7 @@ class ScriptTrial:
                     if (failure := loss_not_finite(self._readings)) is not None:
                         record = record.failed("invalid", failure)
                 except TrainingOverError as end:
-                    partial_turn = command.name == "turn" and self._readings
-                    samples = complete_columns(turn_columns(self._readings)) if partial_turn else {}
+                    samples = complete_columns(turn_columns(self._readings)) if command.name == "turn" else {}
                     record = PartialRecord(samples=samples).failed(end.status, end.failure)
                 except Exception as error:
                     record = PartialRecord().failed(*describe_error(error, command.name))
