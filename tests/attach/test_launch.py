@@ -14,7 +14,7 @@ import textwrap
 import pytest
 
 from lorameter.attach import launch
-from lorameter.attach.launch import write_command
+from lorameter.attach.launch import format_command
 from lorameter.cli import main
 from lorameter.commands.run import read_requirements
 from lorameter.errors import UsageError
@@ -223,7 +223,7 @@ def test_a_credential_is_not_written_and_no_study_takes_it(words):
     """Credentials are recognised in options, Hydra fields, variables, addresses, shell lines, headers, JSON, programs,
     and by their own format. A study's command would be stored in each run."""
     line = ["python", "train.py", *words]
-    written = write_command(line)
+    written = format_command(line)
     assert "hunter2" not in written
     with pytest.raises(UsageError, match="inherit the credentials of your environment") as refused:
         ScriptVariant(name="a", command=shlex.join(line))

@@ -57,9 +57,9 @@ NOT_HOOKED = (
 UNSEEN_END = "ended_unseen"
 """Key in the values of a record: no source observed the end of the training, and its process has ended."""
 
-FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 """Signals that a terminal sends to all of its processes, including the command."""
-PASSED_ON = (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+FORWARDED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 
 def child_environment(
@@ -87,7 +87,7 @@ def read_missing_packages(hooked: Path) -> str:
     return hooked.read_text(encoding="utf-8", errors="replace") if hooked.is_file() else ""
 
 
-def write_command(words: Sequence[str]) -> str:
+def format_command(words: Sequence[str]) -> str:
     """The words as one line, without credentials: values of options or names that look like credentials are omitted.
     Bytes that are not text become question marks."""
     return shlex.join(map(redact, hide_credentials(words))).encode(errors="replace").decode()
@@ -98,7 +98,7 @@ def read_command() -> str:
     if folder := os.environ.get(WRAP):
         return os.fsdecode((Path(folder) / "command").read_bytes())
     program, *words = sys.orig_argv or [sys.executable]
-    return write_command([PurePath(program).name, *words])
+    return format_command([PurePath(program).name, *words])
 
 
 def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], folder: Path) -> int:
@@ -116,7 +116,7 @@ def run_command(words: Sequence[str], path: Path, require: Mapping[str, Any], fo
     Raises:
         UsageError: there is no such program.
     """
-    (folder / "command").write_bytes(os.fsencode(write_command(words)))
+    (folder / "command").write_bytes(os.fsencode(format_command(words)))
     variables = {
         RUN: str(path),
         REQUIRE: json.dumps(dict(require)),
@@ -140,10 +140,10 @@ def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Forward signals to a command while the block runs, except those that a terminal has already sent to it."""
 
     def forward(number: int, frame: object) -> None:
-        if number not in FROM_TERMINAL or not _in_terminal():
+        if number not in TERMINAL_SIGNALS or not _in_terminal():
             process.send_signal(number)
 
-    handlers = {number: signal.getsignal(number) for number in PASSED_ON}
+    handlers = {number: signal.getsignal(number) for number in FORWARDED_SIGNALS}
     before = {number: one for number, one in handlers.items() if one not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, forward)

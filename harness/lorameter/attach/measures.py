@@ -181,7 +181,6 @@ class Peaks:
         self._gauge.begin()
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
-        """The current phase."""
 
     def enter(self, phase: Phase) -> None:
         """End the current phase, and begin this one."""

@@ -196,7 +196,6 @@ class OptimizerSource:
                 "this training is not measured: torch.compile compiles its whole step, with the optimizer's update"
             )
         self.end_update = uncompiled(self._end_update)
-        """Called after the update of an optimizer."""
 
     def _end_update(self, optimizer: Any) -> None:
         if self._over:

@@ -132,7 +132,6 @@ class Steps:
         """The watch of the current step; consecutive steps share it."""
         self._open = False
         self.ended = False
-        """Whether the training has ended."""
         self.is_observing = True
         """Whether events belong to a step, unlike between two epochs of a loop."""
         self._passes = 0
