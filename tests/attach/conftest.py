@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorameter.attach import sources
 from lorameter.attach.launch import child_environment
 from lorameter.attach.observer import ObserverReply
 from lorameter.attach.sources import this_process
@@ -67,9 +68,10 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def unattached():
-    """Reset the process to its state before any training was observed."""
+def unattached(monkeypatch, listener):
+    """Reset the process to its state before any training was observed; its observer is the listener."""
     this_process.cache_clear()
+    monkeypatch.setattr(sources, "make_observer", lambda **options: listener)
     yield
     this_process.cache_clear()
 

@@ -37,12 +37,6 @@ def parts(make_model, rows):
     return model, optimizer, batches
 
 
-def meter_of(listener, model, **more):
-    meter = Meter(model, **more)
-    meter._make = lambda: listener
-    return meter
-
-
 def update(optimizer):
     optimizer.step()
     optimizer.zero_grad()
@@ -53,7 +47,7 @@ def test_each_batch_is_a_step(listener, parts):
     """Each step has its tokens, its parts and the loss that the model returns; a second epoch continues the count."""
     model, optimizer, batches = parts
     losses = []
-    with meter_of(listener, model) as meter:
+    with Meter(model) as meter:
         for _ in range(2):
             for batch in meter.steps(batches):
                 loss = model(**batch).loss
@@ -76,7 +70,7 @@ def test_each_batch_is_a_step(listener, parts):
 def test_accumulated_batches_are_one_step(listener, parts):
     """The loss of a step is the mean of its passes; leftover batches are not a step."""
     model, optimizer, batches = parts
-    with meter_of(listener, model) as meter:
+    with Meter(model) as meter:
         for place, batch in enumerate(meter.steps(batches, accumulation=4)):
             (model(**batch).loss / 4).backward()
             if place % 4 == 3:
@@ -90,7 +84,7 @@ def test_accumulated_batches_are_one_step(listener, parts):
 def test_an_evaluation_is_a_phase(listener, parts, clock):
     """The passes and the time of an evaluation belong to no step."""
     model, optimizer, batches = parts
-    with meter_of(listener, model) as meter:
+    with Meter(model) as meter:
         for batch in meter.steps(batches[:3]):
             model(**batch).loss.backward()
             update(optimizer)

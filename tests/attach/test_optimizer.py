@@ -12,9 +12,9 @@ ROWS = 3
 
 
 @pytest.fixture
-def source(listener, unattached, monkeypatch):
+def source(unattached, monkeypatch):
     """A source with a listener, around the updates of an optimizer."""
-    made = OptimizerSource(lambda: listener)
+    made = OptimizerSource()
 
     def around(step):
         @functools.wraps(step)

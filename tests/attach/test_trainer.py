@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lorameter.attach import sources
 from lorameter.attach.meter import Meter
 from lorameter.attach.steps import sum_parts
 
@@ -22,12 +23,12 @@ def arguments(folder, **more):
 
 
 @pytest.fixture
-def followed(make_model, rows, tmp_path):
+def followed(make_model, rows, tmp_path, monkeypatch):
     """A function that trains with a listener attached and returns the Trainer."""
 
     def train(listener, *, trainer=Trainer, callbacks=(), require=None, **more):
         meter = Meter(require=require)
-        meter._make = lambda: listener
+        monkeypatch.setattr(sources, "make_observer", lambda **options: listener)
         made = trainer(
             model=make_model(), args=arguments(tmp_path, **more), train_dataset=rows, eval_dataset=rows[:4],
             callbacks=[meter, *callbacks],

@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
-from lorameter.attach.launch import ENV_OBSERVER
-from lorameter.attach.observer import ErrorGuard, Phase, Source, TrainingObserver
-from lorameter.attach.sources import make_observer, this_process
+from lorameter.attach.observer import ErrorGuard, Phase, Source
+from lorameter.attach.sources import this_process
 from lorameter.attach.steps import Steps
 from lorameter.records.store import ENV_RUNS
 
@@ -53,24 +52,17 @@ class Meter(TrainerCallback):
             report: whether the report is printed when the training has ended.
         """
         named = runs_dir or os.environ.get(ENV_RUNS)
-        self._runs_dir = None if named is None else Path(named).absolute()  # a script may change its working folder
-        self._report = report
+        folder = None if named is None else Path(named).absolute()  # a script may change its working folder
+        self._options = {"runs_dir": folder, "report": report}
         self._required = dict(require or {})
         self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
-        self._guard = ErrorGuard()
         self._steps: Steps | None = None
-
-    def _make(self) -> TrainingObserver:
-        if os.environ.get(ENV_OBSERVER):
-            return make_observer()
-        from lorameter.attach.writer import Writer
-
-        return Writer(runs_dir=self._runs_dir, report=self._report)
 
     def _begin(self, kind: Source, model: Any, **facts: Any) -> None:
         """Begin or continue to measure the training, unless another one is measured."""
-        begin = this_process().begin
-        self._steps = self._guard.run(begin, self, kind, model, self._make, required=self._required, **facts)
+        self._steps = ErrorGuard().run(
+            this_process().begin, self, kind, model, options=self._options, required=self._required, **facts
+        )
 
     # --- a Trainer ----------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import pkgutil
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ import torch
 from lorameter.attach.launch import DEFAULT_OBSERVER, ENV_OBSERVER
 from lorameter.attach.observer import ErrorGuard, Source, TrainingInfo, TrainingObserver, print_notice
 from lorameter.attach.steps import Steps, compiles_here, patch, uncompiled
-
-ObserverFactory = Callable[[], TrainingObserver]
 
 
 class Attachment:
@@ -54,9 +52,9 @@ class Attachment:
         source: object,
         kind: Source,
         model: Any,
-        make: ObserverFactory,
         *,
         parameters: Sequence[torch.nn.Parameter] = (),
+        options: Mapping[str, Any] | None = None,
         **facts: Any,
     ) -> Steps | None:
         """Begin to measure a training.
@@ -65,8 +63,8 @@ class Attachment:
             source: the source of its steps; if its training has begun and not ended, this is the same training.
             kind: kind of the source.
             model: the trained model; None if unknown.
-            make: makes the observer.
             parameters: trained parameters, if the model is unknown.
+            options: arguments of an observer that writes a run (`lorameter.attach.writer.Writer`).
             facts: further fields of the training (`TrainingInfo`).
 
         Returns:
@@ -78,12 +76,12 @@ class Attachment:
         if self._pid is not None:
             self.report_another(kind)
             return None
-        writes = os.environ.get(ENV_OBSERVER, DEFAULT_OBSERVER) == DEFAULT_OBSERVER
+        writes = (os.environ.get(ENV_OBSERVER) or DEFAULT_OBSERVER) == DEFAULT_OBSERVER
         rank, ranks = find_rank()
         if rank and not writes:
             return None  # the observer uses the steps of rank 0
         self._pid, self._source = os.getpid(), source
-        observer = make()
+        observer = make_observer(**(options or {}))
         trainable, total = count_parameters(model)
         known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
         training = TrainingInfo(
@@ -126,15 +124,19 @@ def this_process() -> Attachment:
     return Attachment()
 
 
-def make_observer() -> TrainingObserver:
-    """The observer named in the environment as `package.module:callable`; else an observer that writes a run.
+def make_observer(**options: Any) -> TrainingObserver:
+    """The observer named in the environment as `package.module:callable`; else one that writes a run, with these
+    options.
 
     Raises:
         ImportError: the module does not exist.
         AttributeError: the module has no such name.
     """
-    make: ObserverFactory = pkgutil.resolve_name(os.environ.get(ENV_OBSERVER, DEFAULT_OBSERVER))
-    return make()
+    name = os.environ.get(ENV_OBSERVER)
+    observer: TrainingObserver = (
+        pkgutil.resolve_name(name)() if name else pkgutil.resolve_name(DEFAULT_OBSERVER)(**options)
+    )
+    return observer
 
 
 def find_device(parameters: Sequence[torch.nn.Parameter]) -> torch.device:
@@ -181,8 +183,7 @@ class OptimizerSource:
     """Observes the steps of the first optimizer that updates, without keeping references to its training. The hook of a
     process (`hook/sitecustomize.py`) calls it after the update of every optimizer."""
 
-    def __init__(self, make: ObserverFactory = make_observer) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
         self._calls = contextlib.ExitStack()
@@ -225,7 +226,7 @@ class OptimizerSource:
 
     def _begin_training(self, optimizer: Any) -> Steps | None:
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        return this_process().begin(self, "optimizer", find_root(parameters), self._make, parameters=parameters)
+        return this_process().begin(self, "optimizer", find_root(parameters), parameters=parameters)
 
     def _watch_next(self, steps: Steps) -> None:
         """Open a step that must be watched when a module of the model is called, since there is no such call after the
