@@ -63,7 +63,7 @@ class Attachment:
             source: the source of its steps; if its training has begun and not ended, this is the same training.
             kind: kind of the source.
             model: the trained model; None if unknown.
-            parameters: trained parameters, if the model is unknown.
+            parameters: those that an optimizer trains, from which the model is found.
             options: arguments of an observer that writes a run (`lorameter.attach.writer.Writer`).
             facts: further fields of the training (`TrainingInfo`).
 
@@ -82,6 +82,7 @@ class Attachment:
             return None  # the observer uses the steps of rank 0
         self._pid, self._source = os.getpid(), source
         observer = make_observer(**(options or {}))
+        model = find_root(parameters) if parameters else model
         trainable, total = count_parameters(model)
         known = [*model.parameters()] if isinstance(model, torch.nn.Module) else [*parameters]
         training = TrainingInfo(
@@ -217,16 +218,13 @@ class OptimizerSource:
                 this_process().report_another("optimizer")
 
     def _begin(self, optimizer: Any) -> None:
-        self._steps = ErrorGuard().run(self._begin_training, optimizer)
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        self._steps = ErrorGuard().run(this_process().begin, self, "optimizer", None, parameters=parameters)
         self._over = self._steps is None
         if self._steps is not None:
             self._optimizer = weakref.ref(optimizer)
             weakref.finalize(optimizer, self._stop).atexit = False  # at interpreter shutdown, modules are gone
             self._watch_next(self._steps)
-
-    def _begin_training(self, optimizer: Any) -> Steps | None:
-        parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        return this_process().begin(self, "optimizer", find_root(parameters), parameters=parameters)
 
     def _watch_next(self, steps: Steps) -> None:
         """Open a step that must be watched when a module of the model is called, since there is no such call after the
