@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +55,7 @@ class Meter(TrainerCallback):
         folder = None if named is None else Path(named).absolute()  # a script may change its working folder
         self._options = {"runs_dir": folder, "report": report}
         self._required = dict(require or {})
-        self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
+        self._model = None if model is None else weakref.ref(model)
         self._steps: Steps | None = None
 
     def _begin(self, kind: Source, model: Any, **facts: Any) -> None:
@@ -115,7 +115,7 @@ class Meter(TrainerCallback):
 
         The wait for a batch is measured separately. Call it again for every epoch.
         """
-        self._begin("loop", self._model(), accumulation=accumulation)
+        self._begin("loop", None if self._model is None else self._model(), accumulation=accumulation)
         if self._steps is None:
             yield from batches
             return

@@ -191,8 +191,8 @@ class Steps:
 
     def _make_update_hook(self, kind: BorderKind) -> Callable[..., None]:
         """A hook on all optimizers; it does nothing inside a compiled update."""
-        mark, compiling = functools.partial(self.mark, "optimizer", kind), torch.compiler.is_compiling
-        disabled = uncompiled(mark)
+        mark: Callable[[], None] = functools.partial(self.mark, "optimizer", kind)
+        disabled, compiling = uncompiled(mark), torch.compiler.is_compiling
 
         def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
             if not compiling():
