@@ -100,7 +100,7 @@ def one_rank_fails():
     """Fail in the process that trains on one rank, as if the model did not fit."""
     from lorameter.trial.ranks import trial
 
-    trial._make_one = lambda request: out_of_memory()
+    trial._make_single = lambda request: out_of_memory()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ _WAITING = re.compile(r"gloo|nccl|process ?group|timed? ?out|connection (closed|
 """Matches the error of a rank that waited in vain for another one."""
 SUMMED_VALUES = ("device_energy_train_j", "energy_tokens")
 """Values that are summed over all ranks."""
-ONE_RANK = ("build", "warm_up", "turn")
+SINGLE_RANK_COMMANDS = ("build", "warm_up", "turn")
 """Commands of the single-rank process."""
 
 
@@ -61,25 +61,25 @@ class TrialOfRanks:
             RankProcess(f"rank {rank} of {ranks}", functools.partial(_make_rank, request, rank))
             for rank in range(ranks)
         ]
-        self._one: RankProcess | None = None
+        self._single: RankProcess | None = None
         if request.workload.scaling and "steps" in request.measures:
-            self._one = RankProcess("one rank alone", functools.partial(_make_one, request))
+            self._single = RankProcess("one rank alone", functools.partial(_make_single, request))
 
     def run(self, command: str, **arguments: Any) -> PartialRecord:
         """Execute a command on all ranks; a failure of one ends them all."""
-        one_first = command == "turn" and self._turns % 2 == 1  # so that each finds the caches of the other
+        single_first = command == "turn" and self._turns % 2 == 1  # so that each finds the caches of the other
         self._turns += command == "turn"
-        alone = self._ask_one(command, arguments) if one_first else PartialRecord()
+        alone = self._ask_single(command, arguments) if single_first else PartialRecord()
         fragment = self._ask(self._ranks, command, arguments, SHARE_OF_RANKS)
         if fragment.status != "ok":
             self.end()
             return fragment
-        alone = alone if one_first else self._ask_one(command, arguments)
+        alone = alone if single_first else self._ask_single(command, arguments)
         self._losses["ranks"] += losses_of_steps(fragment)
         fragment = msgspec.structs.replace(
             fragment, samples=fragment.samples | alone.samples, notices=(*fragment.notices, *alone.notices)
         )
-        if command == "finish_training" and self._one is not None:
+        if command == "finish_training" and self._single is not None:
             variant, ranks = self._request.variant, self._request.workload.ranks
             check = compare_losses(self._losses["ranks"], self._losses["one"], variant, ranks)
             return judge_checks(fragment, [check], self._request)
@@ -93,14 +93,14 @@ class TrialOfRanks:
         answers = _collect(members, command, arguments, timeout_s)
         return _failure(members, answers, command, timeout_s) or _merge([answers[member] for member in members])
 
-    def _ask_one(self, command: str, arguments: dict[str, Any]) -> PartialRecord:
+    def _ask_single(self, command: str, arguments: dict[str, Any]) -> PartialRecord:
         """The addition of the single rank; if it fails it is dropped, and the trial continues without it."""
-        if self._one is None or command not in ONE_RANK:
+        if self._single is None or command not in SINGLE_RANK_COMMANDS:
             return PartialRecord()
-        fragment = self._ask([self._one], command, arguments, SHARE_OF_SINGLE)
+        fragment = self._ask([self._single], command, arguments, SHARE_OF_SINGLE)
         if fragment.failure is not None:
-            self._one.end()
-            self._one = None
+            self._single.end()
+            self._single = None
             return PartialRecord().with_notice(
                 Notice(
                     code="one-rank-failed",
@@ -115,27 +115,27 @@ class TrialOfRanks:
 
     def end(self) -> None:
         """End all processes."""
-        for member in [*self._ranks, *([self._one] if self._one else [])]:
+        for member in [*self._ranks, *([self._single] if self._single else [])]:
             member.end()
 
 
 def _make_rank(request: TrialRequest, rank: int) -> Any:
     from lorameter.trial.ranks.rank import RankTrial
 
-    _take_gpu(request.device, rank)
+    _restrict_to_gpu(request.device, rank)
     return RankTrial(request, rank)
 
 
-def _make_one(request: TrialRequest) -> Any:
+def _make_single(request: TrialRequest) -> Any:
     from lorameter.trial.trial import Trial
 
-    _take_gpu(request.device, 0)
+    _restrict_to_gpu(request.device, 0)
     workload = dataclasses.replace(request.workload, ranks=1, strategy="", repair="")
     alone = dataclasses.replace(request, workload=workload, measures=("steps",))
     return Trial(alone, SharedBase(), generations=GENERATIONS + 1)
 
 
-def _take_gpu(device: str, rank: int) -> None:
+def _restrict_to_gpu(device: str, rank: int) -> None:
     """Restrict this process to the GPU of its rank; CUDA is not yet initialised."""
     if device.startswith("cuda"):
         visible = visible_devices(os.environ)
@@ -173,13 +173,13 @@ def _failure(
     def outcome(status: Status, kind: str, message: str) -> PartialRecord:
         return PartialRecord().failed(status, Failure(phase=command, kind=kind, message=message))
 
-    bad = [(member, answer, answer.failure) for member, answer in answers.items() if answer.failure is not None]
-    causes = [one for one in bad if not (_WAITING.search(one[2].message) or one[2].kind.startswith("Dist"))]
+    failed = [(member, answer, answer.failure) for member, answer in answers.items() if answer.failure is not None]
+    independent = [one for one in failed if not (_WAITING.search(one[2].message) or one[2].kind.startswith("Dist"))]
     silent = [member for member in members if member not in answers]
-    own = sorted(causes if silent else causes or bad, key=lambda one: one[1].status != "oom")
-    if own:
-        member, answer, failure = own[0]
-        same = len(own) == len(members) and len({one[2].message for one in own}) == 1
+    causes = sorted(independent if silent else independent or failed, key=lambda one: one[1].status != "oom")
+    if causes:
+        member, answer, failure = causes[0]
+        same = len(causes) == len(members) and len({one[2].message for one in causes}) == 1
         message = failure.message if same else f"{member.name}: {failure.message}"
         return msgspec.structs.replace(
             PartialRecord(checks=answer.checks, values=answer.values), status=answer.status,
@@ -195,8 +195,8 @@ def _failure(
     if silent:
         names = ", ".join(member.name for member in silent)
         message = f"{names} gave no answer within {timeout_s:g} s during {command}"
-        if bad:
-            message = f"{names} hangs in {command}: {', '.join(one[0].name for one in bad)} waited for it in vain"
+        if failed:
+            message = f"{names} hangs in {command}: {', '.join(one[0].name for one in failed)} waited for it in vain"
         return outcome("timeout", "Silent", f"{message}; all were killed")
     return None
 
