@@ -156,9 +156,8 @@ class ErrorGuard:
             return call(*args, **kwargs)
         except Exception as error:
             self.is_working = False
-            what = "the measurement failed and has stopped; the training continues without it"
-            if isinstance(error, NotMeasuredError):
-                what = "this training is not measured"
+            failed = "the measurement failed and has stopped; the training continues without it"
+            what = "this training is not measured" if isinstance(error, NotMeasuredError) else failed
             print_notice(f"{what}: {format_error(error)}")
             with contextlib.suppress(Exception):
                 self._on_error(error)
