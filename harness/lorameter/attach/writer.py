@@ -236,16 +236,17 @@ class Writer:
         """Yields the request for each step, and receives its reading. The warm-up takes at most a third of the
         training."""
         protocol, planned_steps = Protocol(), self._training.planned_steps
-        least, most = protocol.warmup_steps_min, protocol.warmup_steps_max
+        min_steps, max_steps = protocol.warmup_steps_min, protocol.warmup_steps_max
         if planned_steps is not None:
-            most = max(least, min(most, planned_steps // 3))
+            max_steps = max(min_steps, min(max_steps, planned_steps // 3))
         reading = yield REPORT_AT_ONCE
         self._add_step(reading, untimed_columns("warmup", [reading]), first_step_time_s=reading.step_time_s)
         times: list[float] = []
-        while not is_warm(times, least, most):
+        while not is_warm(times, min_steps, max_steps):
             reading = yield REPORT_AT_ONCE
             times.append(reading.step_time_s)
-            self._add_step(reading, {"warmup_step_time_s": [reading.step_time_s], **untimed_columns("warmup", [reading])})
+            columns: Columns = {"warmup_step_time_s": [reading.step_time_s]}
+            self._add_step(reading, columns | untimed_columns("warmup", [reading]))
         for _ in range(MAX_WATCHED):
             reading = yield ObserverReply(watch=self._required)
             self._add_step(reading, {}, warmup_steady=float(is_steady(times)))
@@ -258,7 +259,7 @@ class Writer:
         while True:
             reading = yield ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
             self._energy.step(reading)
-            columns: Columns = {}
+            columns = {}
             if len(self._timed) < MAX_TIMED:
                 columns = turn_columns([reading])  # each timed step is its own turn
                 self._timed.append(reading.number)
