@@ -1,7 +1,7 @@
 """Measures a training: samples of its steps, peaks of memory, the energy of a GPU, the FLOPs of a step.
 
-A quantity that one step lacks is left out for all steps. With several ranks, rank 0 writes the run, and the slowest rank
-determines the time of each step.
+A quantity that one step lacks is left out for all steps. With several ranks, rank 0 writes the run, and the slowest
+rank determines the time of each step.
 """
 
 from __future__ import annotations
