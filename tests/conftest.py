@@ -109,19 +109,19 @@ def imported_objects_are_not_collected():
 @pytest.fixture(autouse=True)
 def no_steps_are_timed(monkeypatch):
     """Replace the process that times steps for a forecast by constant times."""
-    from lorameter.run import forecast_time
+    from lorameter.run import forecast
 
-    time_steps = forecast_time.time_steps
+    time_steps = forecast.time_steps
 
     def constant_times(plan, executor):
         found = time_steps(plan, None)
         if executor is None or plan.study.of_scripts:
             return found
-        times = forecast_time.TrialTimes(step_s=0.5, evaluate_s=0.5, request_s=0.5, load_s=0.5)
+        times = forecast.TrialTimes(step_s=0.5, evaluate_s=0.5, request_s=0.5, load_s=0.5)
         trials = {arm.variant.name: times for arm in plan.arms}
-        return forecast_time.PlanTimes(import_s=4.0, trials=trials, parallel=2, basis="simulated times")
+        return forecast.PlanTimes(import_s=4.0, trials=trials, parallel=2, basis="simulated times")
 
-    monkeypatch.setattr(forecast_time, "time_steps", constant_times)
+    monkeypatch.setattr(forecast, "time_steps", constant_times)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from shared import busy_cpus, command_output, exit_code, print_origin, ratio_tex
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
-from lorameter.run.interleaving import LEVELS
+from lorameter.run.build_plan import LEVELS
 from lorameter.verdicts.calibrate import INJECTED, PILOT_ROWS, rows_for_slowdown
 from lorameter.verdicts.series import compare_series, group_trials
 

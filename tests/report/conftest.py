@@ -49,7 +49,7 @@ from lorameter.report.run import describe_run
 from lorameter.report.run_view import ReportFilter, make_run_view
 from lorameter.results.history import History, read_history
 from lorameter.run.bisect import Bisection, Candidate, bisect
-from lorameter.run.forecast_time import Forecast
+from lorameter.run.forecast import Forecast
 from lorameter.run.memory_fit import Fitter, MemoryDevice, advise, on_gpu, on_machine
 from lorameter.run.plan import make_plan
 from lorameter.stats import Comparison, compare_trials

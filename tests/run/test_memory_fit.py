@@ -16,8 +16,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.peaks import find_gpu
-from lorameter.run.forecast import forecast, live_group_bytes, measured_peaks, needed_bytes
-from lorameter.run.forecast_time import half_width
+from lorameter.run.forecast import forecast, half_width, live_group_bytes, measured_peaks, needed_bytes
 from lorameter.run.memory_fit import Fitter, advise, on_gpu, on_machine
 from lorameter.run.plan import Arm, make_plan
 from lorameter.studies.variant import LoraVariant

@@ -26,9 +26,8 @@ from lorameter.errors import UsageError
 from lorameter.machine.provenance import probe_machine
 from lorameter.models import methods
 from lorameter.records import store
-from lorameter.run.build_plan import build_plan
+from lorameter.run.build_plan import MEMORY_SHARE, build_plan, choose_interleaving, shared_base_obstacle
 from lorameter.run.feasibility import check_feasible
-from lorameter.run.interleaving import MEMORY_SHARE, choose_interleaving, shared_base_obstacle
 from lorameter.run.plan import build_arms, make_plan
 from lorameter.studies.engine import Engine
 from lorameter.studies.script_study import study_of_engine

@@ -32,8 +32,7 @@ from lorameter.report.run_view import RunView, make_run_view
 from lorameter.report.terminal import console_for, show
 from lorameter.run.build_plan import build_plan
 from lorameter.run.feasibility import NOT_HERE
-from lorameter.run.forecast import forecast
-from lorameter.run.forecast_time import Forecast
+from lorameter.run.forecast import Forecast, forecast
 from lorameter.run.measure import measure
 from lorameter.run.plan import AB_PHASES, Plan
 from lorameter.run.resume import is_finished, plan_rest, read_study_of_run

@@ -43,7 +43,7 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.phrases import describe_request, warn_before_run
 from lorameter.run.budget import DROPPABLE
-from lorameter.run.forecast_time import Forecast
+from lorameter.run.forecast import Forecast
 from lorameter.run.plan import Plan
 from lorameter.studies.protocol import Protocol
 from lorameter.verdicts.calibrate import DRAWS, Calibration, planned_effects

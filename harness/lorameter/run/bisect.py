@@ -25,7 +25,7 @@ from lorameter.errors import UsageError, redact, require
 from lorameter.machine.provenance import probe_machine, run_git
 from lorameter.records import codec
 from lorameter.records.store import Run
-from lorameter.run.forecast_time import latest_runs
+from lorameter.run.forecast import latest_runs
 from lorameter.run.plan import Plan, list_variants
 from lorameter.run.workers.environment import parse_requirements
 from lorameter.run.workers.sides import find_commit

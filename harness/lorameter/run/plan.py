@@ -250,7 +250,7 @@ def make_plan(
         arms: default: all variants of the study and its control. In an A/B (`arms_on_sides`) the sides of each variant
             are compared with each other.
         phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
-        interleaving: the level of interleaving, chosen by `lorameter.run.interleaving`.
+        interleaving: the level of interleaving, chosen by `lorameter.run.build_plan`.
         why: the reason for the level, for the report.
         provisional: whether a rehearsal determines the level.
         sides: sides of the A/B to which the arms belong.

@@ -164,7 +164,7 @@ class SharedBase:
     seed, and the random state of a trial is restored at its next turn. Adapters are switched outside every timed
     window.
 
-    Adapters that change the base cannot share it (see `lorameter.run.interleaving`): the digest of the base must be the
+    Adapters that change the base cannot share it (see `lorameter.run.build_plan`): the digest of the base must be the
     same at the end.
     """
 
