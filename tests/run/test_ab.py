@@ -21,7 +21,7 @@ import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
-from lorameter.run.device_lock import hold_device
+from lorameter.run.device_lock import hold_devices
 from lorameter.run.workers.local import LocalExecutor
 from lorameter.run.workers.sides import present_sides
 from tests.run import fakes
@@ -265,7 +265,7 @@ def test_invalid_options_are_refused_before_anything_is_measured(
 def test_sides_are_checked_before_the_device_is_waited_for(fake, repository, study_file, lorameter, candidate):
     """An unknown revision and a Python without torch are refused while another measurement holds the device."""
     venv.create("bare", symlinks=True)
-    with hold_device(LocalExecutor(), "wait"):
+    with hold_devices([LocalExecutor()], "wait"):
         code, text = lorameter("ab", study_file, "--base", "fast", "--candidate", candidate, "--if-busy", "refuse")
         assert code == 2
         assert f"ab: side = {candidate!r}" in text

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from lorameter.machine.processes import STOP_SIGNALS
-from lorameter.run.device_lock import hold_device
+from lorameter.run.device_lock import hold_devices
 from lorameter.run.interrupts import InterruptHandler, StopRequested
 
 
@@ -99,10 +99,10 @@ class OnDevice:
 
 HOLDER = """
 import sys
-from lorameter.run.device_lock import hold_device
+from lorameter.run.device_lock import hold_devices
 class On:
     def device_id(self): return sys.argv[1]
-with hold_device(On(), "wait"):
+with hold_devices([On()], "wait"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -115,19 +115,19 @@ def test_a_lock_is_of_one_device_and_ends_with_its_process(tmp_path, monkeypatch
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLDER, "GPU-1"], **streams) as holder:
         assert holder.stdout.readline() == "held\n"
-        with hold_device(OnDevice("GPU-2"), "refuse") as waited, hold_device(OnDevice("GPU-1"), "share") as shared:
+        with hold_devices([OnDevice("GPU-2")], "refuse") as waited, hold_devices([OnDevice("GPU-1")], "share") as shared:
             assert not waited
             assert not shared
         holder.kill()
-    with hold_device(OnDevice("GPU-1"), "refuse") as waited:
+    with hold_devices([OnDevice("GPU-1")], "refuse") as waited:
         assert not waited
 
 
 def test_a_lock_file_is_in_the_folder_for_any_device_name(tmp_path, monkeypatch):
     """The file is in the folder for any GPU name, and a link in its place is not followed."""
     monkeypatch.setenv("LORAMETER_LOCKS", str(tmp_path))
-    with hold_device(OnDevice("../../a GPU"), "refuse"):
+    with hold_devices([OnDevice("../../a GPU")], "refuse"):
         assert [path.name for path in tmp_path.iterdir()] == ["lorameter--a-GPU.lock"]
     (tmp_path / "lorameter-cpu.lock").symlink_to(tmp_path / "elsewhere")
-    with hold_device(OnDevice("cpu"), "refuse"):
+    with hold_devices([OnDevice("cpu")], "refuse"):
         assert not (tmp_path / "elsewhere").exists()

@@ -35,7 +35,7 @@ from lorameter.report.blocks import Document, to_line
 from lorameter.report.parity import describe_differing_answers, describe_parity
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
-from lorameter.run.device_lock import hold_device
+from lorameter.run.device_lock import hold_devices
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
@@ -59,7 +59,7 @@ def run_profile(options: argparse.Namespace) -> int:
         model=options.model, data=options.data, effort=options.effort, on=HERE, max_minutes=minutes
     )
     take_profile = _profile_requests if of_requests else _profile_step
-    with hold_device(executor, options.if_busy):
+    with hold_devices([executor], options.if_busy):
         folder, document, report, findings = take_profile(study, variant, executor, runs=runs, progress=print_progress)
     where = to_line(f"All facts and the profiler's trace are in {folder}", indented=False)
     report = (*report, where)
@@ -143,7 +143,7 @@ def run_parity(options: argparse.Namespace) -> int:
     study = study.with_overrides(model=options.model, data=options.data)
     study = with_prompts(study, prompts=options.prompts, epochs=options.epochs)
     runs = store.runs_dir(options.runs_dir, make=True)
-    with hold_device(executor, options.if_busy):
+    with hold_devices([executor], options.if_busy):
         parity, folder = measure_parity(study, variant, executor, runs=runs, adapter=adapter, progress=print_progress)
     judgement = judge_parity(parity)
     document = (

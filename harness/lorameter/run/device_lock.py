@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -27,25 +27,29 @@ SHARED_FOLDER = Path("/tmp")
 
 
 @contextlib.contextmanager
-def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
-    """Lock the executor's device inside the block. Yields whether it waited for another measurement, since free memory
+def hold_devices(executors: Iterable[Executor], if_busy: IfBusy) -> Iterator[bool]:
+    """Lock the executors' devices inside the block. Yields whether it waited for another measurement, since free memory
     may have changed. On a file system without locks, nothing is locked.
 
+    Each device is locked once, and always in the same order, so that two processes cannot deadlock.
+
     Args:
-        executor: executor of the device.
-        if_busy: what to do if the device is in use; "share" takes no lock.
+        executors: executors of the devices.
+        if_busy: what to do if a device is in use; "share" takes no lock.
 
     Raises:
-        InvalidRunError: the device is in use, and `if_busy` is "refuse".
+        InvalidRunError: a device is in use, and `if_busy` is "refuse".
     """
-    device = executor.device_id()
-    file = None if if_busy == "share" else _open(device)
-    if file is None:
-        yield False
-        return
     waited = False
-    try:
-        if not _lock(file, wait=False):
+    devices = {executor.device_id() for executor in executors if if_busy != "share"}
+    with contextlib.ExitStack() as stack:
+        for device in sorted(devices):
+            file = _open(device)
+            if file is None:
+                continue
+            stack.callback(os.close, file)
+            if _lock(file, wait=False):
+                continue
             who = f"{_holder(file)} measures on this device ({device})"
             if if_busy == "refuse":
                 raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
@@ -54,18 +58,6 @@ def hold_device(executor: Executor, if_busy: IfBusy) -> Iterator[bool]:
             )
             waited = _lock(file, wait=True)
         yield waited
-    finally:
-        os.close(file)
-
-
-@contextlib.contextmanager
-def hold_devices(executors: Sequence[Executor], if_busy: IfBusy) -> Iterator[bool]:
-    """`hold_device` for several executors, each device once and always in the same order, so that two processes cannot
-    deadlock."""
-    devices = {executor.device_id(): executor for executor in executors}
-    with contextlib.ExitStack() as stack:
-        waited = [stack.enter_context(hold_device(devices[name], if_busy)) for name in sorted(devices)]
-        yield any(waited)
 
 
 def _open(device: str) -> int | None:

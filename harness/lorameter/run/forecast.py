@@ -40,7 +40,7 @@ from lorameter.records.record import Interleaving, PartialRecord, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_duration, format_percent
 from lorameter.run.budget import TARGET_REPLICATES, Budget, TimeLimitTooShortError
-from lorameter.run.device_lock import hold_device
+from lorameter.run.device_lock import hold_devices
 from lorameter.run.display import Display
 from lorameter.run.feasibility import processes_on_device
 from lorameter.run.plan import Arm, Group, Plan, Slot
@@ -312,7 +312,7 @@ def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
     if any(slot.workload.ranks > 1 for slot in plan.slots):
         return "steps of several ranks are not timed in advance"
     try:
-        with hold_device(executor, "refuse"), scratch_folder() as folder, contextlib.closing(executor):
+        with hold_devices([executor], "refuse"), scratch_folder() as folder, contextlib.closing(executor):
             executor.start(folder, plan.study.workload.threads)
             hello = executor.hello()
             first = {slot.variant.name: slot for slot in reversed(plan.slots)}
