@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from lorameter.errors import InvalidRunError
 from lorameter.machine import provenance
 from lorameter.machine.provenance import MachineFacts
@@ -129,12 +127,7 @@ def _measure_here(
         notices = (*notices, *failures)
     manifest = _new_manifest(plan, folder.name, context, facts, notices, policy)
     if earlier is not None:
-        again = continue_manifest(earlier.manifest, manifest, minutes)
-        manifest = msgspec.structs.replace(
-            again,
-            bases=(*again.bases, *context.bases.summaries),
-            notices=tuple(dict.fromkeys((*again.notices, *context.bases.notices))),
-        )
+        manifest = continue_manifest(earlier.manifest, manifest, minutes)
     writer = RunWriter(folder.parent, manifest)
     stack.enter_context(writer.refusals())
     stack.enter_context(_finishing_after_errors(writer))

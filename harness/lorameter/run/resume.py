@@ -203,7 +203,8 @@ def mark_complete(run: Run) -> Run:
 
 
 def continue_manifest(manifest: Manifest, begun: Manifest, max_minutes: float | None) -> Manifest:
-    """The manifest of a resumed run: running again, with the current time and harness version.
+    """The manifest of a resumed run: running again, with the current time and harness version, and with the bases and
+    notices of both.
 
     Args:
         manifest: the manifest of the interrupted run.
@@ -223,14 +224,20 @@ def continue_manifest(manifest: Manifest, begun: Manifest, max_minutes: float | 
     harness = facts["worker"]["harness"]
     earlier = [manifest.provenance.get("worker", {}).get("harness"), *(one.harness for one in manifest.resumed)]
     again = Resumption(unix_s=time.time(), harness=harness, commit=facts["git"]["commit"], max_minutes=max_minutes)
-    notices = manifest.notices
+    notices = [*manifest.notices, *begun.notices]
     if harness != earlier[-1]:
-        notices += (
+        notices.append(
             Notice(
                 code="harness-version-changed",
                 message=f"the run was resumed by harness {harness}; before it was {earlier[-1]}.",
                 remedy="Measure a new run if a change between the versions affects a number.",
-            ),
+            )
         )
-    resumed = (*manifest.resumed, again)
-    return msgspec.structs.replace(manifest, status="running", resumed=resumed, notices=notices, spending=None)
+    return msgspec.structs.replace(
+        manifest,
+        status="running",
+        resumed=(*manifest.resumed, again),
+        bases=(*manifest.bases, *begun.bases),
+        notices=tuple(dict.fromkeys(notices)),
+        spending=None,
+    )

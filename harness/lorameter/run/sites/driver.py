@@ -101,12 +101,18 @@ class MergedRun:
         self._mixed, self._saved = mixed, saved
 
     def take(self, folder: Path, state: JobState, *, everything: bool = False) -> set[int]:
-        """Save the records of a job; returns their replicates. The unfinished replicate of a lost job is left out
-        unless `everything` is true. Raises `InvalidRunError`, and saves nothing, for a job that does not agree with the
-        run."""
+        """Save the logs, notices and records of a job; returns the replicates of its records. The unfinished replicate
+        of a lost job is left out unless `everything` is true. Raises `InvalidRunError`, and saves no record, for a job
+        that does not agree with the run."""
+        copy_logs(folder, self._path)
         if not (runs := store.list_runs(folder)):
             return set()
-        self._join(store.read_manifest(runs[0]), state.site)
+        manifest = store.read_manifest(runs[0])
+        notices = tuple(notice for notice in manifest.notices if notice.code != SKIPPED)  # of this job only
+        self.notices += notices
+        self.stopped = self.stopped or manifest.stopped
+        self.skipped |= set(manifest.skipped)
+        self._join(msgspec.structs.replace(manifest, notices=notices), state.site)
         assert self.writer is not None  # the manifest came before
         records = [one for one in store.read_run(str(runs[0]), folder).records if one.status != "not_run"]
         if not everything and (state.error or not state.ended):
@@ -140,15 +146,6 @@ class MergedRun:
     def in_order(self, plan: Plan) -> tuple[TrialRecord, ...]:
         """The records so far, in the order of the plan."""
         return tuple(self.records[slot.trial] for slot in plan.slots if slot.trial in self.records)
-
-    def collect(self, folder: Path) -> None:
-        """Copy the logs and notices of a job that has ended."""
-        for path in store.list_runs(folder):
-            manifest = store.read_manifest(path)
-            self.notices += [notice for notice in manifest.notices if notice.code != SKIPPED]  # of this job only
-            self.stopped = self.stopped or manifest.stopped
-            self.skipped |= set(manifest.skipped)
-        copy_logs(folder, self._path)
 
 
 def find_unlike(first: Manifest, other: Manifest, *, mixed: bool, again: bool) -> list[Difference]:
@@ -227,6 +224,7 @@ def measure_in_jobs(
         return msgspec.structs.replace(
             manifest,
             run=path.name,
+            status="running",
             study=codec.to_json(plan.study),
             sites=launcher.slots if mixed and local else (),
             order=tuple(slot.trial for slot in plan.slots),
@@ -326,28 +324,24 @@ class _Jobs:
         return None
 
     def _ended(self, running: Container[Path]) -> list[Job]:
-        """Remove the jobs that have ended from the running ones and return them, after copying their logs and
-        notices."""
+        """Remove the jobs that have ended from the running ones and return them."""
         ended = [one for one in self._jobs if one.folder not in running or read_state(one.folder).ended]
         self._jobs = [job for job in self._jobs if job not in ended]
-        for job in ended:
-            self._merged.collect(job.folder)
         return ended
 
     def end(self, *, everything: bool) -> None:
         """Cancel the remaining jobs, wait for them, and save the replicates that they have finished, or
         `everything`."""
+        folders = set(self._folder.glob("*")) if everything else set[Path]()
         with contextlib.suppress(Exception):  # no error may prevent saving the records
             self._launcher.cancel()
             deadline = time.monotonic() + END_TIMEOUT_S
             while self._jobs and time.monotonic() < deadline:
-                for job in self._ended(self._launcher.running()):
-                    with contextlib.suppress(InvalidRunError):  # the job does not agree with the others
-                        self._merged.take(job.folder, read_state(job.folder))
+                folders |= {job.folder for job in self._ended(self._launcher.running())}
                 time.sleep(POLL_S / 10)
-        for folder in sorted(self._folder.glob("*")) if everything else ():
-            with contextlib.suppress(InvalidRunError, OSError):
-                self._merged.take(folder, read_state(folder), everything=True)
+        for folder in sorted(folders):
+            with contextlib.suppress(InvalidRunError, OSError):  # the job may not agree with the others
+                self._merged.take(folder, read_state(folder), everything=everything)
 
     def _start(self, replicates: tuple[int, ...], slot: str) -> None:
         folder = self._folder / f"{len(list(self._folder.iterdir())):04}"
@@ -464,5 +458,4 @@ def merge_left(path: Path) -> None:
                 time.sleep(POLL_S)
             with contextlib.suppress(InvalidRunError):  # the job does not agree with the run
                 merged.take(folder, read_state(folder), everything=True)
-            copy_logs(folder, path)
         shutil.rmtree(path / JOBS, ignore_errors=True)
