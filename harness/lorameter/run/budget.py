@@ -17,10 +17,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lorameter.errors import UsageError
-from lorameter.records.record import Notice
+from lorameter.records.record import Measure, Notice
 from lorameter.records.store import TimeBreakdown
 from lorameter.records.units import format_count, format_duration
 from lorameter.run.plan import Group, Plan, measured_groups
@@ -32,9 +31,7 @@ TARGET_REPLICATES = 3
 
 SKIPPED = "measurements-skipped"
 """Code of the notice about parts dropped because of a limit."""
-Part = Literal["training", "requests", "open_ended", "merged", "cold"]
-"""The parts of a replicate; all except training can be dropped."""
-DROPPABLE: dict[Part, str] = {
+DROPPABLE: dict[Measure, str] = {
     "requests": "requests",
     "open_ended": "requests until EOS",
     "merged": "requests with the adapter merged",
@@ -80,7 +77,7 @@ class Budget:
         self._target = min(TARGET_REPLICATES, replicates)
         self.import_s = self.load_s = 0.0
         """Seconds in which a cold start imports the libraries and loads a base, as far as known."""
-        self.skipped: set[Part] = {part for part in DROPPABLE if part in skipped}
+        self.skipped: set[Measure] = {part for part in DROPPABLE if part in skipped}
         """Parts that are not measured."""
         self.needed_s = 0.0
         """Seconds of the required replicates with all planned parts, if they do not fit."""
@@ -88,10 +85,10 @@ class Budget:
         """Seconds of the required replicates with training only, if not even that fits."""
         self._begin = self._lap = self._entered = self.clock()
         self._once_s = self._dropped_s = 0.0
-        self._admitted: set[Part] = set()
+        self._admitted: set[Measure] = set()
         self._trials = self._begun = 1
-        self._costs: dict[Part, Cost] = {}
-        self._past: list[dict[Part, Cost]] = []
+        self._costs: dict[Measure, Cost] = {}
+        self._past: list[dict[Measure, Cost]] = []
         """The costs of the completed replicates."""
         self._rounds = MIN_ROUNDS
         self._steps: int | None = None
@@ -120,7 +117,7 @@ class Budget:
         """Whether the first replicate is running, in which the budget decides which parts are measured."""
         return self.limit_s is not None and not self._past
 
-    def _replicate_s(self, costs: Mapping[Part, Cost], rounds: int = MIN_ROUNDS) -> float:
+    def _replicate_s(self, costs: Mapping[Measure, Cost], rounds: int = MIN_ROUNDS) -> float:
         """Seconds of a replicate with this many rounds of each measured part."""
         return sum(cost.fixed_s + rounds * cost.round_s for part, cost in costs.items() if part not in self.skipped)
 
@@ -153,7 +150,7 @@ class Budget:
         self._begun += len(group.slots) if group.turns else 0
         self._lap = self.clock()
 
-    def lap(self, part: Part | None, *, rounds: int = 0, once_s: float = 0.0) -> None:
+    def lap(self, part: Measure | None, *, rounds: int = 0, once_s: float = 0.0) -> None:
         """Book the time since the last lap to a part of the replicate: to `rounds` rounds if there were any, else to
         the fixed part. Later replicates do not need `once_s` of it, or any of it if that is None."""
         now = self.clock()
@@ -168,8 +165,7 @@ class Budget:
         else:
             cost.fixed_s += seconds - once_s
         if rounds or part == "cold":
-            kind = "steps" if part == "training" else part
-            self._measured_s[kind] = self._measured_s.get(kind, 0.0) + seconds
+            self._measured_s[part] = self._measured_s.get(part, 0.0) + seconds
 
     def rounds(self, planned: int) -> int:
         """The number of planned rounds that the current replicate runs."""
@@ -183,7 +179,7 @@ class Budget:
         """Record the turns of all trials of a group."""
         self._turns[group.replicate] = min(turns, self._turns.get(group.replicate, turns))
 
-    def admits(self, part: Part, seconds: float, *, once_s: float = 0.0) -> bool:
+    def admits(self, part: Measure, seconds: float, *, once_s: float = 0.0) -> bool:
         """Whether a part is measured. In the first replicate it is measured if three replicates with it fit, which is
         decided once; `seconds` is its time for all trials of the current group, `once_s` its additional time in the
         first replicate."""
@@ -229,14 +225,14 @@ class Budget:
         for part in reversed(DROPPABLE):
             if part in first and later * self._replicate_s(first) > self.left_s:
                 self._skip(part, needed_s)
-        if "training" in first and later * self._replicate_s(first) > self.left_s:
+        if "steps" in first and later * self._replicate_s(first) > self.left_s:
             self._steps = 1
-            first["training"].round_s /= steps_per_turn
+            first["steps"].round_s /= steps_per_turn
         training_s = later * self._replicate_s(first)
         if training_s > self.left_s:
             self.training_s = self.spent_s + training_s
 
-    def _skip(self, part: Part, needed_s: float) -> None:
+    def _skip(self, part: Measure, needed_s: float) -> None:
         self.skipped.add(part)
         self.needed_s = max(self.needed_s, needed_s)
 

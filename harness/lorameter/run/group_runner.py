@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -21,16 +21,12 @@ from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
 from lorameter.records.store import checkpoint_is_due
 from lorameter.records.trials import find_fault
-from lorameter.run.budget import MIN_ROUNDS, Budget, Part
+from lorameter.run.budget import MIN_ROUNDS, Budget
 from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, make_request, make_script_request
 from lorameter.run.workers import Executor, Worker, WorkerLostError
-from lorameter.studies.request import COMMANDS, ROUNDS, Command, RoundKind, TrialRequest
-
-PART_OF: dict[RoundKind, Part] = {
-    "steps": "training", "epochs": "training", "requests": "requests", "open_ended": "open_ended", "merged": "merged",
-}  # fmt: skip
+from lorameter.studies.request import COMMANDS, Command, TrialRequest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,8 +52,6 @@ class GroupRecords:
         self.records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
         self.ended: set[str] = set()
         """Trials that are complete."""
-        self.saving_s = 0.0
-        """Seconds spent on checkpoints."""
         self._run = run
         self._entered = self._saved = run.budget.clock()
         self._begun: dict[str, tuple[float, float]] = {}
@@ -118,13 +112,11 @@ class GroupRecords:
         now = self._run.budget.clock()
         if not checkpoint_is_due(now, begun_s=self._entered, saved_s=self._saved):
             return
-        begin = time.monotonic()
         failure = Failure(phase=command, kind=UNDER_WAY, message=f"under way when this was written, after {command}")
         for record in self.records.values():
             if record.status == "ok":
                 record = record.replaced(status="interrupted", failure=failure, checks=())
             self._run.save(record)
-        self.saving_s += time.monotonic() - begin
         self._saved = self._run.budget.clock()
 
 
@@ -202,19 +194,18 @@ class GroupRunner:
     def _train(self) -> None:
         """Run the timed turns, and the untimed steps of the requested epochs."""
         protocol, records, turns = self._run.plan.study.protocol, self._records, self._group.turns
-        begin, saving_s = time.monotonic(), records.saving_s
+        begin = time.monotonic()
         steps = self._budget.steps(protocol.steps_per_turn)
-        taken = self._take_rounds("steps", turns, steps=steps)
-        wall_time_s = time.monotonic() - begin - (records.saving_s - saving_s)
+        taken = self._take_rounds("steps", "turn", turns, steps=steps)
+        turn_phase = PartialRecord(values={"turns_wall_time_s": time.monotonic() - begin})
         timed = records.live("steps")
         for trial in timed:
-            records.add(trial, PartialRecord(values={"turns_wall_time_s": wall_time_s}))
+            records.add(trial, turn_phase)
         if timed and turns:
             self._budget.note_turns(self._group, taken)
         epochs = max((records.slots[trial].arm.rounds_after_turns(protocol) for trial in timed), default=0)
-        # In rounds, because a command that trains for hours looks like one that hangs.
-        self._take_rounds("epochs", tuple(turns[number % len(turns)] for number in range(epochs)),
-                          steps=protocol.steps_per_turn)  # fmt: skip
+        for _ in range(epochs):  # in rounds, because a command that trains for hours looks like one that hangs
+            self._run_untimed("train", arguments={"steps": protocol.steps_per_turn})
         arguments = {}
         if timed and self._budget.limit_s is not None and not epochs:
             # All trials end after the longest warm-up and the timed steps.
@@ -222,7 +213,7 @@ class GroupRunner:
             arguments["steps"] = 1 + longest + taken * steps
         finish_s = self._run_untimed("finish_training", arguments=arguments)
         if turns and records.values("held_out_loss_initial"):
-            self._budget.lap("training", once_s=finish_s)  # like the same loss before training, which occurs once
+            self._budget.lap("steps", once_s=finish_s)  # like the same loss before training, which occurs once
 
     def _generate(self) -> None:
         wanted = {"requests", "open_ended", "merged", "cold"} & {
@@ -235,9 +226,9 @@ class GroupRunner:
         if not self._group.turns:
             self._run_untimed("begin_generate")
         if self._admits("requests"):
-            self._take_rounds("requests", self._group.requests)
+            self._take_rounds("requests", "request", self._group.requests)
         if self._admits("open_ended"):
-            self._take_rounds("open_ended", self._group.open_ended)
+            self._take_rounds("open_ended", "open_ended", self._group.open_ended)
             self._run_untimed("base_answers")
             self._budget.lap("open_ended")
         self._run_untimed("end_generate")
@@ -245,7 +236,7 @@ class GroupRunner:
         if self._admits("merged"):
             self._run_untimed("merge")
             self._budget.lap("merged")
-            self._take_rounds("merged", self._group.requests)
+            self._take_rounds("merged", "request", self._group.requests)
 
     def _begin_requests(self) -> bool:
         """Run the first requests of all trials that take turns. With a time limit, those of one trial come first, to
@@ -330,7 +321,7 @@ class GroupRunner:
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
-    def _admits(self, part: Literal["requests", "open_ended", "merged", "cold"]) -> bool:
+    def _admits(self, part: Measure) -> bool:
         """Whether trials of the group measure a part and the budget has room for it."""
         measuring, workload, budget = len(self._records.live(part)), self._run.plan.study.workload, self._budget
         once_s = 0.0
@@ -351,10 +342,10 @@ class GroupRunner:
         return 1 + self._run.plan.study.protocol.generate_warmup
 
     @property
-    def _rest(self) -> Part | None:
+    def _rest(self) -> Measure | None:
         """The part to which other time is booked; for isolated trials it is needed only once if they only measure
         peaks."""
-        return "training" if self._group.turns else "merged" if self._records.live("merged") else None
+        return "steps" if self._group.turns else "merged" if self._records.live("merged") else None
 
     def _lap_requests(self) -> None:
         self._budget.lap("requests" if self._records.live("requests") else self._rest)
@@ -368,7 +359,7 @@ class GroupRunner:
     def _ask(self, trial: str, command: str, **arguments: Any) -> None:
         """Let one trial execute a command while nothing else runs."""
         if self._records.is_ok(trial):
-            self._show(trial, command)
+            self._run.display.trial_phase(self._records.slots[trial], command)
             worker = self._workers[trial]
             self._take(trial, command, lambda: worker.ask(command, trial, self._timeout_s, **arguments))
 
@@ -393,7 +384,7 @@ class GroupRunner:
                 self._ask(batch[0], word, **arguments)
                 continue
             for trial in batch:
-                self._show(trial, word)
+                self._run.display.trial_phase(self._records.slots[trial], word)
                 self._workers[trial].send(word, trial, **arguments)
             for trial in batch:
                 worker = self._workers[trial]
@@ -401,25 +392,20 @@ class GroupRunner:
         self._records.checkpoint(word)
         return self._budget.clock() - begin
 
-    def _take_rounds(self, kind: RoundKind, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
-        """Run the rounds that the budget admits, over all trials that measure this part; returns their number."""
-        command = ROUNDS[kind]
-        measuring = set(self._records.live("steps" if kind == "epochs" else kind))
-        if not (self._due(command) and orders and measuring):
+    def _take_rounds(self, measure: Measure, word: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
+        """Run the timed rounds that the budget admits, over all trials that measure this; returns their number."""
+        measuring = set(self._records.live(measure))
+        if not (self._due(COMMANDS[word]) and orders and measuring):
             return len(orders)
-        rounds = len(orders) if kind == "epochs" else self._budget.rounds(len(orders))
-        with self._pinned(command):
+        rounds = self._budget.rounds(len(orders))
+        with self._pinned():
             for order in orders[:rounds]:
                 for trial in order:
                     if trial in measuring:
-                        self._ask(trial, command.name, **arguments)
-                self._records.checkpoint(command.name)
-        self._budget.lap(PART_OF[kind], rounds=rounds if command.timed else 0)
+                        self._ask(trial, word, **arguments)
+                self._records.checkpoint(word)
+        self._budget.lap(measure, rounds=rounds)
         return rounds
-
-    def _show(self, trial: str, command: str) -> None:
-        if COMMANDS[command].by == "trial":
-            self._run.display.trial_phase(self._records.slots[trial], command)
 
     def _take(self, trial: str, command: str, answer: Callable[[], PartialRecord]) -> None:
         try:
@@ -428,27 +414,25 @@ class GroupRunner:
             worker = self._workers[trial]
             self._records.add_lost_worker([other for other, host in self._workers.items() if host is worker], lost)
             return
-        changes: dict[str, Any] = {}
-        if COMMANDS[command] is ROUNDS["steps"]:
-            lengths = self._records.records[trial].turn_lengths
-            changes["turn_lengths"] = (*lengths, len(fragment.samples.get("step_time_s", ())))
-        self._records.add(trial, fragment, **changes)
+        lengths = self._records.records[trial].turn_lengths
+        if command == "turn":
+            lengths = (*lengths, len(fragment.samples.get("step_time_s", ())))
+        self._records.add(trial, fragment, turn_lengths=lengths)
         raise_refused(trial, fragment)
 
     @contextmanager
-    def _pinned(self, command: Command) -> Iterator[None]:
+    def _pinned(self) -> Iterator[None]:
         """Pin all processes to one CPU while they are timed, if each computes in a single thread: a slow CPU then
         affects all of them alike. Each replicate uses another CPU."""
-        context, workers = self._run.context, set(self._workers.values())
+        workers = set(self._workers.values())
         single = all(slot.workload.threads == slot.workload.ranks == 1 for slot in self._group.slots)
-        cpus: set[int] = set()
-        if command.timed and context.device == "cpu" and single and len(workers) > 1:
-            cpus = set.intersection(*(set(worker.cpus()) for worker in workers))
+        pins = self._run.context.device == "cpu" and single and len(workers) > 1
+        cpus = sorted(set.intersection(*(set(worker.cpus()) for worker in workers))) if pins else []
         if len(cpus) < 2:
             yield
             return
         for worker in workers:
-            worker.pin({sorted(cpus)[self._group.replicate % len(cpus)]})
+            worker.pin({cpus[self._group.replicate % len(cpus)]})
         try:
             yield
         finally:

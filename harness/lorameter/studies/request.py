@@ -104,7 +104,6 @@ def base_words(variant: Variant, workload: Workload) -> str:
 Doer = Literal["process", "trial", "profiled trial", "interpreter"]
 """Where a command is executed: in the process before it has a trial · in the trial · in a profiled trial, which also
 executes the trial's commands · in a new interpreter, which the executor starts."""
-RoundKind = Literal["steps", "epochs", "requests", "open_ended", "merged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,16 +166,6 @@ COMMANDS = {
     )
 }
 """By name; commands of a trial are in the order in which they are sent."""
-
-ROUNDS: dict[RoundKind, Command] = {
-    "steps": COMMANDS["turn"],
-    "epochs": COMMANDS["train"],
-    "requests": COMMANDS["request"],
-    "open_ended": COMMANDS["open_ended"],
-    "merged": COMMANDS["request"],
-}
-"""The command that a round of each kind sends to its trials, in the order of a group's rounds: timed turns, untimed
-turns for the rest of the epochs, requests of a fixed length, requests until EOS, requests with the adapter merged."""
 
 
 # --- ways to serve an adapter -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 from lorameter.machine.nvml import GENERATIONS
 from lorameter.machine.telemetry import MIN_S, Telemetry
 from lorameter.records.record import PartialRecord
-from lorameter.studies.request import COMMANDS, ROUNDS, Command, TrialRequest
+from lorameter.studies.request import COMMANDS, Command, TrialRequest
 
 
 def synchronize(device: str) -> None:
@@ -164,7 +164,7 @@ class TrialTelemetry:
             watch.begin()
             fragment = call()
             values = watch.end()
-            if command is ROUNDS["steps"] and self._energy:
+            if command.name == "turn" and self._energy:
                 self._steps += len(fragment.samples["step_time_s"])
                 self._tokens += self._real_tokens() - tokens
                 values |= {"energy_steps": float(self._steps), "energy_tokens": self._tokens}
