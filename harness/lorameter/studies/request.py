@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lorameter.records.metrics import Phase
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
@@ -101,10 +101,6 @@ def base_words(variant: Variant, workload: Workload) -> str:
 
 # --- commands of a trial ----------------------------------------------------------------------------------------------
 
-Doer = Literal["process", "trial", "profiled trial", "interpreter"]
-"""Where a command is executed: in the process before it has a trial · in the trial · in a profiled trial, which also
-executes the trial's commands · in a new interpreter, which the executor starts."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
@@ -114,13 +110,10 @@ class Command:
     """Its name in messages and failures, and of the method that executes it."""
     label: str
     """Its text in a progress display."""
-    by: Doer = "trial"
     phase: Phase = "train"
     """The command is sent only if the plan has this phase; training is in every plan."""
     measure: Measure | None = None
     """The command is sent to trials that measure this; None: to all trials."""
-    timed: bool = False
-    """Whether its samples are timed, so that nothing else may run at the same time."""
     telemetry_phase: Phase | None = None
     """The phase whose telemetry of machine and GPU is read around it; None for no telemetry."""
     ends: Phase | None = None
@@ -130,42 +123,41 @@ class Command:
 COMMANDS = {
     command.name: command
     for command in (
-        Command(name="base", label="preparing the base", by="process"),
-        Command(name="times", label="timing two layers", by="process"),
-        Command(name="parity", label="serving the adapter", by="process"),
-        Command(name="prepare", label="starting", by="process"),
+        # of a process that has no trial
+        Command(name="base", label="preparing the base"),
+        Command(name="times", label="timing two layers"),
+        Command(name="parity", label="serving the adapter"),
+        Command(name="prepare", label="starting"),
+        # of a trial, in the order in which they are sent
         Command(name="build", label="building"),
         Command(name="verify", label="checking what runs"),
         Command(name="warm_up", label="warming up"),
-        Command(name="turn", label="timing steps", measure="steps", timed=True, telemetry_phase="train"),
+        Command(name="turn", label="timing steps", measure="steps", telemetry_phase="train"),
         Command(name="train", label="training on, untimed", measure="steps"),
         Command(name="finish_training", label="held-out loss and memory", ends="train"),
         Command(name="save_adapter", label="saving the adapter", phase="cold", measure="cold"),
         Command(name="begin_generate", label="first call", phase="generate"),
-        Command(name="request", label="timing requests", phase="generate", timed=True, telemetry_phase="generate"),
+        Command(name="request", label="timing requests", phase="generate", telemetry_phase="generate"),
         Command(
-            name="open_ended",
-            label="timing whole answers",
-            phase="generate",
-            measure="open_ended",
-            timed=True,
+            name="open_ended", label="timing whole answers", phase="generate", measure="open_ended",
             telemetry_phase="generate",
-        ),
+        ),  # fmt: skip
         Command(name="base_answers", label="answers before training", phase="generate", measure="open_ended"),
         Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
         Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
         Command(name="close", label="checking the shared base"),
-        Command(name="cold", label="cold start", by="interpreter", phase="cold", measure="cold", timed=True),
-        Command(name="memory_breakdown", label="memory breakdown", by="profiled trial"),
-        Command(name="profile", label="profiling steps", by="profiled trial", telemetry_phase="train", ends="train"),
-        Command(name="peak", label="measuring peak throughput", by="profiled trial"),
-        Command(name="activity", label="recording what runs in a step", by="profiled trial"),
-        Command(name="profile_requests", label="profiling requests", by="profiled trial", telemetry_phase="generate"),
-        Command(name="request_facts", label="tracing a request", by="profiled trial"),
-        Command(name="request_activity", label="recording what runs in a request", by="profiled trial"),
+        Command(name="cold", label="cold start", phase="cold", measure="cold"),
+        # of a trial that is profiled, which executes the other commands as well
+        Command(name="memory_breakdown", label="memory breakdown"),
+        Command(name="profile", label="profiling steps", telemetry_phase="train", ends="train"),
+        Command(name="peak", label="measuring peak throughput"),
+        Command(name="activity", label="recording what runs in a step"),
+        Command(name="profile_requests", label="profiling requests", telemetry_phase="generate"),
+        Command(name="request_facts", label="tracing a request"),
+        Command(name="request_activity", label="recording what runs in a request"),
     )
 }
-"""By name; commands of a trial are in the order in which they are sent."""
+"""By name."""
 
 
 # --- ways to serve an adapter -----------------------------------------------------------------------------------------
