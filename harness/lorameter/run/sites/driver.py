@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from lorameter.errors import InvalidRunError, UsageError, redact
+from lorameter.errors import InvalidRunError, redact, require
 from lorameter.machine.provenance import HARDWARE_FIELDS, Machine, fingerprint_fields
 from lorameter.records import codec, fileio, store, trials
 from lorameter.records.record import Notice, TrialRecord
@@ -369,8 +369,7 @@ class _Jobs:
 
         Raises `UsageError` for an error that the user must fix.
         """
-        if state.usage:
-            raise UsageError(state.error)
+        require(not state.usage, state.error)
         if state.ended and not state.error:  # a missing replicate had no time
             self._losses[job.slot] = 0
             self._free.append(job.slot)
@@ -412,22 +411,25 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
             merge_left(path)
     run = store.read_run(name, runs)
     manifest = run.manifest
-    if study is not None and manifest.study.get("name") != study:
-        raise UsageError(
-            f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
-            "run holds its own."
-        )
-    if is_single_script_run(run, read_study(run)):
-        raise UsageError(
-            f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be resumed. "
-            "Run it again."
-        )
-    if run.live:
-        raise UsageError(store.refusal_while_live(run.path))
-    if is_packed(run.path):
-        raise UsageError(f"{run.path}: it is packed, and has no folder to write to. Resume it where it was measured.")
-    if run.path.resolve().name != manifest.run:
-        raise UsageError(f"{run.path}: holds run {manifest.run}. Give the directory that name again.")
+    require(
+        study is None or manifest.study.get("name") == study,
+        f"run {manifest.run} is of study {manifest.study.get('name')!r}, not {study!r}. Leave the study out: the "
+        "run holds its own.",
+    )
+    require(
+        not is_single_script_run(run, read_study(run)),
+        f"run {manifest.run}: it is of a training that was followed while it ran, which cannot be resumed. "
+        "Run it again.",
+    )
+    require(not run.live, store.refusal_while_live(run.path))
+    require(
+        not is_packed(run.path),
+        f"{run.path}: it is packed, and has no folder to write to. Resume it where it was measured.",
+    )
+    require(
+        run.path.resolve().name == manifest.run,
+        f"{run.path}: holds run {manifest.run}. Give the directory that name again.",
+    )
     for name in (store.TRIALS, trials.CHECKS):
         fileio.check_appendable(run.path / name)
     return run

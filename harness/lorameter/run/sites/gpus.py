@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.machine.nvml import VARIABLE, VisibleGpu, describe_gpus, shared_boards, visible_gpus
 from lorameter.machine.processes import CPUS, PARENT, exit_words, physical_cores
 from lorameter.machine.provenance import Machine
@@ -44,11 +44,11 @@ def local_sites(listed: Sequence[str], machine: Machine, *, mixed: bool = False)
         if not on_cpu:
             environment[VARIABLE] = ",".join(str(gpus[number].entry) for number in group)
             kinds = sorted({gpus[number].kind for number in group})
-            if len(kinds) > 1:
-                raise UsageError(
-                    f"{format_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
-                    f"({', '.join(kinds)}), and the faster ones would wait. Join GPUs of one kind."
-                )
+            require(
+                len(kinds) == 1,
+                f"{format_sites(listed)}: the ranks of one trial would be on GPUs of different kinds "
+                f"({', '.join(kinds)}), and the faster ones would wait. Join GPUs of one kind.",
+            )
         sites["-".join(["cpus" if on_cpu else "gpu", *map(str, group)])] = Host(environment=environment)
     return sites
 
@@ -57,17 +57,17 @@ def check_spreadable(study: Study) -> None:
     """Raise `UsageError` for a study whose trials choose their devices themselves, and for sites of this machine whose
     number of GPUs differs from the ranks of a trial."""
     place, ranks = study.protocol, study.workload.ranks
-    if study.of_scripts:
-        raise UsageError(
-            f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. "
-            "Remove the option."
-        )
-    if place.on == HERE and any(len(site_numbers(name)) != ranks for name in place.sites):
-        site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
-        raise UsageError(
-            f"{place.said}: a site has a GPU, or a share of the CPUs, for each rank of a trial, and study "
-            f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two."
-        )
+    require(
+        not study.of_scripts,
+        f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. "
+        "Remove the option.",
+    )
+    site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
+    require(
+        place.on != HERE or all(len(site_numbers(name)) == ranks for name in place.sites),
+        f"{place.said}: a site has a GPU, or a share of the CPUs, for each rank of a trial, and study "
+        f"{study.name} has ranks = {ranks}. Write {site} for a site, {site},{other} for two.",
+    )
 
 
 def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[int]]:
@@ -75,13 +75,13 @@ def share_cpus(cpus: Iterable[int], sites: int, option: str) -> list[Sequence[in
     Raises `UsageError`, beginning with the `option`, for too many sites."""
     cores = physical_cores(cpus)
     each = len(cores) // sites
-    if not each:
-        threads = sum(map(len, cores))
-        of_cores = "" if threads == len(cores) else f" of {format_count(len(cores), 'core')}"
-        raise UsageError(
-            f"{option}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
-            "would share cores. Use fewer sites."
-        )
+    threads = sum(map(len, cores))
+    of_cores = "" if threads == len(cores) else f" of {format_count(len(cores), 'core')}"
+    require(
+        each,
+        f"{option}: {sites} sites and {format_count(threads, 'CPU')}{of_cores} that this process may use: they "
+        "would share cores. Use fewer sites.",
+    )
     return [sorted(itertools.chain(*cores[site * each : (site + 1) * each])) for site in range(sites)]
 
 
@@ -92,11 +92,12 @@ def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) ->
         raise UsageError(f"{option}: the GPUs of this machine cannot be listed. Remove the option.")
     gpus: list[VisibleGpu] = []
     for number in numbers:
-        if number >= len(visible):
-            raise UsageError(f"{option}: GPU {number}: {len(visible)} are visible here. Count from 0.")
+        require(number < len(visible), f"{option}: GPU {number}: {len(visible)} are visible here. Count from 0.")
         gpu = visible[number]
-        if gpu.name.value is None:
-            raise UsageError(f"{option}: GPU {number} cannot be identified: {gpu.name.reason}. Remove it.")
+        require(
+            gpu.name.value is not None,
+            f"{option}: GPU {number} cannot be identified: {gpu.name.reason}. Remove it.",
+        )
         gpus.append(gpu)
     for parts in shared_boards(gpus):
         raise UsageError(
@@ -104,12 +105,12 @@ def _find_gpus(numbers: Sequence[int], listed: Sequence[str], *, mixed: bool) ->
             "of the other. Name one part of each GPU."
         )
     kinds = {gpu.kind for gpu in gpus}
-    if len(kinds) > 1 and not mixed:
-        raise UsageError(
-            f"{option}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
-            "machine. Name GPUs of one kind, and measure the others in a separate run, or judge each site "
-            "separately with --mixed."
-        )
+    require(
+        len(kinds) <= 1 or mixed,
+        f"{option}: GPUs of different kinds ({', '.join(sorted(kinds))}), whose times are not those of one "
+        "machine. Name GPUs of one kind, and measure the others in a separate run, or judge each site "
+        "separately with --mixed.",
+    )
     return gpus
 
 

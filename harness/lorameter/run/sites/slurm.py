@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels_check.terminal import print_stderr
-from lorameter.errors import UsageError, format_error, shorten
+from lorameter.errors import UsageError, format_error, require, shorten
 from lorameter.machine.processes import CPUS, PARENT
 from lorameter.records.fileio import scratch_folder
 from lorameter.run.sites.folder import LOG, job_command, read_order, write_order
@@ -46,8 +46,10 @@ class SlurmJobs:
 
     def __init__(self, on: str) -> None:
         """Raises `UsageError` if this machine cannot submit jobs."""
-        if not all(map(shutil.which, ("sbatch", "squeue", "scancel"))):
-            raise UsageError(f"{format_on(on)}: no sbatch on this machine. Start it where SLURM jobs are submitted.")
+        require(
+            all(map(shutil.which, ("sbatch", "squeue", "scancel"))),
+            f"{format_on(on)}: no sbatch on this machine. Start it where SLURM jobs are submitted.",
+        )
         self._on = on
         sites, self._parameters = read_slurm(on)
         self.slots = ("",) * sites
@@ -67,9 +69,8 @@ class SlurmJobs:
         script = f"#!/bin/sh\nexec {shlex.join(job_command(folder))}\n"
         done = _run(words, script)
         job = done.stdout.strip().partition(";")[0]
-        if done.returncode or not _ID.fullmatch(job):
-            reason = shorten((done.stderr or done.stdout).strip())
-            raise UsageError(f"{format_on(self._on)}: no job was submitted: {reason}.")
+        reason = shorten((done.stderr or done.stdout).strip())
+        require(not done.returncode and _ID.fullmatch(job), f"{format_on(self._on)}: no job was submitted: {reason}.")
         (folder / _ID_FILE).write_text(job)
         if not self._ids:
             print_stderr(f"job {job} is submitted to SLURM, and waited for.")
@@ -157,10 +158,9 @@ def divide_nodes(
     """
     alive = [node for node in nodes if node.get("Alive")]
     names = _names(alive)
+    known = ", ".join(sorted(names.values()))
     for name in wanted:
-        if name not in names.values():
-            known = ", ".join(sorted(names.values()))
-            raise UsageError(f"{format_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
+        require(name in names.values(), f"{format_sites(wanted)}: the cluster has no node {name!r}. It has {known}.")
     alive = [node for node in alive if not wanted or names[node["NodeID"]] in wanted]
     resources = {node["NodeID"]: node.get("Resources", {}) for node in alive}
     with_gpus = any(one.get("GPU", 0) >= 1 for one in resources.values())
@@ -176,10 +176,11 @@ def divide_nodes(
                 sites.append(NodeShare(site=site, node=key, cpus=part, gpus=ranks, share=share, shares=shares))
         elif cpus >= 1:
             sites.append(NodeShare(site=names[key], node=key, cpus=cpus))
-    if not sites and with_gpus and ranks > 1:
-        raise UsageError(f"ranks = {ranks}: no node of the Ray cluster has so many GPUs. Use fewer ranks.")
-    if not sites:
-        raise UsageError("the Ray cluster has no node with a CPU or a GPU to measure on. See `ray status`.")
+    require(
+        sites or not with_gpus or ranks == 1,
+        f"ranks = {ranks}: no node of the Ray cluster has so many GPUs. Use fewer ranks.",
+    )
+    require(sites, "the Ray cluster has no node with a CPU or a GPU to measure on. See `ray status`.")
     return tuple(sites)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter import wire
-from lorameter.errors import LorameterError, UsageError, redact
+from lorameter.errors import LorameterError, redact, require
 from lorameter.machine import provenance
 from lorameter.machine.processes import allowed_cpus, exit_words, explain_kill, pin_to_cpus
 from lorameter.machine.provenance import Machine, MachineFacts
@@ -275,7 +275,6 @@ def open_executor(name: str | None = None, *, host: Host | None = None, label: s
         UsageError: there is no executor of that name.
     """
     name = name or os.environ.get("LORAMETER_EXECUTOR") or "local"
-    if name not in EXECUTORS:
-        raise UsageError(f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
+    require(name in EXECUTORS, f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
     made: Executor = pkgutil.resolve_name(EXECUTORS[name])(host=host, label=label)
     return made

@@ -31,7 +31,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from lorameter.errors import HIDDEN, InvalidRunError, UsageError, refused_value, shorten
+from lorameter.errors import HIDDEN, InvalidRunError, UsageError, refused_value, require, shorten
 from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES, built_cuda_version, git_state, kernel_switches, library_version
 from lorameter.records.fileio import hold_lock
@@ -170,11 +170,11 @@ def restore_requirements(whose: str, requirements: str) -> str:
         UsageError: the record omits something other than a user.
     """
     restored = requirements.replace(f"://{HIDDEN}@", "://")
-    if HIDDEN in restored:
-        raise UsageError(
-            f"{whose}: {requirements}: a part of it was left out of the record as a credential, so it cannot be "
-            "installed again. Measure a new A/B."
-        )
+    require(
+        HIDDEN not in restored,
+        f"{whose}: {requirements}: a part of it was left out of the record as a credential, so it cannot be "
+        "installed again. Measure a new A/B.",
+    )
     return restored
 
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import NoReturn
 
 from lorameter.attach.launch import HOOKED, SOCKET, child_environment
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, require, shorten
 from lorameter.records import fileio
 from lorameter.records.fileio import is_scratch
 from lorameter.records.record import Notice
@@ -99,11 +99,11 @@ def copied_files(folder: Path) -> Iterator[Path]:
         folders[:] = [entry.name for entry in entries if entry.is_dir() and not _is_linked(entry)]
         copied = [entry for entry in entries if entry.is_file() and not _is_linked(entry)]
         files, size = files + len(copied), size + sum(entry.stat().st_size for entry in copied)
-        if files > MAX_FILES or size > MAX_BYTES:
-            raise UsageError(
-                f"cwd = {str(folder)!r}: over {MAX_FILES} files or {format_bytes(MAX_BYTES)} below it, and each "
-                "process works in a copy. Name the script's own folder as cwd, and move data out of it."
-            )
+        require(
+            files <= MAX_FILES and size <= MAX_BYTES,
+            f"cwd = {str(folder)!r}: over {MAX_FILES} files or {format_bytes(MAX_BYTES)} below it, and each "
+            "process works in a copy. Name the script's own folder as cwd, and move data out of it.",
+        )
         yield from entries
 
 
@@ -129,11 +129,11 @@ def _leads_out(link: Path, folder: Path) -> bool:
 def working_folder(variant: ScriptVariant, current: Path) -> Path:
     """The folder of a variant's command. Raises `UsageError` if it does not exist."""
     folder = current / variant.cwd
-    if not fileio.is_folder(folder):
-        value = shorten(repr(variant.cwd))
-        raise UsageError(
-            f"variant {variant.name!r}: cwd = {value}: no folder {shorten(str(folder))}. Correct the path."
-        )
+    require(
+        fileio.is_folder(folder),
+        f"variant {variant.name!r}: cwd = {shorten(repr(variant.cwd))}: no folder {shorten(str(folder))}. Correct the "
+        "path.",
+    )
     return folder.resolve()
 
 
@@ -190,22 +190,21 @@ def resolve_command(
     """
     where = f"variant {variant.name!r}: command = {shorten(repr(variant.command))}"
     words = _resolve_words(split_command(f"variant {variant.name!r}", variant.command), origin)
-    if variant.python and not os.access(variant.python, os.X_OK):
-        raise UsageError(
-            f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python."
-        )
+    require(
+        not variant.python or os.access(variant.python, os.X_OK),
+        f"variant {variant.name!r}: python = {variant.python!r}: no executable file. Name ENVIRONMENT/bin/python.",
+    )
     if words[0] in UNVERSIONED or (variant.python and PYTHON.fullmatch(words[0])):
         words[0] = variant.python or python
     elif program := shutil.which(folder / words[0] if os.sep in words[0] else words[0], path=variables.get("PATH")):
         words[:1] = [side, str(program)] if side and _is_of_another(str(program), side) else [str(program)]
     else:
         raise UsageError(f"{where}: no program {shorten(repr(words[0]))} on PATH. Install it, or write its path.")
-    if PYTHON.fullmatch(PurePath(words[0]).name):
-        script = next((word for word in words[1:] if not word.startswith("-")), None)
-        if script is not None and script == words[1] and not fileio.is_there(folder / script):
-            raise UsageError(
-                f"{where}: no file {shorten(repr(script))} in {folder}. Name its folder as cwd, or correct the path."
-            )
+    if PYTHON.fullmatch(PurePath(words[0]).name) and words[1:] and not words[1].startswith("-"):
+        require(
+            fileio.is_there(folder / words[1]),
+            f"{where}: no file {shorten(repr(words[1]))} in {folder}. Name its folder as cwd, or correct the path.",
+        )
     return words
 
 
@@ -238,11 +237,11 @@ def check_side(variant: ScriptVariant) -> None:
     """Raise `UsageError` for a command that brings its own interpreter: a side of an A/B could not replace it, and both
     sides would be the same."""
     program = split_command(f"variant {variant.name!r}", variant.command)[0]
-    if variant.python or (program not in UNVERSIONED and PYTHON.fullmatch(PurePath(program).name)):
-        raise UsageError(
-            f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
-            "python in its place, which is that of the side."
-        )
+    require(
+        not variant.python and (program in UNVERSIONED or not PYTHON.fullmatch(PurePath(program).name)),
+        f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
+        "python in its place, which is that of the side.",
+    )
 
 
 def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:

@@ -9,7 +9,6 @@ path): if it silently measured the code of the other side, the verdict would be 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.resources
 import os
 import re
@@ -21,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kernels_check.terminal import print_stderr
-from lorameter.errors import UsageError, redact, refused_value
+from lorameter.errors import redact, refused_value, require
 from lorameter.machine.provenance import run_git
 from lorameter.records.fileio import is_file, scratch_folder
 from lorameter.records.record import Side
@@ -44,13 +43,17 @@ NEEDED = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bit
 OWN_PACKAGES = ("lorameter", "kernels_check")
 
 _BUILD_EACH = "Build an environment for each revision and name its Python."
-_refusal = functools.partial(refused_value, "ab", "side")
-"""The error for a side: its word, why it cannot be measured, and the remedy."""
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)?t?)?")
 _REMEDY = (
     "Name a git revision (HEAD~1, v1.0, a commit), a Python executable (ENVIRONMENT/bin/python, python3.12) or "
     'requirements ("peft==0.19.1 transformers>=5.17").'
 )
+
+
+def _require(holds: object, word: str, why: str, remedy: str) -> None:
+    """Raise `UsageError` for a side, named by its word, unless a condition holds."""
+    if not holds:
+        raise refused_value("ab", "side", word, why, remedy)
 
 
 def name_sides(words: Mapping[Side, str], repository: Path, place: Protocol, *, slowdown_rows: int = 0) -> Sides:
@@ -68,11 +71,11 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: Protocol, *, 
     sides: dict[Side, SideSpec] = {}
     for name, word in words.items():
         where = f"{place.said}, --{name} {word}"
-        if not place.is_plain and redact(word) != word:
-            raise UsageError(
-                f"{where}: it holds what may be a credential, and would be written into a file. Let pip find it in its "
-                "configuration or a .netrc."
-            )
+        require(
+            place.is_plain or redact(word) == word,
+            f"{where}: it holds what may be a credential, and would be written into a file. Let pip find it in its "
+            "configuration or a .netrc.",
+        )
         if place.on != HERE:
             sides[name] = _name_remote_side(word, repository, where)
             continue
@@ -89,13 +92,15 @@ def _name_remote_side(word: str, repository: Path, where: str) -> SideSpec:
     if word.startswith(os.sep) and parse_requirements(word) is None:
         return SideSpec(kind="interpreter", spec=word, label=word)
     side = name_side(word, repository)
-    if side.kind == "revision":
-        raise UsageError(
-            f"{where}: a revision is checked out on this machine only. Build an environment of it where all nodes see "
-            "it and name the path of its Python, give requirements, or use --sites of this machine."
-        )
-    if side.kind == "interpreter" and os.sep not in word:
-        raise UsageError(f"{where}: it may be another Python on each node. Name its path, such as {side.spec}.")
+    require(
+        side.kind != "revision",
+        f"{where}: a revision is checked out on this machine only. Build an environment of it where all nodes see "
+        "it and name the path of its Python, give requirements, or use --sites of this machine.",
+    )
+    require(
+        side.kind != "interpreter" or os.sep in word,
+        f"{where}: it may be another Python on each node. Name its path, such as {side.spec}.",
+    )
     return side
 
 
@@ -107,8 +112,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
     Raises:
         UsageError: the word names nothing.
     """
-    if not word.strip() or "\0" in word:
-        raise _refusal(word, "it names nothing", _REMEDY)
+    _require(word.strip() and "\0" not in word, word, "it names nothing", _REMEDY)
     if os.sep in word and is_file(word) and os.access(word, os.X_OK):
         return SideSpec(kind="interpreter", spec=str(Path(word).absolute()), label=redact(word))
     # No revision contains an address, and git must not receive one, which may contain a credential.
@@ -125,7 +129,7 @@ def name_side(word: str, repository: Path) -> SideSpec:
         f"{repository} (git: {refusal}), and not requirements (a name without a version counts only for a package that "
         "is installed: write NAME>=0 to mean another)"
     )
-    raise _refusal(word, why, _REMEDY)
+    raise refused_value("ab", "side", word, why, _REMEDY)
 
 
 def command_sides(base: str, candidate: str) -> Sides:
@@ -202,10 +206,12 @@ def _revision(side: SideSpec, repository: Path, stack: contextlib.ExitStack, rep
         path.append(_own_packages(stack))
     host = Host(path=tuple(path), cwd=str(tree))
     modules = {name: folder for folder in reversed(roots) for name in _modules(folder)}
-    if not modules:
-        raise _refusal(
-            spec, "it has no Python package at its top or in src, so nothing of it would be measured", _BUILD_EACH
-        )
+    _require(
+        modules,
+        spec,
+        "it has no Python package at its top or in src, so nothing of it would be measured",
+        _BUILD_EACH,
+    )
     report(f"compiling the modules of {spec}")
     _compile(host, [str(modules[name] / name) for name in modules if (modules[name] / name).is_dir()])
     origins = inspect(host, [*modules, *NEEDED, *OWN_PACKAGES]).origins
@@ -223,12 +229,12 @@ def _worktree(commit: str, repository: Path) -> Iterator[Path]:
         quiet = ("-c", f"core.hooksPath={os.devnull}", "-c", "advice.detachedHead=false")
         try:
             done = run_git(repository, *quiet, "worktree", "add", "--detach", "--quiet", str(tree), commit)
-            if done.returncode:
-                raise _refusal(
-                    commit,
-                    f"git could not check it out: {done.stderr.strip()}",
-                    "Check free disk space and `git worktree list`.",
-                )
+            _require(
+                not done.returncode,
+                commit,
+                f"git could not check it out: {done.stderr.strip()}",
+                "Check free disk space and `git worktree list`.",
+            )
             yield tree
         finally:
             # Twice: git thinks that a worktree whose creation was killed is still in use.
@@ -251,14 +257,13 @@ def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], to
     installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
     for name, origin in origins.items():
         file = Path(origin or "").resolve()
-        if origin is None or file.is_relative_to(tree) or not file.is_relative_to(top):
-            continue
-        if not any(file.is_relative_to(folder.resolve()) for folder in installed):  # an environment in the repository
-            raise _refusal(
-                spec,
-                f"the revision has no {name} where the present installation points, and an import loads {origin}",
-                _BUILD_EACH,
-            )
+        outside = origin is None or file.is_relative_to(tree) or not file.is_relative_to(top)
+        _require(
+            outside or any(file.is_relative_to(folder.resolve()) for folder in installed),  # an environment in it
+            spec,
+            f"the revision has no {name} where the present installation points, and an import loads {origin}",
+            _BUILD_EACH,
+        )
 
 
 # --- an interpreter ---------------------------------------------------------------------------------------------------
@@ -273,23 +278,24 @@ def _inspect_interpreter(side: SideSpec, stack: contextlib.ExitStack) -> Host:
     safe = {"PYTHONSAFEPATH": "1"}
     facts = inspect(Host(python=side.spec, environment=safe))
     version = tuple(int(part) for part in facts.python.split(".")[:2])
-    if version < OLDEST_PYTHON:
-        needed = ".".join(map(str, OLDEST_PYTHON))
-        raise _refusal(
-            side.label,
-            f"it is Python {facts.python}, and the harness needs {needed}",
-            "Name a newer interpreter.",
-        )
+    needed = ".".join(map(str, OLDEST_PYTHON))
+    _require(
+        version >= OLDEST_PYTHON,
+        side.label,
+        f"it is Python {facts.python}, and the harness needs {needed}",
+        "Name a newer interpreter.",
+    )
     # The interpreter's own path: a launcher in front of it (pyenv's) would be part of every cold start.
     host = Host(python=facts.executable, path=(_own_packages(stack),), environment=safe)
     needed_modules = NEEDED | ({"pynvml": "nvidia-ml-py"} if Path("/dev/nvidiactl").exists() else {})
     origins = inspect(host, [*needed_modules]).origins
-    if missing := [distribution for module, distribution in needed_modules.items() if origins[module] is None]:
-        raise _refusal(
-            side.label,
-            f"Python {facts.python} without {', '.join(missing)}",
-            f"Run `{host.python} -m pip install {' '.join(missing)}`.",
-        )
+    missing = [distribution for module, distribution in needed_modules.items() if origins[module] is None]
+    _require(
+        not missing,
+        side.label,
+        f"Python {facts.python} without {', '.join(missing)}",
+        f"Run `{host.python} -m pip install {' '.join(missing)}`.",
+    )
     return host
 
 
@@ -326,12 +332,12 @@ def _check_versions(spec: str, requirements: tuple[str, ...], packages: dict[str
 
     for each in map(Requirement, requirements):
         version = packages.get(canonicalize_name(each.name), "").split(" ")[0]
-        if not version or not each.specifier.contains(version, prereleases=True):
-            raise _refusal(
-                spec,
-                f"{each} was installed, and the interpreter sees {each.name} {version or 'nowhere'}",
-                "Take what is in front of it off PYTHONPATH.",
-            )
+        _require(
+            version and each.specifier.contains(version, prereleases=True),
+            spec,
+            f"{each} was installed, and the interpreter sees {each.name} {version or 'nowhere'}",
+            "Take what is in front of it off PYTHONPATH.",
+        )
 
 
 # --- for all kinds ---------------------------------------------------------------------------------------------
@@ -354,10 +360,10 @@ def _compile(host: Host, folders: list[str]) -> None:
 def _check_origins(spec: str, origins: Mapping[str, str | None], root: Path) -> None:
     """Raise `UsageError` if a module of a side would not be imported from `root`."""
     for name, origin in origins.items():
-        if origin is None or not Path(origin).resolve().is_relative_to(root.resolve()):
-            raise _refusal(
-                spec,
-                f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead",
-                "An import hook or .pth file of the present environment goes first: uninstall the editable install "
-                f"that provides {name}, or give each side an interpreter of its own.",
-            )
+        _require(
+            origin is not None and Path(origin).resolve().is_relative_to(root.resolve()),
+            spec,
+            f"its module {name} would not be measured: an import loads {origin or 'nothing'} instead",
+            "An import hook or .pth file of the present environment goes first: uninstall the editable install "
+            f"that provides {name}, or give each side an interpreter of its own.",
+        )
