@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lorameter.errors import UsageError, require
+from lorameter.errors import require
 from lorameter.machine import provenance
 from lorameter.machine.provenance import HARDWARE_FIELDS, MachineFacts, git_state
 from lorameter.records import codec, store
@@ -120,16 +120,16 @@ def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
             then, is_now = (
                 {field: facts_of_side.get(field) for field in fields} for facts_of_side in (side["facts"], now)
             )
-            if then != is_now:
-                raise _other_kind(run, f"its {name}", then, is_now)
+            _require_same(run, f"its {name}", then, is_now)
     check_place(run, next(iter(facts.values())))
 
 
-def _other_kind(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
+def _require_same(run: Run, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changes = "; ".join(f"{one.field}: {one.base!r} then, {one.candidate!r} now" for one in find_differences(was, now))
-    return UsageError(
+    require(
+        was == now,
         f"run {run.manifest.run}: it cannot be resumed here, because {what} would change during the run: {changes}. "
-        "Resume it on the original machine with the original packages, or measure a new run."
+        "Resume it on the original machine with the original packages, or measure a new run.",
     )
 
 
@@ -146,8 +146,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
     was, now = (
         codec.to_json(provenance.fingerprint_fields(one, without=without)) for one in (manifest.provenance, here)
     )
-    if was != now:
-        raise _other_kind(run, "its trials", was, now)
+    _require_same(run, "its trials", was, now)
 
 
 def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:
@@ -160,8 +159,10 @@ def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = Non
     manifest = run.manifest
     if not manifest.sides:
         check_place(run, placement.facts)
-    elif is_calibration(manifest) and placement.is_remote:
-        raise UsageError(f"run {manifest.run} is a calibration, which measures the current machine. Use --on here.")
+    require(
+        not (is_calibration(manifest) and placement.is_remote),
+        f"run {manifest.run} is a calibration, which measures the current machine. Use --on here.",
+    )
     sides: dict[Side, SideSpec] = {}
     for name in SIDES if manifest.sides else ():
         side, spec = manifest.sides[name], manifest.sides[name]["spec"]

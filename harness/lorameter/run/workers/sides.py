@@ -253,13 +253,14 @@ def _roots(repository: Path, top: Path) -> list[Path]:
 
 
 def _check_outside_working_tree(spec: str, origins: Mapping[str, str | None], top: Path, tree: Path) -> None:
-    """Raise `UsageError` if a module that a trial needs would come from the working tree instead of the revision."""
+    """Raise `UsageError` if a module that a trial needs would come from the working tree instead of the revision. An
+    environment inside the working tree is not part of it."""
     installed = [folder for folder in map(Path, sys.path) if folder.name in ("site-packages", "dist-packages")]
     for name, origin in origins.items():
         file = Path(origin or "").resolve()
         outside = origin is None or file.is_relative_to(tree) or not file.is_relative_to(top)
         _require(
-            outside or any(file.is_relative_to(folder.resolve()) for folder in installed),  # an environment in it
+            outside or any(file.is_relative_to(folder.resolve()) for folder in installed),
             spec,
             f"the revision has no {name} where the present installation points, and an import loads {origin}",
             _BUILD_EACH,
