@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorameter.errors import UsageError, require, shorten
@@ -87,9 +87,7 @@ def check_feasible(
     for variant, workload in {one.variant.name: (one.built, one.workload) for one in arms}.values():
         where = f"study {study.name}, variant {variant.name!r}"
         shape = shape_of[workload.model]
-        _check_kernels(where, variant, machine)
-        _check_ranks(where, variant, workload, machine, here=study.protocol.is_plain)
-        _check_adapters(where, variant, workload)
+        _check_support(where, variant, workload, machine, here=study.protocol.is_plain)
         notices += _variant_notices(variant, workload, machine)
         notices += type_notices(variant, machine)
         if workload.model in unknown:
@@ -218,32 +216,67 @@ def _less_memory(expected: MemoryEstimate) -> str:
     return 'Use quantization = "nf4", gradient_checkpointing = true, a smaller batch_size, or a smaller model.'
 
 
-def _refuse(where: str, refusals: Iterable[tuple[bool, str, str, str]]) -> None:
-    """Raise `UsageError` for the first refusal that applies; each has what is refused, why, and the remedy."""
-    for applies, what, why, remedy in refusals:
-        require(not applies, f"{where}: {what}: {why}. {remedy}")
+def _check_support(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool) -> None:
+    """Refuse what this device or installation does not have, what several ranks do not support, and adapters that PEFT
+    does not support several times on one base, or in one batch (PEFT 0.21: any bitsandbytes quantisation is supported).
 
-
-def _check_kernels(where: str, variant: Variant, machine: Machine) -> None:
-    """Refuse kernels that this device or installation does not have."""
-    cpu, attention = machine.device == "cpu", f"attention = {variant.attention!r}"
+    `here`: whether the ranks use the first GPUs that this process sees; otherwise the given sites define them.
+    """
+    cpu, ranks, adapters = machine.device == "cpu", workload.ranks > 1, workload.adapters > 1
+    lora, on_cpu = variant if isinstance(variant, LoraVariant) else None, "and this machine measures on the CPU"
     flash, liger = variant.attention == "flash_attention_2", "liger_kernel = True"
-    here = "and this machine measures on the CPU"
-    _refuse(where, (
-        (cpu and flash, attention, f"the flash-attn package needs a CUDA device, {here}",
+    attention, quantization = f"attention = {variant.attention!r}", f"quantization = {variant.quantization!r}"
+    initialisation = f"init_lora_weights = {getattr(variant, 'init_lora_weights', None)!r}"
+    sharded, torch, ddp = ranks and workload.strategy == "fsdp2", library_version("torch"), 'Use strategy = "ddp"'
+    with_ranks, with_adapters = f"with ranks = {workload.ranks}", f"with adapters = {workload.adapters}"
+    refusals = (
+        (cpu and flash, attention, f"the flash-attn package needs a CUDA device, {on_cpu}",
          'Use attention = "sdpa", whose flash kernel runs here.'),
         (cpu and variant.attention == "flex_attention", attention,
-         f"flex attention has no backward pass on a CPU, {here}",
+         f"flex attention has no backward pass on a CPU, {on_cpu}",
          'Use attention = "sdpa", whose flash kernel runs here.'),
         (flash and importlib.util.find_spec("flash_attn") is None, attention,
          "the package flash-attn is not installed",
          'Run pip install "lorameter[flash-attn]", or use attention = "sdpa".'),
-        (variant.liger_kernel and cpu, liger, f"its kernels are Triton's, which need a GPU, {here}",
+        (variant.liger_kernel and cpu, liger, f"its kernels are Triton's, which need a GPU, {on_cpu}",
          "Leave it out here."),
         (variant.liger_kernel and importlib.util.find_spec("liger_kernel") is None, liger,
          "the package liger-kernel is not installed", "Run pip install liger-kernel."),
         (variant.tf32 and cpu, "tf32 = True", "a CPU has no TF32", "Leave it out here."),
-    ))  # fmt: skip
+        (ranks and lora is None, f"ranks = {workload.ranks}",
+         f"of several ranks LoRA in its short form is measured, and the method is {variant.method_name}",
+         "Leave ranks out."),
+        (ranks and variant.compile, "compile = True", f"{with_ranks}, ranks are measured without it", "Leave it out."),
+        (sharded and variant.quantization == "int8", quantization,
+         f"{with_ranks}, FSDP2 does not shard the weights of LLM.int8, whose scales are stored separately",
+         f"{ddp}, or another quantization."),
+        (sharded and variant.is_4bit and not shards_4bit(torch), quantization,
+         f"{with_ranks}, FSDP2 of torch {torch} shards no integers, as which 4-bit weights are stored",
+         f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".'),
+        (sharded and variant.optimizer in PAGED, f"optimizer = {variant.optimizer!r}",
+         f"{with_ranks}, optimizers of bitsandbytes take no sharded parameters",
+         'Use "adamw" or "adamw_fused", or strategy = "ddp".'),
+        (sharded and variant.rewrites_base, initialisation,
+         f"{with_ranks}, it rewrites the base, of which each rank would have to hold the whole", f"{ddp}."),
+        (adapters and lora is None, f"adapters = {workload.adapters}",
+         f"several adapters are measured of LoRA in its short form, and the method is {variant.method_name}",
+         "Leave adapters out."),
+        (adapters and lora is not None and lora.use_dora and workload.request_batch > 1, "use_dora = True",
+         f"{with_adapters}, PEFT does not mix adapters of DoRA in one batch",
+         "Use request_batch = 1, which measures switching alone, or leave use_dora out."),
+        (adapters and variant.merge_adapter, "merge_adapter = True",
+         f"{with_adapters}, a merged adapter can neither be switched off nor share its base with others",
+         "Leave merge_adapter out; requests with the adapter merged are measured as well, by `merged`."),
+        (adapters and lora is not None and lora.bias != "none", f"bias = {getattr(variant, 'bias', None)!r}",
+         f"{with_adapters}, PEFT has one adapter on a base whose biases train", 'Use bias = "none".'),
+        (adapters and variant.rewrites_base, initialisation,
+         f"{with_adapters}, it rewrites the base for one adapter, and the others would use the changed one",
+         'Use "default", "gaussian" or "orthogonal".'),
+    )  # fmt: skip
+    for applies, what, why, remedy in refusals:
+        require(not applies, f"{where}: {what}: {why}. {remedy}")
+    if ranks and here and not cpu:
+        _check_gpus(where, workload.ranks)
 
 
 def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
@@ -330,34 +363,6 @@ def processes_on_device(workload: Workload, device: str) -> int:
     return (1 if device == "cuda" else workload.ranks) + workload.scaling
 
 
-def _check_ranks(where: str, variant: Variant, workload: Workload, machine: Machine, *, here: bool) -> None:
-    """Refuse features that several ranks do not support. `here`: whether the ranks use the first GPUs that this process
-    sees; otherwise the given sites define them."""
-    if workload.ranks == 1:
-        return
-    if machine.device == "cuda" and here:
-        _check_gpus(where, workload.ranks)
-    sharded, torch = workload.strategy == "fsdp2", library_version("torch")
-    ranks, ddp = f"with ranks = {workload.ranks}", 'Use strategy = "ddp"'
-    _refuse(where, (
-        (not isinstance(variant, LoraVariant), f"ranks = {workload.ranks}",
-         f"of several ranks LoRA in its short form is measured, and the method is {variant.method_name}",
-         "Leave ranks out."),
-        (variant.compile, "compile = True", f"{ranks}, ranks are measured without it", "Leave it out."),
-        (sharded and variant.quantization == "int8", "quantization = 'int8'",
-         f"{ranks}, FSDP2 does not shard the weights of LLM.int8, whose scales are stored separately",
-         f"{ddp}, or another quantization."),
-        (sharded and variant.is_4bit and not shards_4bit(torch), f"quantization = {variant.quantization!r}",
-         f"{ranks}, FSDP2 of torch {torch} shards no integers, as which 4-bit weights are stored",
-         f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".'),
-        (sharded and variant.optimizer in PAGED, f"optimizer = {variant.optimizer!r}",
-         f"{ranks}, optimizers of bitsandbytes take no sharded parameters",
-         'Use "adamw" or "adamw_fused", or strategy = "ddp".'),
-        (sharded and variant.rewrites_base, f"init_lora_weights = {getattr(variant, 'init_lora_weights', None)!r}",
-         f"{ranks}, it rewrites the base, of which each rank would have to hold the whole", f"{ddp}."),
-    ))  # fmt: skip
-
-
 def _check_gpus(where: str, ranks: int) -> None:
     """Check the visible GPUs: the ranks use the first of them, one each (`lorameter.trial.ranks.trial`)."""
     known, listed = visible_gpus().value, visible_devices(os.environ)
@@ -374,27 +379,3 @@ def _check_gpus(where: str, ranks: int) -> None:
             f"{where}: ranks = {ranks}: {describe_gpus(shared)} are parts of one GPU, and ranks that share one measure "
             f"each other. Use fewer ranks, or let {VARIABLE} begin with parts of different GPUs."
         )
-
-
-def _check_adapters(where: str, variant: Variant, workload: Workload) -> None:
-    """Refuse adapters that PEFT does not support several times on one base, or in one batch (PEFT 0.21: any
-    bitsandbytes quantisation is supported). Raises `UsageError` with key, value and remedy."""
-    if workload.adapters == 1:
-        return
-    adapters, init = f"with adapters = {workload.adapters}", getattr(variant, "init_lora_weights", None)
-    _refuse(where, (
-        (not isinstance(variant, LoraVariant), f"adapters = {workload.adapters}",
-         f"several adapters are measured of LoRA in its short form, and the method is {variant.method_name}",
-         "Leave adapters out."),
-        (isinstance(variant, LoraVariant) and variant.use_dora and workload.request_batch > 1, "use_dora = True",
-         f"{adapters}, PEFT does not mix adapters of DoRA in one batch",
-         "Use request_batch = 1, which measures switching alone, or leave use_dora out."),
-        (variant.merge_adapter, "merge_adapter = True",
-         f"{adapters}, a merged adapter can neither be switched off nor share its base with others",
-         "Leave merge_adapter out; requests with the adapter merged are measured as well, by `merged`."),
-        (isinstance(variant, LoraVariant) and variant.bias != "none", f"bias = {getattr(variant, 'bias', None)!r}",
-         f"{adapters}, PEFT has one adapter on a base whose biases train", 'Use bias = "none".'),
-        (variant.rewrites_base, f"init_lora_weights = {init!r}",
-         f"{adapters}, it rewrites the base for one adapter, and the others would use the changed one",
-         'Use "default", "gaussian" or "orthogonal".'),
-    ))  # fmt: skip
