@@ -64,20 +64,17 @@ def check_feasible(
     require(not obstacle or shown_only, f"study {study.name}: {obstacle}.")
     remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
     elsewhere = (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
-    if study.of_scripts:
-        _check_requirements(study)
-        commands = {
-            one.variant.id: one.variant for one in arms or build_arms(study) if isinstance(one.variant, ScriptVariant)
-        }
-        return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
     arms = arms or build_arms(study)
+    _check_requirements(study)
+    if study.of_scripts:
+        commands = {one.variant.id: one.variant for one in arms if isinstance(one.variant, ScriptVariant)}
+        return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
     check_methods(f"study {study.name}", list({one.variant.name: one.built for one in arms}.values()))
     sources = {one.model: catalogue.resolve(one.model) for one in list_workloads(study, arms)}
     shape_of = {model: shapes.shape(source) for model, source in sources.items()}
     for workload in list_workloads(study, arms):
         _check_lengths(study.name, workload, shape_of[workload.model])
     describe_data(study.workload)
-    _check_requirements(study)
     if elsewhere:
         return elsewhere
     unknown = {model: reason for model, shape in shape_of.items() if (reason := unknown_layers(shape))}
