@@ -12,7 +12,7 @@ from kernels_check.pipes import with_streams
 from kernels_check.terminal import print_stderr
 from lorameter.commands.parser import build_parser
 from lorameter.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
-from lorameter.run.interrupts import InterruptHandler
+from lorameter.run.interrupts import handle_interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        with InterruptHandler() as stops, stops.interruptible():
+        with handle_interrupts() as stops, stops.interruptible():
             options = build_parser().parse_args(arguments)
             module, _, name = options.calls.partition(":")
             command: Callable[[argparse.Namespace], int]

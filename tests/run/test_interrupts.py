@@ -15,7 +15,7 @@ import pytest
 
 from lorameter.machine.processes import STOP_SIGNALS
 from lorameter.run.device_lock import hold_devices
-from lorameter.run.interrupts import InterruptHandler, StopRequested
+from lorameter.run.interrupts import StopRequested, handle_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_a_stop_interrupts_an_interruptible_block_at_once(number):
     done = []
 
     def wait():
-        with InterruptHandler() as stops, stops.interruptible():
+        with handle_interrupts() as stops, stops.interruptible():
             send(number)
             done.append("it went on")
 
@@ -53,7 +53,7 @@ def test_a_stop_outside_a_block_prevents_the_next_block():
     saved = []
 
     def save():
-        with InterruptHandler() as stops:
+        with handle_interrupts() as stops:
             for part in range(3):
                 send()
                 saved.append(part)
@@ -67,14 +67,14 @@ def test_a_stop_outside_a_block_prevents_the_next_block():
 
 def test_a_pending_stop_is_raised_at_the_end():
     """A pending stop is raised at the end, so that no later code runs."""
-    with pytest.raises(StopRequested), InterruptHandler():
+    with pytest.raises(StopRequested), handle_interrupts():
         send()
 
 
 def test_further_signals_do_not_interrupt_the_cleanup():
     """Further signals do not interrupt the saving and cleanup after the first one."""
     done = []
-    with InterruptHandler() as stops:
+    with handle_interrupts() as stops:
         try:
             with stops.interruptible():
                 send(signal.SIGINT)

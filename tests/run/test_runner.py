@@ -12,7 +12,7 @@ import pytest
 from lorameter.records.record import Failure, PartialRecord
 from lorameter.records.trials import find_fault
 from lorameter.run.budget import Budget
-from lorameter.run.interrupts import InterruptHandler
+from lorameter.run.interrupts import handle_interrupts
 from lorameter.run.plan import Group, make_plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.runner import run_plan
@@ -140,7 +140,7 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
                 os.kill(os.getpid(), number)
             saved.append(record)
 
-        with InterruptHandler() as stops:
+        with handle_interrupts() as stops:
             measured = run_plan(plan, {"": executor}, SITE, save=save, listener=Quiet(), stops=stops)
         assert measured.interrupted
         assert [record.trial for record in saved if record.status == "ok"] == together

@@ -25,6 +25,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 PARENT = "LORAMETER_PARENT"
@@ -89,6 +90,28 @@ def outlive_parent() -> None:
 
 
 @contextlib.contextmanager
+def handle_signals(
+    signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]
+) -> Iterator[None]:
+    """Handle these signals with a handler inside the block. A signal that is ignored stays ignored.
+
+    Python runs signal handlers in the main thread; in another thread this does nothing.
+    """
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            found = signal.getsignal(number)
+            if found not in (signal.SIG_IGN, None):  # None: not set by Python, which cannot restore it
+                before[number] = found
+                signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, found in before.items():
+            signal.signal(number, found)
+
+
+@contextlib.contextmanager
 def delay_signals(signals: Iterable[signal.Signals]) -> Iterator[None]:
     """Delay these signals until the block has ended.
 
@@ -98,18 +121,10 @@ def delay_signals(signals: Iterable[signal.Signals]) -> Iterator[None]:
     temporarily get another handler.
     """
     received: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in signals:
-            found = signal.getsignal(number)
-            if found not in (signal.SIG_IGN, None):  # None: not set by Python, which cannot restore it
-                before[number] = found
-                signal.signal(number, lambda number, frame: received.append(number))
     try:
-        yield
+        with handle_signals(signals, lambda number, frame: received.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         with contextlib.ExitStack() as stack:  # an exception of one handler must not skip the others
             for arrived in reversed(received):
                 stack.callback(signal.raise_signal, arrived)

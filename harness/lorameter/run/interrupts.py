@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
-from lorameter.machine.processes import STOP_SIGNALS
+from lorameter.machine.processes import STOP_SIGNALS, handle_signals
 
 
 class StopRequested(KeyboardInterrupt):
@@ -25,50 +23,40 @@ class StopRequested(KeyboardInterrupt):
 
 
 class InterruptHandler:
-    """Handles signals inside a `with` block; a signal that no `interruptible` block has raised is raised at its end.
-
-    Python runs signal handlers in the main thread; in another thread this does nothing.
-    """
+    """Stores a signal, or raises it inside an `interruptible` block (`handle_interrupts`)."""
 
     def __init__(self) -> None:
-        self._before: dict[signal.Signals, Any] = {}
         self._received = ""
         self._raised = self._waiting = False
-
-    def __enter__(self) -> InterruptHandler:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # None: set outside of Python, which cannot restore it
-                    self._before[number] = before
-                    signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        if error is None:
-            self._raise_received()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block in which a signal raises `StopRequested` at once; an earlier signal raises it at the start."""
-        self._raise_received()
+        self.raise_received()
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Receive a signal."""
         self._received = signal.Signals(number).name
         if self._waiting:
-            self._raise_received()
+            self.raise_received()
 
-    def _raise_received(self) -> None:
+    def raise_received(self) -> None:
         """Raise `StopRequested` for a signal, but only once."""
         if self._received and not self._raised:
             self._raised = True
             raise StopRequested(self._received)
+
+
+@contextlib.contextmanager
+def handle_interrupts() -> Iterator[InterruptHandler]:
+    """Handle signals inside the block; a signal that no `interruptible` block has raised is raised at its end. In
+    another thread than the main one, nothing is handled."""
+    handler = InterruptHandler()
+    with handle_signals(STOP_SIGNALS, handler.handle):
+        yield handler
+    handler.raise_received()

@@ -25,7 +25,7 @@ from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.build_plan import probe_memory
 from lorameter.run.display import Display, guard_display
-from lorameter.run.interrupts import InterruptHandler
+from lorameter.run.interrupts import InterruptHandler, handle_interrupts
 from lorameter.run.plan import Group, Plan, executor_name, list_variants
 from lorameter.run.prepare import RunContext, prepare_run
 from lorameter.run.resume import check_same, continue_manifest, is_finished, mark_complete
@@ -78,7 +78,7 @@ def measure(
     placement = placement or Placement()
     run_id = resume or store.new_run_id(plan.study.name, runs)
     folder, shown = runs / run_id, guard_display(display)
-    with InterruptHandler() as stops, contextlib.ExitStack() as stack:
+    with handle_interrupts() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(translate_os_errors(lambda: store.describe_failed_write(folder)))
         stack.enter_context(remove_on_failure(folder, unless=store.MANIFEST))
         stack.enter_context(store.lock_run(folder))
