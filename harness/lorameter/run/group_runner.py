@@ -173,12 +173,11 @@ class GroupRunner:
             records.add(slot.trial, started, log=f"logs/{first.trial}.log")
         make = make_script_request if self._run.plan.study.of_scripts else make_request
         for slot in launch:
-            if records.is_ok(slot.trial):
-                place = executor.make_place(slot.trial, first.trial)
-                request = make(self._run.plan, slot, self._run.context, place)
-                if isinstance(request, TrialRequest):
-                    self._requests[slot.trial] = request
-                self._ask(slot.trial, "prepare", request=codec.to_json(request))
+            place = executor.make_place(slot.trial, first.trial)
+            request = make(self._run.plan, slot, self._run.context, place)
+            if isinstance(request, TrialRequest):
+                self._requests[slot.trial] = request
+            self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
     def _prepare(self) -> None:
         """Run each trial from its first step to the point where only timed turns are left."""

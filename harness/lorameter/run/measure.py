@@ -29,7 +29,7 @@ from lorameter.run.interrupts import InterruptHandler, handle_interrupts
 from lorameter.run.plan import Group, Plan, executor_name, list_variants
 from lorameter.run.prepare import RunContext, prepare_run
 from lorameter.run.resume import check_same, continue_manifest, is_finished, mark_complete
-from lorameter.run.runner import PlanResult, find_unfinished, run_plan
+from lorameter.run.runner import PlanRun, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import SCRIPTS, Executor, open_executor
@@ -206,7 +206,7 @@ def _finishing_after_errors(writer: RunWriter) -> Iterator[None]:
         raise
 
 
-def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: PlanResult, *, stopped: str | None) -> None:
+def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: PlanRun, *, stopped: str | None) -> None:
     notices: tuple[Notice, ...] = ()
     if budget.limit_s is not None and not measured.interrupted:
         count = len({record.replicate for record in measured.records if record.status == "ok"})

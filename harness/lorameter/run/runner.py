@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from lorameter.records.metrics import primary_metric
 from lorameter.records.record import SIDES, TrialRecord
@@ -72,16 +71,6 @@ def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]
     return [comparison for comparison in comparisons if comparison is not None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanResult:
-    """The result of a plan: the records of all trials of the run, and why it ended early."""
-
-    records: tuple[TrialRecord, ...]
-    stopped: str | None = None
-    interrupted: bool = False
-    """Whether the user stopped it."""
-
-
 def run_plan(
     plan: Plan,
     executors: Mapping[str, Executor],
@@ -92,8 +81,9 @@ def run_plan(
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
     stops: InterruptHandler | None = None,
-) -> PlanResult:
-    """Measure every trial of the plan; each record is saved as soon as its trial has ended.
+) -> PlanRun:
+    """Measure every trial of the plan; each record is saved as soon as its trial has ended. Returns the records of all
+    trials, and why the run ended early.
 
     On KeyboardInterrupt the running trials are recorded as `interrupted`, those that never began as `not_run`; `stops`
     raises it while a group is measured, but not while its records are saved. If the time limit is too short for one
@@ -104,29 +94,32 @@ def run_plan(
     """
     budget = budget or Budget()
     parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=listener, budget=budget)
-    run = _PlanRun(parts, earlier, stops or InterruptHandler())
-    stopped, interrupted = None, False
+    run = PlanRun(parts, earlier, stops or InterruptHandler())
     try:
-        while run.left and stopped is None:
+        while run.left and run.stopped is None:
             run.measure_replicate()
-            stopped = find_stop(plan, budget, run.records()) if run.left else None
+            run.stopped = find_stop(plan, budget, run.records) if run.left else None
     except TimeLimitTooShortError as error:
-        if not any(record.status == "ok" for record in run.records()):
+        if not any(record.status == "ok" for record in run.records):
             raise
-        stopped = str(error)
+        run.stopped = str(error)
     except KeyboardInterrupt:
         run.give_up()
-        interrupted = True
+        run.interrupted = True
     except Exception:
         run.give_up()
         raise
-    return PlanResult(records=run.records(), stopped=stopped, interrupted=interrupted)
+    return run
 
 
-class _PlanRun:
-    """The remaining groups of a plan, and the records of all trials that have ended."""
+class PlanRun:
+    """The measurement of a plan: the remaining groups, and the records of all trials that have ended."""
 
     def __init__(self, parts: RunParts, earlier: Sequence[TrialRecord], stops: InterruptHandler) -> None:
+        self.stopped: str | None = None
+        """Why it ended before all replicates were measured."""
+        self.interrupted = False
+        """Whether the user stopped it."""
         self.left = list(find_unfinished(parts.plan, earlier))
         self._parts, self._earlier, self._stops = parts, earlier, stops
         self._on_cpu = parts.context.device == "cpu"
@@ -134,6 +127,7 @@ class _PlanRun:
         self._interrupted = {record.trial: record for record in earlier if record.trial not in self._ended}
         self._took_s: dict[Group, float] = {}
 
+    @property
     def records(self) -> tuple[TrialRecord, ...]:
         """Records in plan order, which resuming requires."""
         return tuple(self._ended[slot.trial] for slot in self._parts.plan.slots if slot.trial in self._ended)
