@@ -14,7 +14,6 @@ import contextlib
 import os
 import pkgutil
 import shutil
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -69,7 +68,6 @@ class Worker(abc.ABC):
     """Seconds from the request for the process to its first instruction."""
     pid = 0
     connection: Connection
-    _sent_s = 0.0
     _cpus: tuple[int, ...] = ()
     """CPUs on which it may run, after they have been read."""
 
@@ -84,15 +82,13 @@ class Worker(abc.ABC):
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
         """Send a command without waiting for its answer; if the process has ended, `receive` raises."""
-        self._sent_s = time.monotonic()
         with contextlib.suppress(wire.ClosedError):
             wire.send(self.connection, wire.Command(command, trial, arguments))
 
     def receive(self, command: str, timeout_s: float) -> PartialRecord:
-        """The answer to the command that was sent, within `timeout_s` of sending. Raises `WorkerLostError`."""
-        left_s = timeout_s - (time.monotonic() - self._sent_s)
+        """The answer to the command that was sent, which must arrive within `timeout_s`. Raises `WorkerLostError`."""
         with self.handle_loss(command, timeout_s):
-            return wire.receive_answer(self.connection, PartialRecord, left_s)
+            return wire.receive_answer(self.connection, PartialRecord, timeout_s)
 
     @contextlib.contextmanager
     def handle_loss(self, phase: str, timeout_s: float) -> Iterator[None]:
