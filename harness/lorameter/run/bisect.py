@@ -93,12 +93,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
         candidates: in order, the good end first and the bad end last.
         compare: measures a candidate's spec against the good end.
         replicates: number for one comparison; an inconclusive one gets up to `MAX_FACTOR` times as many.
-
-    Raises:
-        ValueError: fewer than two candidates.
     """
-    if len(candidates) < 2:
-        raise ValueError("a good and a bad end are needed")
     looks: list[Look] = []
 
     def classify(place: int, judge: Callable[[Comparison], Side]) -> Side:

@@ -41,19 +41,15 @@ def guard_display(display: Display) -> Display:
 
 class _Shield:
     def __init__(self, display: Display) -> None:
-        self._display: Display | None = display
+        self._display = display
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         return partial(self._show, event)
 
     def _show(self, event: str, *arguments: Any) -> None:
-        if self._display is None:
-            return
         try:
             getattr(self._display, event)(*arguments)
-        except MemoryError:  # the run itself reports it
-            self._display = None
         except (Exception, SystemExit):  # rich exits if its output is closed
-            self._display = None
-            with contextlib.suppress(OSError, ValueError):
+            self._display = Display()
+            with contextlib.suppress(OSError, ValueError, MemoryError):
                 print_stderr(redact(traceback.format_exc().rstrip("\n")))
