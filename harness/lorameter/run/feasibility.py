@@ -313,31 +313,27 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
         )
 
 
-def _variant_notices(variant: Variant, workload: Workload, machine: Machine) -> Iterator[Notice]:
+def _variant_notices(variant: Variant, workload: Workload, machine: Machine) -> list[Notice]:
     """Notices about paged optimizers on a CPU, and about 4-bit weights with FSDP2."""
-    if variant.optimizer in PAGED and machine.device == "cpu":
-        yield Notice(
-            code="paged-on-cpu",
-            message=f"{variant.name}: {variant.optimizer} pages nothing on a CPU; its trials are invalid unless the "
-            "study allows the fallback.",
-            remedy='Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.',
-        )
-    if workload.ranks == 1 or workload.strategy != "fsdp2" or not variant.is_4bit:
-        return
-    if workload.repair:
-        yield Notice(
-            code="bitsandbytes-fsdp2-patched",
-            message=f"{variant.name}: bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state is "
-            "set on the weight of the layer. Without this repair the released package may compute another model.",
-            remedy="Train with the same repair; otherwise these numbers do not describe your training.",
-        )
-    else:
-        yield Notice(
-            code="ranks-fsdp2-4bit",
-            message=f"{variant.name}: 4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the second "
-            "step on; every trial checks it over three, and one that is wrong is invalid.",
-            remedy='Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".',
-        )
+    sharded_4bit = workload.ranks > 1 and workload.strategy == "fsdp2" and variant.is_4bit
+    notices = (
+        (variant.optimizer in PAGED and machine.device == "cpu", "paged-on-cpu",
+         f"{variant.optimizer} pages nothing on a CPU; its trials are invalid unless the study allows the fallback.",
+         'Use optimizer = "adamw_fused" here, or allow_fallback = true to measure what really runs.'),
+        (sharded_4bit and workload.repair, "bitsandbytes-fsdp2-patched",
+         f"bitsandbytes is mended for FSDP2 ({workload.repair}): the quantisation state is set on the weight of the "
+         "layer. Without this repair the released package may compute another model.",
+         "Train with the same repair; otherwise these numbers do not describe your training."),
+        (sharded_4bit and not workload.repair, "ranks-fsdp2-4bit",
+         "4-bit weights of bitsandbytes under FSDP2 can be silently wrong from the second step on; every trial checks "
+         "it over three, and one that is wrong is invalid.",
+         'Write repair = "quant_state" in [workload] where it is, or use strategy = "ddp".'),
+    )  # fmt: skip
+    return [
+        Notice(code=code, message=f"{variant.name}: {message}", remedy=remedy)
+        for applies, code, message, remedy in notices
+        if applies
+    ]
 
 
 SHARDS_INTEGERS = "2.12"
