@@ -146,28 +146,20 @@ class ScriptProcess:
         raise self._without_training(timeout_s)
 
     def _without_training(self, timeout_s: float) -> WorkerLostError:
-        code, output = self._process.poll(), self.output()
-        lacking = read_missing_packages(self._hooked)
-        status: Status = "invalid"
-        if not self._hooked.exists() and not code:
-            kind, message = "NotHooked", NOT_HOOKED
-        elif lacking:
-            kind, message = "Lacking", f"nothing can be measured: {lacking}"
-        elif code is None:
-            status, kind = "timeout", "Silent"
-            message = (
-                f"the script did not begin to train within {timeout_s:g} s and was killed: it hangs, or loads longer. "
-                "Raise step_timeout_s if it still worked"
-            )
-        elif code == 0:
-            kind = "NeverTrained"
-            message = (
-                "the script ended with exit code 0 without training: no Trainer ran, no Meter was used, and no "
-                "optimizer took a step. Give the command that trains."
-            )
-        else:
-            status, last = _judge_output(output)
-            kind, message = "Crashed", f"the script ended with {exit_words(code)} before it trained{last}"
+        code, output, lacking = self._process.poll(), self.output(), read_missing_packages(self._hooked)
+        crash, last = _judge_output(output)
+        causes: tuple[tuple[object, Status, str, str], ...] = (
+            (not self._hooked.exists() and not code, "invalid", "NotHooked", NOT_HOOKED),
+            (lacking, "invalid", "Lacking", f"nothing can be measured: {lacking}"),
+            (code is None, "timeout", "Silent",
+             f"the script did not begin to train within {timeout_s:g} s and was killed: it hangs, or loads longer. "
+             "Raise step_timeout_s if it still worked"),
+            (code == 0, "invalid", "NeverTrained",
+             "the script ended with exit code 0 without training: no Trainer ran, no Meter was used, and no optimizer "
+             "took a step. Give the command that trains."),
+            (True, crash, "Crashed", f"the script ended with {exit_words(code)} before it trained{last}"),
+        )  # fmt: skip
+        status, kind, message = next(cause[1:] for cause in causes if cause[0])
         return WorkerLostError(status, Failure(phase="build", kind=kind, message=message, traceback=output))
 
     def wait(self) -> int | None:
