@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,11 +55,8 @@ class Launcher(Protocol):
     def start(self, folder: Path, slot: str) -> None:
         """Start the job of a folder. Raises `UsageError` if it cannot be started."""
 
-    def running(self) -> set[Path]:
-        """Folders of the jobs that are queued or running."""
-
-    def why(self, folder: Path) -> str:
-        """The reason why a job returned no result."""
+    def describe_end(self, folder: Path) -> str | None:
+        """How a job has ended, as text; None while it is queued or running."""
 
     def cancel(self) -> None:
         """Ask all jobs to end; they save their records."""
@@ -315,18 +312,19 @@ class _Jobs:
                     last = self._merged.notices[-1]
                     raise InvalidRunError(f"{last.message} No site is left. {last.remedy}")
                 time.sleep(POLL_S)
-                running = self._launcher.running()
-            for job in self._ended(running):
+                ended = self._pop_ended()
+            for job, end in ended:
                 state = read_state(job.folder)
-                self._judge(job, state, self._merged.take(job.folder, state))
+                self._judge(job, state, end, self._merged.take(job.folder, state))
                 if reason := find_stop(self._plan, unlimited, self._merged.in_order(self._plan)):
                     return reason
         return None
 
-    def _ended(self, running: Container[Path]) -> list[Job]:
-        """Remove the jobs that have ended from the running ones and return them."""
-        ended = [one for one in self._jobs if one.folder not in running or read_state(one.folder).ended]
-        self._jobs = [job for job in self._jobs if job not in ended]
+    def _pop_ended(self) -> list[tuple[Job, str]]:
+        """Remove the jobs that have ended from the running ones, and return them with how they ended, if known."""
+        ends = [(job, self._launcher.describe_end(job.folder)) for job in self._jobs]
+        ended = [(job, end or "") for job, end in ends if end or read_state(job.folder).ended]
+        self._jobs = [job for job in self._jobs if job not in dict(ended)]
         return ended
 
     def end(self, *, everything: bool) -> None:
@@ -337,7 +335,7 @@ class _Jobs:
             self._launcher.cancel()
             deadline = time.monotonic() + END_TIMEOUT_S
             while self._jobs and time.monotonic() < deadline:
-                folders |= {job.folder for job in self._ended(self._launcher.running())}
+                folders |= {job.folder for job, _ in self._pop_ended()}
                 time.sleep(POLL_S / 10)
         for folder in sorted(folders):
             with contextlib.suppress(InvalidRunError, OSError):  # the job may not agree with the others
@@ -364,7 +362,7 @@ class _Jobs:
         self._launcher.start(folder, slot)
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
 
-    def _judge(self, job: Job, state: JobState, measured: set[int]) -> None:
+    def _judge(self, job: Job, state: JobState, end: str, measured: set[int]) -> None:
         """Free the site of a job that has ended, and queue its replicates that are not `measured`.
 
         Raises `UsageError` for an error that the user must fix.
@@ -380,7 +378,7 @@ class _Jobs:
         left = tuple(replicate for replicate in job.replicates if replicate not in measured)
         if left:
             self._waiting.appendleft(left)
-        why = state.error or self._launcher.why(job.folder)
+        why = state.error or end
         self._merged.notices.append(
             Notice(
                 code="site-lost",

@@ -142,18 +142,15 @@ class LocalJobs:
                 start_new_session=True,  # this process handles Ctrl-C at the terminal
             )
 
-    def running(self) -> set[Path]:
-        """Folders of the jobs that have not ended."""
-        return {folder for folder, process in self._processes.items() if process.poll() is None}
-
-    def why(self, folder: Path) -> str:
-        """The exit status of a job."""
-        return f"its process ended with {exit_words(self._processes[folder].poll())}"
+    def describe_end(self, folder: Path) -> str | None:
+        """The exit status of a job, as text; None while it is running."""
+        code = self._processes[folder].poll()
+        return None if code is None else f"its process ended with {exit_words(code)}"
 
     def cancel(self) -> None:
         """Ask all jobs to end."""
-        for folder in self.running():
-            self._processes[folder].terminate()
+        for process in self._processes.values():
+            process.terminate()
 
     def close(self) -> None:
         """Kill the jobs that have not ended."""

@@ -114,8 +114,9 @@ def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:
         write_order(folder, JobOrder(site=launcher.slots[0], cwd=str(Path.cwd())))
         launcher.start(folder, launcher.slots[0])
         while not (state := read_state(folder)).ended:
-            if folder not in launcher.running() and not (state := read_state(folder)).ended:
-                raise InvalidRunError(f"{where}: no node was described: {launcher.why(folder)}.")
+            end = launcher.describe_end(folder)
+            if end and not (state := read_state(folder)).ended:
+                raise InvalidRunError(f"{where}: no node was described: {end}.")
             time.sleep(POLL_S)
         if state.error:
             raise (UsageError if state.usage else InvalidRunError)(f"{where}: site {state.site}: {state.error}")

@@ -76,19 +76,17 @@ class SlurmJobs:
             print_stderr(f"job {job} is submitted to SLURM, and waited for.")
         self._ids[folder], self._queued_s[folder] = job, time.monotonic()
 
-    def running(self) -> set[Path]:
-        """Folders of the jobs that have not ended, as far as squeue knows."""
+    def describe_end(self, folder: Path) -> str | None:
+        """The state in which a job ended, from sacct; None while it is queued or running, as far as squeue knows."""
         now = time.monotonic()
         if now - self._polled_s >= QUEUE_POLL_S and self._ids:
             self._polled_s = now
             done = _run(["squeue", "--noheader", f"--jobs={','.join(self._ids.values())}", "--format=%i"])
             unknown = done.returncode and "Invalid job id" not in done.stderr  # squeue does not answer
             queued = set(self._ids.values()) if unknown else set(done.stdout.split())
-            self._queued_s |= {folder: now for folder, job in self._ids.items() if job in queued}
-        return {folder for folder, last_s in self._queued_s.items() if now - last_s < SETTLE_S}
-
-    def why(self, folder: Path) -> str:
-        """The state in which a job ended, from sacct."""
+            self._queued_s |= {path: now for path, job in self._ids.items() if job in queued}
+        if now - self._queued_s[folder] < SETTLE_S:
+            return None
         job = self._ids[folder]
         done = _run(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"])
         return f"its job {job} ended{f': {state}' if (state := done.stdout.strip()) else ' without a result'}"
@@ -231,7 +229,6 @@ class RayJobs:
         self._shares = {share.site: share for share in divide_nodes(ray.nodes(), wanted, ranks=ranks)}
         self.slots = tuple(self._shares)
         self._tasks: dict[Path, Any] = {}
-        self._why: dict[Path, str] = {}
 
     def start(self, folder: Path, slot: str) -> None:
         """Submit a task."""
@@ -243,24 +240,19 @@ class RayJobs:
         task = self._ray.remote(run_on_node).options(**options)
         self._tasks[folder] = task.remote(read_order(folder), share.share, share.shares)
 
-    def running(self) -> set[Path]:
-        """Folders of the jobs whose tasks have not ended; the folders of ended tasks are filled."""
-        for folder, task in list(self._tasks.items()):
-            if self._ray.wait([task], timeout=0)[0]:
-                del self._tasks[folder]
-                try:
-                    files = self._ray.get(task)
-                except Exception as error:  # a lost node, a cancelled task: Ray has a class for each
-                    self._why[folder] = format_error(error)
-                    continue
-                for name, content in files.items():
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / name).write_bytes(content)
-        return set(self._tasks)
-
-    def why(self, folder: Path) -> str:
-        """The reason why a job returned no result."""
-        return self._why.get(folder, "its process ended without a result")
+    def describe_end(self, folder: Path) -> str | None:
+        """How the task of a job has ended, whose folder is then filled; None while it is queued or running."""
+        task = self._tasks[folder]
+        if not self._ray.wait([task], timeout=0)[0]:
+            return None
+        try:
+            files = self._ray.get(task)
+        except Exception as error:  # a lost node, a cancelled task: Ray has a class for each
+            return format_error(error)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return "its process ended without a result"
 
     def cancel(self) -> None:
         """Ask all tasks to end."""
