@@ -24,14 +24,14 @@ from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection
 from lorameter.report.estimate import describe_calibration
 from lorameter.run.bisect import bisect, find_earlier_run, list_steps
-from lorameter.run.resume import is_calibration, read_study_of_run
+from lorameter.run.resume import is_calibration
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import name_side, present_sides
 from lorameter.stats import Comparison
 from lorameter.studies.protocol import HERE, format_on
 from lorameter.studies.study import Study
-from lorameter.studies.study_file import load_study
+from lorameter.studies.study_file import load_study, read_study
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.calibrate import INJECTED, MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for_slowdown
 from lorameter.verdicts.series import compare_series, group_trials, is_difference, verdict_only
@@ -101,7 +101,7 @@ def _resume_calibration(options: argparse.Namespace) -> int:
     name = run.manifest.run
     require(is_calibration(run.manifest), f"run {name} is not a calibration. Use: lorameter run --resume {name}")
     require(
-        read_study_of_run(run).protocol.replicates >= MIN_TO_CALIBRATE,
+        read_study(run).protocol.replicates >= MIN_TO_CALIBRATE,
         f"run {name} determined the slow-down of a calibration, but is not a calibration. Start a new one.",
     )
     return _show_calibration(resume(find_interrupted(options), options), options)
@@ -116,7 +116,7 @@ def _require_whole(run: Run, then: str) -> None:
 def _show_calibration(run: Run, options: argparse.Namespace) -> int:
     """Print the rates of the gate from this run; the exit code says whether identical code was measured as equal."""
     _require_whole(run, f"resume: lorameter calibrate --resume {run.manifest.run}")
-    result = calibrate(run, read_study_of_run(run).variant(run.manifest.selection[0]))
+    result = calibrate(run, read_study(run).variant(run.manifest.selection[0]))
     rows = run.manifest.sides["candidate"]["slowdown_rows"]
     show_result(options, describe_calibration(result, rows), lambda: {"calibration": result, "inject_rows": rows})
     return EXIT_INVALID if is_difference(result.identical) else EXIT_PASS  # identical code

@@ -37,11 +37,11 @@ from lorameter.report.comparison import describe_gate
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import make_run_view
 from lorameter.report.terminal import PIPED_WIDTH, render_text
-from lorameter.run.resume import read_study_of_run
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study
+from lorameter.studies.study_file import read_study
 from lorameter.verdicts.benchmark_files import about_run, differences_from_saved, extra_info
 from lorameter.verdicts.compare import (
     compare,
@@ -128,7 +128,7 @@ class Session:
     def _load_study(self, device: str) -> Study:
         options = self._options
         if self._interrupted is not None:
-            return read_study_of_run(self._interrupted).with_overrides(on=options.on, sites=options.sites)
+            return read_study(self._interrupted).with_overrides(on=options.on, sites=options.sites)
         return apply_overrides(load_requested_study(options, device), options)
 
     @pytest.hookimpl(tryfirst=True)

@@ -35,7 +35,7 @@ from lorameter.run.feasibility import NOT_HERE
 from lorameter.run.forecast import Forecast, forecast
 from lorameter.run.measure import measure
 from lorameter.run.plan import AB_PHASES, Plan
-from lorameter.run.resume import is_finished, plan_rest, read_study_of_run
+from lorameter.run.resume import is_finished, plan_rest
 from lorameter.run.runner import find_unfinished
 from lorameter.run.sites.driver import read_broken_off
 from lorameter.run.sites.placement import Placement, open_placement
@@ -46,7 +46,7 @@ from lorameter.studies.protocol import HERE, Protocol
 from lorameter.studies.script import OWN, name_of_words, split_command, time_steps
 from lorameter.studies.script_study import study_of_command, study_of_engine
 from lorameter.studies.study import Study
-from lorameter.studies.study_file import load_study
+from lorameter.studies.study_file import load_study, read_study
 from lorameter.studies.workload import LOSSES, SYNTHETIC
 from lorameter.verdicts.calibrate import MAX_ROWS
 from lorameter.verdicts.gate import load_policy
@@ -180,7 +180,7 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
     Raises:
         UsageError, InvalidRunError: the run cannot be resumed here.
     """
-    name, study = run.manifest.run, read_study_of_run(run)
+    name, study = run.manifest.run, read_study(run)
     if is_finished(run):
         print_stderr(f"run {name} is complete: nothing is left to be measured.")
         return run

@@ -58,7 +58,7 @@ class PlanSpec:
 
 def read_plan(written: PlanSpec) -> Plan:
     """The plan, with the groups that remain to be measured. Raises `UsageError` if this version plans other trials."""
-    study = restore_numbers(codec.from_json(Study, written.study, "study of the plan"), written.study)
+    study = codec.from_json(Study, written.study, "study of the plan")
     arms = build_arms(study, written.selection, written.sides)
     plan = make_plan(
         study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
@@ -78,18 +78,6 @@ def read_plan(written: PlanSpec) -> Plan:
     return keep(written.trials)
 
 
-def restore_numbers(study: Study, written: Mapping[str, Any]) -> Study:
-    """The study, with the original ids of its variants.
-
-    An id depends on the written form of a variant, and an integer in place of a float is written differently.
-    """
-    variants = []
-    for variant, fields in zip(study.variants, written.get("variants", ()), strict=True):
-        whole: dict[str, Any] = {key: value for key, value in fields.items() if type(value) is int}
-        variants.append(dataclasses.replace(variant, **whole))  # type: ignore[type-var]
-    return dataclasses.replace(study, variants=tuple(variants))
-
-
 SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
 """Provenance of a side that must be equal for all its parts, measured at different times or places."""
 
@@ -104,11 +92,6 @@ def is_finished(run: Run) -> bool:
     the file is damaged."""
     settled = {record.trial for record in run.records if record.settled and not record.disturbed}
     return run.manifest.status == "complete" and not run.damaged_lines and settled >= set(run.manifest.order)
-
-
-def read_study_of_run(run: Run) -> Study:
-    """The study in the run's manifest, with the original ids of its variants."""
-    return restore_numbers(read_study(run), run.manifest.study)
 
 
 def check_same(run: Run, facts: Mapping[str, MachineFacts]) -> None:
@@ -139,7 +122,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
     `facts` are the current ones; for an A/B those of the base, whose declared fields may differ. If the run has
     different sites, any of them is accepted.
     """
-    manifest, study = run.manifest, read_study_of_run(run)
+    manifest, study = run.manifest, read_study(run)
     here = provenance.collect(study, facts, study.workload.threads, own_workloads=read_own_workloads(run))
     without = [name for side in manifest.sides.values() for name in side["declared"]]
     without += HARDWARE_FIELDS if study.protocol.mixed else ()
