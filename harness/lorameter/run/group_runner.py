@@ -50,8 +50,6 @@ class GroupRecords:
     def __init__(self, group: Group, run: RunParts, attempt: int) -> None:
         self.slots = {slot.trial: slot for slot in group.slots}
         self.records = {slot.trial: begin_record(slot, "ok").replaced(attempt=attempt) for slot in group.slots}
-        self.ended: set[str] = set()
-        """Trials that are complete."""
         self._run = run
         self._entered = self._saved = run.budget.clock()
         self._begun: dict[str, tuple[float, float]] = {}
@@ -98,11 +96,10 @@ class GroupRecords:
                 self.add(trial, PartialRecord().failed(lost.status, lost.failure))
 
     def record_interruption(self, kind: str, message: str) -> None:
-        """Mark trials that have not ended as interrupted, or as not run if they had not begun."""
+        """Mark the live trials as interrupted, or as not run if they had not begun."""
         for trial in self.live():
-            if trial not in self.ended:
-                status: Status = "interrupted" if trial in self._begun else "not_run"
-                self.add(trial, PartialRecord().failed(status, Failure(phase="run", kind=kind, message=message)))
+            status: Status = "interrupted" if trial in self._begun else "not_run"
+            self.add(trial, PartialRecord().failed(status, Failure(phase="run", kind=kind, message=message)))
 
     def checkpoint(self, command: str) -> None:
         """Save the records of all trials so far, if that is due; nothing is timed between two rounds.
@@ -257,7 +254,6 @@ class GroupRunner:
         replicate, a whole cold start of the reference checks the sum."""
         records, budget = self._records, self._budget
         trials = records.live("cold") if self._admits("cold") else []
-        records.ended |= set(records.records) - set(trials)
         whole_s = 0.0
         for trial in trials:
             slot = records.slots[trial]
@@ -267,7 +263,6 @@ class GroupRunner:
                 begin = budget.clock()
                 self._add_cold(trial, self._measure_whole)
                 whole_s += budget.clock() - begin
-            records.ended.add(trial)
         if trials:
             budget.lap("cold", once_s=whole_s)
 
