@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import UsageError
-from lorameter.records.record import Measure, Notice
+from lorameter.records.record import Measure, Notice, TrialRecord
 from lorameter.records.store import TimeBreakdown
 from lorameter.records.units import format_count, format_duration
 from lorameter.run.plan import Group, Plan, measured_groups
@@ -93,8 +93,6 @@ class Budget:
         self._rounds = MIN_ROUNDS
         self._steps: int | None = None
         """Maximum steps of a turn."""
-        self._turns: dict[int, int] = {}
-        """Turns by replicate; the minimum of several groups."""
         self._measured_s: dict[str, float] = {}
 
     @property
@@ -175,10 +173,6 @@ class Budget:
         """The number of planned steps that each turn of the current replicate takes."""
         return planned if self._steps is None else self._steps
 
-    def note_turns(self, group: Group, turns: int) -> None:
-        """Record the turns of all trials of a group."""
-        self._turns[group.replicate] = min(turns, self._turns.get(group.replicate, turns))
-
     def admits(self, part: Measure, seconds: float, *, once_s: float = 0.0) -> bool:
         """Whether a part is measured. In the first replicate it is measured if three replicates with it fit, which is
         decided once; `seconds` is its time for all trials of the current group, `once_s` its additional time in the
@@ -238,13 +232,14 @@ class Budget:
 
     # --- what is reported ---------------------------------------------------------------------------------------------
 
-    def breakdown(self) -> TimeBreakdown:
-        """The time spent so far, by part."""
+    def breakdown(self, records: Iterable[TrialRecord]) -> TimeBreakdown:
+        """The time spent so far, by part, on a run with these records."""
+        turns = {one.replicate: len(one.turn_lengths) for one in records if one.status == "ok" and one.turn_lengths}
         return TimeBreakdown(
             limit_s=self.limit_s,
             wall_s=self.spent_s,
             measured_s=dict(self._measured_s),
-            turns=tuple(self._turns.values()) if self.limit_s is not None else (),
+            turns=tuple(turns.values()) if self.limit_s is not None else (),
         )
 
 

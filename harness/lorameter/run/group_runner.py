@@ -197,8 +197,6 @@ class GroupRunner:
         timed = records.live("steps")
         for trial in timed:
             records.add(trial, turn_phase)
-        if timed and turns:
-            self._budget.note_turns(self._group, taken)
         epochs = max((records.slots[trial].arm.rounds_after_turns(protocol) for trial in timed), default=0)
         for _ in range(epochs):  # in rounds, because a command that trains for hours looks like one that hangs
             self._run_untimed("train", arguments={"steps": protocol.steps_per_turn})

@@ -218,6 +218,6 @@ def _finish(writer: RunWriter, plan: Plan, budget: Budget, measured: PlanRun, *,
         stopped=measured.stopped or stopped,
         measured=[record.trial for record in measured.records],
         notices=notices,
-        spending=budget.breakdown(),
+        spending=budget.breakdown(measured.records),
         skipped=tuple(sorted(budget.skipped)),
     )
