@@ -92,7 +92,7 @@ def measure(
             shown.starting(dataclasses.replace(plan, groups=groups), run_id)
             measure_in_jobs(
                 plan, groups, placement.launcher, folder, earlier, shown, stops, notices=notices, policy=policy or {},
-                local=not placement.is_remote, if_busy=placement.if_busy if placement.is_remote else None,
+                local=not placement.is_remote, if_busy=placement.if_busy,
             )  # fmt: skip
     return store.read_run(str(folder), runs)
 

@@ -191,7 +191,7 @@ class Job:
 
 def measure_in_jobs(
     plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, earlier: Run | None, shown: Display,
-    stops: InterruptHandler, *, local: bool, if_busy: IfBusy | None, notices: tuple[Notice, ...],
+    stops: InterruptHandler, *, local: bool, if_busy: IfBusy, notices: tuple[Notice, ...],
     policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Measure the rest of a plan into the folder of its run, which this process has locked.
@@ -205,7 +205,7 @@ def measure_in_jobs(
         shown: display of the progress.
         stops: handles signals.
         local: whether the sites are on this machine.
-        if_busy: the action of a job if its device is in use; None if this process holds the devices.
+        if_busy: the action of a job if its device is in use; "share" if this process holds the devices.
         notices: notices for the manifest, in addition to those of the jobs.
         policy: policy for the manifest.
 
@@ -284,7 +284,7 @@ class _Jobs:
 
     def __init__(
         self, plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, merged: MergedRun, *,
-        if_busy: IfBusy | None,
+        if_busy: IfBusy,
     ) -> None:  # fmt: skip
         """A job measures one replicate, so that a queued job delays no other; with a time limit, or if sites differ, it
         measures all replicates of a site."""

@@ -35,8 +35,8 @@ class JobOrder:
     site: str = ""
     """Name of the site; empty: the node's name."""
     cwd: str
-    if_busy: IfBusy | None = None
-    """The action if the device is in use; None if the process that started the job already holds the device."""
+    if_busy: IfBusy = "share"
+    """The action if the device is in use; "share" if the process that started the job already holds the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

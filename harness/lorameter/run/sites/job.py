@@ -40,8 +40,7 @@ def run_job(folder: Path) -> None:
             state = dataclasses.replace(state, facts=executor.facts(), free_bytes=executor.free_bytes())
         else:
             plan = read_plan(order.plan)
-            devices = executors_of_ranks(Host(), plan.study.workload.ranks) if order.if_busy else []
-            with hold_devices(devices, order.if_busy or "share"):
+            with hold_devices(executors_of_ranks(Host(), plan.study.workload.ranks), order.if_busy):
                 run = measure(plan, runs=folder, display=Display())
             if run.manifest.status != "complete":
                 raise KeyboardInterrupt

@@ -38,8 +38,8 @@ class Placement:
     """The state of a job that described a node of the cluster, if the jobs run on one."""
     ranks: int = 1
     """Ranks of a trial; if there are several, each has its own device."""
-    if_busy: IfBusy = "wait"
-    """The action of a job on a cluster if its device is in use."""
+    if_busy: IfBusy = "share"
+    """The action of a job if its device is in use; "share" if this process holds the devices."""
 
     @property
     def is_remote(self) -> bool:
@@ -70,7 +70,7 @@ class Placement:
     def hold(self, if_busy: IfBusy) -> Iterator[bool]:
         """Lock the devices of this machine inside the block; yields whether it waited for another run. Each job on a
         cluster locks its own device."""
-        self.if_busy = if_busy
+        self.if_busy = if_busy if self.is_remote else "share"
         hosts = [] if self.is_remote else [*self.hosts.values()] or [Host()]
         with hold_devices([one for host in hosts for one in executors_of_ranks(host, self.ranks)], if_busy) as waited:
             yield waited
