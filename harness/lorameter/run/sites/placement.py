@@ -66,14 +66,12 @@ class Placement:
         shared = len(self.hosts) if self.hosts and self.machine.device == "cpu" else 1  # each GPU has its own memory
         return None if free is None else free // shared
 
-    @contextlib.contextmanager
-    def hold(self, if_busy: IfBusy) -> Iterator[bool]:
-        """Lock the devices of this machine inside the block; yields whether it waited for another run. Each job on a
-        cluster locks its own device."""
+    def hold(self, if_busy: IfBusy) -> contextlib.AbstractContextManager[bool]:
+        """Lock the devices of this machine inside a block, which receives whether it waited for another run. Each job
+        on a cluster locks its own device."""
         self.if_busy = if_busy if self.is_remote else "share"
         hosts = [] if self.is_remote else [*self.hosts.values()] or [Host()]
-        with hold_devices([one for host in hosts for one in executors_of_ranks(host, self.ranks)], if_busy) as waited:
-            yield waited
+        return hold_devices([one for host in hosts for one in executors_of_ranks(host, self.ranks)], if_busy)
 
 
 @contextlib.contextmanager
