@@ -7,7 +7,6 @@ cluster a first job describes a node.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -107,8 +106,8 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
 def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:
     """Run a job that describes its node; `where` names the place in errors. Raises `InvalidRunError` if the job ends
     without a result."""
-    folder = Path(tempfile.mkdtemp(prefix=".job-", dir=runs.resolve()))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".job-", dir=runs.resolve(), ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         write_order(folder, JobOrder(site=launcher.slots[0], cwd=str(Path.cwd())))
         launcher.start(folder, launcher.slots[0])
         while not (state := read_state(folder)).ended:
@@ -119,5 +118,3 @@ def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:
         if state.error:
             raise (UsageError if state.usage else InvalidRunError)(f"{where}: site {state.site}: {state.error}")
         return state
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
