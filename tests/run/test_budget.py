@@ -112,7 +112,7 @@ def measured(small_study):
         budget = Budget(limit_s, clock=executor.clock, replicates=replicates)
         budget.import_s, budget.load_s = executor.costs["imports"], executor.costs["cold"]
         site = RunContext(device="cpu")
-        found = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet(), budget=budget)
+        found = run_plan(plan, {"": executor}, site, save=lambda record: None, display=Quiet(), budget=budget)
         assert {record.status for record in found.records} == {"ok"}
         executor.budget = budget
         return executor, found

@@ -92,7 +92,7 @@ def small_study(small_study):
 
 def conduct(plan, script=None):
     executor, saved = FakeExecutor(script), []
-    records = run_plan(plan, {"": executor}, SITE, save=saved.append, listener=Quiet()).records
+    records = run_plan(plan, {"": executor}, SITE, save=saved.append, display=Quiet()).records
     assert [record.trial for record in saved] == [record.trial for record in records]
     return executor, {record.trial: record for record in records}
 
@@ -141,7 +141,7 @@ def test_a_stop_while_a_group_is_saved_loses_none_of_it(small_study, number):
             saved.append(record)
 
         with handle_interrupts() as stops:
-            measured = run_plan(plan, {"": executor}, SITE, save=save, listener=Quiet(), stops=stops)
+            measured = run_plan(plan, {"": executor}, SITE, save=save, display=Quiet(), stops=stops)
         assert measured.interrupted
         assert [record.trial for record in saved if record.status == "ok"] == together
         assert {record.status for record in saved[len(together) :]} == {"not_run"}
@@ -181,7 +181,7 @@ def test_a_defect_of_the_parent_costs_no_record(small_study):
     plan = make_plan(small_study)
     executor, saved = FakeExecutor({(plan.slots[1].trial, "turn"): ZeroDivisionError("oops")}), []
     with pytest.raises(ZeroDivisionError):
-        run_plan(plan, {"": executor}, SITE, save=saved.append, listener=Quiet())
+        run_plan(plan, {"": executor}, SITE, save=saved.append, display=Quiet())
     assert [record.status for record in saved] == ["ok", "interrupted", *["not_run"] * (len(plan.slots) - 2)]
     assert "oops" in saved[1].failure.message
 
@@ -194,7 +194,7 @@ def go_on(plan, earlier=(), *, script=None, command_s=0.0):
     it."""
     executor, saved = FakeExecutor(script, command_s), []
     measured = run_plan(
-        plan, {"": executor}, SITE, listener=Quiet(), budget=Budget(clock=lambda: executor.now),
+        plan, {"": executor}, SITE, display=Quiet(), budget=Budget(clock=lambda: executor.now),
         save=lambda record: saved.append((record, list(executor.asked))), earlier=earlier,
     )  # fmt: skip
     return executor, measured.records, saved
@@ -291,7 +291,7 @@ def retried(plan, disturbed, *, earlier=()):
     """Run on a throttled GPU; return the executor, the result and all saved records."""
     executor, saved, listener = Recovering(disturbed), [], Quiet()
     measured = run_plan(
-        plan, {"": executor}, SITE, listener=listener, save=saved.append, earlier=earlier,
+        plan, {"": executor}, SITE, display=listener, save=saved.append, earlier=earlier,
         budget=Budget(clock=lambda: executor.now),
     )  # fmt: skip
     return executor, measured, saved

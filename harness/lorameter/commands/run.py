@@ -35,9 +35,9 @@ from lorameter.run.feasibility import NOT_HERE
 from lorameter.run.forecast import Forecast, forecast
 from lorameter.run.measure import measure
 from lorameter.run.plan import AB_PHASES, Plan
-from lorameter.run.resume import is_finished, plan_rest
+from lorameter.run.resume import is_finished, restore_plan
 from lorameter.run.runner import find_unfinished
-from lorameter.run.sites.driver import read_broken_off
+from lorameter.run.sites.driver import read_interrupted_run
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import command_sides, name_sides
@@ -171,7 +171,7 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
         "option out, or measure a new run.",
     )
     study = load_study(options.study).name if options.study else None
-    return read_broken_off(options.resume, store.runs_dir(options.runs_dir), study=study)
+    return read_interrupted_run(options.resume, store.runs_dir(options.runs_dir), study=study)
 
 
 def resume(run: Run, options: argparse.Namespace) -> Run:
@@ -186,7 +186,7 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
         return run
     there = study.with_overrides(on=options.on, sites=options.sites, mixed=study.protocol.mixed)
     with open_placement(there, options.runs_dir) as placement:
-        plan = plan_rest(run, placement, max_minutes=options.max_minutes)
+        plan = restore_plan(run, placement, max_minutes=options.max_minutes)
         unfinished = find_unfinished(plan, run.records, whole=placement.launcher is not None)
         left = [slot.trial for group in unfinished for slot in group.slots]
         state = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"

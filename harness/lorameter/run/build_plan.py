@@ -241,7 +241,7 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
 
 
 def probe_memory(
-    plan: Plan, executors: Mapping[str, Executor], context: RunContext, listener: Display
+    plan: Plan, executors: Mapping[str, Executor], context: RunContext, display: Display
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """Determine the level of interleaving that the scripts of a plan allow: lockstep if the memory of all together
     fits; a script that failed counts as 0. Returns the plan, and notices to show first."""
@@ -249,7 +249,7 @@ def probe_memory(
     records: dict[str, TrialRecord] = {}
     for slot in plan.slots:
         if _key(slot.arm) not in records:
-            listener.trial_phase(slot, "rehearsing")
+            display.trial_phase(slot, "rehearsing")
             records[_key(slot.arm)] = _rehearse(plan, slot, executors[slot.executor], context)
     sizes = [size for arm in plan.arms if (size := _needed_bytes(records[_key(arm)])) is not None]
     level: Interleaving = "lockstep" if sizes and fits_in_memory(sum(sizes), free) else "replicates"

@@ -36,10 +36,10 @@ class Display:
 
 def guard_display(display: Display) -> Display:
     """Wrap a display: its first error is printed and turns it off, and the run continues."""
-    return cast(Display, _Shield(display))
+    return cast(Display, _GuardedDisplay(display))
 
 
-class _Shield:
+class _GuardedDisplay:
     def __init__(self, display: Display) -> None:
         self._display = display
 

@@ -216,7 +216,7 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
         ends[record.replicate] = executor.now_s
 
     names = {slot.executor for slot in plan.slots}
-    run_plan(plan, dict.fromkeys(names, executor), context, save=save, listener=Display(), budget=budget)
+    run_plan(plan, dict.fromkeys(names, executor), context, save=save, display=Display(), budget=budget)
     return list(ends.values()), tuple(sorted(budget.skipped))
 
 

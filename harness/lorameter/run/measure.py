@@ -77,7 +77,7 @@ def measure(
     """
     placement = placement or Placement()
     run_id = resume or store.new_run_id(plan.study.name, runs)
-    folder, shown = runs / run_id, guard_display(display)
+    folder, display = runs / run_id, guard_display(display)
     with handle_interrupts() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(translate_os_errors(lambda: store.describe_failed_write(folder)))
         stack.enter_context(remove_on_failure(folder, unless=store.MANIFEST))
@@ -87,25 +87,25 @@ def measure(
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else mark_complete(earlier)
         if placement.launcher is None:
-            _measure_here(plan, groups, folder, earlier, shown, stops, stack, notices, policy or {})
+            _measure_here(plan, groups, folder, earlier, display, stops, stack, notices, policy or {})
         else:
-            shown.starting(dataclasses.replace(plan, groups=groups), run_id)
+            display.starting(dataclasses.replace(plan, groups=groups), run_id)
             measure_in_jobs(
-                plan, groups, placement.launcher, folder, earlier, shown, stops, notices=notices, policy=policy or {},
+                plan, groups, placement.launcher, folder, earlier, display, stops, notices=notices, policy=policy or {},
                 local=not placement.is_remote, if_busy=placement.if_busy,
             )  # fmt: skip
     return store.read_run(str(folder), runs)
 
 
 def _measure_here(
-    plan: Plan, groups: Sequence[Group], folder: Path, earlier: Run | None, shown: Display, stops: InterruptHandler,
+    plan: Plan, groups: Sequence[Group], folder: Path, earlier: Run | None, display: Display, stops: InterruptHandler,
     stack: contextlib.ExitStack, notices: tuple[Notice, ...], policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Measure the rest of a plan on this machine: prepare everything, then measure replicate by replicate."""
     rest, known = dataclasses.replace(plan, groups=tuple(groups)), earlier.records if earlier else ()
     executors = _open_executors(plan, earlier, stack, stops)
     threads = {executor_name(arm, plan.arms): arm.workload.threads for arm in plan.arms}
-    shown.starting(rest, folder.name)
+    display.starting(rest, folder.name)
     minutes = plan.study.protocol.max_minutes
     budget = Budget(
         None if minutes is None else 60 * minutes,
@@ -116,14 +116,14 @@ def _measure_here(
         for name, executor in executors.items():
             stack.callback(executor.close)
             executor.start(folder, threads[name])
-        context = prepare_run(rest, executors, shown)
+        context = prepare_run(rest, executors, display)
         facts = _facts(plan, executors)
         budget.import_s, budget.load_s = context.hello.import_time_s, context.bases.load_s
     notices = (*notices, *context.bases.notices)
     if plan.provisional:
         with stops.interruptible():
-            plan, failures = probe_memory(plan, executors, context, shown)
-        shown.rehearsed(plan, failures)
+            plan, failures = probe_memory(plan, executors, context, display)
+        display.rehearsed(plan, failures)
         notices = (*notices, *failures)
     manifest = _new_manifest(plan, folder.name, context, facts, notices, policy)
     if earlier is not None:
@@ -132,7 +132,7 @@ def _measure_here(
     stack.enter_context(writer.refusals())
     stack.enter_context(_finishing_after_errors(writer))
     measured = run_plan(
-        plan, executors, context, save=writer.append, listener=shown, budget=budget, earlier=known, stops=stops
+        plan, executors, context, save=writer.append, display=display, budget=budget, earlier=known, stops=stops
     )
     _finish(writer, plan, budget, measured, stopped=manifest.stopped)
 

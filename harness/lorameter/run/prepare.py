@@ -119,7 +119,7 @@ def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFil
     }
 
 
-def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, listener: Display) -> Bases:
+def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, display: Display) -> Bases:
     """Have each executor of a plan prepare the bases of its trials.
 
     Raises:
@@ -136,7 +136,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, li
     for (name, key), slot in first.items():
         if key in notices:
             continue
-        listener.trial_phase(slot, "base")
+        display.trial_phase(slot, "base")
         request = BaseRequest(
             workload=slot.workload, variant=slot.arm.built, device=device, threads=slot.workload.threads, log_path=""
         )

@@ -132,7 +132,7 @@ def check_place(run: Run, facts: MachineFacts) -> None:
     _require_same(run, "its trials", was, now)
 
 
-def plan_rest(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:
+def restore_plan(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:
     """The original plan of a run; `max_minutes` replaces the study's limit, and the limit counts from now.
 
     Raises:

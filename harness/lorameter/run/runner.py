@@ -77,7 +77,7 @@ def run_plan(
     context: RunContext,
     *,
     save: Callable[[TrialRecord], None],
-    listener: Display,
+    display: Display,
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
     stops: InterruptHandler | None = None,
@@ -93,7 +93,7 @@ def run_plan(
     run: trials with a final record are not measured again.
     """
     budget = budget or Budget()
-    parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=listener, budget=budget)
+    parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=display, budget=budget)
     run = PlanRun(parts, earlier, stops or InterruptHandler())
     try:
         while run.left and run.stopped is None:

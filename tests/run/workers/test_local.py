@@ -59,7 +59,7 @@ def measure(executor, tokens_of):
         protocol = dataclasses.replace(study.protocol, replicates=1)
         plan = make_plan(dataclasses.replace(study, protocol=protocol), phases=phases)
         site = RunContext(device="cpu", tokens={study.workload: tokens_of(study.workload)})
-        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=listener or Quiet())
+        measured = run_plan(plan, {"": executor}, site, save=lambda record: None, display=listener or Quiet())
         return {record.trial: record for record in measured.records}
 
     return run

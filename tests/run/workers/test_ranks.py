@@ -29,7 +29,7 @@ def test_trials_of_ranks_take_turns(executor, tokens_of, small_study):
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
     plan = dataclasses.replace(plan, groups=plan.groups[:1])
     context = RunContext(device="cpu", tokens={study.workload: tokens_of(small_study.workload)})
-    measured = run_plan(plan, {"": executor}, context, save=lambda record: None, listener=Quiet())
+    measured = run_plan(plan, {"": executor}, context, save=lambda record: None, display=Quiet())
     records = [record for record in measured.records if record.trial in {slot.trial for slot in plan.slots}]
     assert len(records) == 2
     for record in records:

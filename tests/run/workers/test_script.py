@@ -277,7 +277,7 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
         study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
         site = RunContext(device="cpu", tokens={study.workload: tokens_of(study.workload)})
-        records = run_plan(plan, {"": executor}, site, save=lambda record: None, listener=Quiet()).records
+        records = run_plan(plan, {"": executor}, site, save=lambda record: None, display=Quiet()).records
         by_name = {record.name: record for record in records}
         assert by_name["r4"].status == "ok"
         if name == "with":

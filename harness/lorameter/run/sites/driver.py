@@ -97,7 +97,7 @@ class MergedRun:
         self._path, self._begin_manifest, self._first = path, begin, earlier
         self._mixed, self._saved = mixed, saved
 
-    def take(self, folder: Path, state: JobState, *, everything: bool = False) -> set[int]:
+    def merge(self, folder: Path, state: JobState, *, everything: bool = False) -> set[int]:
         """Save the logs, notices and records of a job; returns the replicates of its records. The unfinished replicate
         of a lost job is left out unless `everything` is true. Raises `InvalidRunError`, and saves no record, for a job
         that does not agree with the run."""
@@ -109,7 +109,7 @@ class MergedRun:
         self.notices += notices
         self.stopped = self.stopped or manifest.stopped
         self.skipped |= set(manifest.skipped)
-        self._join(msgspec.structs.replace(manifest, notices=notices), state.site)
+        self._check_alike(msgspec.structs.replace(manifest, notices=notices), state.site)
         assert self.writer is not None  # the manifest came before
         records = [one for one in store.read_run(str(runs[0]), folder).records if one.status != "not_run"]
         if not everything and (state.error or not state.ended):
@@ -123,7 +123,7 @@ class MergedRun:
                 self._saved(record)
         return {record.replicate for record in records}
 
-    def _join(self, manifest: Manifest, site: str) -> None:
+    def _check_alike(self, manifest: Manifest, site: str) -> None:
         """Check that a job agrees with the first one, with which the run begins."""
         first = self._first
         again = first is not None and self.writer is None
@@ -190,7 +190,7 @@ class Job:
 
 
 def measure_in_jobs(
-    plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, earlier: Run | None, shown: Display,
+    plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, earlier: Run | None, display: Display,
     stops: InterruptHandler, *, local: bool, if_busy: IfBusy, notices: tuple[Notice, ...],
     policy: Mapping[str, Any],
 ) -> None:  # fmt: skip
@@ -202,7 +202,7 @@ def measure_in_jobs(
         launcher: launcher of the jobs.
         path: folder of the run.
         earlier: the interrupted run, if it is resumed.
-        shown: display of the progress.
+        display: display of the progress.
         stops: handles signals.
         local: whether the sites are on this machine.
         if_busy: the action of a job if its device is in use; "share" if this process holds the devices.
@@ -231,7 +231,7 @@ def measure_in_jobs(
         )
 
     merged = MergedRun(
-        path, begin, earlier=None if earlier is None else earlier.manifest, mixed=mixed, saved=shown.trial_ended,
+        path, begin, earlier=None if earlier is None else earlier.manifest, mixed=mixed, saved=display.trial_ended,
         records=records_outside(groups, earlier.records if earlier else ()),
     )  # fmt: skip
     error: BaseException | None = None
@@ -315,7 +315,7 @@ class _Jobs:
                 ended = self._pop_ended()
             for job, end in ended:
                 state = read_state(job.folder)
-                self._judge(job, state, end, self._merged.take(job.folder, state))
+                self._judge(job, state, end, self._merged.merge(job.folder, state))
                 if reason := find_stop(self._plan, unlimited, self._merged.in_order(self._plan)):
                     return reason
         return None
@@ -339,7 +339,7 @@ class _Jobs:
                 time.sleep(POLL_S / 10)
         for folder in sorted(folders):
             with contextlib.suppress(InvalidRunError, OSError):  # the job may not agree with the others
-                self._merged.take(folder, read_state(folder), everything=everything)
+                self._merged.merge(folder, read_state(folder), everything=everything)
 
     def _start(self, replicates: tuple[int, ...], slot: str) -> None:
         folder = self._folder / f"{len(list(self._folder.iterdir())):04}"
@@ -392,7 +392,7 @@ class _Jobs:
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
+def read_interrupted_run(name: str, runs: Path, *, study: str | None = None) -> Run:
     """The run to resume, by id or directory, after merging the records left by jobs of a killed process; it may also be
     complete (`is_finished`).
 
@@ -406,7 +406,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
     """
     for path in (Path(name), runs / name):
         if (path / JOBS).is_dir():
-            merge_left(path)
+            merge_leftover_jobs(path)
     run = store.read_run(name, runs)
     manifest = run.manifest
     require(
@@ -433,7 +433,7 @@ def read_broken_off(name: str, runs: Path, *, study: str | None = None) -> Run:
     return run
 
 
-def merge_left(path: Path) -> None:
+def merge_leftover_jobs(path: Path) -> None:
     """Merge the records left by jobs of a killed process into their run, and remove the jobs. A run without a manifest
     begins with that of the first job.
 
@@ -457,5 +457,5 @@ def merge_left(path: Path) -> None:
             while cancel_job(folder) and not read_state(folder).ended and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             with contextlib.suppress(InvalidRunError):  # the job does not agree with the run
-                merged.take(folder, read_state(folder), everything=True)
+                merged.merge(folder, read_state(folder), everything=True)
         shutil.rmtree(path / JOBS, ignore_errors=True)
