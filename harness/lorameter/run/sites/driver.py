@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -33,7 +33,8 @@ from lorameter.run.prepare import begin_record
 from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest
 from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state, write_order
-from lorameter.run.sites.slurm import cancel_job
+from lorameter.run.sites.gpus import LocalJobs
+from lorameter.run.sites.slurm import RayJobs, SlurmJobs, cancel_job
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import Difference, find_differences
 from lorameter.verdicts.validity import is_single_script_run
@@ -46,23 +47,9 @@ MAX_LOSSES = 3
 """A site that loses this many jobs in a row gets no further job."""
 
 
-class Launcher(Protocol):
-    """Starts jobs: on this machine, on a Ray cluster or with SLURM."""
-
-    slots: tuple[str, ...]
-    """One site name for each job that can run at a time; empty if the job finds its site itself."""
-
-    def start(self, folder: Path, slot: str) -> None:
-        """Start the job of a folder. Raises `UsageError` if it cannot be started."""
-
-    def describe_end(self, folder: Path) -> str | None:
-        """How a job has ended, as text; None while it is queued or running."""
-
-    def cancel(self) -> None:
-        """Ask all jobs to end; they save their records."""
-
-    def close(self) -> None:
-        """End all jobs."""
+Launcher = LocalJobs | RayJobs | SlurmJobs
+"""Starts the jobs of folders, on this machine, on a Ray cluster or with SLURM. Its `slots` have the name of a site for
+each job that can run at a time; a name is empty if the job finds its site itself."""
 
 
 class MergedRun:

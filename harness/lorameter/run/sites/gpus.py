@@ -123,7 +123,7 @@ def executors_of_ranks(host: Host, ranks: int) -> list[Executor]:
 
 
 class LocalJobs:
-    """Implements `Launcher`: a job is a subprocess on a GPU, or on a share of the CPUs."""
+    """Starts each job as a subprocess on a GPU, or on a share of the CPUs."""
 
     def __init__(self, hosts: Mapping[str, Host]) -> None:
         self.slots, self._hosts = tuple(hosts), hosts

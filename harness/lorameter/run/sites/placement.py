@@ -20,6 +20,7 @@ from lorameter.run.device_lock import IfBusy, hold_devices
 from lorameter.run.sites.driver import POLL_S, Launcher
 from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs, check_spreadable, executors_of_ranks, local_sites
+from lorameter.run.sites.slurm import RayJobs, SlurmJobs
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.environment import Host
 from lorameter.studies.protocol import HERE, is_slurm
@@ -94,8 +95,6 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
         hosts = local_sites(place.sites, open_executor().machine(), mixed=place.mixed)
         yield Placement(launcher=LocalJobs(hosts), hosts=hosts, ranks=ranks)
         return
-    from lorameter.run.sites.slurm import RayJobs, SlurmJobs
-
     launcher: Launcher = SlurmJobs(place.on) if is_slurm(place.on) else RayJobs(place.on, place.sites, ranks=ranks)
     with contextlib.ExitStack() as stack:
         stack.callback(launcher.close)

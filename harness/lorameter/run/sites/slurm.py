@@ -42,7 +42,7 @@ _ID = re.compile(r"[0-9]+")
 
 
 class SlurmJobs:
-    """Implements `Launcher` with sbatch."""
+    """Starts jobs with sbatch."""
 
     def __init__(self, on: str) -> None:
         """Raises `UsageError` if this machine cannot submit jobs."""
@@ -194,7 +194,7 @@ def _names(nodes: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 class RayJobs:
-    """Implements `Launcher` by tasks; a job's folder is filled when its task has ended."""
+    """Starts each job as a task; the folder of a job is filled when its task has ended."""
 
     def __init__(self, address: str, wanted: Sequence[str] = (), *, ranks: int = 1) -> None:
         """Connect to a cluster.
