@@ -96,8 +96,7 @@ def open_placement(study: Study, runs_dir: str | None) -> Iterator[Placement]:
         yield Placement(launcher=LocalJobs(hosts), hosts=hosts, ranks=ranks)
         return
     launcher: Launcher = SlurmJobs(place.on) if is_slurm(place.on) else RayJobs(place.on, place.sites, ranks=ranks)
-    with contextlib.ExitStack() as stack:
-        stack.callback(launcher.close)
+    with contextlib.closing(launcher):
         described = describe_node(launcher, store.runs_dir(runs_dir, make=True), place.said)
         yield Placement(launcher=launcher, described=described, ranks=ranks)
 
