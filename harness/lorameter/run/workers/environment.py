@@ -54,10 +54,6 @@ class Host:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables in addition to those of the parent."""
 
-    def command(self, module: str, *arguments: str) -> list[str]:
-        """The command line that runs a module in this interpreter."""
-        return [self.python, "-m", module, *arguments]
-
     def variables(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """The inherited environment with this host's variables and path."""
         variables = {**inherited, **self.environment}

@@ -107,7 +107,7 @@ class LocalExecutor(Executor):
         """
         with log.open("ab") as file:
             return subprocess.Popen(
-                self.host.command("lorameter.worker", what, str(descriptor)),
+                [self.host.python, "-m", "lorameter.worker", what, str(descriptor)],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=file,

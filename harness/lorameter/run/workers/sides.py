@@ -354,7 +354,7 @@ def _modules(folder: Path) -> list[str]:
 
 def _compile(host: Host, folders: list[str]) -> None:
     """Write bytecode once: otherwise the first process to import a fresh checkout would compile it, on one side."""
-    command = host.command("compileall", "-qq", *folders)
+    command = [host.python, "-m", "compileall", "-qq", *folders]
     subprocess.run(command, env=host.variables(os.environ), stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
