@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from lorameter import wire
 from lorameter.attach.launch import ENV_OBSERVER
-from lorameter.errors import InvalidRunError, LorameterError, UsageError, redact, shorten
+from lorameter.errors import InvalidRunError, LorameterError, redact, require, shorten
 from lorameter.machine.processes import CPUS, CRASH_SIGNALS, PARENT, exit_words, kill_group
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
@@ -216,12 +216,12 @@ class LocalExecutor(Executor):
             raise InvalidRunError(f"the tokens could not be prepared: {error}. The log is {log}.") from None
         if summary is not None:
             return summary
-        if -code in CRASH_SIGNALS:
-            raise UsageError(
-                f"data {shorten(repr(workload.data))}: the process that reads it with {workload.model}'s tokenizer "
-                f"ended with {exit_words(code)}: the file may be damaged. Restore it, or save it again. "
-                f"The log is {log}."
-            )
+        require(
+            -code not in CRASH_SIGNALS,
+            f"data {shorten(repr(workload.data))}: the process that reads it with {workload.model}'s tokenizer "
+            f"ended with {exit_words(code)}: the file may be damaged. Restore it, or save it again. "
+            f"The log is {log}.",
+        )
         why = _last_line(log) or f"their process ended with {exit_words(code)}"
         raise InvalidRunError(f"the tokens could not be prepared: {why}. The log is {log}.")
 
@@ -239,11 +239,8 @@ class LocalExecutor(Executor):
     def prepare_base(self, request: BaseRequest) -> BaseSummary:
         """Prepare the base in a process forked from the zygote; its log is `base.log`."""
         request = dataclasses.replace(request, log_path=str(self.logs / f"base{self._suffix}.log"))
-        worker = self.launch()
-        try:
+        with contextlib.closing(self.launch()) as worker:
             fragment = worker.ask("base", "base", TOKENS_TIMEOUT_S, request=codec.to_json(request))
-        finally:
-            worker.close()
         if fragment.failure is not None:
             if fragment.failure.kind == REFUSED:
                 raise SystemLimitError(
