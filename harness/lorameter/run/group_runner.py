@@ -420,15 +420,13 @@ class GroupRunner:
         single = all(slot.workload.threads == slot.workload.ranks == 1 for slot in self._group.slots)
         pins = self._run.context.device == "cpu" and single and len(workers) > 1
         cpus = sorted(set.intersection(*(set(worker.cpus()) for worker in workers))) if pins else []
-        if len(cpus) < 2:
-            yield
-            return
-        for worker in workers:
+        movable = workers if len(cpus) > 1 else set[Worker]()
+        for worker in movable:
             worker.pin({cpus[self._group.replicate % len(cpus)]})
         try:
             yield
         finally:
-            for worker in workers:
+            for worker in movable:
                 worker.pin(worker.cpus())
 
 
