@@ -168,8 +168,9 @@ class Executor(abc.ABC):
         return provenance.read_facts(self.machine(), host, self.host.variables(os.environ))
 
     def max_parallel(self, threads: int) -> int:
-        """The number of workers, with this many threads each, that may run at once while nothing is timed."""
-        raise NotImplementedError
+        """The number of workers, with this many threads each, that may run at once while nothing is timed; one if the
+        number of threads that a worker needs is unknown, as of a script."""
+        return 1
 
     def start(self, folder: Path, threads: int) -> None:
         """Begin to prepare for a run; returns at once.

@@ -296,10 +296,6 @@ class ScriptExecutor(Executor):
         self._private_folders: dict[str, Path] = {}
         """The private folder of each trial's process."""
 
-    def max_parallel(self, threads: int) -> int:
-        """One, because the number of threads that a script needs is unknown."""
-        return 1
-
     def hello(self) -> WorkerInfo:
         """The facts that are known without a worker; a script reports its device when its training begins."""
         machine = self.machine()
