@@ -69,11 +69,8 @@ class FakeExecutor(fakes.FakeExecutor):
             "cold": PartialRecord(values={"cold_after_import_time_s": 1.0}),
         }.get(command, PartialRecord())
 
-    def time_imports(self, log_path, timeout_s):
-        return PartialRecord(values={"cold_import_time_s": 1.0})
-
-    def cold_start(self, request):
-        return PartialRecord(values={"cold_start_time_s": 2.0})
+    def start_interpreter(self, log_path, timeout_s, request=None):
+        return PartialRecord(values={"cold_import_time_s": 1.0, "cold_start_time_s": 2.0})
 
 
 STUDY = """

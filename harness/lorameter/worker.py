@@ -1,4 +1,4 @@
-"""The entry point of every measuring process: `python -m lorameter.worker zygote|cold|imports|tokens FD`.
+"""The entry point of every measuring process: `python -m lorameter.worker zygote|cold|tokens FD`.
 
 An executor starts these by name in the host of each side of an A/B, whose harness may have another revision. The
 process uses `lorameter.wire` on the descriptor; its output goes to a log.

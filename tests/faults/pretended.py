@@ -59,11 +59,8 @@ class PretendedExecutor(FakeExecutor):
     def launch(self) -> Worker:
         return Worker(self)
 
-    def time_imports(self, log_path, timeout_s) -> PartialRecord:
-        return PartialRecord(values={"cold_import_time_s": 1.0})
-
-    def cold_start(self, request) -> PartialRecord:
-        return PartialRecord(values={"cold_start_time_s": 2.0})
+    def start_interpreter(self, log_path, timeout_s, request=None) -> PartialRecord:
+        return PartialRecord(values={"cold_import_time_s": 1.0, "cold_start_time_s": 2.0})
 
 
 class Worker:

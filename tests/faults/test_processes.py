@@ -9,7 +9,6 @@ left over, the exit code is 4, and the run can be resumed.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -68,16 +67,15 @@ def test_a_killed_cold_start_is_recorded_as_crashed(executor, kill_at_start, req
     """The trial is crashed, with the name of the signal."""
     kill_at_start("cold", signal.SIGKILL)
     with pytest.raises(WorkerLostError, match="SIGKILL") as lost:
-        executor.cold_start(request_cold)
+        executor.start_interpreter(request_cold.log_path, 600.0, request_cold)
     assert (lost.value.status, lost.value.failure.kind) == ("crashed", "ColdStartFailed")
 
 
 def test_a_stopped_cold_start_is_recorded_as_a_timeout(executor, kill_at_start, request_cold):
     """The trial is a timeout, and its process group is killed."""
     stopped = kill_at_start("cold", signal.SIGSTOP)
-    protocol = dataclasses.replace(request_cold.protocol, step_timeout_s=1.0)
     with pytest.raises(WorkerLostError) as lost:
-        executor.cold_start(dataclasses.replace(request_cold, protocol=protocol))
+        executor.start_interpreter(request_cold.log_path, 1.0, request_cold)
     assert (lost.value.status, lost.value.failure.kind) == ("timeout", "Silent")
     assert not psutil.pid_exists(*stopped)
 

@@ -102,14 +102,14 @@ def test_a_cold_start_that_fails_is_a_notice(lost, message):
     """A lost process, and one that reports its failure, do not remove the earlier results."""
     trial = ColdTrial()
 
-    def cold_start(request):
+    def start_interpreter(log_path, timeout_s, request):
         assert trial.done == ["cold"]
         if lost:
             raise WorkerLostError("timeout", Failure(phase="cold", kind="WorkerLost", message="no answer in 600 s."))
         failure = Failure(phase="cold", kind="OutOfMemoryError", message="out of memory")
         return PartialRecord(status="crashed") if lost is None else PartialRecord().failed("oom", failure)
 
-    _start_cold(trial, SimpleNamespace(cold_start=cold_start))
+    _start_cold(trial, SimpleNamespace(start_interpreter=start_interpreter))
     (notice,) = trial.record.notices
     assert (notice.code, notice.message, notice.remedy) == ("no-cold-start", message, "The log is the.log.")
     assert (trial.record.status, trial.record.values) == ("ok", {"seen": 1.0})

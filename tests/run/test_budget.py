@@ -86,13 +86,11 @@ class SimulatedExecutor:
             return PartialRecord(samples={"step_time_s": (0.1,) * steps, "step_cpu_time_s": (0.1,) * steps})
         return PartialRecord(samples={"request_time_s": (0.2,)}) if command == "request" else PartialRecord()
 
-    def time_imports(self, log_path, timeout_s):
-        self.now += self.costs["imports"]
-        return PartialRecord(values={"cold_import_time_s": self.costs["imports"]})
-
-    def cold_start(self, request):
-        self.now += self.costs["imports"] + self.costs["cold"]
-        return PartialRecord(values={"cold_start_time_s": self.costs["imports"] + self.costs["cold"]})
+    def start_interpreter(self, log_path, timeout_s, request=None):
+        import_s = self.costs["imports"]
+        whole_s = import_s + (0.0 if request is None else self.costs["cold"])
+        self.now += whole_s
+        return PartialRecord(values={"cold_import_time_s": import_s, "cold_start_time_s": whole_s})
 
     def close(self):
         pass

@@ -75,10 +75,9 @@ class FakeExecutor:
         self.workers.append(FakeWorker(self))
         return self.workers[-1]
 
-    def time_imports(self, log_path, timeout_s):
-        return PartialRecord(values={"cold_import_time_s": 1.0})
-
-    def cold_start(self, request: TrialRequest):
+    def start_interpreter(self, log_path, timeout_s, request: TrialRequest | None = None):
+        if request is None:
+            return PartialRecord(values={"cold_import_time_s": 1.0})
         tokens = self.script.get((request.trial, "cold"), PartialRecord()).tokens
         return PartialRecord(values={"cold_start_time_s": 1.0}, tokens=tokens)
 

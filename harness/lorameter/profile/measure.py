@@ -336,7 +336,10 @@ def _start_cold(trial: TrialSession, executor: Executor) -> None:
     """Measure a new interpreter after the trial's own process has ended. A failure gives a notice, and earlier
     measurements are kept."""
     trial.announce("cold")
-    fragment = ask_or_fail(lambda: executor.cold_start(trial.request))
+    request = trial.request
+    fragment = ask_or_fail(
+        lambda: executor.start_interpreter(request.log_path, request.protocol.step_timeout_s, request)
+    )
     if fragment.status == "ok":
         trial.add_fragment("cold", fragment)
         return

@@ -240,15 +240,12 @@ class _SimulatedExecutor(Executor):
         """Launch a worker in no time."""
         return _SimulatedWorker(self)
 
-    def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """Advance by the imports and the rest of a cold start."""
-        imports, rest = self.time_imports("", 0.0), self.launch().ask("cold", request.trial, 0.0)
-        return PartialRecord(values={"cold_start_time_s": sum([*imports.values.values(), *rest.values.values()])})
-
-    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Advance by the imports of a new interpreter."""
+    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+        """Advance by the imports of a new interpreter, and with a request by the rest of a cold start."""
         self.now_s += self.times.import_s
-        return PartialRecord(values={"cold_import_time_s": self.times.import_s})
+        rest = PartialRecord() if request is None else self.launch().ask("cold", request.trial, 0.0)
+        whole_s = sum(rest.values.values(), self.times.import_s)
+        return PartialRecord(values={"cold_import_time_s": self.times.import_s, "cold_start_time_s": whole_s})
 
 
 class _SimulatedWorker(Worker):

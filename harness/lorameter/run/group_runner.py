@@ -291,7 +291,7 @@ class GroupRunner:
         executor, key = self._run.executors[slot.executor], (slot.replicate, slot.arm.side)
         imports = self._run.imports.get(key)
         if imports is None:
-            imports = self._run.imports[key] = executor.time_imports(request.log_path, self._timeout_s)
+            imports = self._run.imports[key] = executor.start_interpreter(request.log_path, self._timeout_s)
         if imports.status != "ok":
             return imports
         with closing(executor.launch()) as worker:
@@ -306,7 +306,8 @@ class GroupRunner:
 
     def _measure_whole(self, slot: Slot, request: TrialRequest) -> PartialRecord:
         """A cold start in one new interpreter, to compare it with the sum. Raises `WorkerLostError`."""
-        whole = self._run.executors[slot.executor].cold_start(request)
+        executor = self._run.executors[slot.executor]
+        whole = executor.start_interpreter(request.log_path, self._timeout_s, request)
         if whole.status != "ok":
             return whole
         return PartialRecord(values={"cold_whole_time_s": whole.values["cold_start_time_s"]}, tokens=whole.tokens)

@@ -117,4 +117,4 @@ def _prepare_tokens(workload: dict[str, Any], folder: str) -> object:
         raise
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"cold": _start_cold, "imports": _start_cold, "tokens": _prepare_tokens}
+COMMANDS: dict[str, Callable[..., object]] = {"cold": _start_cold, "tokens": _prepare_tokens}

@@ -230,12 +230,9 @@ class Executor(abc.ABC):
     def launch(self) -> Worker:
         """Start a process; it hosts the trials that it receives by `prepare`. Raises `WorkerLostError`."""
 
-    def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """Load the trial's saved adapter in a new interpreter and make a request. Raises `WorkerLostError`."""
-        raise NotImplementedError
-
-    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Time the imports of a cold start in a new interpreter. Raises `WorkerLostError`."""
+    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+        """Time the imports of a cold start in a new interpreter; with a `request`, it also loads the trial's saved
+        adapter and answers. Raises `WorkerLostError`."""
         raise NotImplementedError
 
     def close(self) -> None:

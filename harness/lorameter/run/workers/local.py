@@ -177,20 +177,15 @@ class LocalExecutor(Executor):
             return f"the zygote ended with {exit_words(self._zygote.wait(0.5))}"
         return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
 
-    def cold_start(self, request: TrialRequest) -> PartialRecord:
-        """Start a new interpreter that loads the saved adapter; its output goes to the trial's log."""
-        arguments = {"request": codec.to_json(request)}
-        return self._ask_interpreter("cold", arguments, Path(request.log_path), request.protocol.step_timeout_s)
-
-    def time_imports(self, log_path: str, timeout_s: float) -> PartialRecord:
-        """Start a new interpreter that imports the libraries; its output goes to this log."""
-        return self._ask_interpreter("imports", {}, Path(log_path), timeout_s)
-
-    def _ask_interpreter(self, what: str, arguments: dict[str, Any], log: Path, timeout_s: float) -> PartialRecord:
+    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+        """Start a new interpreter that imports the libraries, and with a `request` loads the saved adapter and answers;
+        its output goes to the log."""
+        log = Path(log_path)
         printed = log.stat().st_size if log.is_file() else 0
-        arguments = {**arguments, "spawned_monotonic_s": time.monotonic()}
+        content = None if request is None else codec.to_json(request)
+        arguments = {"request": content, "spawned_monotonic_s": time.monotonic()}
         try:
-            answer, code = self._ask_process(what, arguments, PartialRecord, log, timeout_s)
+            answer, code = self._ask_process("cold", arguments, PartialRecord, log, timeout_s)
         except TimeoutError:
             raise timeout_error("cold", timeout_s) from None
         except (wire.GarbledError, LorameterError) as error:
