@@ -213,27 +213,27 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
     """Why these variants cannot share one base model, with the variant's name; None if they can."""
     first = variants[0]
     for variant in variants:
-        label = variant.name or variant.id
+        label, other = variant.name or variant.id, first.name or first.id
         if not isinstance(variant, Variant):
             return f"{label} is a command, which has its own model"
         if variant.method_name != first.method_name:
-            return f"{label} and {first.name or first.id} have different methods, and PEFT allows one method on a base"
-        if isinstance(variant, LoraVariant):
-            if variant.rewrites_base:
-                return f"{label}: init_lora_weights = {variant.init_lora_weights!r} rewrites the base"
-            if variant.trains_base:
-                return f"{label}: bias = {variant.bias!r} trains the base's own biases"
-        else:
-            facts = method_facts([variant])[variant.name]
-            if variant.trains_base or not (facts.keeps_base and facts.several):
-                return f"{label}: {variant.method_name} changes the base, or allows only one adapter on it"
-        if why := next((why for key, why in _PER_PROCESS.items() if getattr(variant, key)), None):
-            return f"{label}: {why}"
+            return f"{label} and {other} have different methods, and PEFT allows one method on a base"
+        facts = None if isinstance(variant, LoraVariant) else method_facts([variant])[variant.name]
         differing = sorted(
             key for key in variant.differences(first) if key not in ADAPTER_FIELDS and not key.startswith("peft.")
         )
-        if differing:
-            return f"{label} differs from {first.name or first.id} in {', '.join(differing)}"
+        obstacles = (
+            (variant.rewrites_base,
+             f"{label}: init_lora_weights = {getattr(variant, 'init_lora_weights', None)!r} rewrites the base"),
+            (facts is None and variant.trains_base,
+             f"{label}: bias = {getattr(variant, 'bias', None)!r} trains the base's own biases"),
+            (facts is not None and (variant.trains_base or not (facts.keeps_base and facts.several)),
+             f"{label}: {variant.method_name} changes the base, or allows only one adapter on it"),
+            *((getattr(variant, key), f"{label}: {why}") for key, why in _PER_PROCESS.items()),
+            (differing, f"{label} differs from {other} in {', '.join(differing)}"),
+        )  # fmt: skip
+        if obstacle := next((why for applies, why in obstacles if applies), None):
+            return obstacle
     return None
 
 
