@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -284,23 +284,23 @@ class _Change:
         return dataclasses.replace(variant, **field), workload
 
 
-def _changes(fitter: Fitter, variant: Variant, workload: Workload) -> Iterator[_Change]:
+def _changes(fitter: Fitter, variant: Variant, workload: Workload) -> list[_Change]:
     """Possible changes of the variant, and a smaller batch: the largest that fits, one if none fits, or half of it if
     the workload fits unchanged."""
-    if not variant.gradient_checkpointing:
-        yield _Change("gradient_checkpointing", True)
-    if not variant.is_4bit:
-        yield _Change("quantization", "nf4")
-    if variant.dtype == "float32":
-        yield _Change("dtype", "bfloat16")
-    if variant.prepare_for_kbit and element_bytes(variant.dtype) == 2:  # this casts head, embeddings and norms
-        yield _Change("prepare_for_kbit", False)
-    if variant.optimizer != "paged_adamw_8bit":
-        yield _Change("optimizer", "paged_adamw_8bit")
-
+    possible = (
+        (not variant.gradient_checkpointing, _Change("gradient_checkpointing", True)),
+        (not variant.is_4bit, _Change("quantization", "nf4")),
+        (variant.dtype == "float32", _Change("dtype", "bfloat16")),
+        # Preparation casts head, embeddings and norms.
+        (variant.prepare_for_kbit and element_bytes(variant.dtype) == 2, _Change("prepare_for_kbit", False)),
+        (variant.optimizer != "paged_adamw_8bit", _Change("optimizer", "paged_adamw_8bit")),
+    )
+    changes = [change for applies, change in possible if applies]
     if workload.batch_size > 1:
         most = fitter.largest(variant, workload, "batch_size").value or 1
-        yield _Change("batch_size", most if most < workload.batch_size else workload.batch_size // 2)
+        smaller = most if most < workload.batch_size else workload.batch_size // 2
+        changes.append(_Change("batch_size", smaller))
+    return changes
 
 
 def _find_fewest(
