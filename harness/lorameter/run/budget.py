@@ -96,14 +96,14 @@ class Budget:
         self._measured_s: dict[str, float] = {}
 
     @property
-    def spent_s(self) -> float:
+    def elapsed_s(self) -> float:
         """Seconds since the budget was opened."""
         return self.clock() - self._begin
 
     @property
     def left_s(self) -> float:
         """Seconds left of the limit; infinite without a limit."""
-        return math.inf if self.limit_s is None else self.limit_s - self.spent_s
+        return math.inf if self.limit_s is None else self.limit_s - self.elapsed_s
 
     @property
     def longest_s(self) -> float | None:
@@ -199,7 +199,7 @@ class Budget:
         """
         if not self.is_judging or self.limit_s is None:
             return
-        needed_s = self.spent_s + ahead_s * self._trials / self._begun
+        needed_s = self.elapsed_s + ahead_s * self._trials / self._begun
         if needed_s > self.limit_s:
             raise TimeLimitTooShortError(
                 f"max_minutes = {self.limit_s / 60:g}: by the first steps of this run a replicate of "
@@ -215,7 +215,7 @@ class Budget:
         if self.limit_s is None or len(self._past) > 1:
             return
         (first,), later = self._past, self._target - 1
-        needed_s = self.spent_s + later * self._replicate_s(first)
+        needed_s = self.elapsed_s + later * self._replicate_s(first)
         for part in reversed(DROPPABLE):
             if part in first and later * self._replicate_s(first) > self.left_s:
                 self._skip(part, needed_s)
@@ -224,7 +224,7 @@ class Budget:
             first["steps"].round_s /= steps_per_turn
         training_s = later * self._replicate_s(first)
         if training_s > self.left_s:
-            self.training_s = self.spent_s + training_s
+            self.training_s = self.elapsed_s + training_s
 
     def _skip(self, part: Measure, needed_s: float) -> None:
         self.skipped.add(part)
@@ -237,7 +237,7 @@ class Budget:
         turns = {one.replicate: len(one.turn_lengths) for one in records if one.status == "ok" and one.turn_lengths}
         return TimeBreakdown(
             limit_s=self.limit_s,
-            wall_s=self.spent_s,
+            wall_s=self.elapsed_s,
             measured_s=dict(self._measured_s),
             turns=tuple(turns.values()) if self.limit_s is not None else (),
         )

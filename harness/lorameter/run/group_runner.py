@@ -192,7 +192,7 @@ class GroupRunner:
         protocol, records, turns = self._run.plan.study.protocol, self._records, self._group.turns
         begin = time.monotonic()
         steps = self._budget.steps(protocol.steps_per_turn)
-        taken = self._take_rounds("steps", "turn", turns, steps=steps)
+        rounds = self._take_rounds("steps", "turn", turns, steps=steps)
         turn_phase = PartialRecord(values={"turns_wall_time_s": time.monotonic() - begin})
         timed = records.live("steps")
         for trial in timed:
@@ -204,7 +204,7 @@ class GroupRunner:
         if timed and self._budget.limit_s is not None and not epochs:
             # All trials end after the longest warm-up and the timed steps.
             longest = max(len(records.records[trial].samples.get("warmup_step_time_s", ())) for trial in timed)
-            arguments["steps"] = 1 + longest + taken * steps
+            arguments["steps"] = 1 + longest + rounds * steps
         finish_s = self._run_untimed("finish_training", arguments=arguments)
         if turns and records.values("held_out_loss_initial"):
             self._budget.lap("steps", once_s=finish_s)  # like the same loss before training, which occurs once

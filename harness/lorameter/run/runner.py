@@ -96,9 +96,9 @@ def run_plan(
     parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=display, budget=budget)
     run = PlanRun(parts, earlier, stops or InterruptHandler())
     try:
-        while run.left and run.stopped is None:
+        while run.remaining and run.stopped is None:
             run.measure_replicate()
-            run.stopped = find_stop(plan, budget, run.records) if run.left else None
+            run.stopped = find_stop(plan, budget, run.records) if run.remaining else None
     except TimeLimitTooShortError as error:
         if not any(record.status == "ok" for record in run.records):
             raise
@@ -120,10 +120,10 @@ class PlanRun:
         """Why it ended before all replicates were measured."""
         self.interrupted = False
         """Whether the user stopped it."""
-        self.left = list(find_unfinished(parts.plan, earlier))
+        self.remaining = list(find_unfinished(parts.plan, earlier))
         self._parts, self._earlier, self._stops = parts, earlier, stops
         self._on_cpu = parts.context.device == "cpu"
-        self._ended = {record.trial: record for record in records_outside(self.left, earlier)}
+        self._ended = {record.trial: record for record in records_outside(self.remaining, earlier)}
         self._interrupted = {record.trial: record for record in earlier if record.trial not in self._ended}
         self._took_s: dict[Group, float] = {}
 
@@ -135,10 +135,10 @@ class PlanRun:
     def measure_replicate(self) -> None:
         """Measure the groups of the next replicate, then repeat the disturbed groups once."""
         plan, budget = self._parts.plan, self._parts.budget
-        planned = [group for group in self.left if group.replicate == self.left[0].replicate]
+        planned = [group for group in self.remaining if group.replicate == self.remaining[0].replicate]
         groups = budget.open_replicate(plan, planned, on_cpu=self._on_cpu)
-        self.left[: len(planned)] = groups
-        disturbed = [group for group in groups if self._measure(self.left.pop(0))]
+        self.remaining[: len(planned)] = groups
+        disturbed = [group for group in groups if self._measure(self.remaining.pop(0))]
         budget.close_replicate(plan.study.protocol.steps_per_turn)
         for again in range(1, plan.study.protocol.retries + 1):
             disturbed = [
@@ -178,14 +178,14 @@ class PlanRun:
         try:
             self._parts.save(record)
         except BaseException:  # no further record can be saved
-            self.left.clear()
+            self.remaining.clear()
             raise
         self._ended[record.trial] = record
         self._parts.display.trial_ended(record)
 
     def give_up(self) -> None:
         """Save a record for each remaining trial: its state when the run was interrupted, else `not_run`."""
-        for slot in (slot for group in self.left for slot in group.slots if slot.trial not in self._ended):
+        for slot in (slot for group in self.remaining for slot in group.slots if slot.trial not in self._ended):
             if slot.trial in self._interrupted:
                 self._ended[slot.trial] = self._interrupted[slot.trial]
             else:

@@ -111,10 +111,10 @@ def cancel_job(folder: Path) -> bool:
 
 def sbatch_options(passed: Mapping[str, Any]) -> list[str]:
     """The options of sbatch for one task on one node, and those of the user."""
-    given = {"time": 60, **passed}  # minutes
-    exclusive = given.pop("exclusive", "no" if {"gres", "gpus_per_node"} & given.keys() else "yes")
+    values = {"time": 60, **passed}  # minutes
+    exclusive = values.pop("exclusive", "no" if {"gres", "gpus_per_node"} & values.keys() else "yes")
     alone = {"no": [], "yes": ["--exclusive"]}.get(exclusive, [f"--exclusive={exclusive}"])
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     return ["--job-name=lorameter", "--nodes=1", "--ntasks=1", "--no-requeue", *alone, *options]
 
 

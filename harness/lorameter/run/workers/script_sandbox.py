@@ -165,11 +165,11 @@ def script_environment(
         "TENSORBOARD_LOGGING_DIR": str(scratch / "tensorboard"),
     } | dict.fromkeys(("MASTER_PORT", "PET_MASTER_PORT"), str(port))
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in inherited}
-    given = {**inherited, **limits, **_QUIET, **own, **variant.env}
+    merged = {**inherited, **limits, **_QUIET, **own, **variant.env}
     if in_front := variant.python or side:
-        given["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), given.get("PATH", "")])
+        merged["PATH"] = os.pathsep.join([str(PurePath(in_front).parent), merged.get("PATH", "")])
     variables = {SOCKET: socket, HOOKED: str(scratch / "hooked")}
-    return child_environment(given, variables, observer=OBSERVER)
+    return child_environment(merged, variables, observer=OBSERVER)
 
 
 def resolve_command(
