@@ -26,7 +26,7 @@ from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, make_request, make_script_request
 from lorameter.run.workers import Executor, Worker, WorkerLostError
-from lorameter.studies.request import COMMANDS, Command, TrialRequest
+from lorameter.studies.request import COMMANDS, TrialRequest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +138,8 @@ class GroupRunner:
             self._train()
             self._run_untimed("save_adapter")
             self._budget.lap(self._rest)
-            self._generate()
+            if "generate" in self._run.plan.phases:
+                self._generate()
             if any(len(launch) > 1 for launch in self._group.launches):
                 self._run_untimed("close")
         finally:
@@ -235,8 +236,6 @@ class GroupRunner:
     def _begin_requests(self) -> bool:
         """Run the first requests of all trials that take turns. With a time limit, those of one trial come first, to
         find out whether there is time for more."""
-        if not self._due(COMMANDS["begin_generate"]):
-            return True
         first = self._records.live()[:1] if self._budget.is_judging else []
         seconds = self._run_untimed("begin_generate", trials=first)
         self._request_s = seconds / self._first_requests
@@ -345,10 +344,6 @@ class GroupRunner:
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
-    def _due(self, command: Command) -> bool:
-        """Whether the plan has the command's phase; training is part of every plan."""
-        return command.phase == "train" or command.phase in self._run.plan.phases
-
     def _ask(self, trial: str, command: str, **arguments: Any) -> None:
         """Let one trial execute a command while nothing else runs."""
         if self._records.is_ok(trial):
@@ -367,10 +362,8 @@ class GroupRunner:
     ) -> float:
         """Let all or some trials execute an untimed command, in parallel on the available cores. Returns its
         seconds."""
-        command, begin, arguments = COMMANDS[word], self._budget.clock(), arguments or {}
-        if not self._due(command):
-            return 0.0
-        live = [trial for trial in self._records.live(command.measure) if trials is None or trial in trials]
+        begin, arguments, live = self._budget.clock(), arguments or {}, self._records.live(COMMANDS[word].measure)
+        live = [trial for trial in live if trials is None or trial in trials]
         size = self._parallel
         for batch in (live[start : start + size] for start in range(0, len(live), size)):
             if len(batch) == 1:
@@ -388,7 +381,7 @@ class GroupRunner:
     def _take_rounds(self, measure: Measure, word: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
         """Run the timed rounds that the budget admits, over all trials that measure this; returns their number."""
         measuring = set(self._records.live(measure))
-        if not (self._due(COMMANDS[word]) and orders and measuring):
+        if not (orders and measuring):
             return len(orders)
         rounds = self._budget.rounds(len(orders))
         with self._pinned():

@@ -110,8 +110,6 @@ class Command:
     """Its name in messages and failures, and of the method that executes it."""
     label: str
     """Its text in a progress display."""
-    phase: Phase = "train"
-    """The command is sent only if the plan has this phase; training is in every plan."""
     measure: Measure | None = None
     """The command is sent to trials that measure this; None: to all trials."""
     telemetry_phase: Phase | None = None
@@ -135,18 +133,15 @@ COMMANDS = {
         Command(name="turn", label="timing steps", measure="steps", telemetry_phase="train"),
         Command(name="train", label="training on, untimed", measure="steps"),
         Command(name="finish_training", label="held-out loss and memory", ends="train"),
-        Command(name="save_adapter", label="saving the adapter", phase="cold", measure="cold"),
-        Command(name="begin_generate", label="first call", phase="generate"),
-        Command(name="request", label="timing requests", phase="generate", telemetry_phase="generate"),
-        Command(
-            name="open_ended", label="timing whole answers", phase="generate", measure="open_ended",
-            telemetry_phase="generate",
-        ),  # fmt: skip
-        Command(name="base_answers", label="answers before training", phase="generate", measure="open_ended"),
-        Command(name="end_generate", label="peaks of generation", phase="generate", measure="peaks", ends="generate"),
-        Command(name="merge", label="merging the adapter", phase="generate", measure="merged"),
+        Command(name="save_adapter", label="saving the adapter", measure="cold"),
+        Command(name="begin_generate", label="first call"),
+        Command(name="request", label="timing requests", telemetry_phase="generate"),
+        Command(name="open_ended", label="timing whole answers", measure="open_ended", telemetry_phase="generate"),
+        Command(name="base_answers", label="answers before training", measure="open_ended"),
+        Command(name="end_generate", label="peaks of generation", measure="peaks", ends="generate"),
+        Command(name="merge", label="merging the adapter", measure="merged"),
         Command(name="close", label="checking the shared base"),
-        Command(name="cold", label="cold start", phase="cold", measure="cold"),
+        Command(name="cold", label="cold start", measure="cold"),
         # of a trial that is profiled, which executes the other commands as well
         Command(name="memory_breakdown", label="memory breakdown"),
         Command(name="profile", label="profiling steps", telemetry_phase="train", ends="train"),
