@@ -128,10 +128,8 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
     before, half_before = _log_ratio(known.get(fast))
     log, half = after - before, math.hypot(half_after, half_before)
     between = tuple(candidates[fast + 1 : slow])
-    conclusion = f"{candidates[slow].label} made it slower"
-    if between:
-        names = ", ".join(one.label for one in between)
-        conclusion = f"it is between {candidates[fast].label} and {candidates[slow].label}; inconclusive: {names}"
+    names = ", ".join(one.label for one in between)
+    unclear = f"it is between {candidates[fast].label} and {candidates[slow].label}; inconclusive: {names}"
     return Bisection(
         looks=tuple(looks),
         before=candidates[fast],
@@ -141,7 +139,7 @@ def bisect(candidates: Sequence[Candidate], compare: Compare, *, replicates: int
         low=math.exp(log - half),
         high=math.exp(log + half),
         share=log / whole,
-        conclusion=conclusion,
+        conclusion=unclear if between else f"{candidates[slow].label} made it slower",
     )
 
 

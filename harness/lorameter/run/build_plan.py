@@ -281,8 +281,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
         with contextlib.closing(executor.launch()) as worker:
             for word, arguments in commands:
                 if record.status == "ok":
-                    answer = worker.ask(word, trial, plan.study.protocol.step_timeout_s, **arguments)
-                    record = record.merged(answer)
+                    record = record.merged(worker.ask(word, trial, plan.study.protocol.step_timeout_s, **arguments))
     except WorkerLostError as lost:
         record = record.merged(PartialRecord().failed(lost.status, lost.failure))
     executor.clear_place(trial)

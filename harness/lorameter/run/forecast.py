@@ -410,9 +410,8 @@ def needed_bytes(arms: Sequence[Arm], machine: Machine, runs: Path | None) -> di
     """Expected memory of a trial's processes on a device, by the name of the arm: the peak of an earlier run if there
     is one, else the estimate; infinite if the model's layers are unknown. On a GPU it is device memory."""
     baseline = baseline_bytes(machine.cuda)
-    kind, extra = "host_peak_train_bytes", 0
-    if machine.device == "cuda":
-        kind, extra = "device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES
+    kinds = {"cpu": ("host_peak_train_bytes", 0), "cuda": ("device_peak_reserved_train_bytes", CUDA_CONTEXT_BYTES)}
+    kind, extra = kinds[machine.device]
     workloads = {arm.workload for arm in arms}
     measured = {one: {} if runs is None else measured_peaks(one, machine, runs, kind) for one in workloads}
 

@@ -298,14 +298,12 @@ class ScriptExecutor(Executor):
 
     def hello(self) -> WorkerInfo:
         """The facts that are known without a worker; a script reports its device when its training begins."""
-        machine = self.machine()
-        torch = provenance.library_version("torch")
-        if self.host != Host():
-            torch = describe(self.host)["libraries"].get("torch")
+        own = self.host == Host()
+        torch = provenance.library_version("torch") if own else describe(self.host)["libraries"].get("torch")
         return WorkerInfo(
             harness=provenance.harness_identity(),
             import_time_s=0.0,
-            device=machine.device,
+            device=self.machine().device,
             torch=torch or "unknown",
         )
 
