@@ -269,10 +269,11 @@ def _key(arm: Arm) -> str:
 def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -> TrialRecord:
     """The record of a short training of a script."""
     trial = f"rehearsal-{slot.arm.name}"
-    record = begin_record(slot, "ok").replaced(trial=trial, log=f"logs/{trial}.log")
+    slot = dataclasses.replace(slot, trial=trial)
+    record = begin_record(slot, "ok")
     request = make_script_request(plan, slot, context, executor.make_place(trial, trial))
     commands: list[tuple[str, dict[str, object]]] = [
-        ("prepare", {"request": codec.to_json(dataclasses.replace(request, trial=trial))}),
+        ("prepare", {"request": codec.to_json(request)}),
         ("build", {}),
         ("verify", {}),
         ("finish_training", {"steps": 0}),

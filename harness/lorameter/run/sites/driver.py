@@ -32,7 +32,7 @@ from lorameter.run.plan import Group, Plan, list_variants
 from lorameter.run.prepare import begin_record
 from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest
 from lorameter.run.runner import find_stop, records_outside
-from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state, write_order
+from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state
 from lorameter.run.sites.gpus import LocalJobs
 from lorameter.run.sites.slurm import RayJobs, SlurmJobs, cancel_job
 from lorameter.studies.study_file import read_study
@@ -345,7 +345,8 @@ class _Jobs:
             trials=tuple(one.trial for group in self._groups if group.replicate in replicates for one in group.slots),
             sides=dict(self._plan.sides),
         )
-        write_order(folder, JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy))
+        order = JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
+        fileio.write_document(folder / ORDER, order)
         self._launcher.start(folder, slot)
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
 

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
-from lorameter.records.fileio import write_whole
 from lorameter.run.device_lock import IfBusy
 from lorameter.run.resume import PlanSpec
 
 JOBS = "jobs"
 """The folder of all jobs, in the folder of their run; removed when the run has ended."""
 LOG = "job.log"
-ORDER, _STATE = "order.json", "state.json"
+ORDER, STATE = "order.json", "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,25 +61,15 @@ def job_command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "lorameter.run.sites.job", str(folder)]
 
 
-def write_order(folder: Path, order: JobOrder) -> None:
-    """Write the order of a job."""
-    write_whole(folder / ORDER, codec.dumps(order))
-
-
 def read_order(folder: Path) -> JobOrder:
     """The order of a job. Raises `UsageError` if it was written by another version of lorameter."""
     return codec.from_json(JobOrder, codec.parse((folder / ORDER).read_text()), ORDER)
 
 
-def write_state(folder: Path, state: JobState) -> None:
-    """Write the state of a job."""
-    write_whole(folder / _STATE, codec.dumps(state))
-
-
 def read_state(folder: Path) -> JobState:
     """The state of a job; empty before the job has started."""
     try:
-        text = (folder / _STATE).read_text()
+        text = (folder / STATE).read_text()
     except FileNotFoundError:
         return JobState()
-    return codec.from_json(JobState, codec.parse(text), _STATE)
+    return codec.from_json(JobState, codec.parse(text), STATE)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.processes import PARENT, end_with_parent
+from lorameter.records.fileio import write_document
 from lorameter.run.device_lock import hold_devices
 from lorameter.run.display import Display
 from lorameter.run.measure import measure
 from lorameter.run.resume import read_plan
-from lorameter.run.sites.folder import JobState, read_order, write_state
+from lorameter.run.sites.folder import STATE, JobState, read_order
 from lorameter.run.sites.gpus import executors_of_ranks
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.environment import Host
@@ -35,7 +36,7 @@ def run_job(folder: Path) -> None:
             os.chdir(order.cwd)
         executor = open_executor()
         state = dataclasses.replace(state, machine=executor.machine().hardware)
-        write_state(folder, state)
+        write_document(folder / STATE, state)
         if order.plan is None:
             state = dataclasses.replace(state, facts=executor.facts(), free_bytes=executor.free_bytes())
         else:
@@ -51,7 +52,7 @@ def run_job(folder: Path) -> None:
     except Exception as error:
         print(redact(traceback.format_exc()), file=sys.stderr)
         state = dataclasses.replace(state, error=redact(f"{type(error).__name__}: {error}"))
-    write_state(folder, dataclasses.replace(state, ended=True))
+    write_document(folder / STATE, dataclasses.replace(state, ended=True))
 
 
 def _name_site() -> str:

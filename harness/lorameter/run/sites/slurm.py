@@ -27,8 +27,8 @@ from typing import Any
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, format_error, require, shorten
 from lorameter.machine.processes import CPUS, PARENT
-from lorameter.records.fileio import scratch_folder
-from lorameter.run.sites.folder import LOG, job_command, read_order, write_order
+from lorameter.records.fileio import scratch_folder, write_document
+from lorameter.run.sites.folder import LOG, ORDER, job_command, read_order
 from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.protocol import format_on, format_sites, read_slurm
 
@@ -269,7 +269,7 @@ class RayJobs:
 def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
     """Execute an order on this node; returns the files of the job's folder by their relative paths."""
     with scratch_folder() as folder:
-        write_order(folder, order)
+        write_document(folder / ORDER, order)
         variables = {**os.environ, PARENT: str(os.getpid())}
         if shares > 1:
             cpus = share_cpus(os.sched_getaffinity(0), shares, f"site {order.site}")[share]
