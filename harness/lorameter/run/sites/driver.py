@@ -345,8 +345,9 @@ class _Jobs:
             trials=tuple(one.trial for group in self._groups if group.replicate in replicates for one in group.slots),
             sides=dict(self._plan.sides),
         )
-        order = JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
-        fileio.write_document(folder / ORDER, order)
+        fileio.write_document(
+            folder / ORDER, JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
+        )
         self._launcher.start(folder, slot)
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
 
