@@ -30,7 +30,7 @@ from lorameter.run.plan import (
     build_arms,
     make_plan,
 )
-from lorameter.run.workers.environment import restore_requirements
+from lorameter.run.workers.environment import restore_spec
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
@@ -148,9 +148,8 @@ def restore_plan(run: Run, placement: Placement, *, max_minutes: float | None = 
     )
     sides: dict[Side, SideSpec] = {}
     for name in SIDES if manifest.sides else ():
-        side, spec = manifest.sides[name], manifest.sides[name]["spec"]
-        if side["kind"] == "requirements":
-            spec = restore_requirements(f"run {manifest.run}, {name}", spec)
+        side = manifest.sides[name]
+        spec = restore_spec(f"run {manifest.run}, {name}", side["spec"])
         sides[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side["slowdown_rows"])
     plan = read_plan(
         PlanSpec(

@@ -20,7 +20,7 @@ from lorameter.run.workers.environment import (
     describe,
     inspect,
     parse_requirements,
-    restore_requirements,
+    restore_spec,
 )
 from lorameter.run.workers.local import LocalExecutor
 from lorameter.run.workers.sides import DECLARED, OWN_PACKAGES, name_side, open_side
@@ -308,10 +308,10 @@ def test_requirements_of_a_resumed_ab_are_asked_for_without_their_credential():
     """A removed user of a host is left to pip's settings; requirements with another removed part are refused, and `***`
     is never sent."""
     kept = redact("peft @ https://me:hunter2@host/peft.whl")
-    assert restore_requirements("run r, base", kept) == "peft @ https://host/peft.whl"
+    assert restore_spec("run r, base", kept) == "peft @ https://host/peft.whl"
     for lost in ("https://host/peft.whl?sig=hunter2", f"https://host/hf_{'a' * 20}/peft.whl"):
         with pytest.raises(UsageError, match=r"run r, base: .*\*\*\*.* Measure a new A/B"):
-            restore_requirements("run r, base", redact(f"peft @ {lost}"))
+            restore_spec("run r, base", redact(f"peft @ {lost}"))
 
 
 def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):

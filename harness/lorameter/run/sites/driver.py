@@ -91,14 +91,14 @@ class MergedRun:
         copy_logs(folder, self._path)
         if not (runs := store.list_runs(folder)):
             return set()
-        manifest = store.read_manifest(runs[0])
-        notices = tuple(notice for notice in manifest.notices if notice.code != SKIPPED)  # of this job only
+        run = store.read_run(str(runs[0]), folder)
+        notices = tuple(notice for notice in run.manifest.notices if notice.code != SKIPPED)  # of this job only
         self.notices += notices
-        self.stopped = self.stopped or manifest.stopped
-        self.skipped |= set(manifest.skipped)
-        self._check_alike(msgspec.structs.replace(manifest, notices=notices), state.site)
+        self.stopped = self.stopped or run.manifest.stopped
+        self.skipped |= set(run.manifest.skipped)
+        self._check_alike(msgspec.structs.replace(run.manifest, notices=notices), state.site)
         assert self.writer is not None  # the manifest came before
-        records = [one for one in store.read_run(str(runs[0]), folder).records if one.status != "not_run"]
+        records = [one for one in run.records if one.status != "not_run"]
         if not everything and (state.error or not state.ended):
             last = max((record.replicate for record in records), default=0)
             records = [record for record in records if record.replicate != last]

@@ -154,22 +154,21 @@ def parse_requirements(text: str) -> tuple[str, ...] | None:
     return tuple(sorted(str(each) for each in requirements)) or None
 
 
-def restore_requirements(whose: str, requirements: str) -> str:
-    """The requirements of a run to resume. Its record omits credentials: an address has no user, which pip may know
-    from ~/.netrc, a keyring or an index of the same host.
+def restore_spec(whose: str, spec: str) -> str:
+    """The word of a side of a run to resume. Its record omits credentials: an address in requirements has no user, whom
+    pip may know from ~/.netrc, a keyring or an index of the same host.
 
     Args:
-        whose: names the requirements in an error message.
-        requirements: the recorded requirements.
+        whose: names the side in an error message.
+        spec: the recorded word.
 
     Raises:
         UsageError: the record omits something other than a user.
     """
-    restored = requirements.replace(f"://{HIDDEN}@", "://")
+    restored = spec.replace(f"://{HIDDEN}@", "://")
     require(
         HIDDEN not in restored,
-        f"{whose}: {requirements}: a part of it was left out of the record as a credential, so it cannot be "
-        "installed again. Measure a new A/B.",
+        f"{whose}: {spec}: a part of it was left out of the record as a credential. Measure a new A/B.",
     )
     return restored
 
