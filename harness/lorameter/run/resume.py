@@ -146,11 +146,16 @@ def restore_plan(run: Run, placement: Placement, *, max_minutes: float | None = 
         not (is_calibration(manifest) and placement.is_remote),
         f"run {manifest.run} is a calibration, which measures the current machine. Use --on here.",
     )
-    sides: dict[Side, SideSpec] = {}
-    for name in SIDES if manifest.sides else ():
-        side = manifest.sides[name]
-        spec = restore_spec(f"run {manifest.run}, {name}", side["spec"])
-        sides[name] = SideSpec(kind=side["kind"], spec=spec, label=side["label"], slowdown_rows=side["slowdown_rows"])
+    sides: dict[Side, SideSpec] = {
+        name: SideSpec(
+            kind=side["kind"],
+            spec=restore_spec(f"run {manifest.run}, {name}", side["spec"]),
+            label=side["label"],
+            slowdown_rows=side["slowdown_rows"],
+        )
+        for name in SIDES
+        if (side := manifest.sides.get(name))
+    }
     plan = read_plan(
         PlanSpec(
             study=manifest.study,
