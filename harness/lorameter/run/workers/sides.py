@@ -76,11 +76,9 @@ def name_sides(words: Mapping[Side, str], repository: Path, place: Protocol, *, 
             f"{where}: it holds what may be a credential, and would be written into a file. Let pip find it in its "
             "configuration or a .netrc.",
         )
-        if place.on != HERE:
-            sides[name] = _name_remote_side(word, repository, where)
-            continue
-        sides[name] = name_side(word, repository)
-        if sides[name].kind == "interpreter":
+        here = place.on == HERE
+        sides[name] = name_side(word, repository) if here else _name_remote_side(word, repository, where)
+        if here and sides[name].kind == "interpreter":
             with contextlib.ExitStack() as stack:
                 _inspect_interpreter(sides[name], stack)
     return sides | {"candidate": replace(sides["candidate"], slowdown_rows=slowdown_rows)}
