@@ -391,20 +391,15 @@ def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str],
     """
     once, without = not plan.study.claims_peaks, set(skipped)
     live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1
-
-    def measures(slot: Slot, *, turns: bool) -> tuple[Measure, ...]:
-        left = tuple(one for one in slot.measures if one not in without)
-        if turns and live and slot.replicate == 1 and "peaks" not in left:
-            return (*left, "peaks")
-        needless = not turns and once and left == ("peaks",) and (live or slot.replicate > 0)
-        return () if needless else left
-
     measured = []
     for group in groups:
-        launches = tuple(
-            tuple(dataclasses.replace(slot, measures=measures(slot, turns=bool(group.turns))) for slot in launch)
-            for launch in group.launches
-        )
-        if any(slot.measures for launch in launches for slot in launch):
+        measures = tuple(one for one in group.slots[0].measures if one not in without)  # all its trials measure the same
+        if live and group.turns and group.replicate == 1 and "peaks" not in measures:
+            measures += ("peaks",)
+        needless = not group.turns and once and measures == ("peaks",) and (live or group.replicate > 0)
+        if measures and not needless:
+            launches = tuple(
+                tuple(dataclasses.replace(slot, measures=measures) for slot in launch) for launch in group.launches
+            )
             measured.append(dataclasses.replace(group, launches=launches))
     return tuple(measured)
