@@ -393,9 +393,9 @@ def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str],
     live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1
     measured = []
     for group in groups:
-        measures = tuple(one for one in group.slots[0].measures if one not in without)  # all its trials measure the same
+        measures: tuple[Measure, ...] = tuple(one for one in group.slots[0].measures if one not in without)
         if live and group.turns and group.replicate == 1 and "peaks" not in measures:
-            measures += ("peaks",)
+            measures = (*measures, "peaks")
         needless = not group.turns and once and measures == ("peaks",) and (live or group.replicate > 0)
         if measures and not needless:
             launches = tuple(
