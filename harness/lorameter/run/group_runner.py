@@ -379,16 +379,14 @@ class GroupRunner:
         return self._budget.clock() - begin
 
     def _take_rounds(self, measure: Measure, word: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
-        """Run the timed rounds that the budget admits, over all trials that measure this; returns their number."""
-        measuring = set(self._records.live(measure))
-        if not (orders and measuring):
+        """Run the timed rounds that the budget admits if the trials measure this; returns their number."""
+        if not (orders and self._records.live(measure)):
             return len(orders)
         rounds = self._budget.rounds(len(orders))
         with self._pinned():
             for order in orders[:rounds]:
                 for trial in order:
-                    if trial in measuring:
-                        self._ask(trial, word, **arguments)
+                    self._ask(trial, word, **arguments)
                 self._records.checkpoint(word)
         self._budget.lap(measure, rounds=rounds)
         return rounds
