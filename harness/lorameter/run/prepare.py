@@ -128,20 +128,18 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, di
     """
     if plan.study.of_scripts:
         return Bases()
-    first: dict[tuple[str, BaseKey], Slot] = {}
-    for slot in plan.slots:
-        first.setdefault((slot.executor, base_key(slot.arm.built, slot.workload)), slot)
     made: dict[tuple[str, BaseKey], BaseSummary] = {}
     notices: dict[BaseKey, Notice] = {}
-    for (name, key), slot in first.items():
-        if key in notices:
+    for slot in plan.slots:
+        key = base_key(slot.arm.built, slot.workload)
+        if key in notices or (slot.executor, key) in made:
             continue
         display.trial_phase(slot, "base")
         request = BaseRequest(
             workload=slot.workload, variant=slot.arm.built, device=device, threads=slot.workload.threads, log_path=""
         )
         try:
-            made[name, key] = executors[name].prepare_base(request)
+            made[slot.executor, key] = executors[slot.executor].prepare_base(request)
         except WorkerLostError as lost:
             notices[key] = Notice(
                 code="base-not-prepared",
