@@ -20,7 +20,7 @@ from lorameter.models.catalogue import cache_dir
 from lorameter.records import codec, store
 from lorameter.records.fileio import remove_on_failure
 from lorameter.records.os_errors import translate_os_errors
-from lorameter.records.record import Notice, Side, TokenSummary
+from lorameter.records.record import Notice, TokenSummary
 from lorameter.records.store import Manifest, Run, RunWriter
 from lorameter.run.budget import Budget, TimeLimitTooShortError, skipped_notice
 from lorameter.run.build_plan import probe_memory
@@ -33,7 +33,6 @@ from lorameter.run.runner import PlanRun, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import SCRIPTS, Executor, open_executor
-from lorameter.run.workers.environment import Host
 from lorameter.run.workers.sides import DECLARED, open_side
 from lorameter.studies.workload import Workload
 
@@ -142,10 +141,11 @@ def _open_executors(
 ) -> dict[str, Executor]:
     """The executors of a plan by name, not yet started. For an A/B they are in the hosts of its sides, which `stack`
     removes. Raises `UsageError` if a side differs from that of the `earlier` run."""
-    hosts: dict[Side, Host] = {}
-    for name, side in plan.sides.items():
-        with stops.interruptible():
-            hosts[name] = stack.enter_context(open_side(side, repository=Path.cwd(), cache=cache_dir()))
+    with stops.interruptible():
+        hosts = {
+            name: stack.enter_context(open_side(side, repository=Path.cwd(), cache=cache_dir()))
+            for name, side in plan.sides.items()
+        }
     kind = SCRIPTS if plan.study.of_scripts else None
     sides = {executor_name(arm, plan.arms): arm.side for arm in plan.arms}
     executors = {name: open_executor(kind, host=hosts.get(side), label=name) for name, side in sides.items()}
