@@ -118,12 +118,11 @@ def _measure_here(
         context = prepare_run(rest, executors, display)
         facts = _facts(plan, executors)
         budget.import_s, budget.load_s = context.hello.import_time_s, context.bases.load_s
-    notices = (*notices, *context.bases.notices)
-    if plan.provisional:
-        with stops.interruptible():
+        notices = (*notices, *context.bases.notices)
+        if plan.provisional:
             plan, failures = probe_memory(plan, executors, context, display)
-        display.rehearsed(plan, failures)
-        notices = (*notices, *failures)
+            display.rehearsed(plan, failures)
+            notices = (*notices, *failures)
     manifest = _new_manifest(plan, folder.name, context, facts, notices, policy)
     if earlier is not None:
         manifest = continue_manifest(earlier.manifest, manifest, minutes)
