@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,18 +64,16 @@ def read_plan(written: PlanSpec) -> Plan:
         study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
         sides=written.sides,
     )  # fmt: skip
-
-    def keep(trials: Sequence[str]) -> Plan:
-        groups = (one for one in plan.groups if {slot.trial for slot in one.slots} <= set(trials))
-        return dataclasses.replace(plan, groups=tuple(groups))
-
-    plan = keep(written.order)  # a resumed run no longer has the replicates that were not needed
+    order, trials = set(written.order), set(written.trials)
+    # The order of a resumed run no longer has the replicates that were not needed.
+    groups = [group for group in plan.groups if order.issuperset(slot.trial for slot in group.slots)]
     require(
-        tuple(slot.trial for slot in plan.slots) == written.order,
+        tuple(slot.trial for group in groups for slot in group.slots) == written.order,
         f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
         "that version, or measure a new run.",
     )
-    return keep(written.trials)
+    remaining = (group for group in groups if trials.issuperset(slot.trial for slot in group.slots))
+    return dataclasses.replace(plan, groups=tuple(remaining))
 
 
 SIDE_FIELDS = ("python", "libraries", "cuda", "packages")
