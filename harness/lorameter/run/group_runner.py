@@ -358,27 +358,27 @@ class GroupRunner:
         return self._run.context.max_parallel if alone else 1
 
     def _run_untimed(
-        self, word: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
+        self, command: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
     ) -> float:
         """Let all or some trials execute an untimed command, in parallel on the available cores. Returns its
         seconds."""
-        begin, arguments, live = self._budget.clock(), arguments or {}, self._records.live(COMMANDS[word].measure)
+        begin, arguments, live = self._budget.clock(), arguments or {}, self._records.live(COMMANDS[command].measure)
         live = [trial for trial in live if trials is None or trial in trials]
         size = self._parallel
         for batch in (live[start : start + size] for start in range(0, len(live), size)):
             if len(batch) == 1:
-                self._ask(batch[0], word, **arguments)
+                self._ask(batch[0], command, **arguments)
                 continue
             for trial in batch:
-                self._run.display.trial_phase(self._records.slots[trial], word)
-                self._workers[trial].send(word, trial, **arguments)
+                self._run.display.trial_phase(self._records.slots[trial], command)
+                self._workers[trial].send(command, trial, **arguments)
             for trial in batch:
                 worker = self._workers[trial]
-                self._take(trial, word, lambda: worker.receive(word, self._timeout_s))  # noqa: B023 # called at once
-        self._records.checkpoint(word)
+                self._take(trial, command, lambda: worker.receive(command, self._timeout_s))  # noqa: B023 # called at once
+        self._records.checkpoint(command)
         return self._budget.clock() - begin
 
-    def _take_rounds(self, measure: Measure, word: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
+    def _take_rounds(self, measure: Measure, command: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
         """Run the timed rounds that the budget admits if the trials measure this; returns their number."""
         if not (orders and self._records.live(measure)):
             return len(orders)
@@ -386,8 +386,8 @@ class GroupRunner:
         with self._pinned():
             for order in orders[:rounds]:
                 for trial in order:
-                    self._ask(trial, word, **arguments)
-                self._records.checkpoint(word)
+                    self._ask(trial, command, **arguments)
+                self._records.checkpoint(command)
         self._budget.lap(measure, rounds=rounds)
         return rounds
 
