@@ -374,7 +374,7 @@ class GroupRunner:
                 self._workers[trial].send(command, trial, **arguments)
             for trial in batch:
                 worker = self._workers[trial]
-                self._take(trial, command, lambda: worker.receive(command, self._timeout_s))  # noqa: B023 # called at once
+                self._take(trial, command, lambda: worker.receive(command, self._timeout_s))  # noqa: B023 # called now
         self._records.checkpoint(command)
         return self._budget.clock() - begin
 
