@@ -375,7 +375,8 @@ class GroupRunner:
             for trial in batch:
                 worker = self._workers[trial]
                 self._take(trial, command, lambda: worker.receive(command, self._timeout_s))  # noqa: B023 # called now
-        self._records.checkpoint(command)
+        if live:
+            self._records.checkpoint(command)
         return self._budget.clock() - begin
 
     def _take_rounds(self, measure: Measure, command: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
