@@ -9,7 +9,7 @@ from lorameter.commands.table import COMMANDS
 from lorameter.report.run_view import Sort
 from lorameter.results import rows
 from lorameter.results.export import DASHBOARDS, TABULAR
-from lorameter.run.device_lock import IfBusy
+from lorameter.run.workers import IfBusy
 
 
 def test_option_choices_are_those_of_the_device_lock():

@@ -21,7 +21,7 @@ import lorameter.run.workers.local as local_executor
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.record import PartialRecord
-from lorameter.run.device_lock import hold_devices
+from lorameter.run.workers import hold_devices
 from lorameter.run.workers.local import LocalExecutor
 from lorameter.run.workers.sides import present_sides
 from tests.run import fakes

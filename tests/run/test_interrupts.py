@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from lorameter.machine.processes import STOP_SIGNALS
-from lorameter.run.device_lock import hold_devices
+from lorameter.run.workers import hold_devices
 from lorameter.run.interrupts import StopRequested, handle_interrupts
 
 
@@ -99,7 +99,7 @@ class OnDevice:
 
 HOLDER = """
 import sys
-from lorameter.run.device_lock import hold_devices
+from lorameter.run.workers import hold_devices
 class On:
     def device_id(self): return sys.argv[1]
 with hold_devices([On()], "wait"):

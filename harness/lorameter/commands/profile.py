@@ -35,9 +35,8 @@ from lorameter.report.blocks import Document, to_line
 from lorameter.report.parity import describe_differing_answers, describe_parity
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
-from lorameter.run.device_lock import hold_devices
 from lorameter.run.sites.placement import Placement
-from lorameter.run.workers import open_executor
+from lorameter.run.workers import hold_devices, open_executor
 from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_variant

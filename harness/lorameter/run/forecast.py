@@ -40,13 +40,12 @@ from lorameter.records.record import Interleaving, PartialRecord, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_duration, format_percent
 from lorameter.run.budget import TARGET_REPLICATES, Budget, TimeLimitTooShortError
-from lorameter.run.device_lock import hold_devices
 from lorameter.run.display import Display
 from lorameter.run.feasibility import processes_on_device
 from lorameter.run.plan import Arm, Group, Plan, Slot
 from lorameter.run.prepare import RunContext, make_request, max_parallel
 from lorameter.run.runner import run_plan
-from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError
+from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import Spread
 from lorameter.stats.estimate import PRIOR_DF

@@ -25,7 +25,6 @@ from lorameter.records import codec, fileio, store, trials
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts, is_packed
 from lorameter.run.budget import SKIPPED, Budget, skipped_notice
-from lorameter.run.device_lock import IfBusy
 from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan, list_variants
@@ -35,6 +34,7 @@ from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state
 from lorameter.run.sites.gpus import LocalJobs
 from lorameter.run.sites.slurm import RayJobs, SlurmJobs, cancel_job
+from lorameter.run.workers import IfBusy
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import Difference, find_differences
 from lorameter.verdicts.validity import is_single_script_run

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec
-from lorameter.run.device_lock import IfBusy
 from lorameter.run.resume import PlanSpec
+from lorameter.run.workers import IfBusy
 
 JOBS = "jobs"
 """The folder of all jobs, in the folder of their run; removed when the run has ended."""

@@ -17,13 +17,12 @@ from pathlib import Path
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.machine.processes import PARENT, end_with_parent
 from lorameter.records.fileio import write_document
-from lorameter.run.device_lock import hold_devices
 from lorameter.run.display import Display
 from lorameter.run.measure import measure
 from lorameter.run.resume import read_plan
 from lorameter.run.sites.folder import STATE, JobState, read_order
 from lorameter.run.sites.gpus import executors_of_ranks
-from lorameter.run.workers import open_executor
+from lorameter.run.workers import hold_devices, open_executor
 from lorameter.run.workers.environment import Host
 
 

@@ -17,12 +17,11 @@ from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import store
 from lorameter.records.fileio import write_document
-from lorameter.run.device_lock import IfBusy, hold_devices
 from lorameter.run.sites.driver import POLL_S, Launcher
 from lorameter.run.sites.folder import ORDER, JobOrder, JobState, read_state
 from lorameter.run.sites.gpus import LocalJobs, check_spreadable, executors_of_ranks, local_sites
 from lorameter.run.sites.slurm import RayJobs, SlurmJobs
-from lorameter.run.workers import open_executor
+from lorameter.run.workers import IfBusy, hold_devices, open_executor
 from lorameter.run.workers.environment import Host
 from lorameter.studies.protocol import HERE, is_slurm
 from lorameter.studies.study import Study

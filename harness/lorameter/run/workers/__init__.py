@@ -4,24 +4,28 @@ An executor starts workers. A worker hosts one or more trials and answers one co
 the answer: the harness does not run while a step is timed.
 
 The executor also provides the facts about the machine, its free memory and the paths of a trial's files. To add an
-executor, write a class and add a line to `EXECUTORS`.
+executor, write a class and add a line to `EXECUTORS`. The device of an executor is locked while it measures
+(`hold_devices`).
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import fcntl
 import os
 import pkgutil
+import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from kernels_check.terminal import print_stderr
 from lorameter import wire
-from lorameter.errors import LorameterError, redact, require
+from lorameter.errors import InvalidRunError, LorameterError, redact, require
 from lorameter.machine import provenance
 from lorameter.machine.processes import allowed_cpus, exit_words, explain_kill, pin_to_cpus
 from lorameter.machine.provenance import Machine, MachineFacts
@@ -272,3 +276,84 @@ def open_executor(name: str | None = None, *, host: Host | None = None, label: s
     require(name in EXECUTORS, f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
     made: Executor = pkgutil.resolve_name(EXECUTORS[name])(host=host, label=label)
     return made
+
+
+# --- the lock of a device ---------------------------------------------------------------------------------------------
+#
+# A device is locked for one measurement at a time, because two would disturb each other. The lock is a kernel lock
+# (flock) on a file named after the device. So it ends with the process that holds it, and waiting for it takes no CPU
+# time. The file is in a folder shared by all users, and is never removed: otherwise two processes could lock two files
+# of the same name.
+
+IfBusy = Literal["wait", "refuse", "share"]
+"""The action if the device is in use: wait for the end of the other measurement · exit · measure at the same time."""
+ENV_LOCKS = "LORAMETER_LOCKS"
+SHARED_FOLDER = Path("/tmp")
+"""The same folder for all users and jobs, whatever their TMPDIR is."""
+
+
+@contextlib.contextmanager
+def hold_devices(executors: Iterable[Executor], if_busy: IfBusy) -> Iterator[bool]:
+    """Lock the executors' devices inside the block. Yields whether it waited for another measurement, since free memory
+    may have changed. On a file system without locks, nothing is locked.
+
+    Each device is locked once, and always in the same order, so that two processes cannot deadlock.
+
+    Args:
+        executors: executors of the devices.
+        if_busy: what to do if a device is in use; "share" takes no lock.
+
+    Raises:
+        InvalidRunError: a device is in use, and `if_busy` is "refuse".
+    """
+    waited = False
+    devices = {executor.device_id() for executor in executors if if_busy != "share"}
+    with contextlib.ExitStack() as stack:
+        for device in sorted(devices):
+            file = _open(device)
+            if file is None:
+                continue
+            stack.callback(os.close, file)
+            if _lock(file, wait=False):
+                continue
+            who = f"{_holder(file)} measures on this device ({device})"
+            if if_busy == "refuse":
+                raise InvalidRunError(f"{who}. Wait for it, or measure at the same time with --if-busy share.")
+            print_stderr(
+                f"{who}; waiting for its end. --if-busy refuse ends instead, --if-busy share measures at the same time."
+            )
+            waited = _lock(file, wait=True)
+        yield waited
+
+
+def _open(device: str) -> int | None:
+    """The lock file of a device, which may belong to another user; None if it cannot be made."""
+    name = f"lorameter-{re.sub(r'[^A-Za-z0-9-]+', '-', device)}.lock"
+    path = Path(os.environ.get(ENV_LOCKS) or SHARED_FOLDER) / name
+    common_flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would block until something writes into it
+    for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY):  # another process may create it
+        with contextlib.suppress(OSError):
+            return os.open(path, flags | common_flags, 0o644)
+    return None
+
+
+def _lock(file: int, *, wait: bool) -> bool:
+    """Whether the lock was taken; a file system without locks delays no measurement."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _holder(file: int) -> str:
+    """The process that holds the lock, from the kernel's list; a process of another container has no PID here."""
+    inode = os.fstat(file).st_ino
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            match = re.match(rf"\d+: FLOCK +ADVISORY +WRITE +(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", line)
+            if match and match[1] != "0":
+                return f"process {match[1]}"
+    return "another process"
