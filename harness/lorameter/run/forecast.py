@@ -214,8 +214,8 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
     def save(record: TrialRecord) -> None:
         ends[record.replicate] = executor.now_s
 
-    names = {slot.executor for slot in plan.slots}
-    run_plan(plan, dict.fromkeys(names, executor), context, save=save, display=Display(), budget=budget)
+    executors = {slot.executor: executor for slot in plan.slots}
+    run_plan(plan, executors, context, save=save, display=Display(), budget=budget)
     return list(ends.values()), tuple(sorted(budget.skipped))
 
 
