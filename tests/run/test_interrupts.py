@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from lorameter.machine.processes import STOP_SIGNALS
-from lorameter.run.workers import hold_devices
 from lorameter.run.interrupts import StopRequested, handle_interrupts
+from lorameter.run.workers import hold_devices
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,10 @@ def test_a_lock_is_of_one_device_and_ends_with_its_process(tmp_path, monkeypatch
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLDER, "GPU-1"], **streams) as holder:
         assert holder.stdout.readline() == "held\n"
-        with hold_devices([OnDevice("GPU-2")], "refuse") as waited, hold_devices([OnDevice("GPU-1")], "share") as shared:
+        with (
+            hold_devices([OnDevice("GPU-2")], "refuse") as waited,
+            hold_devices([OnDevice("GPU-1")], "share") as shared,
+        ):
             assert not waited
             assert not shared
         holder.kill()

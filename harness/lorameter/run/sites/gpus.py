@@ -59,8 +59,7 @@ def check_spreadable(study: Study) -> None:
     place, ranks = study.protocol, study.workload.ranks
     require(
         not study.of_scripts,
-        f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. "
-        "Remove the option.",
+        f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. Remove the option.",
     )
     site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
     require(
