@@ -316,9 +316,9 @@ def test_ratios_are_those_of_each_site(run_on_two_sites, run, tmp_path):
     assert [ratio["ratio"] for ratio in ratios] == pytest.approx([1.0, 1.5])
     assert [ratio["replicates"] for ratio in ratios] == [4, 4]
     assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in run("report", name)[2]
+    assert run("report", name, "--html", tmp_path / "page.html")[0] == 0
     for words in (
         ("compare", name, name), ("gate", name, name), ("accept", name), ("claims", name), ("export", name),
-        ("report", name, "--html", tmp_path / "page.html"),
     ):  # fmt: skip
         code, _, output = run(*words)
         assert code == 2, words
