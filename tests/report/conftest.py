@@ -61,7 +61,6 @@ from lorameter.verdicts.calibrate import Calibration, Price, Rates
 from lorameter.verdicts.claims import judge_claims
 from lorameter.verdicts.compare import compare
 from lorameter.verdicts.gate import judge, load_policy, read_comparand
-from lorameter.verdicts.series import verdict_only
 from tests.constructed import PROFILES, RUNS
 
 NOTICES = (Notice(code="cpu-contention", message="others ran.", remedy="Stop them."),)
@@ -276,7 +275,7 @@ def bisection(slow_from: int | None) -> Bisection:
     def ask(spec: str, replicates: int) -> Comparison:
         place = int(spec.removeprefix("c"))
         if place == 4:
-            return verdict_only("invalid", "it does not import [/b]")
+            return Comparison(verdict="invalid", reason="it does not import [/b]")
         ratio = 1.1 if slow_from is not None and place >= slow_from else 1.0
         trials = [[ratio * (1 + 0.001 * number)] for number in range(replicates)]
         return compare_trials([[1.0]] * replicates, trials, pairing="replicate")

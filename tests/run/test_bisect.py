@@ -18,8 +18,7 @@ from lorameter.run import bisect as bisect_candidates
 from lorameter.run.bisect import MAX_FACTOR, Candidate, bisect, find_earlier_run, list_steps
 from lorameter.run.build_plan import build_plan
 from lorameter.run.workers.sides import command_sides
-from lorameter.stats import compare_trials
-from lorameter.verdicts.series import verdict_only
+from lorameter.stats import Comparison, compare_trials
 
 
 def candidates(count):
@@ -39,7 +38,7 @@ class Constructed:
         place = int(spec.removeprefix("c"))
         self.asked.append((place, replicates))
         if place in self.broken:
-            return verdict_only("invalid", "it does not import")
+            return Comparison(verdict="invalid", reason="it does not import")
         ratios = [math.exp(self.rng.normal(math.log(self.truth[place]), self.spread)) for _ in range(replicates)]
         return compare_trials([[1.0]] * replicates, [[ratio] for ratio in ratios], pairing="replicate")
 

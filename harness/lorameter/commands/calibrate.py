@@ -34,7 +34,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import load_study, read_study
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.calibrate import INJECTED, MAX_ROWS, MIN_TO_CALIBRATE, PILOT_ROWS, calibrate, rows_for_slowdown
-from lorameter.verdicts.series import compare_series, group_trials, is_difference, verdict_only
+from lorameter.verdicts.series import compare_series, group_trials, is_difference
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
@@ -146,13 +146,13 @@ def run_bisect(options: argparse.Namespace) -> int:
         except LorameterError as error:
             if side in (good, bad):
                 raise
-            return verdict_only("invalid", str(error))
+            return Comparison(verdict="invalid", reason=str(error))
         if run.manifest.status == "interrupted":
             raise InvalidRunError(
                 f"run {run.manifest.run} was stopped, and the search with it; the finished comparisons are kept."
             )
         compared = build_report(run, metrics=[options.metric]).comparisons
-        return compared[0] if compared else verdict_only("invalid", f"run {run.manifest.run}: no value")
+        return compared[0] if compared else Comparison(verdict="invalid", reason=f"run {run.manifest.run}: no value")
 
     bisection = bisect(candidates, compare, replicates=study.protocol.replicates)
     title = f"{METRICS[options.metric].title} of {variant} in study {study.name}"

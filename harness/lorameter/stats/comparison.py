@@ -93,12 +93,8 @@ def decide(effect: Effect, rule: VerdictRule) -> Comparison:
         return Comparison(
             verdict="inconclusive",
             ratio=math.exp(effect.log_ratio),
-            low=None,
-            high=None,
             reason="one replicate gives neither an interval nor a scatter: measure 5 on both sides, at least 2",
             replicates=effect.replicates,
-            replicates_needed=None,
-            mde80=None,
         )
     half_width = spread.half_width(rule.tail(spread))
     equivalence_half_width = spread.half_width(rule.alpha)
@@ -332,8 +328,6 @@ def compare_bytes(base: Sequence[float], candidate: Sequence[float], *, toleranc
             f"the {peak_base:.0f} bytes of {len(base)} base trials"
         ),
         replicates=min(len(base), len(candidate)),
-        replicates_needed=None,
-        mde80=None,
     )
 
 

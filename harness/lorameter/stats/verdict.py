@@ -36,19 +36,19 @@ class Comparison:
     """A candidate compared with a base. No value is NaN or infinite: a missing value is None, and `reason` says why."""
 
     verdict: Verdict
-    ratio: float | None
-    """Candidate over base: 1.0 = equal, above = worse. None only if the base is zero (bytes)."""
-    low: float | None
+    ratio: float | None = None
+    """Candidate over base: 1.0 = equal, above = worse. None if the base is zero (bytes), or if nothing was compared."""
+    low: float | None = None
     """Lower end of the (1 - alpha/family) interval of the ratio; None with one replicate."""
-    high: float | None
+    high: float | None = None
     """Upper end; None with one replicate, or if it exceeds the range of a float."""
     reason: str
     """One sentence for users that explains the verdict, with the numbers."""
-    replicates: int
+    replicates: int = 0
     """Pairs of trials, or the smaller number of trials where the sides are not paired."""
-    replicates_needed: int | None
+    replicates_needed: int | None = None
     """Replicates in total (not additional ones) for 80 % power at the observed scatter; None if no number suffices."""
-    mde80: float | None
+    mde80: float | None = None
     """Smallest slow-down (fraction) that this many replicates would have called `regressed` with 80 % power."""
 
 

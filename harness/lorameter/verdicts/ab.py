@@ -43,7 +43,6 @@ from lorameter.verdicts.series import (
     judge,
     make_pairs,
     share_effects,
-    verdict_only,
     without_equality,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
@@ -108,7 +107,7 @@ def build_report(
             key = name, metric
             levels[key] = (found[0].interleaving(metric) if found else None) or "replicates"
             whole = len(found) == 2 and all(series.measured(metric) for series in found)
-            verdicts[key] = verdict_only("invalid", broken or f"one side has no {metric}")
+            verdicts[key] = Comparison(verdict="invalid", reason=broken or f"one side has no {metric}")
             if whole and not broken:
                 pairs[key] = _pair(found[0], found[1], base.get((name, "control")), metric)
     judged = judge(pairs, limits_of)
@@ -130,7 +129,7 @@ def build_report(
 def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """Combine the reports of all sites: the gate passes only if every site passes. If there is no site, the report has
     no row and does not pass."""
-    invalid = comparison_fields(verdict_only("invalid", broken)) if broken else {}
+    invalid = comparison_fields(Comparison(verdict="invalid", reason=broken)) if broken else {}
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),

@@ -60,7 +60,6 @@ from lorameter.verdicts.series import (
     group_trials,
     is_memory,
     judge,
-    verdict_only,
     without_equality,
 )
 from lorameter.verdicts.sites import refuse_mixed
@@ -436,18 +435,20 @@ def _refuse(
         *(side.broken for side in (base_variant, candidate_variant) if side is not None),
     ]
     if any(faults):
-        return verdict_only("invalid", "; ".join(filter(None, faults)))
+        return Comparison(verdict="invalid", reason="; ".join(filter(None, faults)))
     if base.absent is not None:
-        return verdict_only("no_baseline", base.absent)
+        return Comparison(verdict="no_baseline", reason=base.absent)
     if candidate_variant is None:
-        return verdict_only("not_comparable", f"variant {name!r}: it is in the base and not in the candidate")
+        missing = f"variant {name!r}: it is in the base and not in the candidate"
+        return Comparison(verdict="not_comparable", reason=missing)
     if base_variant is None:
-        return verdict_only("no_baseline", f"variant {name!r}: it is in the candidate and not in the base")
+        missing = f"variant {name!r}: it is in the candidate and not in the base"
+        return Comparison(verdict="no_baseline", reason=missing)
     if not candidate_variant.trials(metric):
-        return verdict_only("not_comparable", f"the candidate has no {metric} of variant {name!r}")
+        return Comparison(verdict="not_comparable", reason=f"the candidate has no {metric} of variant {name!r}")
     if not base_variant.trials(metric):
-        return verdict_only("no_baseline", f"the base has no {metric} of variant {name!r}")
-    return verdict_only("not_comparable", describe_differences(unlike)) if unlike else None
+        return Comparison(verdict="no_baseline", reason=f"the base has no {metric} of variant {name!r}")
+    return Comparison(verdict="not_comparable", reason=describe_differences(unlike)) if unlike else None
 
 
 def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:

@@ -32,7 +32,6 @@ from lorameter.stats import (
     KeptPairs,
     Pairing,
     TrialsEstimate,
-    Verdict,
     VerdictRule,
     compare_bytes,
     decide,
@@ -359,11 +358,13 @@ def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> di
                 found[key] = compare_bytes(base, candidate, tolerance=limits[key].tolerance)
             elif pair.no_interval:
                 ratio, replicates = math.exp(pair.effect.log_ratio), pair.effect.replicates
-                found[key] = verdict_only("inconclusive", pair.no_interval, ratio=ratio, replicates=replicates)
+                found[key] = Comparison(
+                    verdict="inconclusive", ratio=ratio, reason=pair.no_interval, replicates=replicates
+                )
             else:
                 effects[key] = pair.effect
         except ValueError as error:
-            found[key] = verdict_only("invalid", f"the samples cannot be compared: {error}")
+            found[key] = Comparison(verdict="invalid", reason=f"the samples cannot be compared: {error}")
     found |= decide_family(
         effects,
         tolerance={key: limits[key].tolerance for key in effects},
@@ -414,20 +415,6 @@ def list_ratios(
 def is_difference(comparison: Comparison) -> bool:
     """Whether the sides differ in either direction; a control that differs means that the run is not reliable."""
     return comparison.verdict in ("improved", "regressed")
-
-
-def verdict_only(verdict: Verdict, reason: str, *, ratio: float | None = None, replicates: int = 0) -> Comparison:
-    """A verdict without an interval, or for numbers that are not reliable."""
-    return Comparison(
-        verdict=verdict,
-        ratio=ratio,
-        low=None,
-        high=None,
-        reason=reason,
-        replicates=replicates,
-        replicates_needed=None,
-        mde80=None,
-    )
 
 
 def without_equality(found: Mapping[Key, Comparison], reason: str, *, appended: bool = False) -> dict[Key, Comparison]:
