@@ -12,8 +12,8 @@ import pytest
 
 from lorameter.cli import main
 from lorameter.report.annotations import annotation
+from lorameter.stats import VerdictRule
 from lorameter.verdicts.gate import LimitRule, Policy, read_baselines
-from lorameter.verdicts.series import ComparisonLimits
 
 BASE = {"plain": [0.100, 0.101, 0.099, 0.1005], "nf4": [0.200, 0.201, 0.199, 0.2005]}
 SLOW = BASE | {"nf4": [time * 1.2 for time in BASE["nf4"]]}
@@ -118,8 +118,8 @@ def test_limits_are_taken_key_by_key_from_the_last_that_matches():
         tolerance=0.02,
         limit=(LimitRule(variant="nf4*", tolerance=0.2), LimitRule(metric="cold_*", margin=0.5)),
     )
-    assert policy.limits_of("nf4-r16", "cold_load_time_s") == ComparisonLimits(tolerance=0.2, margin=0.5)
-    assert policy.limits_of("plain", "step_time_s") == ComparisonLimits(tolerance=0.02, margin=0.05)
+    assert policy.limits_of("nf4-r16", "cold_load_time_s") == VerdictRule(tolerance=0.2, margin=0.5)
+    assert policy.limits_of("plain", "step_time_s") == VerdictRule(tolerance=0.02, margin=0.05)
     assert policy.limits_of("plain", "adapter_bytes").tolerance == 0
     assert policy.limits_of("plain", "host_peak_train_bytes").tolerance == 0.02
     assert policy.limits_of("nf4", "adapter_bytes").tolerance == 0.2

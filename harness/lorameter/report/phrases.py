@@ -17,12 +17,12 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
 from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio
-from lorameter.stats import MAX_ADVISED, Comparison
+from lorameter.stats import MAX_ADVISED, Comparison, VerdictRule
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare import ComparisonRow
-from lorameter.verdicts.series import ComparisonLimits, is_memory
+from lorameter.verdicts.series import is_memory
 
-_LIMITS = ComparisonLimits()
+_LIMITS = VerdictRule()
 
 _KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
 PHASE_WORDS = {"train": "training", "generate": "generation", "cold": "cold start"}
@@ -62,7 +62,7 @@ def verdict_cell(
     comparison: Comparison,
     metric: str,
     kind: Literal["variants", "sides"],
-    limits: ComparisonLimits | ComparisonRow = _LIMITS,
+    limits: VerdictRule | ComparisonRow = _LIMITS,
 ) -> Cell:
     """The verdict on two variants of a study, or on a candidate and its base, as one word; equivalence with its
     margin."""

@@ -18,10 +18,12 @@ from lorameter.errors import InvalidRunError
 from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
-from lorameter.stats import Comparison, compare_trials, replicates_to_see, sd_interval
+from lorameter.stats import Comparison, VerdictRule, compare_trials, replicates_to_see, sd_interval
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.series import TOLERANCE, Pair, Series, compare_series, group_trials, make_pairs
+from lorameter.verdicts.series import Pair, Series, compare_series, group_trials, make_pairs
 
+TOLERANCE = VerdictRule().tolerance
+"""Default tolerance of a gate."""
 EFFECTS = (0.01, 0.02, 0.05)
 """Slow-downs for which the cost of detection is reported."""
 INJECTED = 0.05

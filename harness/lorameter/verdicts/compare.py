@@ -51,7 +51,6 @@ from lorameter.studies.study_file import read_study
 from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.same_training import LossAgreement, training_facts
 from lorameter.verdicts.series import (
-    TOLERANCE,
     Key,
     LimitsOf,
     Pair,
@@ -471,7 +470,7 @@ def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
         for (name, metric), comparison in found.items()
         if metric in PRIMARY.values() and comparison.ratio is not None
     }
-    reason = run_wide_shift(log_ratios, tolerance=TOLERANCE)
+    reason = run_wide_shift(log_ratios)
     return {
         key: dataclasses.replace(comparison, verdict="invalid", reason=reason)
         for key, comparison in found.items()

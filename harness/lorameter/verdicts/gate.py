@@ -35,6 +35,7 @@ from lorameter.records import codec, fileio, store
 from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import write_document
 from lorameter.records.store import Run, is_packed
+from lorameter.stats import VerdictRule
 from lorameter.studies.protocol import check_fraction
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import (
@@ -45,7 +46,7 @@ from lorameter.verdicts.compare import (
     exit_code,
     worst_exit_code,
 )
-from lorameter.verdicts.series import ComparisonLimits, default_limits
+from lorameter.verdicts.series import default_limits
 from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.validity import run_validity
 
@@ -94,14 +95,14 @@ class Policy:
     def __post_init__(self) -> None:
         _checked(self.tolerance, self.margin, "policy")
 
-    def limits_of(self, variant: str, metric: str) -> ComparisonLimits:
+    def limits_of(self, variant: str, metric: str) -> VerdictRule:
         """Tolerance and margin of one comparison."""
         limits = default_limits(variant, metric)
         exact = limits.tolerance == 0  # computed bytes stay exact unless a limit names them
         general = LimitRule(tolerance=None if exact else self.tolerance, margin=self.margin)
         for rule in (general, *self.limit):
             if fnmatch.fnmatchcase(variant, rule.variant) and fnmatch.fnmatchcase(metric, rule.metric):
-                limits = ComparisonLimits(
+                limits = VerdictRule(
                     tolerance=limits.tolerance if rule.tolerance is None else rule.tolerance,
                     margin=limits.margin if rule.margin is None else rule.margin,
                 )

@@ -51,7 +51,6 @@ Trial = tuple[TrialRecord, Samples]
 Trials = list[Samples]
 Key = tuple[str, str]
 """A variant and a metric."""
-TOLERANCE, MARGIN = 0.01, 0.05
 
 
 def is_memory(metric: str) -> bool:
@@ -323,24 +322,14 @@ def pairs_against(groups: Groups, reference: str, metric: str) -> dict[tuple[str
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonLimits:
-    """The limits of one comparison, as fractions."""
-
-    tolerance: float = TOLERANCE
-    """Smallest slow-down, or growth of a peak, worth an alarm."""
-    margin: float = MARGIN
-    """Two values within it count as equal."""
+LimitsOf = Callable[[str, str], VerdictRule]
+"""Tolerance and margin by variant and metric."""
 
 
-LimitsOf = Callable[[str, str], ComparisonLimits]
-"""Limits by variant and metric."""
-
-
-def default_limits(variant: str, metric: str) -> ComparisonLimits:
+def default_limits(variant: str, metric: str) -> VerdictRule:
     """The same limits for all metrics, except that computed bytes must be equal."""
     computed = is_memory(metric) and "peak" not in metric and not metric.startswith("host_")
-    return ComparisonLimits(tolerance=0.0) if computed else ComparisonLimits()
+    return VerdictRule(tolerance=0.0) if computed else VerdictRule()
 
 
 def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> dict[Key, Comparison]:
