@@ -140,8 +140,7 @@ def families(draws: int) -> Iterator[Share]:
 
 
 def _called_different(effects: dict[int, Effect], *, tolerance: float) -> bool:
-    margins = dict.fromkeys(effects, 0.05)
-    verdicts = decide_family(effects, tolerance=dict.fromkeys(effects, tolerance), margin=margins).values()
+    verdicts = decide_family(effects, dict.fromkeys(effects, VerdictRule(tolerance=tolerance))).values()
     return any(one.verdict in ("regressed", "improved") for one in verdicts)
 
 

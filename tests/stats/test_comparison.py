@@ -192,7 +192,7 @@ def simulated(rng, effects, replicates=6, sd=0.02):
 def compare_family(pairs):
     """Return the verdicts on named pairs without a tolerance."""
     effects = {name: estimate_effect(base, candidate, "turn") for name, (base, candidate) in pairs.items()}
-    return decide_family(effects, tolerance=dict.fromkeys(effects, 0.0), margin=dict.fromkeys(effects, 0.05))
+    return decide_family(effects, dict.fromkeys(effects, VerdictRule(tolerance=0.0)))
 
 
 def holm(p_values, alpha):
@@ -238,8 +238,7 @@ def test_each_comparison_can_have_its_own_pairing_and_limits():
     blocks = [[1.3 * sample for sample in reversed(trial)] for trial in base]
     found = decide_family(
         {"a": estimate_effect(base, turns, "turn"), "b": estimate_effect(base, blocks, "replicate")},
-        tolerance={"a": 0.02, "b": 0.5},
-        margin={"a": 0.03, "b": 0.6},
+        {"a": VerdictRule(tolerance=0.02, margin=0.03), "b": VerdictRule(tolerance=0.5, margin=0.6)},
     )
     assert found["a"] == compare_trials(base, turns, pairing="turn", tolerance=0.02, margin=0.03, family=2)
     assert found["b"] == compare_trials(base, blocks, pairing="replicate", tolerance=0.5, margin=0.6, family=2)

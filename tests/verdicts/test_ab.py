@@ -15,7 +15,6 @@ from lorameter.records import codec, store
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, RunWriter
 from lorameter.verdicts.ab import attribute_difference, build_report
-from lorameter.verdicts.series import compare_base_to_itself
 
 TURNS = 30
 MIB = 2**20
@@ -150,7 +149,7 @@ def test_a_base_that_differs_from_itself_makes_everything_invalid(write_ab, repo
     """For any candidate the exit code is 4, and there is no ratio."""
     run = write_ab({"plain": 1.5, "nf4": 1.0}, control=1.1)
     found = build_report(run)
-    assert compare_base_to_itself(run.records, run.manifest.phases)["train"].verdict == "regressed"
+    assert found.control["train"].verdict == "regressed"
     assert {row.verdict for row in found.comparisons} == {"invalid"}
     assert all(row.ratio is None and "control regressed" in row.reason for row in found.comparisons)
     code, text = report()
@@ -244,7 +243,7 @@ def test_every_phase_has_its_metric_and_its_control(write_ab):
     assert {row.metric for row in build_report(run).comparisons} == {
         "step_time_s", "request_time_s", "host_peak_train_bytes",
     }  # fmt: skip
-    assert set(compare_base_to_itself(run.records, run.manifest.phases)) == {"train", "generate"}
+    assert set(build_report(run).control) == {"train", "generate"}
 
     def slow_requests(record):
         if record.role != "control":

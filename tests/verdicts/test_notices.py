@@ -156,6 +156,13 @@ def test_a_fault_of_a_run_makes_all_of_it_invalid(write_run, options, reason, wo
     assert found.broken == f"run a: {words}"
 
 
+def test_a_control_without_a_ratio_makes_the_run_invalid(write_run):
+    """A time below zero has no ratio, so the control proves nothing."""
+    (fault,) = validity_of(write_run("a", TIMES, control=-1.0)).faults
+    assert fault.reason == InvalidReason.CONTROL_NOT_MEASURED
+    assert "is invalid: the samples cannot be compared: candidate trial 0 sample 0 is -0.1" in fault.message
+
+
 def test_a_failed_trial_affects_only_its_own_variant(write_run):
     """The run is invalid, but the other variants can be compared."""
 

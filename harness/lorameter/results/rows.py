@@ -13,10 +13,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
-from lorameter.errors import InvalidRunError
 from lorameter.machine.provenance import MAIN_LIBRARIES, normal_name
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS, PEAKS, PRIMARY, Phase
+from lorameter.records.metrics import METRICS, PEAKS, Phase
 from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
@@ -29,7 +28,7 @@ from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
 from lorameter.verdicts.same_training import training_facts
 from lorameter.verdicts.series import Series, group_trials, list_ratios
-from lorameter.verdicts.validity import Fault, InvalidReason, RunValidity, format_faults, mark_invalid, run_validity
+from lorameter.verdicts.validity import format_faults, mark_invalid, run_validity
 
 Row: TypeAlias = dict[str, Any]
 _UNITS: Mapping[str, str] = {"_per_s": "1/s", "_bytes": "byte", "_s": "s", "_j": "J", "_w": "W"}
@@ -62,11 +61,7 @@ class Settings:
         self._run, self._study = run, study
         self._variants = {variant.name: variant for variant in study.variants}
         self._own_workloads = {} if study.of_scripts else read_own_workloads(run)
-        self._faults: Sequence[Fault]
-        try:
-            self._faults = run_validity(run, study).faults
-        except InvalidRunError as error:  # the samples give no control
-            self._faults = (Fault(reason=InvalidReason.CONTROL_NOT_MEASURED, message=str(error)),)
+        self._faults = run_validity(run, study).faults
 
     def of(self, records: Sequence[TrialRecord]) -> Row:
         """The common columns of trials of one variant, role and side."""
@@ -222,39 +217,26 @@ def _peak(series: Series, kind: str) -> Row:
 def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
     """A row for each verdict: a variant against the reference, the candidate of an A/B against its base, and the
     controls. In an invalid run each verdict is `invalid`, with the reason; in an A/B only those of invalid variants."""
-    validity, about = run_validity(run, study), {"run": run.manifest.run}
-    if run.manifest.sides:
-        yield from (about | row for row in _rows_of_ab(run, validity))
-        return
-    groups, reference = group_trials(run.records), study.reference
+    validity, of_sides = run_validity(run, study), bool(run.manifest.sides)
+    groups, about = group_trials(run.records, "base" if of_sides else ""), {"run": run.manifest.run}
+    reference = base = study.reference
+    if of_sides:
+        report = build_report(run)
+        reference, base = next((name for name, role in groups if role == "control"), ""), report.base
+        for compared in report.comparisons:
+            sides = {"role": "variant", "base": base, "candidate": report.candidate}
+            yield about | sides | dataclasses.asdict(compared)
     for phase, control in validity.controls.items():
         metric = validity.primary[phase]
-        found: list[tuple[Role, str, Comparison]] = [
-            ("variant", name, ratio) for name, ratio in list_ratios(groups, study, metric, control).items()
-        ]
+        ratios = {} if of_sides else list_ratios(groups, study, metric, control)
+        found: list[tuple[Role, str, Comparison]] = [("variant", name, ratio) for name, ratio in ratios.items()]
         found += [] if control is None else [("control", reference, control)]
         for role, name, comparison in found:
-            sides = {"role": role, "base": reference, "candidate": name}
-            counted = mark_invalid(comparison, validity.invalid)
-            yield {**about, **sides, **_comparison_row(name, metric, counted, groups.get((name, role)))}
-
-
-def _rows_of_ab(run: Run, validity: RunValidity) -> Iterator[Row]:
-    report, groups = build_report(run), group_trials(run.records, "base")
-    for compared in report.comparisons:
-        sides = {"role": "variant", "base": report.base, "candidate": report.candidate}
-        yield sides | dataclasses.asdict(compared)
-    reference = next((name for name, role in groups if role == "control"), "")
-    for phase, control in validity.controls.items():
-        if control is not None:
-            sides = {"role": "control", "base": report.base, "candidate": report.base}
-            comparison = mark_invalid(control, validity.broken)
-            yield sides | _comparison_row(reference, PRIMARY[phase], comparison, groups.get((reference, "control")))
-
-
-def _comparison_row(variant: str, metric: str, comparison: Comparison, series: Series | None) -> Row:
-    level = (series.interleaving(metric) if series else None) or "replicates"
-    return dataclasses.asdict(comparison_row(variant, metric, comparison, level))
+            series = groups.get((name, role))
+            level = (series.interleaving(metric) if series else None) or "replicates"
+            counted = mark_invalid(comparison, validity.broken if of_sides else validity.invalid)
+            sides = {"role": role, "base": base, "candidate": base if role == "control" else name}
+            yield about | sides | dataclasses.asdict(comparison_row(name, metric, counted, level))
 
 
 _MAKERS: Mapping[TableName, Callable[[Run, Study], Iterator[Row]]] = {

@@ -348,13 +348,11 @@ def _scatter(plan: Plan, machine: Machine, runs: Path) -> tuple[float, str]:
         if run.manifest.interleaving == plan.interleaving and not run.manifest.sides and not run.manifest.sites:
             groups = group_trials(run.records)
             reference = str(run.manifest.study.get("reference"))
-            if (reference, "variant") not in groups:
-                continue
-            effects = [pairs.effect for pairs in pairs_against(groups, reference, "step_time_s").values()]
+            pairs = pairs_against(groups.get((reference, "variant")), groups, "step_time_s").values()
             deviations = [
                 effect.spread.sd
-                for effect in effects
-                if effect.spread is not None and effect.replicates >= TARGET_REPLICATES
+                for effect in (pair.shared for pair in pairs)
+                if effect is not None and effect.spread is not None and effect.replicates >= TARGET_REPLICATES
             ]
             if deviations:
                 sd = statistics.median(deviations)

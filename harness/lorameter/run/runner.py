@@ -25,8 +25,8 @@ from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.workers import Executor
-from lorameter.stats import Comparison, VerdictRule, is_precise, relative_half_width
-from lorameter.verdicts.series import compare_series, group_trials, pairs_against
+from lorameter.stats import Comparison, is_precise, relative_half_width
+from lorameter.verdicts.series import compare_series, group_trials, judge, pairs_against
 from lorameter.verdicts.validity import mark_disturbed
 
 MIN_TO_STOP = 5
@@ -56,10 +56,13 @@ def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]
     metrics = [primary_metric(phase, own_workloads=own) for phase in plan.phases]  # type: ignore[arg-type]
     if not any(record.side for record in records):
         groups = group_trials(records)
-        if (reference, "variant") not in groups:
-            return []
-        effects = [pairs_against(groups, reference, metric) for metric in metrics]
-        return [pair.compare(VerdictRule()) for pairs in effects for pair in pairs.values()]
+        base = groups.get((reference, "variant"))
+        compared = {
+            (name, metric): pair
+            for metric in metrics
+            for (name, _), pair in pairs_against(base, groups, metric).items()
+        }
+        return list(judge(compared, family=1).values())
     bases = group_trials(records, "base")
     pairs = [
         (bases[name, "variant"], series)

@@ -30,6 +30,7 @@ filter must not give an empty result.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,22 +176,15 @@ K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
 
-def decide_family(
-    effects: Mapping[K, Effect],
-    *,
-    tolerance: Mapping[K, float],
-    margin: Mapping[K, float],
-    alpha: float = 0.05,
-) -> dict[K, Comparison]:
-    """The verdicts on named effects, with a family-wise error rate of `alpha`; {} without effects.
+def decide_family(effects: Mapping[K, Effect], rules: Mapping[K, VerdictRule]) -> dict[K, Comparison]:
+    """The verdicts on named effects, each by the limits of its rule, with the family-wise error rate `alpha` of the
+    rules; {} without effects.
 
-    Tolerance and margin are given by name. Each interval is at the level at which Holm's procedure decided or stopped
-    for that comparison.
+    Each interval is at the level at which Holm's procedure decided or stopped for that comparison.
     """
 
     def judge(name: K, left: int) -> Comparison:
-        rule = VerdictRule(tolerance=tolerance[name], margin=margin[name], alpha=alpha, family=left)
-        return decide(effects[name], rule)
+        return decide(effects[name], dataclasses.replace(rules[name], family=left))
 
     return holm_step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))
 

@@ -6,13 +6,12 @@ inconclusive, nothing is called equivalent.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorameter.errors import InvalidRunError, require
+from lorameter.errors import require
 from lorameter.machine.provenance import differing_packages
 from lorameter.records.metrics import METRICS, Phase
 from lorameter.records.record import SIDES, Interleaving, Notice, Side
@@ -41,8 +40,7 @@ from lorameter.verdicts.series import (
     group_trials,
     is_memory,
     judge,
-    make_pairs,
-    share_effects,
+    pairs_against,
     without_equality,
 )
 from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
@@ -97,7 +95,10 @@ def build_report(
     levels: dict[Key, Interleaving] = {}
     pairs: dict[Key, Pair] = {}
     for name in (variant.name for variant in study.variants):
-        found = [groups[name, "variant"] for groups in (base, candidate) if (name, "variant") in groups]
+        ours, theirs = base.get((name, "variant")), candidate.get((name, "variant"))
+        arms = {"candidate": theirs, "control": base.get((name, "control"))}
+        others = {arm: series for arm, series in arms.items() if series is not None}
+        found = [series for series in (ours, theirs) if series is not None]
         if not found and not (validity.broken and name in (run.manifest.selection or (name,))):
             continue
         faults = [validity.broken, *(validity.broken_variant(name, side) for side in SIDES)]
@@ -106,10 +107,10 @@ def build_report(
         for metric in _choose_metrics(run, found, metrics, broken=bool(broken), per_token=per_token):
             key = name, metric
             levels[key] = (found[0].interleaving(metric) if found else None) or "replicates"
-            whole = len(found) == 2 and all(series.measured(metric) for series in found)
-            verdicts[key] = Comparison(verdict="invalid", reason=broken or f"one side has no {metric}")
-            if whole and not broken:
-                pairs[key] = _pair(found[0], found[1], base.get((name, "control")), metric)
+            pair = None if broken else pairs_against(ours, others, metric).get("candidate")
+            verdicts[key] = Comparison(verdict="invalid", reason=broken or f"no replicate has {metric} on both sides")
+            if pair is not None:
+                pairs[key] = pair
     judged = judge(pairs, limits_of)
     if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
         why = "the base against itself is not equivalent, so the candidate cannot be"
@@ -167,19 +168,6 @@ def _choose_metrics(
     )  # if nothing was measured, an empty report would hide the failure
 
 
-def _pair(base: Series, candidate: Series, control: Series | None, metric: str) -> Pair:
-    """Pair both sides by the replicates that are undisturbed on both, with the scatter that they share with the
-    control."""
-    pair = make_pairs(base, candidate, metric)
-    again = make_pairs(base, control, metric) if control is not None else None
-    if again is None or not again.base or not pair.base or is_memory(metric):
-        return pair
-    try:
-        return share_effects({"candidate": pair, "control": again}, pair.effect.replicates)["candidate"]
-    except ValueError:  # `judge` reports samples without a ratio
-        return pair
-
-
 def attribute_difference(run: Run) -> Attribution:
     """Differences between the sides, and the ratio of every common metric, for each site if sites differ."""
     _study(run)  # raises if the run has no sides
@@ -207,9 +195,9 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
         if ours is None or theirs is None:
             continue
         for metric in METRICS:
-            with contextlib.suppress(InvalidRunError):  # samples without a ratio (a loss of zero) affect no verdict
-                if (found := compare_series(ours, theirs, metric)) is not None:
-                    yield PhaseEffect(variant=name, metric=metric, **comparison_fields(found))
+            found = compare_series(ours, theirs, metric)
+            if found is not None and found.ratio is not None:
+                yield PhaseEffect(variant=name, metric=metric, **comparison_fields(found))
 
 
 def _facts(run: Run, side: Side) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lorameter.errors import InvalidRunError, require
-from lorameter.records.metrics import METRICS, PRIMARY, Phase, Samples, get_samples
+from lorameter.records.metrics import METRICS, Samples, get_samples
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.stats import (
     Comparison,
@@ -206,10 +206,6 @@ class Pair:
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
         return estimate_effect(base, candidate, self.pairing)
 
-    def compare(self, rule: VerdictRule) -> Comparison:
-        """The verdict under a rule."""
-        return self.with_drops(decide(self.effect, rule))
-
     def with_drops(self, comparison: Comparison) -> Comparison:
         """Add the dropped pairs to the reason of a comparison."""
         if self.drops is None or not self.drops.reason:
@@ -299,24 +295,22 @@ def _as_worse_is_higher(trials: Trials, metric: str) -> Trials:
     return [tuple(1 / sample if sample else 0.0 for sample in trial) for trial in trials]
 
 
-def share_effects(pairs: Mapping[K, Pair], replicates: int) -> dict[K, Pair]:
-    """Give pairs with a common base their shared scatter; pairs with another number of replicates keep their own."""
-    effects = {key: pair.effect for key, pair in pairs.items()}
-    effects |= share_scatter({key: effect for key, effect in effects.items() if effect.replicates == replicates})
-    return {key: dataclasses.replace(pair, shared=effects[key]) for key, pair in pairs.items()}
-
-
-def pairs_against(groups: Groups, reference: str, metric: str) -> dict[tuple[str, Role], Pair]:
-    """Every other series of a run paired with its reference, by variant and role, with their shared scatter."""
-    base = groups[reference, "variant"]
-    pairs = {key: make_pairs(base, series, metric) for key, series in groups.items() if series is not base}
+def pairs_against(base: Series | None, others: Mapping[K, Series], metric: str) -> dict[K, Pair]:
+    """Every other series of a run paired with a base, with the scatter that they share; {} without a base. A series with
+    another number of replicates keeps its own scatter."""
+    if base is None:
+        return {}
+    pairs = {key: make_pairs(base, series, metric) for key, series in others.items() if series is not base}
     pairs = {key: pair for key, pair in pairs.items() if pair.base and pair.candidate}
     if is_memory(metric):
         return pairs
-    for (name, _), pair in pairs.items():
-        with _named(name, metric):
-            pair.effect  # noqa: B018 - to name a variant whose samples have no effect
-    return share_effects(pairs, len(base.measured(metric)))
+    effects: dict[K, Effect] = {}
+    for key, pair in pairs.items():
+        with contextlib.suppress(ValueError):  # `judge` reports samples without a ratio
+            effects[key] = pair.effect
+    replicates = len(base.measured(metric))
+    effects |= share_scatter({key: effect for key, effect in effects.items() if effect.replicates == replicates})
+    return {key: dataclasses.replace(pair, shared=effects.get(key)) for key, pair in pairs.items()}
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -332,10 +326,16 @@ def default_limits(variant: str, metric: str) -> VerdictRule:
     return VerdictRule(tolerance=0.0) if computed else VerdictRule()
 
 
-def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> dict[Key, Comparison]:
-    """The verdict on each pair. Memory is compared by its maximum; times share one error rate (Holm).
+def judge(
+    pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits, *, family: int | None = None
+) -> dict[Key, Comparison]:
+    """The verdict on each pair. A pair that cannot be compared is invalid, with the reason.
 
-    A pair that cannot be compared is invalid, with the reason.
+    Args:
+        pairs: pairs by variant and metric. Memory is compared by its maximum.
+        limits_of: tolerance and margin by variant and metric.
+        family: the number of times that share one error rate, each with an interval of one fixed level; None for the
+            given times, by Holm's procedure.
     """
     found: dict[Key, Comparison] = {}
     effects: dict[Key, Effect] = {}
@@ -354,38 +354,24 @@ def judge(pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits) -> di
                 effects[key] = pair.effect
         except ValueError as error:
             found[key] = Comparison(verdict="invalid", reason=f"the samples cannot be compared: {error}")
-    found |= decide_family(
-        effects,
-        tolerance={key: limits[key].tolerance for key in effects},
-        margin={key: limits[key].margin for key in effects},
-    )
+    if family is None:
+        found |= decide_family(effects, limits)
+    else:
+        rules = {key: dataclasses.replace(limits[key], family=family) for key in effects}
+        found |= {key: decide(effect, rules[key]) for key, effect in effects.items()}
     return {key: pair.with_drops(found[key]) for key, pair in pairs.items()}
 
 
-def compare_series(base: Series, candidate: Series, metric: str, *, family: int = 1) -> Comparison | None:
+def compare_series(base: Series, candidate: Series, metric: str) -> Comparison | None:
     """The comparison over the common replicates, paired by their interleaving; None if there are none."""
-    pair = make_pairs(base, candidate, metric)
-    with _named(candidate.name, metric):
-        return pair.compare(VerdictRule(family=family)) if pair.base else None
-
-
-def compare_base_to_itself(records: Sequence[TrialRecord], phases: Sequence[Phase]) -> dict[Phase, Comparison | None]:
-    """The base of an A/B compared with itself, by phase; None if it was not measured."""
-    groups = group_trials(records, "base")
-    name = next((name for name, role in groups if role == "control"), "")
-    base, control = groups.get((name, "variant")), groups.get((name, "control"))
-    if base is None or control is None:
-        return dict.fromkeys(phases)
-    return {phase: compare_series(base, control, PRIMARY[phase], family=len(phases)) for phase in phases}
+    key, pair = (candidate.name, metric), make_pairs(base, candidate, metric)
+    return judge({key: pair}, family=1)[key] if pair.base else None
 
 
 def compare_control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
     """The reference compared with its second measurement; None if either has no trial."""
-    pairs = pairs_against(groups, name, metric) if (name, "variant") in groups else {}
-    pair = pairs.get((name, "control"))
-    if pair is None or is_memory(metric):
-        return None if pair is None else judge({(name, metric): pair})[name, metric]
-    return pair.compare(VerdictRule(family=family))
+    pair = pairs_against(groups.get((name, "variant")), groups, metric).get((name, "control"))
+    return None if pair is None else judge({(name, metric): pair}, family=family)[name, metric]
 
 
 def list_ratios(
@@ -393,7 +379,7 @@ def list_ratios(
 ) -> dict[str, Comparison]:
     """Every other variant compared with the reference, by name, under one common error rate. No time is equivalent
     unless the control is equivalent."""
-    pairs = pairs_against(groups, study.reference, metric) if (study.reference, "variant") in groups else {}
+    pairs = pairs_against(groups.get((study.reference, "variant")), groups, metric)
     names = [variant.name for variant in study.variants if (variant.name, "variant") in pairs]
     found = judge({(name, metric): pairs[name, "variant"] for name in names}, limits_of)
     if not is_memory(metric) and (control is None or control.verdict != "equivalent"):

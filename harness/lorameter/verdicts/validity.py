@@ -18,7 +18,7 @@ from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
-from lorameter.verdicts.series import compare_base_to_itself, compare_control, group_trials, is_difference, occupancy
+from lorameter.verdicts.series import compare_control, group_trials, is_difference, occupancy
 from lorameter.verdicts.sites import is_mixed, runs_of_sites, unmeasured_sites
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
@@ -115,8 +115,10 @@ def run_validity(run: Run, study: Study) -> RunValidity:
 
     Missing trials raise no exception: they are faults.
     """
+    sides = bool(run.manifest.sides)
+    own_workloads = bool(run.manifest.own_workloads) and not sides
     primary: Mapping[Phase, str] = {
-        phase: primary_metric(phase, own_workloads=bool(run.manifest.own_workloads)) for phase in measured_phases(run)
+        phase: primary_metric(phase, own_workloads=own_workloads) for phase in measured_phases(run)
     }
     controls: dict[Phase, Comparison | None] = {}
     faults = list(_run_faults(run))
@@ -128,14 +130,13 @@ def run_validity(run: Run, study: Study) -> RunValidity:
             faults += [dataclasses.replace(fault, site=site) for fault in of_site]
         faults += [Fault(reason=InvalidReason.SITE_NOT_MEASURED, message=message) for message in unmeasured_sites(run)]
     else:
-        if run.manifest.sides:
-            controls = compare_base_to_itself(run.records, measured_phases(run))
-        else:
-            groups = group_trials(run.records)
-            controls = {
-                phase: compare_control(groups, study.reference, metric, family=len(primary))
-                for phase, metric in primary.items()
-            }
+        groups, reference = group_trials(run.records, "base" if sides else ""), study.reference
+        if sides:  # the variants of an A/B are not compared with each other, so they share no scatter
+            reference = next((name for name, role in groups if role == "control"), "")
+            groups = {key: series for key, series in groups.items() if key[0] == reference}
+        controls = {
+            phase: compare_control(groups, reference, metric, family=len(primary)) for phase, metric in primary.items()
+        }
         faults += () if is_single_script_run(run, study) else control_faults(controls.items())
     return RunValidity(
         run=run.manifest.run,
@@ -160,10 +161,10 @@ def measured_phases(run: Run) -> tuple[Phase, ...]:
 def control_faults(controls: Iterable[tuple[str, Comparison | None]]) -> Iterator[Fault]:
     """The faults shown by the A/A controls, which concern all numbers; each control comes with its phase or metric."""
     for phase, control in controls:
-        if control is None:
-            yield Fault(
-                reason=InvalidReason.CONTROL_NOT_MEASURED, message=f"the control of phase {phase!r} was not measured"
-            )
+        if control is None or control.verdict == "invalid":
+            why = "was not measured" if control is None else f"is invalid: {control.reason}"
+            message = f"the control of phase {phase!r} {why}"
+            yield Fault(reason=InvalidReason.CONTROL_NOT_MEASURED, message=message)
         elif is_difference(control):
             message = f"its control {control.verdict} in phase {phase!r}: the reference differs from itself"
             yield Fault(reason=InvalidReason.CONTROL_DIFFERS, message=message)

@@ -19,7 +19,7 @@ from statistics import fmean
 
 import msgspec
 
-from lorameter.errors import InvalidRunError, require
+from lorameter.errors import require
 from lorameter.records.metrics import METRICS, PHASES, PRIMARY, Samples, get_samples
 from lorameter.records.store import Run
 from lorameter.records.units import format_ratio
@@ -221,10 +221,7 @@ def compare_controls(groups: Groups, study: Study, phases: Sequence[str]) -> Con
     found: dict[str, Comparison | None] = {}
     for family in (primaries, others):
         for name in family:
-            try:
-                found[name] = compare_control(groups, study.reference, name, family=len(family))
-            except InvalidRunError:  # values without a logarithm have no ratio, and claims about them are not judged
-                found[name] = None
+            found[name] = compare_control(groups, study.reference, name, family=len(family))
     return found
 
 
