@@ -160,7 +160,7 @@ def test_a_control_without_a_ratio_makes_the_run_invalid(write_run):
     """A time below zero has no ratio, so the control proves nothing."""
     (fault,) = validity_of(write_run("a", TIMES, control=-1.0)).faults
     assert fault.reason == InvalidReason.CONTROL_NOT_MEASURED
-    assert "is invalid: the samples cannot be compared: candidate trial 0 sample 0 is -0.1" in fault.message
+    assert "is invalid: the samples cannot be compared: candidate trial 0 sample 0 is -0.09" in fault.message
 
 
 def test_a_failed_trial_affects_only_its_own_variant(write_run):

@@ -144,13 +144,6 @@ def test_a_run_of_several_sites_has_a_notice_of_their_difference():
     assert list(site_notices([record_sites("plain", 0, "", 1.0)])) == []
 
 
-def test_a_site_that_differs_from_the_median_is_named():
-    """The notice names a site that is at least 10 % from the median; with two sites it names none."""
-    notices = {notice.code: notice.message for notice in site_notices(run_of((1.0, 1.01, 1.5, 0.99)))}
-    assert notices["node-mismatch"] == "site GPU-2 is 49% slower than the median site."
-    assert [notice.code for notice in site_notices(run_of((1.0, 1.5)))] == ["sites"]
-
-
 def test_intervals_of_absolute_values_cover_the_mean_of_such_sites():
     """In 2000 simulated studies of 8 replicates on four random sites, 94 to 96 % of the 95 % intervals cover the mean
     speed; intervals that ignore the sites cover it too rarely."""

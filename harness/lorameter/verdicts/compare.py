@@ -61,7 +61,6 @@ from lorameter.verdicts.series import (
     judge,
     without_equality,
 )
-from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.validity import run_validity
 
 
@@ -124,13 +123,12 @@ class ComparisonInput:
 
 def comparison_input(run: Run) -> ComparisonInput:
     """A lorameter run as a side of a comparison. Raises `UsageError` for an A/B run, which has two sides, and for a run
-    whose sites differ."""
+    whose sites are different machines."""
     require(
         not run.manifest.sides,
         f"run {run.manifest.run}: an A/B run holds both of its sides and its own comparison. Read it with "
         f"`lorameter report {run.manifest.run}`.",
     )
-    refuse_mixed(run, "a side of a comparison")
     study, groups = read_study(run), group_trials(run.records)
     validity = run_validity(run, study)
     known = {variant.name: variant for variant in study.variants}

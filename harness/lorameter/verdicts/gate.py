@@ -47,7 +47,6 @@ from lorameter.verdicts.compare import (
     worst_exit_code,
 )
 from lorameter.verdicts.series import default_limits
-from lorameter.verdicts.sites import refuse_mixed
 from lorameter.verdicts.validity import run_validity
 
 
@@ -234,7 +233,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
     """Make a run the baseline of its fingerprint and study; returns the new baseline and the one that it replaces.
 
     Raises:
-        UsageError: the run does not exist, or is not in this runs directory.
+        UsageError: the run does not exist, is not in this runs directory, or cannot be a side of a comparison.
         InvalidRunError: the run is not completely valid.
     """
     run = store.read_run(name, runs)
@@ -242,11 +241,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
         run.path.resolve().parent == runs.resolve(),
         f"run {name!r}: is outside of {runs}, where its baseline would be kept. Give --runs-dir {run.path.parent}.",
     )
-    require(
-        not run.manifest.sides,
-        f"run {run.path.name}: an A/B run has two sides and cannot be a baseline. Accept a run without sides.",
-    )
-    refuse_mixed(run, "a baseline")
+    comparison_input(run)  # a baseline must be comparable
     validity = run_validity(run, read_study(run))
     if validity.invalid:
         raise InvalidRunError(

@@ -44,6 +44,7 @@ from lorameter.stats import (
     share_scatter,
 )
 from lorameter.studies.study import Study
+from lorameter.verdicts.sites import describe_machines
 
 K = TypeVar("K")
 Trial = tuple[TrialRecord, Samples]
@@ -160,8 +161,8 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
     """
     require(
         not any(record.machine for record in records),
-        "these trials ran on sites that are different machines, so their values cannot be combined. Read each "
-        "site with `lorameter report RUN`.",
+        f"the sites are different machines ({describe_machines(records)}), so their trials cannot be combined. Read "
+        "each site with `lorameter report RUN`, or measure machines of one kind in a separate run.",
     )
     groups: dict[tuple[str, Role], list[TrialRecord]] = {}
     for record in records:

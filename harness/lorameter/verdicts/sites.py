@@ -19,16 +19,12 @@ from typing import Any
 
 import msgspec
 
-from lorameter.errors import require
 from lorameter.records.metrics import PRIMARY, get_samples
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 
 MIXED = "mixed"
 """The field of the protocol that allows different sites."""
-
-MIN_SITE_DIFFERENCE = 0.10
-"""Distance from the median step time of all sites at which a site is reported."""
 
 
 def is_mixed(run: Run) -> bool:
@@ -94,16 +90,6 @@ def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Not
     return (mixed, *common, *own)
 
 
-def refuse_mixed(run: Run, what: str) -> None:
-    """Raise `UsageError` for a run whose sites are different machines, for which `what` is not defined."""
-    require(
-        not is_mixed(run),
-        f"run {run.manifest.run}: its sites are different machines ({describe_machines(run.records)}), and {what} is "
-        f"of one kind. Read each site by `lorameter report {run.manifest.run}`, or measure one kind in a separate "
-        "run.",
-    )
-
-
 def _mean_logs(records: Sequence[TrialRecord]) -> dict[str, float]:
     """The mean log of the median step times on each site, over the variants that every site has; {} without any."""
     times: dict[str, dict[str, list[float]]] = {}
@@ -118,25 +104,18 @@ def _mean_logs(records: Sequence[TrialRecord]) -> dict[str, float]:
 
 
 def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
-    """Notices about a run on several sites: how much they differ, and which site is an outlier."""
+    """A notice about a run on several sites: how much they differ."""
     sites = {record.site for record in records if record.site}
     if len(sites) < 2:
         return
     logs = _mean_logs(records)
-    seen = ", ".join(f"{site} {math.expm1(log - fmean(logs.values())):+.1%}" for site, log in logs.items())
+    differences = [f"{site} {math.expm1(log - fmean(logs.values())):+.1%}" for site, log in logs.items()]
+    listed = ", ".join(differences) or "not known"
     yield Notice(
         code="sites",
-        message=f"replicates were spread over {len(sites)} sites (step times, from their mean: {seen or 'not known'}). "
+        message=f"replicates were spread over {len(sites)} sites (step times, from their mean: {listed}). "
         "Ratios are within a site; an absolute value is the mean of these sites', and its interval is over them, not "
         "over replicates.",
-        remedy="Measure on one site where absolute values matter.",
+        remedy="Where absolute values matter, measure on one site, and leave out a site that is far from the others "
+        "(`lorameter doctor` on it shows its clocks, its temperature and other processes).",
     )
-    for site, log in logs.items() if len(logs) > 2 else ():  # with two sites, neither is an outlier
-        away = math.expm1(log - median(logs.values()))
-        if abs(away) > MIN_SITE_DIFFERENCE:
-            yield Notice(
-                code="node-mismatch",
-                message=f"site {site} is {abs(away):.0%} {'slower' if away > 0 else 'faster'} than the median site.",
-                remedy="Check its clocks, its temperature and other processes on it (lorameter doctor), or leave it "
-                "out.",
-            )

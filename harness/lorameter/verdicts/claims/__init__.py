@@ -41,7 +41,6 @@ from lorameter.verdicts.claims.parts import (
 )
 from lorameter.verdicts.claims.parts import PartResult as PartResult
 from lorameter.verdicts.series import Groups, compare_control, group_trials, is_difference
-from lorameter.verdicts.sites import refuse_mixed
 
 Controls = Mapping[str, Comparison | None]
 """The comparison of the reference with itself, by metric; None if it was not measured."""
@@ -111,7 +110,6 @@ def judge_claims(run: Run) -> ClaimsReport:
         f"run {run.manifest.run}: an A/B compares two sides of each variant, and a claim compares variants. "
         "Measure the study with `lorameter run`.",
     )
-    refuse_mixed(run, "a claim")
     groups = group_trials(run.records)
     controls = compare_controls(groups, study, run.manifest.phases)
     engine = collect_evidence(run, study, groups)
