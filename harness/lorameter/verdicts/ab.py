@@ -23,7 +23,6 @@ from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import (
     ComparisonReport,
     Difference,
-    comparison_fields,
     comparison_row,
     default_metrics,
     match_patterns,
@@ -130,7 +129,7 @@ def build_report(
 def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """Combine the reports of all sites: the gate passes only if every site passes. If there is no site, the report has
     no row and does not pass."""
-    invalid = comparison_fields(Comparison(verdict="invalid", reason=broken)) if broken else {}
+    invalid = dataclasses.asdict(Comparison(verdict="invalid", reason=broken)) if broken else {}
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),
         candidate=str(run.manifest.sides["candidate"]["label"]),
@@ -197,7 +196,7 @@ def _list_effects(run: Run) -> Iterator[PhaseEffect]:
         for metric in METRICS:
             found = compare_series(ours, theirs, metric)
             if found is not None and found.ratio is not None:
-                yield PhaseEffect(variant=name, metric=metric, **comparison_fields(found))
+                yield PhaseEffect(variant=name, metric=metric, **dataclasses.asdict(found))
 
 
 def _facts(run: Run, side: Side) -> dict[str, Any]:

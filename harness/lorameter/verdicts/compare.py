@@ -159,11 +159,10 @@ def machine_differences(base: ComparisonInput, candidate: ComparisonInput) -> li
     """Facts about machine, libraries and workload that must agree but differ; an unknown fact never agrees."""
     if base.absent is not None:
         return []
-    base_facts, candidate_facts = base.facts, candidate.facts
-    if base_facts is None or candidate_facts is None:
-        words = ["unknown" if facts is None else "known" for facts in (base_facts, candidate_facts)]
+    if base.facts is None or candidate.facts is None:
+        words = ["unknown" if side.facts is None else "known" for side in (base, candidate)]
         return [Difference(field="fingerprint", base=words[0], candidate=words[1])]
-    return find_differences(codec.to_json(base_facts), codec.to_json(candidate_facts))
+    return find_differences(codec.to_json(base.facts), codec.to_json(candidate.facts))
 
 
 def variant_differences(name: str, base: ComparisonInput, candidate: ComparisonInput) -> list[Difference]:
@@ -276,11 +275,6 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return first_few(list(reasons), MAX_REASONS, "; ") if reasons else None
 
 
-def comparison_fields(found: Comparison) -> dict[str, Any]:
-    """The fields of a comparison, to be extended by further fields."""
-    return {field.name: getattr(found, field.name) for field in dataclasses.fields(Comparison)}
-
-
 def comparison_row(
     variant: str, metric: str, found: Comparison, interleaving: Interleaving, limits_of: LimitsOf = default_limits
 ) -> ComparisonRow:
@@ -289,7 +283,7 @@ def comparison_row(
     return ComparisonRow(
         variant=variant,
         metric=metric,
-        **comparison_fields(found),
+        **dataclasses.asdict(found),
         tolerance=limits.tolerance,
         margin=limits.margin,
         interleaving=interleaving,
@@ -425,27 +419,19 @@ def _refuse(
 ) -> Comparison | None:
     """The verdict if the numbers do not count, are missing, or come from sides that are not comparable; None if they
     can be compared."""
-    base_variant, candidate_variant = base.variants.get(name), candidate.variants.get(name)
-    faults = [
-        base.broken,
-        candidate.broken,
-        *(side.broken for side in (base_variant, candidate_variant) if side is not None),
-    ]
-    if any(faults):
-        return Comparison(verdict="invalid", reason="; ".join(filter(None, faults)))
-    if base.absent is not None:
-        return Comparison(verdict="no_baseline", reason=base.absent)
-    if candidate_variant is None:
-        missing = f"variant {name!r}: it is in the base and not in the candidate"
-        return Comparison(verdict="not_comparable", reason=missing)
-    if base_variant is None:
-        missing = f"variant {name!r}: it is in the candidate and not in the base"
-        return Comparison(verdict="no_baseline", reason=missing)
-    if not candidate_variant.trials(metric):
-        return Comparison(verdict="not_comparable", reason=f"the candidate has no {metric} of variant {name!r}")
-    if not base_variant.trials(metric):
-        return Comparison(verdict="no_baseline", reason=f"the base has no {metric} of variant {name!r}")
-    return Comparison(verdict="not_comparable", reason=describe_differences(unlike)) if unlike else None
+    ours, theirs = (side.variants.get(name, Measurements(name=name)) for side in (base, candidate))
+    faults = [why for why in (base.broken, candidate.broken, ours.broken, theirs.broken) if why]
+    refusals: tuple[tuple[object, Verdict, str], ...] = (
+        (faults, "invalid", "; ".join(faults)),
+        (base.absent, "no_baseline", base.absent or ""),
+        (name not in candidate.variants, "not_comparable", f"variant {name!r}: it is not in the candidate"),
+        (name not in base.variants, "no_baseline", f"variant {name!r}: it is not in the base"),
+        (not theirs.trials(metric), "not_comparable", f"the candidate has no {metric} of variant {name!r}"),
+        (not ours.trials(metric), "no_baseline", f"the base has no {metric} of variant {name!r}"),
+        (unlike, "not_comparable", describe_differences(unlike)),
+    )
+    found = (Comparison(verdict=verdict, reason=reason) for applies, verdict, reason in refusals if applies)
+    return next(found, None)
 
 
 def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:
