@@ -38,6 +38,7 @@ from lorameter.records.store import Run, is_packed
 from lorameter.stats import VerdictRule
 from lorameter.studies.protocol import check_fraction
 from lorameter.studies.study_file import read_study
+from lorameter.verdicts.benchmark_files import list_benchmarks, read_benchmark_json, read_benchmarks
 from lorameter.verdicts.compare import (
     ComparisonInput,
     ComparisonReport,
@@ -50,7 +51,7 @@ from lorameter.verdicts.series import default_limits
 from lorameter.verdicts.validity import run_validity
 
 
-def _checked(tolerance: float | None, margin: float | None, where: str) -> None:
+def _check_limits(tolerance: float | None, margin: float | None, where: str) -> None:
     check_fraction(where, "tolerance", tolerance, zero=True)
     check_fraction(where, "margin", margin)
 
@@ -69,7 +70,7 @@ class LimitRule:
     """Two values within it count as equal; a fraction."""
 
     def __post_init__(self) -> None:
-        _checked(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
+        _check_limits(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class Policy:
     """Separate limits for some variants and metrics."""
 
     def __post_init__(self) -> None:
-        _checked(self.tolerance, self.margin, "policy")
+        _check_limits(self.tolerance, self.margin, "policy")
 
     def limits_of(self, variant: str, metric: str) -> VerdictRule:
         """Tolerance and margin of one comparison."""
@@ -291,14 +292,9 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
         UsageError: the name is none of these, or cannot be read.
     """
     if fileio.is_file(name) and not is_packed(Path(name)):
-        from lorameter.verdicts.benchmark_files import read_benchmark_json
-
         return read_benchmark_json(Path(name))
-    if not store.is_run(Path(name)) and not store.is_run(runs / name):
-        from lorameter.verdicts.benchmark_files import list_benchmarks, read_benchmarks
-
-        if list_benchmarks(name):
-            return read_benchmarks(name)
+    if not store.is_run(Path(name)) and not store.is_run(runs / name) and list_benchmarks(name):
+        return read_benchmarks(name)
     try:
         return comparison_input(store.read_run(name, runs))
     except UsageError as error:
