@@ -269,27 +269,23 @@ def test_a_shift_of_a_few_variants_is_not_a_change_of_the_machine(write_run, com
 def saved(tmp_path):
     """A function that writes a file as the plugin does: four trials of three samples, and one more metric."""
 
-    def write(name, *, step=0.1, facts=FACTS, about=None, counts=(3, 3, 3, 3), ids=("i",)):
+    def write(name, *, step=0.1, facts=FACTS, about=(("invalid", None),), counts=(3, 3, 3, 3), identity="i"):
         trials = [[step * (1 + trial / 500)] * 3 for trial in range(4)]
-        rows = [
-            {
-                "fullname": f"test[{index}]",
-                "param": "plain",
-                "stats": {"data": [sample for trial in trials for sample in trial]},
-                "extra_info": {
-                    "variant": identity,
-                    "metric": metric,
-                    "trials": [{"samples": count} for count in counts],
-                    "medians": {"first_step_time_s": [1.0, 1.1, 1.0, 1.1]} if index == 0 else {},
-                    "memory": {"host_peak_train_bytes": 1000},
-                },
-            }
-            for index, (identity, metric) in enumerate(zip(ids, ("step_time_s", "request_time_s"), strict=False))
-        ]
+        test = {
+            "fullname": "test[0]",
+            "stats": {"data": [sample for trial in trials for sample in trial]},
+            "extra_info": {
+                "name": "plain",
+                "variant": identity,
+                "metric": "step_time_s",
+                "trials": [{"samples": count} for count in counts],
+                "medians": {"first_step_time_s": [1.0, 1.1, 1.0, 1.1]},
+                "memory": {"host_peak_train_bytes": 1000},
+            },
+        }
+        data = {"machine_info": {"lorameter": facts}, "benchmarks": [test]}
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(
-            {"machine_info": {"lorameter": facts}, "benchmarks": rows, "lorameter": {"control": {}} | (about or {})}
-        ))  # fmt: skip
+        path.write_text(json.dumps(data if about is None else data | {"lorameter": dict(about)}))
         return path
 
     return write
@@ -313,13 +309,12 @@ def test_files_of_lorameter_are_compared_by_their_trials(saved, compare):
     ({"facts": FACTS | {"driver": None}}, 5, "driver: None in the base, None in the candidate"),
     ({"facts": {}}, 5, "fingerprint: 'known' in the base, 'unknown' in the candidate"),
     ({"about": {"invalid": "its status is 'interrupted'"}}, 4, "'interrupted'"),
-    ({"about": {"control": {"train": None}}}, 4, "was not measured"),
-    ({"about": {"failed": {"nf4": "trial r0-nf4 is oom"}}}, 4, "r0-nf4 is oom"),
+    ({"about": None}, 4, "it does not say whether its run is valid"),
+    ({"about": {"invalid": None, "failed": {"nf4": "trial r0-nf4 is oom"}}}, 4, "r0-nf4 is oom"),
     ({"counts": (3, 3, 3, 4)}, 4, "and 12 were saved"),
     ({"counts": (3, 3, 3)}, 4, "and 12 were saved"),
     ({"counts": (3, 3, 3, 3, 0)}, 4, "and 12 were saved"),
-    ({"ids": ("i", "j")}, 4, "two variants, i and j"),
-    ({"ids": ("j",)}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
+    ({"identity": "j"}, 5, "variant plain: 'i' in the base, 'j' in the candidate"),
 ])  # fmt: skip
 def test_an_invalid_or_different_file_of_lorameter_is_judged_as_a_run(saved, compare, changes, code, expected):
     """Reasons and exit codes are the same as for a run."""
@@ -398,7 +393,8 @@ def test_foreign_files_are_comparable_only_with_similar_ones(foreign, write_run,
     ('{"benchmarks": [{"fullname": "a"}]}', "benchmarks[0].stats"),
     ('{"benchmarks": [{"fullname": "a", "stats": {"data": ["x"]}}]}', "benchmarks[0].stats.data[0] = 'x'"),
     ('{"benchmarks": [{"fullname": "a", "stats": {}}, {"fullname": "a", "stats": {}}]}', "a second benchmark"),
-    ('{"benchmarks": [{"param": "a", "stats": {}, "extra_info": {"trials": [], "metric": "x"}}]}', "not a metric"),
+    ('{"benchmarks": [{"fullname": "t", "stats": {}, "extra_info": {"name": "a", "trials": [], "metric": "x"}}]}',
+     "not a metric"),
 ])  # fmt: skip
 def test_a_file_of_another_shape_is_refused_by_name(tmp_path, compare, text, expected):
     """The error has file, key and value, and the exit code is 2."""

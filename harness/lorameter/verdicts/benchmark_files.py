@@ -37,7 +37,6 @@ from lorameter.verdicts.compare import (
     session_differences,
 )
 from lorameter.verdicts.series import Series, Trials, is_memory
-from lorameter.verdicts.validity import control_faults, format_faults
 
 FOREIGN_METRIC = "round_time_s"
 """The metric that pytest-benchmark measures: the time of one round."""
@@ -60,8 +59,8 @@ class SavedTrial(msgspec.Struct):
 class ExtraInfo(msgspec.Struct, kw_only=True):
     """Facts that a lorameter test adds to its samples (`extra_info`)."""
 
-    name: str = ""
-    """Name of the variant; default: the test's parameter."""
+    name: str
+    """Name of the variant."""
     variant: str | None = None
     """Content id of the variant."""
     metric: str
@@ -83,9 +82,7 @@ class SavedStats(msgspec.Struct):
 class SavedTest(msgspec.Struct, kw_only=True):
     """A test in a pytest-benchmark file."""
 
-    fullname: str = ""
-    name: str = ""
-    param: Any = None
+    fullname: str
     stats: SavedStats
     extra_info: dict[str, Any] = {}
 
@@ -96,8 +93,9 @@ class AboutRun(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str | None = None
     study: str | None = None
     variants: tuple[AnyVariant, ...] = ()
-    control: dict[str, Comparison | None] | None = None
-    invalid: str | None = None
+    control: dict[str, Comparison | None] = {}
+    invalid: str | None
+    """Why no number of the run counts."""
     failed: dict[str, str] = {}
     """Why no number of a variant counts, by variant."""
 
@@ -107,7 +105,7 @@ class SavedFile(msgspec.Struct, kw_only=True):
 
     benchmarks: tuple[SavedTest, ...]
     machine_info: dict[str, Any] = {}
-    lorameter: AboutRun = AboutRun()
+    lorameter: AboutRun | None = None
 
 
 def read_benchmark_json(path: Path) -> ComparisonInput:
@@ -190,9 +188,8 @@ def _check_same_machine(first: ComparisonInput, side: ComparisonInput) -> None:
 def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
     variants: dict[str, Measurements] = {}
     for index, test in enumerate(saved.benchmarks):
-        name = test.fullname or test.name
-        if not name or name in variants:
-            why = "a second benchmark of that name" if name else "a benchmark needs a name"
+        name, why = test.fullname, "a second benchmark of that name"
+        if name in variants:
             raise refused_value(where, f"benchmarks[{index}].fullname", name, why, "Save them separately.")
         summary = () if test.stats.median is None else (test.stats.median,)
         samples = test.stats.data or summary
@@ -214,7 +211,8 @@ def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
 
 
 def _read_lorameter_file(where: str, saved: SavedFile) -> ComparisonInput:
-    about, facts = saved.lorameter, saved.machine_info.get("lorameter")
+    about = saved.lorameter or AboutRun(invalid="it does not say whether its run is valid. Save it again")
+    facts = saved.machine_info.get("lorameter")
     variants = {name: Measurements(name=name, broken=f"{where}: {why}") for name, why in about.failed.items()}
     known = {variant.name: variant for variant in about.variants}
     phases: dict[str, None] = {}
@@ -223,28 +221,18 @@ def _read_lorameter_file(where: str, saved: SavedFile) -> ComparisonInput:
             continue
         place = f"{where}: benchmarks[{index}]"
         info = codec.from_json(ExtraInfo, test.extra_info, f"{place}.extra_info", strict=True)
-        name = info.name or test.param
-        if not isinstance(name, str):
-            raise refused_value(place, "param", name, "not a variant name", "Save it again.")
         if info.metric not in METRICS:
             raise refused_value(place, "extra_info.metric", info.metric, "not a metric", "Save it again.")
         phases[METRICS[info.metric].phase] = None
         samples, fault = _split_samples(place, test.stats.data or (), info)
-        side = variants.get(name) or Measurements(name=name)
-        faults = [side.broken, fault]
-        if side.id not in (None, info.variant):
-            faults.append(f"two variants, {side.id} and {info.variant}, have the name {name!r}")
-        variants[name] = Measurements(
-            name=name,
+        earlier = variants.get(info.name, Measurements(name=info.name))
+        variants[info.name] = Measurements(
+            name=info.name,
             id=info.variant,
-            variant=known.get(name),
-            samples={**samples, **side.samples},
-            broken="; ".join(filter(None, faults)) or None,
+            variant=known.get(info.name),
+            samples={**samples, **earlier.samples},
+            broken="; ".join(filter(None, (earlier.broken, fault))) or None,
         )
-    control = about.control or {}
-    invalid = about.invalid or format_faults(tuple(control_faults(control.items())))
-    if about.control is None:
-        invalid = "it has no result of its control. Save it again"
     return ComparisonInput(
         name=where,
         variants=variants,
@@ -252,26 +240,24 @@ def _read_lorameter_file(where: str, saved: SavedFile) -> ComparisonInput:
         fingerprint=about.fingerprint,
         study=about.study,
         phases=tuple(phases),
-        control=control,
-        broken=f"{where}: {invalid}" if invalid else None,
+        control=about.control,
+        broken=f"{where}: {about.invalid}" if about.invalid else None,
     )
 
 
 def _split_samples(place: str, data: tuple[float, ...], info: ExtraInfo) -> tuple[dict[str, Trials], str | None]:
     """The samples of one test, split at the trial boundaries; and why they do not count, if so."""
-    counts, broken = [trial.samples for trial in info.trials], None
-    samples: dict[str, Trials] = {}
-    if min(counts, default=0) < 1 or sum(counts) != len(data):
-        broken = f"{place}: its trials hold {counts} samples and {len(data)} were saved"
-    else:
-        ends = list(itertools.accumulate(counts))
-        samples[info.metric] = [data[end - count : end] for end, count in zip(ends, counts, strict=True)]
     # An unpaired comparison uses only one median of each trial.
-    for name, values in info.medians.items():
-        if name in METRICS:
-            samples.setdefault(name, [(value,) for value in values])
+    samples: dict[str, Trials] = {
+        name: [(value,) for value in values] for name, values in info.medians.items() if name in METRICS
+    }
     samples |= {kind: [(size,)] for kind, size in info.memory.items() if is_memory(kind)}
-    return samples, broken
+    counts = [trial.samples for trial in info.trials]
+    if min(counts, default=0) < 1 or sum(counts) != len(data):
+        return samples, f"{place}: its trials hold {counts} samples and {len(data)} were saved"
+    ends = itertools.accumulate(counts)
+    samples[info.metric] = [data[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    return samples, None
 
 
 def extra_info(run: Run, series: Series, phase: str, metric: str) -> dict[str, Any]:
