@@ -20,7 +20,7 @@ from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, VerdictRule, compare_trials, replicates_to_see, sd_interval
 from lorameter.studies.variant import AnyVariant
-from lorameter.verdicts.series import Pair, Series, compare_series, group_trials, make_pairs
+from lorameter.verdicts.series import Pair, Series, group_trials, judge, make_pairs
 
 TOLERANCE = VerdictRule().tolerance
 """Default tolerance of a gate."""
@@ -104,8 +104,7 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
         raise InvalidRunError(f"run {run.manifest.run}: no trial of {variant.name} to calibrate with.") from None
     same, other = _pairs(base, twin, metric, run), _pairs(base, slow, metric, run)
     both = min(len(same.base), len(other.base))
-    identical, injected = compare_series(base, twin, metric), compare_series(base, slow, metric)
-    assert identical is not None and injected is not None  # noqa: PT018 - checked in _pairs
+    identical, injected = judge({("identical", metric): same, ("injected", metric): other}, family=1).values()
     spread = same.effect.spread
     assert spread is not None  # with as many replicates as `_pairs` requires
     sd_low, sd_high = sd_interval(spread.sd, len(same.base) - 1)
