@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
-from typing import Any
 
 import msgspec
 
@@ -23,13 +22,10 @@ from lorameter.records.metrics import PRIMARY, get_samples
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 
-MIXED = "mixed"
-"""The field of the protocol that allows different sites."""
-
 
 def is_mixed(run: Run) -> bool:
-    """Whether its sites may differ, according to its study or any of its records."""
-    return bool(run.manifest.study.get("protocol", {}).get(MIXED)) or any(record.machine for record in run.records)
+    """Whether its sites are different machines, as its records say."""
+    return any(record.machine for record in run.records)
 
 
 def runs_of_sites(run: Run) -> dict[str, Run]:
@@ -43,31 +39,18 @@ def _run_of(run: Run, site: str) -> Run:
         for given in (run.records, run.disturbed)
     )
     machine = next(record.machine for record in run.records if record.site == site)
-    study: dict[str, Any] = run.manifest.study
-    protocol = {key: value for key, value in study.get("protocol", {}).items() if key != MIXED}
     manifest = msgspec.structs.replace(
         run.manifest,
-        study={**study, "protocol": protocol},
         order=tuple(record.trial for record in records),
         provenance={**run.manifest.provenance, "device_name": machine},
     )
     return dataclasses.replace(run, manifest=manifest, records=records, disturbed=disturbed)
 
 
-def unmeasured_sites(run: Run) -> Iterator[str]:
-    """Sentences about the sites that have measured nothing."""
-    measured = {record.site for record in run.records if record.status == "ok"}
-    for site in run.manifest.sites:
-        if site not in measured:
-            yield f"site {site} has measured nothing"
-    if not (measured or run.manifest.sites):
-        yield "no site has measured anything"
-
-
 def describe_machines(records: Iterable[TrialRecord]) -> str:
     """Each site with its machine."""
     found = {record.site: record.machine for record in records if record.site}
-    return "; ".join(f"{site}: {machine or 'unknown'}" for site, machine in sorted(found.items())) or "none measured"
+    return "; ".join(f"{site}: {machine or 'unknown'}" for site, machine in sorted(found.items()))
 
 
 def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:

@@ -19,7 +19,7 @@ from lorameter.records.units import first_few, format_count
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
 from lorameter.verdicts.series import compare_control, group_trials, is_difference, occupancy
-from lorameter.verdicts.sites import is_mixed, runs_of_sites, unmeasured_sites
+from lorameter.verdicts.sites import is_mixed, runs_of_sites
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
 """Parts of a replicate that a time limit can drop, each with the phase that needs it."""
@@ -128,7 +128,12 @@ def run_validity(run: Run, study: Study) -> RunValidity:
         for site, validity in sites.items():
             of_site = control_faults((f"{phase} on {site}", control) for phase, control in validity.controls.items())
             faults += [dataclasses.replace(fault, site=site) for fault in of_site]
-        faults += [Fault(reason=InvalidReason.SITE_NOT_MEASURED, message=message) for message in unmeasured_sites(run)]
+        measured = {record.site for record in run.records if record.status == "ok"}
+        faults += [
+            Fault(reason=InvalidReason.SITE_NOT_MEASURED, message=f"site {site} has measured nothing")
+            for site in run.manifest.sites
+            if site not in measured
+        ]
     else:
         groups, reference = group_trials(run.records, "base" if sides else ""), study.reference
         if sides:  # the variants of an A/B are not compared with each other, so they share no scatter
