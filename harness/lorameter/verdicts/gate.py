@@ -204,7 +204,7 @@ class Baselines:
     schema: Literal[1] = 1
     baselines: tuple[Baseline, ...] = ()
 
-    def of(self, fingerprint: str | None, study: str | None) -> Baseline | None:
+    def find(self, fingerprint: str | None, study: str | None) -> Baseline | None:
         """The accepted run; None if there is none."""
         return next((one for one in self.baselines if (one.fingerprint, one.study) == (fingerprint, study)), None)
 
@@ -260,7 +260,7 @@ def accept(name: str, runs: Path) -> tuple[Baseline, Baseline | None]:
             fileio.is_there(run.path), f"run {run.path.name}: it was removed while it was read. Accept another run."
         )
         known = read_baselines(runs)
-        replaced = known.of(accepted.fingerprint, accepted.study)
+        replaced = known.find(accepted.fingerprint, accepted.study)
         others = tuple(baseline for baseline in known.baselines if baseline != replaced)
         write_document(runs / FILE, Baselines(baselines=(*others, accepted)))
     return accepted, replaced
@@ -273,7 +273,7 @@ def read_base(name: str, runs: Path, *, fingerprint: str | None, study: str | No
     """
     if name != WORD:
         return read_comparand(name, runs)
-    baseline = read_baselines(runs).of(fingerprint, study) if fingerprint and study else None
+    baseline = read_baselines(runs).find(fingerprint, study) if fingerprint and study else None
     if baseline is None:
         about = f"study {study!r} with fingerprint {fingerprint}" if fingerprint else "a side without a fingerprint"
         return ComparisonInput(
@@ -295,12 +295,4 @@ def read_comparand(name: str, runs: Path) -> ComparisonInput:
         return read_benchmark_json(Path(name))
     if not store.is_run(Path(name)) and not store.is_run(runs / name) and list_benchmarks(name):
         return read_benchmarks(name)
-    try:
-        return comparison_input(store.read_run(name, runs))
-    except UsageError as error:
-        if fileio.is_folder(runs / name) or fileio.is_there(name):
-            raise
-        raise UsageError(
-            f"{error} A pytest-benchmark .json file, or a folder or quoted pattern of several, works too; there is "
-            f"none at {name!r}."
-        ) from None
+    return comparison_input(store.read_run(name, runs))
