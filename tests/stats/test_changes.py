@@ -53,18 +53,18 @@ def test_fewer_than_ten_points_have_no_change():
 def test_a_single_outlier_is_not_a_change(place):
     """A single outlier is not a change, whatever its size and place; the level hardly moves."""
     values = noise(40, seed=8)
-    level = find_changes(values).levels[0].mean
+    level = find_changes(values).levels[0].value
     values[place] += 3.0
     course = find_changes(values)
     assert not course.changes
-    assert course.levels[0].mean == pytest.approx(level, abs=0.01)
+    assert course.levels[0].value == pytest.approx(level, abs=0.01)
 
 
 def test_constant_values_are_one_level():
     """Constant values have no scatter, and no change is found."""
     course = find_changes([1.5] * 20)
     assert (course.changes, course.scatter) == ((), 0.0)
-    assert [(level.low, level.mean, level.high) for level in course.levels] == [(1.5, 1.5, 1.5)]
+    assert [(level.low, level.value, level.high) for level in course.levels] == [(1.5, 1.5, 1.5)]
     assert not find_changes([0.1] * 33).changes
 
 

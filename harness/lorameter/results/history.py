@@ -243,7 +243,7 @@ def _line(measured: Sequence[MeasuredRun]) -> HistorySeries:
                 first=counting[level.first].moment,
                 last=counting[level.end - 1].moment,
                 runs=level.end - level.first,
-                value=math.exp(level.mean),
+                value=math.exp(level.value),
                 low=None if level.low is None else math.exp(level.low),
                 high=None if level.high is None else math.exp(level.high),
             )
@@ -268,8 +268,8 @@ def _suspicion(change: LevelShift, old: Level, new: Level, counting: Sequence[Me
     return Suspicion(
         before=before.moment,
         after=after.moment,
-        level_before=math.exp(old.mean),
-        level_after=math.exp(new.mean),
+        level_before=math.exp(old.value),
+        level_after=math.exp(new.value),
         ratio=ratio,
         low=low,
         high=high,

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorameter.stats.intervals import quantile
+from lorameter.stats.intervals import Estimate, quantile
 from lorameter.stats.samples import checked_number, checked_samples
 
 if TYPE_CHECKING:
@@ -64,18 +64,13 @@ _TRIMMED, _OF_TRIMMED = 0.1, 1.13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
-    """Values between two changes."""
+class Level(Estimate):
+    """Values between two changes: the mean of their logs, with its 95 % interval if the scatter is known."""
 
     first: int
     """Index of its first value."""
     end: int
     """Index after its last value."""
-    mean: float
-    """Mean of the logs."""
-    low: float | None
-    """Lower end of the mean's 95 % interval; None without a scatter."""
-    high: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,13 +189,13 @@ def _scatter_around(values: NDArray[float64], ends: Sequence[int]) -> float:
 def _level(values: NDArray[float64], first: int, end: int, scatter: float | None, df: int) -> Level:
     mean = float(values[first:end].mean())
     if scatter is None:
-        return Level(first=first, end=end, mean=mean, low=None, high=None)
+        return Level(first=first, end=end, value=mean, low=None, high=None)
     half = quantile(df, ALPHA / 2) * scatter / math.sqrt(end - first)
-    return Level(first=first, end=end, mean=mean, low=mean - half, high=mean + half)
+    return Level(first=first, end=end, value=mean, low=mean - half, high=mean + half)
 
 
 def _change(before: Level, after: Level, scatter: float, df: int) -> LevelShift:
-    ratio = after.mean - before.mean
+    ratio = after.value - before.value
     error = scatter * math.sqrt(1 / (before.end - before.first) + 1 / (after.end - after.first))
     half = quantile(df, ALPHA / 2) * error
     return LevelShift(first=after.first, log_ratio=ratio, low=ratio - half, high=ratio + half)
