@@ -18,12 +18,11 @@ from lorameter.stats.comparison import (
     compare_trials,
     decide,
     decide_family,
-    estimate_effect,
     holm_step_down,
     kept_pairs,
     run_wide_shift,
 )
-from lorameter.stats.effect import Effect, Pairing
+from lorameter.stats.effect import Effect, Pairing, estimate_effect
 from lorameter.stats.estimate import (
     TrialsEstimate,
     estimate_trials,

@@ -36,9 +36,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lorameter.stats.effect import Effect, Pairing, Spread, from_log, measure_effect
+from lorameter.stats.effect import Effect, Pairing, Spread, estimate_effect, from_log
 from lorameter.stats.intervals import sign_test
-from lorameter.stats.samples import checked_number, checked_samples, checked_trials
+from lorameter.stats.samples import checked_number, checked_samples
 from lorameter.stats.verdict import (
     MAX_ADVISED,
     Comparison,
@@ -73,18 +73,6 @@ def compare_trials(
     """
     rule = VerdictRule(tolerance=tolerance, margin=margin, alpha=alpha, family=family)
     return decide(estimate_effect(base, candidate, pairing), rule)
-
-
-def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
-    """The effect of validated input. Raises ValueError as `compare_trials` does."""
-    effect = measure_effect(
-        checked_trials("base", base, positive=True), checked_trials("candidate", candidate, positive=True), pairing
-    )
-    if not (math.isfinite(effect.log_ratio) and from_log(effect.log_ratio)):
-        raise ValueError(
-            f"the log ratio of candidate to base is {effect.log_ratio:g}, too large for a float: check the units"
-        )
-    return effect
 
 
 def decide(effect: Effect, rule: VerdictRule) -> Comparison:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lorameter.stats.intervals import quantile
-from lorameter.stats.samples import trial_medians
+from lorameter.stats.samples import checked_trials, trial_medians
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,14 +73,22 @@ def from_log(value: float) -> float | None:
     return math.exp(value) if value < _LOG_LARGEST else None
 
 
-def measure_effect(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing) -> Effect:
-    """The effect, from an array of positive samples for each trial.
+def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
+    """The effect, from the samples of each trial.
 
-    Raises ValueError if paired sides have different numbers of trials or, paired by turn, of samples in a pair.
+    Raises ValueError for samples that are not finite and above zero, for paired sides with different numbers of trials
+    or, paired by turn, of samples in a pair, and for a ratio beyond the range of a float.
     """
+    ours, theirs = checked_trials("base", base, positive=True), checked_trials("candidate", candidate, positive=True)
     if pairing == "none":
-        return _unpaired(_log_medians(base), _log_medians(candidate))
-    return paired_effect(log_ratios(base, candidate, pairing), pairing)
+        effect = _unpaired(_log_medians(ours), _log_medians(theirs))
+    else:
+        effect = paired_effect(log_ratios(ours, theirs, pairing), pairing)
+    if not (math.isfinite(effect.log_ratio) and from_log(effect.log_ratio)):
+        raise ValueError(
+            f"the log ratio of candidate to base is {effect.log_ratio:g}, too large for a float: check the units"
+        )
+    return effect
 
 
 def log_ratios(
@@ -88,7 +96,7 @@ def log_ratios(
 ) -> NDArray[float64]:
     """The log ratio of candidate to base in each replicate, for paired sides.
 
-    Raises ValueError for unpaired sides and an unknown pairing, and as `measure_effect` does.
+    Raises ValueError for unpaired sides and an unknown pairing, and as `estimate_effect` does.
     """
     if len(base) != len(candidate):
         raise ValueError(

@@ -201,7 +201,7 @@ class Pair:
 
     @property
     def effect(self) -> Effect:
-        """The effect of the candidate. Raises ValueError as `stats.effect_of` does."""
+        """The effect of the candidate. Raises ValueError as `estimate_effect` does."""
         if self.shared is not None:
             return self.shared
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
