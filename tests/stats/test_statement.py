@@ -74,7 +74,7 @@ def test_no_difference_refutes_beyond_without_correction():
     """Contrasts that are equal within the limit refute it even if the corrected interval still reaches it."""
     contrasts = around(0.0, 0.0, 0.0, sd=0.03)
     assert status_and_reason(judge_above, contrasts, MARGIN, family=20) == ("refuted", "equality")
-    assert judge_above(contrasts, MARGIN, family=20).level == pytest.approx(0.9)
+    assert judge_above(contrasts, MARGIN, family=20).tail == 0.05
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e-17, -1e-17])
@@ -85,14 +85,14 @@ def test_rounding_decides_nothing(mean):
 
 
 def test_a_family_widens_the_deciding_interval():
-    """The deciding interval is that of alpha over the family; the shown interval stays the 95 % one."""
+    """The deciding interval is that of alpha over the family."""
     contrasts = around(0.02, sd=0.006)
     assert status_and_reason(judge_above, contrasts, TOLERANCE) == ("supported", "difference")
     found = judge_above(contrasts, TOLERANCE, family=20)
-    assert (found.status, found.level) == ("inconclusive", pytest.approx(1 - 0.05 / 20))
+    assert (found.status, found.tail) == ("inconclusive", pytest.approx(0.05 / 20 / 2))
     oracle = [stats.ttest_1samp(contrasts[:, 0], 0).confidence_interval(level) for level in (0.95, 1 - 0.05 / 20)]
-    assert (found.low, found.high) == pytest.approx((oracle[0].low, oracle[0].high))
-    assert (found.decided_low, found.decided_high) == pytest.approx((oracle[1].low, oracle[1].high))
+    assert found.effect.interval(0.025) == pytest.approx((oracle[0].low, oracle[0].high))
+    assert found.effect.interval(found.tail) == pytest.approx((oracle[1].low, oracle[1].high))
 
 
 def test_refuting_by_the_worst_of_many_is_corrected():
@@ -102,7 +102,8 @@ def test_refuting_by_the_worst_of_many_is_corrected():
     many = np.hstack([one, around(*[0.0] * 9, seed=1)])
     found = judge_within(many, MARGIN)
     assert (found.status, found.contrast) == ("inconclusive", 0)
-    assert judge_within(np.hstack([around(0.2, sd=0.01), many[:, 1:]]), MARGIN).level == pytest.approx(1 - 0.05 / 10)
+    found = judge_within(np.hstack([around(0.2, sd=0.01), many[:, 1:]]), MARGIN)
+    assert found.tail == pytest.approx(0.05 / 10 / 2)
 
 
 @given(st.lists(st.floats(-0.2, 0.2), min_size=2, max_size=8), st.floats(0.001, 0.1), st.integers(1, 30))
@@ -156,7 +157,7 @@ def test_an_undecided_statement_has_the_replicates_it_needs(statement, mean, lim
     """The stated number has a power of 80 % or slightly more on simulated replicates of the same effect and scatter."""
     found = statement(around(mean, sd=0.02), limit)
     assert found.status == "inconclusive"
-    assert found.replicates_needed > found.replicates
+    assert found.replicates_needed > found.effect.replicates
     rng = np.random.default_rng(1)
     draws = [statement(rng.normal(mean, 0.02, (found.replicates_needed, 1)), limit).status for _ in range(300)]
     assert 0.72 < draws.count(decided) / 300 < 0.95

@@ -67,6 +67,11 @@ class Effect:
     log_ratios: tuple[float, ...] = ()
     """The value of each replicate; empty if the sides are not paired."""
 
+    def interval(self, tail: float) -> tuple[float, float]:
+        """Both ends of the interval with the error rate `tail` on each side; infinite with one replicate."""
+        half = math.inf if self.spread is None else self.spread.half_width(tail)
+        return self.log_ratio - half, self.log_ratio + half
+
 
 def from_log(value: float) -> float | None:
     """The exponential, or None if it exceeds the range of a float (JSON has no infinity)."""

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lorameter.stats.effect import ROUNDING, Spread, paired_effect
+from lorameter.stats.effect import ROUNDING, Effect, paired_effect
 from lorameter.stats.intervals import Estimate, mean_interval
 from lorameter.stats.verdict import replicates_to_clear
 
@@ -118,56 +118,23 @@ def explained_share(blocks: Sequence[tuple[Sequence[float], Sequence[float]]]) -
 Support = Literal["supported", "refuted", "inconclusive"]
 By = Literal["difference", "equality", ""]
 
-_SHOWN_TAIL = 0.025
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Conclusion:
-    """The conclusion on a statement, with the contrast that decided; all numbers are logs of ratios."""
+    """The conclusion on a statement, with the contrast that decided, or that is inconclusive."""
 
     status: Support
     by: By
     """The assertion that decided; empty if inconclusive."""
     contrast: int
-    """Index of the contrast that decided, or that is inconclusive."""
-    estimate: float
-    """Mean of this contrast over replicates."""
-    low: float
-    """Lower end of its uncorrected 95 % interval."""
-    high: float
-    decided_low: float
-    """Lower end of the interval that decided, or failed to decide."""
-    decided_high: float
-    level: float
-    """Coverage of that interval."""
-    replicates: int
+    """Index of the contrast."""
+    effect: Effect
+    """The contrast over replicates; a log of a ratio."""
+    tail: float
+    """Error rate on each side of the interval that decided, or failed to decide."""
     replicates_needed: int | None = None
     """For an inconclusive statement: replicates that would decide it with 80 % power if the undecided contrast has its
     estimated value; None if no practical number suffices, and for a decided statement."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Contrast:
-    """One contrast over replicates, with its index."""
-
-    index: int
-    mean: float
-    spread: Spread
-    replicates: int
-
-    def low(self, tail: float) -> float:
-        return self.mean - self.spread.half_width(tail)
-
-    def high(self, tail: float) -> float:
-        return self.mean + self.spread.half_width(tail)
-
-    def nearest(self, tail: float) -> float:
-        """The smallest distance from zero within the interval; negative if the interval contains zero."""
-        return abs(self.mean) - self.spread.half_width(tail)
-
-    def furthest(self, tail: float) -> float:
-        """The largest distance from zero within the interval."""
-        return abs(self.mean) + self.spread.half_width(tail)
 
 
 def judge_above(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
@@ -178,19 +145,20 @@ def judge_above(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.0
     corrected for their number, is below it, or all are equal within the limit · else inconclusive. Raises ValueError
     for fewer than two replicates and for values that are not finite.
     """
-    found = _checked(contrasts)
+    effects = _effects(contrasts)
     tail = alpha / family / 2
-    weakest = min(found, key=lambda one: one.low(tail))
-    if weakest.low(tail) > limit + ROUNDING:
-        return _conclude("supported", "difference", weakest, tail)
-    shared = tail / len(found)
-    below = min(found, key=lambda one: one.high(shared))
-    if below.high(shared) < limit - ROUNDING:
-        return _conclude("refuted", "difference", below, shared)
-    widest = max(found, key=lambda one: one.furthest(alpha))
-    if widest.furthest(alpha) < limit:
-        return _conclude("refuted", "equality", widest, alpha)
-    return _open(weakest, tail, weakest.mean - limit, tail if weakest.mean > limit else shared)
+    low, weakest = min((effect.interval(tail)[0], index) for index, effect in enumerate(effects))
+    if low > limit + ROUNDING:
+        return Conclusion("supported", "difference", weakest, effects[weakest], tail)
+    shared = tail / len(effects)
+    high, below = min((effect.interval(shared)[1], index) for index, effect in enumerate(effects))
+    if high < limit - ROUNDING:
+        return Conclusion("refuted", "difference", below, effects[below], shared)
+    distance, furthest = _furthest(effects, alpha)
+    if distance < limit:
+        return Conclusion("refuted", "equality", furthest, effects[furthest], alpha)
+    clearance = effects[weakest].log_ratio - limit
+    return _undecided(weakest, effects[weakest], tail, clearance, tail if clearance > 0 else shared)
 
 
 def judge_within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
@@ -199,16 +167,22 @@ def judge_within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.
     supported: the (1 - 2 alpha) interval of each contrast is inside · refuted: the corrected interval of one contrast,
     also corrected for their number, is outside · else inconclusive. Raises ValueError as `judge_above` does.
     """
-    found = _checked(contrasts)
-    widest = max(found, key=lambda one: one.furthest(alpha))
-    if widest.furthest(alpha) < limit:
-        return _conclude("supported", "equality", widest, alpha)
-    shared = alpha / family / 2 / len(found)
-    outside = max(found, key=lambda one: one.nearest(shared))
-    if outside.nearest(shared) > limit + ROUNDING:
-        return _conclude("refuted", "difference", outside, shared)
-    short = limit - abs(widest.mean)
-    return _open(widest, alpha, short, alpha if short > 0 else shared)
+    effects = _effects(contrasts)
+    distance, furthest = _furthest(effects, alpha)
+    if distance < limit:
+        return Conclusion("supported", "equality", furthest, effects[furthest], alpha)
+    shared = alpha / family / 2 / len(effects)
+    intervals = [effect.interval(shared) for effect in effects]
+    nearest, outside = max((max(low, -high), index) for index, (low, high) in enumerate(intervals))
+    if nearest > limit + ROUNDING:
+        return Conclusion("refuted", "difference", outside, effects[outside], shared)
+    clearance = limit - abs(effects[furthest].log_ratio)
+    return _undecided(furthest, effects[furthest], alpha, clearance, alpha if clearance > 0 else shared)
+
+
+def _furthest(effects: Sequence[Effect], tail: float) -> tuple[float, int]:
+    """The largest distance from zero within an interval, and the index of the effect."""
+    return max((max(map(abs, effect.interval(tail))), index) for index, effect in enumerate(effects))
 
 
 def negate(conclusion: Conclusion) -> Conclusion:
@@ -217,39 +191,23 @@ def negate(conclusion: Conclusion) -> Conclusion:
     return dataclasses.replace(conclusion, status=swapped[conclusion.status])
 
 
-def _open(contrast: _Contrast, tail: float, distance: float, decisive: float) -> Conclusion:
-    """An inconclusive statement: `distance` is from the contrast to the limit, `decisive` the tail of the interval that
-    would clear the limit on the contrast's side."""
-    needed = replicates_to_clear(abs(distance), contrast.spread.sd, decisive) if distance else None
-    return dataclasses.replace(_conclude("inconclusive", "", contrast, tail), replicates_needed=needed)
+def _undecided(index: int, effect: Effect, tail: float, clearance: float, decisive: float) -> Conclusion:
+    """An inconclusive statement: `clearance` is the distance from the contrast to the limit, `decisive` the tail of the
+    interval that would clear the limit on the contrast's side."""
+    needed = None
+    if clearance and effect.spread is not None:
+        needed = replicates_to_clear(abs(clearance), effect.spread.sd, decisive)
+    return Conclusion("inconclusive", "", index, effect, tail, needed)
 
 
-def _checked(contrasts: NDArray[float64]) -> list[_Contrast]:
+def _effects(contrasts: NDArray[float64]) -> list[Effect]:
+    """The effect of each contrast, with its scatter."""
     import numpy as np
 
     columns = np.asarray(contrasts, dtype=float)
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or not columns.size or not np.isfinite(columns).all():
         raise ValueError(f"contrasts have shape {columns.shape}: pass finite numbers, replicates × contrasts")
-    found = []
-    for index, column in enumerate(columns.T):
-        effect = paired_effect(column, "replicate")
-        if effect.spread is None:
-            raise ValueError("one replicate gives no scatter: measure at least 2")
-        found.append(_Contrast(index=index, mean=effect.log_ratio, spread=effect.spread, replicates=effect.replicates))
-    return found
-
-
-def _conclude(status: Support, by: By, contrast: _Contrast, tail: float) -> Conclusion:
-    return Conclusion(
-        status=status,
-        by=by,
-        contrast=contrast.index,
-        estimate=contrast.mean,
-        low=contrast.low(_SHOWN_TAIL),
-        high=contrast.high(_SHOWN_TAIL),
-        decided_low=contrast.low(tail),
-        decided_high=contrast.high(tail),
-        level=1 - 2 * tail,
-        replicates=contrast.replicates,
-    )
+    if len(columns) < 2:
+        raise ValueError("one replicate gives no scatter: measure at least 2")
+    return [paired_effect(column, "replicate") for column in columns.T]

@@ -203,7 +203,7 @@ def _answer(question: Question, conclusion: Conclusion, doubt: str) -> PartResul
         ratio=ratio,
         low=low,
         high=high,
-        replicates=conclusion.replicates,
+        replicates=conclusion.effect.replicates,
         skipped=question.skipped,
     )
 

@@ -171,18 +171,19 @@ class Question:
 
     def ratio(self, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
         """The ratio that decided, with its 95 % interval; None for an end beyond the range of a float."""
-        return math.exp(self.sign * conclusion.estimate), *self._ends(conclusion.low, conclusion.high)
+        effect = conclusion.effect
+        return math.exp(self.sign * effect.log_ratio), *self._ends(*effect.interval(_SHOWN_TAIL))
 
     def reason(self, conclusion: Conclusion) -> str:
         """The sentence; if inconclusive, it names the undecided contrast."""
         begin = [f"{words} ×{_centre(values)}" for words, values in self.context]
         ratio = format_ratio(*self.ratio(conclusion))
         begin.append(f"{self.contrasts[conclusion.contrast].says} ×{ratio}")
-        low, high = self._ends(conclusion.decided_low, conclusion.decided_high)
+        low, high = self._ends(*conclusion.effect.interval(conclusion.tail))
         places = 4 if low is None or high is None else min(count_decimals((high - low) / 2), 4)
         ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
         decision = describe_decision(self.part, "equal" if conclusion.by == "equality" else conclusion.status)
-        interval = f"{100 * conclusion.level:.4g} % interval [{', '.join(ends)}]"
+        interval = f"{100 * (1 - 2 * conclusion.tail):.4g} % interval [{', '.join(ends)}]"
         sentence = f"{'; '.join(begin)}: {decision} ({interval}){_needed(conclusion)}"
         left_out = f"; {format_count(self.skipped, 'replicate')} left out, where a level is missing"
         return sentence + (left_out if self.skipped else "")
@@ -344,10 +345,7 @@ def check_count(count: int) -> None:
 
 def _centre(values: NDArray[float64]) -> str:
     effect = paired_effect(values, "replicate")
-    half = 0.0 if effect.spread is None else effect.spread.half_width(_SHOWN_TAIL)
-    return format_ratio(
-        from_log(effect.log_ratio), from_log(effect.log_ratio - half), from_log(effect.log_ratio + half)
-    )
+    return format_ratio(*map(from_log, (effect.log_ratio, *effect.interval(_SHOWN_TAIL))))
 
 
 def _needed(conclusion: Conclusion) -> str:
@@ -357,7 +355,8 @@ def _needed(conclusion: Conclusion) -> str:
     count = conclusion.replicates_needed
     if count is None or count > MAX_ADVISED:
         return "; no practical number of replicates would decide it"
-    more = f", of which there are {conclusion.replicates}" if count > conclusion.replicates else ""
+    measured = conclusion.effect.replicates
+    more = f", of which there are {measured}" if count > measured else ""
     return f"; {count} replicates would decide it{more}, if the true effect is the estimated one"
 
 
