@@ -26,7 +26,6 @@ contrast must pass at the rate divided by their number.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -43,30 +42,17 @@ if TYPE_CHECKING:
 Scale = Literal["log", "linear"]
 
 
-def scores(levels: Sequence[float], scale: Scale) -> tuple[float, ...]:
-    """The positions of the levels: their values, or the base-2 logarithms of the values.
-
-    Raises ValueError for fewer than two levels, for equal levels, and for a logarithm of a level that is not above
-    zero.
-    """
-    if len(set(levels)) < max(2, len(levels)):
-        raise ValueError(f"levels are {list(levels)}: pass two or more, each once")
-    if scale == "linear":
-        return tuple(levels)
-    if min(levels) <= 0:
-        raise ValueError(f"levels are {list(levels)}: {min(levels):g} has no logarithm; take the linear scale")
-    return tuple(math.log2(level) for level in levels)
-
-
-def line_change(logs: NDArray[float64], positions: Sequence[float]) -> NDArray[float64]:
+def line_change(logs: NDArray[float64], levels: Sequence[float], scale: Scale) -> NDArray[float64]:
     """The change of the least-squares line through each replicate's levels, from the first level to the last.
 
-    `logs` is replicates × levels, `positions` the result of `scores`. With two levels it is their difference. A line
-    uses every level, so a rising value can be distinguished from one that scatters; a curvature is not detected.
+    `logs` is replicates × levels. The levels differ, and are above zero where `scale` is "log", which places them by
+    their logarithms. With two levels it is their difference. A line uses every level, so a rising value can be
+    distinguished from one that scatters; a curvature is not detected.
     """
     import numpy as np
 
-    centred = np.asarray(positions) - np.mean(positions)
+    positions = np.log2(levels) if scale == "log" else np.asarray(levels)
+    centred = positions - positions.mean()
     weights = centred / (centred @ centred) * (positions[-1] - positions[0])
     return np.asarray(logs @ weights)
 

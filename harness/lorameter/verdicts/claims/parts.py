@@ -30,7 +30,6 @@ from lorameter.stats.trend import (
     judge_within,
     line_change,
     negate,
-    scores,
 )
 from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, format_level, is_number
 from lorameter.studies.study import Study, is_of_tokens
@@ -124,7 +123,7 @@ class AxisTable:
 
     def line(self, scale: Scale) -> NDArray[float64]:
         """The change of a straight line through the levels, from the first to the last, for each replicate."""
-        return line_change(self.logs, scores([float(level) for level in self.levels], scale))
+        return line_change(self.logs, [float(level) for level in self.levels], scale)
 
     def change(self, low: int, high: int) -> NDArray[float64]:
         """The log ratio of two levels, given by index, for each replicate."""
