@@ -85,9 +85,9 @@ def decide(effect: Effect, rule: VerdictRule) -> Comparison:
             reason="one replicate gives neither an interval nor a scatter: measure 5 on both sides, at least 2",
             replicates=effect.replicates,
         )
-    half_width = spread.half_width(rule.tail(spread))
-    equivalence_half_width = spread.half_width(rule.alpha)
-    judged = rule.judge(effect.log_ratio, half_width, equivalence_half_width)
+    tail = rule.tail(spread)
+    judged = rule.judge(effect.log_ratio, spread.half_width(tail), spread.half_width(rule.alpha))
+    low, high = map(from_log, effect.interval(tail))
     may_be_equivalent = effect.pairing != "none"
     verdict: Verdict = "inconclusive" if judged == "equivalent" and not may_be_equivalent else judged
 
@@ -102,8 +102,8 @@ def decide(effect: Effect, rule: VerdictRule) -> Comparison:
     return Comparison(
         verdict=verdict,
         ratio=math.exp(effect.log_ratio),
-        low=from_log(effect.log_ratio - half_width),
-        high=from_log(effect.log_ratio + half_width),
+        low=low,
+        high=high,
         reason=_reason(verdict, judged, effect, spread, rule, mde80, needed),
         replicates=effect.replicates,
         replicates_needed=needed,
@@ -120,37 +120,34 @@ def _reason(
     mde80: float | None,
     needed: int | None,
 ) -> str:
-    tail = rule.tail(spread)
-    interval = _interval(1 - 2 * tail, effect.log_ratio, spread.half_width(tail))
-    narrow = _interval(1 - 2 * rule.alpha, effect.log_ratio, spread.half_width(rule.alpha))
+    interval, narrow = _interval(effect, rule.tail(spread)), _interval(effect, rule.alpha)
     tolerance, margin = _percent(rule.tolerance), _percent(rule.margin)
     count = f"{effect.replicates} replicates, {_PAIRING_WORDS[effect.pairing]}"
     if spread.shared_by:
         count += f", scatter shared by {spread.shared_by} comparisons, {spread.df:.3g} degrees of freedom"
     if spread.standard_error == 0:
         count += ", no variance between replicates"
-    if verdict == "regressed":
-        return f"the {interval} is entirely above the tolerance of {tolerance} ({count})"
-    if verdict == "improved":
-        return f"the {interval} is entirely below minus the tolerance of {tolerance} ({count})"
-    if verdict == "equivalent":
-        return f"the {narrow} is inside the margin of ±{margin} ({count})"
-    if judged == "equivalent":
-        return (
-            f"the {narrow} is inside the margin of ±{margin}, but times that are not paired are never called "
-            f"equivalent: measure both sides in one run ({count})"
-        )
-    open_question = (
-        f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin of ±{margin}"
-    )
+    phrases = {
+        "regressed": f"the {interval} is entirely above the tolerance of {tolerance}",
+        "improved": f"the {interval} is entirely below minus the tolerance of {tolerance}",
+        "equivalent": f"the {narrow} is inside the margin of ±{margin}",
+        "inconclusive": f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin of "
+        f"±{margin}",
+    }
+    if judged != verdict:
+        why = "times that are not paired are never called equivalent: measure both sides in one run"
+        phrases["equivalent"] += f", but {why}"
+    sentence = f"{phrases[judged]} ({count})"
+    if judged != "inconclusive":
+        return sentence
     seen = "" if mde80 is None else f"; smallest detectable slow-down, with 80 % power: {_percent(mde80)}"
     remedy = "" if needed is None or needed > MAX_ADVISED else f"; measure {needed} replicates"
-    return f"{open_question} ({count}){seen}{remedy}"
+    return f"{sentence}{seen}{remedy}"
 
 
-def _interval(level: float, log_ratio: float, half_width: float) -> str:
-    low, high = from_log(log_ratio - half_width), from_log(log_ratio + half_width)
-    ends = ["no bound" if end is None else f"{end:.4g}" for end in (low, high)]
+def _interval(effect: Effect, tail: float) -> str:
+    level = 1 - 2 * tail
+    ends = ["no bound" if end is None else f"{end:.4g}" for end in map(from_log, effect.interval(tail))]
     percent = f"{100 * max(level, 0.0):.4g}" if level < 0.9999 else "over 99.99"
     return f"{percent} % interval [{', '.join(ends)}]"
 
