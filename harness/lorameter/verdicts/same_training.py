@@ -105,22 +105,18 @@ class ScriptPair:
 def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
     """The pairs of scripts to compare, by variant: in an A/B the candidate and the base, else each variant and the
     reference."""
-    names = [variant.name for variant in study.variants]
-    if run.manifest.sides:
-        base, candidate = (group_trials(run.records, side) for side in SIDES)
-        both = {name: (base.get((name, "variant")), candidate.get((name, "variant"))) for name in names}
-        titles = dict.fromkeys(names, ("the base", "the candidate"))
-    else:
-        groups = group_trials(run.records)
-        reference = groups.get((study.reference, "variant"))
-        both = {name: (reference, groups.get((name, "variant"))) for name in names if name != study.reference}
-        titles = {name: (study.reference, name) for name in names}
+    of_sides = bool(run.manifest.sides)
+    sides: tuple[Side, ...] = SIDES if of_sides else ("", "")
+    base, candidate = (group_trials(run.records, side) for side in sides)
     pairs = {}
-    for name, (ours, theirs) in both.items():
-        if ours is not None and theirs is not None:
+    for name in (variant.name for variant in study.variants):
+        ours = base.get((name if of_sides else study.reference, "variant"))
+        theirs = candidate.get((name, "variant"))
+        if ours is not None and theirs is not None and (of_sides or name != study.reference):
+            titles = ("the base", "the candidate") if of_sides else (study.reference, name)
             others = {(record.replicate, record.attempt): record for record in theirs.ok}
             matches = ((record, others.get((record.replicate, record.attempt))) for record in ours.ok)
-            pairs[name] = ScriptPair(names=titles[name], pairs=tuple((one, two) for one, two in matches if two))
+            pairs[name] = ScriptPair(names=titles, pairs=tuple((one, two) for one, two in matches if two))
     return pairs
 
 
@@ -303,8 +299,7 @@ def library_versions(provenance: Mapping[str, Any], records: Iterable[TrialRecor
     if not reported:
         return stated
     names = dict.fromkeys([*stated, *(["cuda"] if "cuda" in reported else [])])
-    found = {name: reported.get(normal_name(name), NONE) for name in names}
-    versions = {name: None if seen == NONE else seen for name, seen in found.items()}
+    versions = {name: reported.get(normal_name(name)) for name in names}
     return versions | ({OURS: stated[OURS]} if OURS in stated else {})
 
 
