@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -222,39 +222,38 @@ def _lines(part: ClaimPart, tables: Sequence[AxisTable]) -> list[NDArray[float64
 
 def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) -> Iterator[Contrast]:
     """The ratios to which a part refers; if there are several, all of them must hold."""
-    table, names = tables[0], tables[0].names
-    places = [table.levels.index(level) for level in part.levels]
+    table = _add_up(part, tables) if part.rule == "best" else tables[0]
+    names, places = table.names, [table.levels.index(level) for level in part.levels]
     if part.rule in ("trend-up", "trend-down", "no-trend"):
         yield Contrast(about=f"{names[-1]} / {names[0]}", says=table.change_phrase, logs=table.line(part.scale))
-    elif part.rule == "equal":
-        for low, high in itertools.combinations(range(len(names)), 2):
-            says = f"the largest difference is between {names[low]} and {names[high]},"
-            yield Contrast(about=f"{names[high]} / {names[low]}", says=says, logs=table.change(low, high))
-    elif part.rule == "differs":
-        low, high = sorted(places)
-        says = f"from {part.axis} {names[low]} to {names[high]} {table.title} changes by"
-        yield Contrast(about=f"{names[high]} / {names[low]}", says=says, logs=table.change(low, high))
-    elif part.rule in OF_PAIRS:
-        (low, high), (without, name) = places or (0, 1), part_pair(part, study)
-        change, about = table.change(low, high), f"{name} / {without}"
-        if part.rule == "faster":
-            says = f"the speed of {name} over that of {without}, by {table.title}, is"
-            yield Contrast(about=f"speed, {about}", says=says, logs=-change)
-        else:
-            yield Contrast(about=about, says=f"{table.title} of {name} over that of {without} is", logs=change)
-    elif part.rule == "largest-effect":
+        return
+    if part.rule == "largest-effect":
         own, *others = map(change_magnitudes, _lines(part, tables))
         for axis, changes in zip(part.against, others, strict=True):
             says = f"the change along {part.axis} over that along {axis} is"
             yield Contrast(about=f"{part.axis} / {axis}", says=says, logs=own - changes)
+        return
+    pairs: Iterable[Sequence[int]]
+    sign, about = 1, ""
+    if part.rule == "equal":
+        pairs = itertools.combinations(range(len(names)), 2)
+        says = "the largest difference is between {low} and {high},"
+    elif part.rule == "differs":
+        pairs, says = [sorted(places)], f"from {part.axis} {{low}} to {{high}} {table.title} changes by"
+    elif part.rule in OF_PAIRS:
+        names = [name for _, name in study.levels(part.axis)]
+        pairs, says = [places or (0, 1)], f"{table.title} of {{high}} over that of {{low}} is"
+        if part.rule == "faster":
+            sign, about, says = -1, "speed, ", f"the speed of {{high}} over that of {{low}}, by {table.title}, is"
     else:
-        score = _add_up(part, tables) if part.rule == "best" else table
-        (level,) = places
-        for other in range(len(names)):
-            if other != level:
-                says = f"{score.title} at {part.axis} {names[level]} over that at {names[other]} is"
-                logs = score.change(other, level)
-                yield Contrast(about=f"{names[level]} / {names[other]}", says=says, logs=logs)
+        pairs = [(other, places[0]) for other in range(len(names)) if other != places[0]]
+        says = f"{table.title} at {part.axis} {{high}} over that at {{low}} is"
+    for low, high in pairs:
+        yield Contrast(
+            about=f"{about}{names[high]} / {names[low]}",
+            says=says.format(low=names[low], high=names[high]),
+            logs=sign * table.change(low, high),
+        )
 
 
 def _add_up(part: ClaimPart, tables: Sequence[AxisTable]) -> AxisTable:
