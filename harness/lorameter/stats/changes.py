@@ -32,14 +32,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorameter.stats.intervals import Estimate, quantile
-from lorameter.stats.samples import checked_number, checked_samples
-
-if TYPE_CHECKING:
-    from numpy import float64, intp
-    from numpy.typing import NDArray
+from lorameter.stats.samples import Array, checked_number, checked_samples
 
 MIN_POINTS = 10
 """With fewer values, the scatter cannot be estimated."""
@@ -126,7 +121,7 @@ def find_changes(logs: Sequence[float]) -> Course:
     )
 
 
-def find_segments(values: NDArray[float64], penalty: float, least: int = MIN_SEGMENT) -> tuple[int, ...]:
+def find_segments(values: Array, penalty: float, least: int = MIN_SEGMENT) -> tuple[int, ...]:
     """The ends of the levels that minimise the sum of squares plus `penalty` a change; a level has at least `least`
     values.
 
@@ -157,7 +152,7 @@ def find_segments(values: NDArray[float64], penalty: float, least: int = MIN_SEG
     return tuple(reversed(ends))
 
 
-def _guess_scatter(values: NDArray[float64]) -> float:
+def _guess_scatter(values: Array) -> float:
     """The standard deviation from successive differences: the larger of two estimates, by their median and by the root
     mean square of all but the largest ones."""
     import numpy as np
@@ -168,7 +163,7 @@ def _guess_scatter(values: NDArray[float64]) -> float:
     return max(by_median, _OF_TRIMMED * math.sqrt(float((kept**2).mean()))) / math.sqrt(2)
 
 
-def _without_outliers(values: NDArray[float64], scatter: float) -> NDArray[float64]:
+def _without_outliers(values: Array, scatter: float) -> Array:
     import numpy as np
 
     places = np.arange(values.size)
@@ -177,7 +172,7 @@ def _without_outliers(values: NDArray[float64], scatter: float) -> NDArray[float
     return np.clip(values, medians - OUTLIER_SDS * scatter, medians + OUTLIER_SDS * scatter)
 
 
-def _scatter_around(values: NDArray[float64], ends: Sequence[int]) -> float:
+def _scatter_around(values: Array, ends: Sequence[int]) -> float:
     """The standard deviation around the levels; its degrees of freedom account for the levels and change positions."""
     squares = sum(
         float(((values[first:end] - values[first:end].mean()) ** 2).sum())
@@ -186,7 +181,7 @@ def _scatter_around(values: NDArray[float64], ends: Sequence[int]) -> float:
     return math.sqrt(squares / (values.size - 1 - 2 * (len(ends) - 1)))
 
 
-def _level(values: NDArray[float64], first: int, end: int, scatter: float | None, df: int) -> Level:
+def _level(values: Array, first: int, end: int, scatter: float | None, df: int) -> Level:
     mean = float(values[first:end].mean())
     if scatter is None:
         return Level(first=first, end=end, value=mean, low=None, high=None)
@@ -244,7 +239,7 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
     return found
 
 
-def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
+def _drifting(log_times: Array, allowed: float) -> list[bool]:
     """The drift of series of one length, one per row. Most have a single level, which is tested for all of them at
     once."""
     import numpy as np
@@ -259,7 +254,7 @@ def _drifting(log_times: NDArray[float64], allowed: float) -> list[bool]:
     ]
 
 
-def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, penalty: float) -> bool:
+def _finds_no_level(despiked: Array, noise: float, allowed: float, penalty: float) -> bool:
     """Whether a series with level changes becomes slower, or has no steady level."""
     count = despiked.size
     starts = _segment_starts(despiked / noise, penalty)
@@ -278,7 +273,7 @@ def _finds_no_level(despiked: NDArray[float64], noise: float, allowed: float, pe
     return any(level < levels[-1] for level in levels[:first])
 
 
-def _median_filter(log_times: NDArray[float64]) -> NDArray[float64]:
+def _median_filter(log_times: Array) -> Array:
     """A running median of three: it removes single slow steps, preserves the positions of shifts, and keeps the first
     step (compilation)."""
     import numpy as np
@@ -290,7 +285,7 @@ def _median_filter(log_times: NDArray[float64]) -> NDArray[float64]:
     return despiked
 
 
-def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
+def _segment_starts(values: Array, penalty: float) -> list[int]:
     """Start indices of the segments of constant mean, in order, beginning with 0; `values` is in units of the noise."""
     starts = [0]
     pending = [(0, values.size)]
@@ -300,13 +295,13 @@ def _segment_starts(values: NDArray[float64], penalty: float) -> list[int]:
             continue
         splits, gains = _best_splits(values[None, start:end])
         if gains[0] > penalty:
-            split = start + int(splits[0])
+            split = start + splits[0]
             starts.append(split)
             pending += [(start, split), (split, end)]
     return sorted(starts)
 
 
-def _best_splits(values: NDArray[float64]) -> tuple[NDArray[intp], NDArray[float64]]:
+def _best_splits(values: Array) -> tuple[list[int], Array]:
     """For each row, the split that reduces the squared error most, and the reduction."""
     import numpy as np
 
@@ -316,7 +311,7 @@ def _best_splits(values: NDArray[float64]) -> tuple[NDArray[intp], NDArray[float
     # With a total of zero, the gain of a split after k of n values is S_k^2 n / (k (n - k)).
     gains = sums[:, splits - 1] ** 2 * count / (splits * (count - splits))
     best = gains.argmax(axis=1)
-    return splits[best], np.take_along_axis(gains, best[:, None], axis=1)[:, 0]
+    return splits[best].tolist(), np.take_along_axis(gains, best[:, None], axis=1)[:, 0]
 
 
 WARMUP_WINDOW = 3

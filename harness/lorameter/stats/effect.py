@@ -12,17 +12,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lorameter.stats.intervals import quantile
-from lorameter.stats.samples import checked_trials, trial_medians
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy import float64
-    from numpy.typing import NDArray
+from lorameter.stats.samples import Array, checked_trials, trial_medians
 
 Pairing = Literal["none", "replicate", "turn"]
 
@@ -97,8 +92,8 @@ def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequenc
 
 
 def log_ratios(
-    base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]], pairing: Pairing
-) -> NDArray[float64]:
+    base: Sequence[Array], candidate: Sequence[Array], pairing: Pairing
+) -> Array:
     """The log ratio of candidate to base in each replicate, for paired sides.
 
     Raises ValueError for unpaired sides and an unknown pairing, and as `estimate_effect` does.
@@ -115,13 +110,13 @@ def log_ratios(
     raise ValueError(f"pairing is {pairing!r}: a ratio in each replicate needs 'replicate' or 'turn'")
 
 
-def _log_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
+def _log_medians(trials: Sequence[Array]) -> Array:
     import numpy as np
 
     return np.asarray(np.log(trial_medians(trials)))
 
 
-def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[NDArray[float64]]) -> NDArray[float64]:
+def _log_ratios_by_turn(base: Sequence[Array], candidate: Sequence[Array]) -> Array:
     """The value of each replicate: the median of its log ratios, sample by sample."""
     import numpy as np
 
@@ -136,7 +131,7 @@ def _log_ratios_by_turn(base: Sequence[NDArray[float64]], candidate: Sequence[ND
     return trial_medians(ratios)
 
 
-def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:
+def paired_effect(values: Array, pairing: Pairing) -> Effect:
     """The effect over replicates, from one log ratio (or any contrast of logs) per replicate."""
     spread = None
     if values.size > 1:
@@ -151,7 +146,7 @@ def paired_effect(values: NDArray[float64], pairing: Pairing) -> Effect:
     )
 
 
-def _unpaired(base: NDArray[float64], candidate: NDArray[float64]) -> Effect:
+def _unpaired(base: Array, candidate: Array) -> Effect:
     spread = None
     if min(base.size, candidate.size) > 1:
         spread = _welch(_sd(base) ** 2, base.size, _sd(candidate) ** 2, candidate.size)
@@ -175,6 +170,6 @@ def _welch(variance_base: float, count_base: int, variance_candidate: float, cou
     return Spread(standard_error=math.sqrt(error), df=df, sd=math.sqrt(variance), df_per_replicate=gain)
 
 
-def _sd(values: NDArray[float64]) -> float:
+def _sd(values: Array) -> float:
     sd = float(values.std(ddof=1))
     return sd if sd > ROUNDING else 0.0

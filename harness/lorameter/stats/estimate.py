@@ -36,12 +36,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
 from lorameter.stats.intervals import Estimate, mean_interval, quantile
-from lorameter.stats.samples import checked_trials, trial_medians
+from lorameter.stats.samples import Array, checked_trials, trial_medians
 
 if TYPE_CHECKING:
-    from numpy import float64
-    from numpy.typing import NDArray
-
     from lorameter.stats.verdict import Comparison
 
 
@@ -152,7 +149,7 @@ def _spread(variance: float, replicates: int, prior_df: float, comparisons: int)
     )
 
 
-def _comparison_variances(log_ratios: NDArray[float64]) -> tuple[NDArray[float64], float]:
+def _comparison_variances(log_ratios: Array) -> tuple[Array, float]:
     """The per-replicate variance of each column's log ratio, and the prior degrees of freedom.
 
     `log_ratios` is replicates × comparisons, each against the same reference, which is the first arm of the layout.

@@ -38,13 +38,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorameter.stats.samples import checked_samples
-
-if TYPE_CHECKING:
-    from numpy import float64
-    from numpy.typing import NDArray
+from lorameter.stats.samples import Array, checked_samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +97,7 @@ def sign_test(heads: int, tosses: int) -> float:
     return min(1.0, 2 * float(bdtr(min(heads, tosses - heads), tosses, 0.5)))
 
 
-def mean_interval(values: Sequence[float] | NDArray[float64], *, alpha: float = 0.05) -> Estimate:
+def mean_interval(values: Sequence[float] | Array, *, alpha: float = 0.05) -> Estimate:
     """The mean of independent values on the linear scale, with Student's (1 - alpha) interval; a single value has none.
     Negative values and zeros are allowed, such as differences of pairs.
 
@@ -246,7 +242,7 @@ def effective_size(samples: Sequence[float]) -> float:
     return values.size / min(max(steps_per_sample, 1.0), float(values.size))
 
 
-def _autocorrelations(deviations: NDArray[float64]) -> NDArray[float64]:
+def _autocorrelations(deviations: Array) -> Array:
     """Autocorrelations at lags 0 to n - 1, each divided by n: the biased estimate, which decays; O(n log n)."""
     import numpy as np
     from scipy import fft

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy import float64
     from numpy.typing import NDArray
 
+Array: TypeAlias = "NDArray[float64]"
+"""An array of floats. A name for annotations, which does not load numpy."""
 
-def checked_trials(side: str, trials: Sequence[Sequence[float]], *, positive: bool) -> list[NDArray[float64]]:
+
+def checked_trials(side: str, trials: Sequence[Sequence[float]], *, positive: bool) -> list[Array]:
     """One float array per trial, in order.
 
     `side` is the argument's name in messages; `positive` also refuses zero and negative values. Raises ValueError
@@ -37,7 +39,7 @@ def checked_trials(side: str, trials: Sequence[Sequence[float]], *, positive: bo
     return [checked_samples(f"{side} trial {index}", trial, positive=positive) for index, trial in enumerate(trials)]
 
 
-def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> NDArray[float64]:
+def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> Array:
     """A flat float array of finite samples, at least one.
 
     Raises ValueError, naming `where`, for an empty or nested list and, with the sample's index and value, for NaN,
@@ -63,7 +65,7 @@ def checked_samples(where: str, samples: Sequence[float], *, positive: bool) -> 
     return values
 
 
-def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list[NDArray[float64]] | None:
+def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list[Array] | None:
     """Convert trials with one valid sample each, such as memory peaks, all at once in a tenth of the time; else
     None."""
     import numpy as np
@@ -76,7 +78,7 @@ def _single_values(trials: Sequence[Sequence[float]], *, positive: bool) -> list
     return list(values.reshape(-1, 1))
 
 
-def trial_medians(trials: Sequence[NDArray[float64]]) -> NDArray[float64]:
+def trial_medians(trials: Sequence[Array]) -> Array:
     """One median per trial, for at least one trial; trials of the same length are processed at once in a tenth of the
     time."""
     import numpy as np
@@ -106,7 +108,7 @@ def count_outliers(trials: Sequence[Sequence[float]]) -> int:
     """
     import numpy as np
 
-    by_length: dict[int, list[NDArray[float64]]] = {}
+    by_length: dict[int, list[Array]] = {}
     for samples in trials:
         if len(samples):
             by_length.setdefault(len(samples), []).append(checked_samples("samples", samples, positive=False))
@@ -114,7 +116,7 @@ def count_outliers(trials: Sequence[Sequence[float]]) -> int:
     return sum(int(np.count_nonzero(distance > _FENCE_IQR * spread)) for distance, spread in together)
 
 
-def _beyond_quartiles(values: NDArray[float64]) -> tuple[NDArray[float64], NDArray[float64]]:
+def _beyond_quartiles(values: Array) -> tuple[Array, Array]:
     """For values along the last axis: their distance outside the quartiles, and the interquartile range."""
     import numpy as np
 

@@ -28,21 +28,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lorameter.stats.effect import ROUNDING, Effect, paired_effect
 from lorameter.stats.intervals import Estimate, mean_interval
+from lorameter.stats.samples import Array
 from lorameter.stats.verdict import replicates_to_clear
-
-if TYPE_CHECKING:
-    from numpy import float64
-    from numpy.typing import NDArray
-
 
 Scale = Literal["log", "linear"]
 
 
-def line_change(logs: NDArray[float64], levels: Sequence[float], scale: Scale) -> NDArray[float64]:
+def line_change(logs: Array, levels: Sequence[float], scale: Scale) -> Array:
     """The change of the least-squares line through each replicate's levels, from the first level to the last.
 
     `logs` is replicates × levels. The levels differ, and are above zero where `scale` is "log", which places them by
@@ -57,7 +53,7 @@ def line_change(logs: NDArray[float64], levels: Sequence[float], scale: Scale) -
     return np.asarray(logs @ weights)
 
 
-def change_magnitudes(changes: NDArray[float64]) -> NDArray[float64]:
+def change_magnitudes(changes: Array) -> Array:
     """Magnitudes of changes: each replicate's change in the direction of the mean change.
 
     Absolute values would turn the scatter around a zero change into a magnitude.
@@ -123,7 +119,7 @@ class Conclusion:
     estimated value; None if no practical number suffices, and for a decided statement."""
 
 
-def judge_above(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
+def judge_above(contrasts: Array, limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
     """Test the statement that every contrast is above `limit` (a log ratio >= 0); `contrasts` is replicates ×
     contrasts.
 
@@ -147,7 +143,7 @@ def judge_above(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.0
     return _undecided(weakest, effects[weakest], tail, clearance, tail if clearance > 0 else shared)
 
 
-def judge_within(contrasts: NDArray[float64], limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
+def judge_within(contrasts: Array, limit: float, *, alpha: float = 0.05, family: int = 1) -> Conclusion:
     """Test the statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
 
     supported: the (1 - 2 alpha) interval of each contrast is inside · refuted: the corrected interval of one contrast,
@@ -186,7 +182,7 @@ def _undecided(index: int, effect: Effect, tail: float, clearance: float, decisi
     return Conclusion("inconclusive", "", index, effect, tail, needed)
 
 
-def _effects(contrasts: NDArray[float64]) -> list[Effect]:
+def _effects(contrasts: Array) -> list[Effect]:
     """The effect of each contrast, with its scatter."""
     import numpy as np
 

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,7 +21,7 @@ from lorameter.records.metrics import METRICS, Samples
 from lorameter.records.units import count_decimals, format_count, format_ratio
 from lorameter.stats import MAX_ADVISED, Pairing
 from lorameter.stats.effect import from_log, log_ratios, paired_effect
-from lorameter.stats.samples import checked_trials
+from lorameter.stats.samples import Array, checked_trials
 from lorameter.stats.trend import (
     Conclusion,
     Scale,
@@ -34,10 +34,6 @@ from lorameter.stats.trend import (
 from lorameter.studies.claim import ENGINE, OF_PAIRS, ClaimPart, Level, Rule, format_level, is_number
 from lorameter.studies.study import Study, is_of_tokens
 from lorameter.verdicts.series import Groups, choose_pairing
-
-if TYPE_CHECKING:
-    from numpy import float64
-    from numpy.typing import NDArray
 
 Judgement = Literal["supported", "refuted", "inconclusive", "not judged"]
 MIN_SHARED = 2
@@ -103,7 +99,7 @@ class AxisTable:
     replicates: tuple[int, ...]
     skipped: int
     """Replicates in which some levels were measured and others were not."""
-    logs: NDArray[float64]
+    logs: Array
 
     @property
     def names(self) -> list[str]:
@@ -121,11 +117,11 @@ class AxisTable:
         skipped = self.skipped + len(self.replicates) - len(replicates)
         return dataclasses.replace(self, replicates=tuple(replicates), skipped=skipped, logs=logs)
 
-    def line(self, scale: Scale) -> NDArray[float64]:
+    def line(self, scale: Scale) -> Array:
         """The change of a straight line through the levels, from the first to the last, for each replicate."""
         return line_change(self.logs, [float(level) for level in self.levels], scale)
 
-    def change(self, low: int, high: int) -> NDArray[float64]:
+    def change(self, low: int, high: int) -> Array:
         """The log ratio of two levels, given by index, for each replicate."""
         return self.logs[:, high] - self.logs[:, low]
 
@@ -138,7 +134,7 @@ class Contrast:
     """The ratio in words, such as "256 / 16"."""
     says: str
     """The beginning of the sentence about it."""
-    logs: NDArray[float64]
+    logs: Array
     """Its logarithm in each replicate."""
 
 
@@ -149,7 +145,7 @@ class Question:
     part: ClaimPart
     contrasts: tuple[Contrast, ...]
     skipped: int
-    context: tuple[tuple[str, NDArray[float64]], ...]
+    context: tuple[tuple[str, Array], ...]
     """Changes at the beginning of the sentence, which do not affect the decision: a text and one log ratio per
     replicate."""
 
@@ -213,7 +209,7 @@ def make_question(part: ClaimPart, groups: Groups, study: Study) -> Question:
     )
 
 
-def _lines(part: ClaimPart, tables: Sequence[AxisTable]) -> list[NDArray[float64]]:
+def _lines(part: ClaimPart, tables: Sequence[AxisTable]) -> list[Array]:
     """The line through each table; axes other than the part's own use logarithms of their levels if possible."""
     own, *others = tables
     scales: list[Scale] = ["log" if min(map(float, table.levels)) > 0 else "linear" for table in others]
@@ -341,7 +337,7 @@ def check_count(count: int) -> None:
         )
 
 
-def _centre(values: NDArray[float64]) -> str:
+def _centre(values: Array) -> str:
     effect = paired_effect(values, "replicate")
     return format_ratio(*map(from_log, (effect.log_ratio, *effect.interval(_SHOWN_TAIL))))
 
