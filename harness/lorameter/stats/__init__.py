@@ -23,13 +23,7 @@ from lorameter.stats.comparison import (
     run_wide_shift,
 )
 from lorameter.stats.effect import Effect, Pairing, estimate_effect
-from lorameter.stats.estimate import (
-    TrialsEstimate,
-    estimate_trials,
-    is_precise,
-    relative_half_width,
-    share_scatter,
-)
+from lorameter.stats.estimate import TrialsEstimate, estimate_trials, share_scatter
 from lorameter.stats.intervals import (
     Estimate,
     Proportion,
@@ -44,7 +38,15 @@ from lorameter.stats.intervals import (
 )
 from lorameter.stats.samples import count_outliers
 from lorameter.stats.trend import ShareEstimate, explained_share
-from lorameter.stats.verdict import MAX_ADVISED, Comparison, Verdict, VerdictRule, replicates_to_see
+from lorameter.stats.verdict import (
+    MAX_ADVISED,
+    Comparison,
+    Verdict,
+    VerdictRule,
+    is_precise,
+    relative_half_width,
+    replicates_to_see,
+)
 
 __all__ = [
     "MAX_ADVISED",

@@ -4,12 +4,6 @@ Each trial gives one value, the median of its samples, and the interval is Stude
 and not the sample is the independent unit (Kalibera & Jones 2013). Both are on the log scale, since times and sizes
 scatter by factors: the centre is the geometric mean of the medians, and the interval cannot reach below zero.
 
-A measurement may stop when the intervals are narrow enough, but never because of a significant result. Testing after
-every replicate and stopping at the first alarm raised the false alarms on identical code from 4.6 to 20.7 %. The width
-of an interval says nothing about where its centre lies, so stopping on it leaves the error rate nearly as it is (Stein
-1945; Kelley, Maxwell & Rausch 2003 call it accuracy in parameter estimation), if there is a minimum number of
-replicates: the first two or three can agree by chance.
-
 Shares the scatter of arms that were measured together, so that few replicates give narrower intervals.
 
 With three replicates a comparison estimates its own variance with two degrees of freedom, and the 99 % quantile of
@@ -29,17 +23,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lorameter.stats.effect import ROUNDING, Effect, Spread, from_log
 from lorameter.stats.intervals import Estimate, mean_interval, quantile
 from lorameter.stats.samples import Array, checked_trials, trial_medians
-
-if TYPE_CHECKING:
-    from lorameter.stats.verdict import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,28 +77,6 @@ def estimate_trials(
     return TrialsEstimate(
         value=value, low=low, high=high, replicates=len(arrays), samples=sum(array.size for array in arrays)
     )
-
-
-def is_precise(comparisons: Iterable[Comparison], *, half_width: float, least_replicates: int = 5) -> bool:
-    """Whether every comparison has its replicates and an interval no wider than ± `half_width` (a fraction).
-
-    Pass comparisons whose intervals have one fixed level (`compare_trials` with a fixed `family`): Holm's intervals
-    narrow with every decided comparison, so that stopping would depend on significance again. Returns False without
-    comparisons, and if an interval has no end.
-    """
-    widths = [relative_half_width(one) if one.replicates >= least_replicates else None for one in comparisons]
-    return bool(widths) and all(width is not None and width <= half_width for width in widths)
-
-
-def relative_half_width(comparison: Comparison) -> float | None:
-    """Half the interval of the log ratio, as a fraction: 0.02 if it reaches from ratio/1.02 to ratio*1.02.
-
-    None if an end is missing or zero, which is infinitely far away on the log scale.
-    """
-    if not comparison.low or comparison.high is None:
-        return None
-    half = (math.log(comparison.high) - math.log(comparison.low)) / 2
-    return math.expm1(half)
 
 
 PRIOR_DF = 3

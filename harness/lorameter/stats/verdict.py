@@ -13,13 +13,19 @@ margin of 5 % means between 1/1.05 and 1.05. So a verdict does not depend on whi
 from the observed scatter and the noncentral t (Cohen 1988); they plan the next run and do not affect the verdicts of
 this one. The power of two one-sided tests at a true ratio of 1 is the usual approximation of Phillips (1990): both
 tests must pass, so each gets half of the permitted misses.
+
+A measurement may stop when the intervals are narrow enough, but never because of a significant result. Testing after
+every replicate and stopping at the first alarm raised the false alarms on identical code from 4.6 to 20.7 %. The width
+of an interval says nothing about where its centre lies, so stopping on it leaves the error rate nearly as it is (Stein
+1945; Kelley, Maxwell & Rausch 2003 call it accuracy in parameter estimation), if there is a minimum number of
+replicates: the first two or three can agree by chance.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,3 +185,25 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
         if high > _MAX_REPLICATES:
             return None
     return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=enough)  # half of it is not enough, or is 1
+
+
+def is_precise(comparisons: Iterable[Comparison], *, half_width: float, least_replicates: int = 5) -> bool:
+    """Whether every comparison has its replicates and an interval no wider than ± `half_width` (a fraction).
+
+    Pass comparisons whose intervals have one fixed level (`compare_trials` with a fixed `family`): Holm's intervals
+    narrow with every decided comparison, so that stopping would depend on significance again. Returns False without
+    comparisons, and if an interval has no end.
+    """
+    widths = [relative_half_width(one) if one.replicates >= least_replicates else None for one in comparisons]
+    return bool(widths) and all(width is not None and width <= half_width for width in widths)
+
+
+def relative_half_width(comparison: Comparison) -> float | None:
+    """Half the interval of the log ratio, as a fraction: 0.02 if it reaches from ratio/1.02 to ratio*1.02.
+
+    None if an end is missing or zero, which is infinitely far away on the log scale.
+    """
+    if not comparison.low or comparison.high is None:
+        return None
+    half = (math.log(comparison.high) - math.log(comparison.low)) / 2
+    return math.expm1(half)
