@@ -13,8 +13,8 @@ import pytest
 
 from lorameter.records.record import TrialRecord
 from lorameter.stats.estimate import estimate_trials
+from lorameter.verdicts.notices import site_notices
 from lorameter.verdicts.series import Series, compare_series, group_trials
-from lorameter.verdicts.sites import site_notices
 
 
 def record(name="a", replicate=0, status="ok", role="variant", step=0.5, **fields):

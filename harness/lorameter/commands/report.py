@@ -38,7 +38,7 @@ from lorameter.verdicts.compare import (
     exit_code,
 )
 from lorameter.verdicts.gate import accept, gate_document, judge, load_policy, read_base, read_comparand, stored_policy
-from lorameter.verdicts.sites import is_mixed
+from lorameter.verdicts.series import is_mixed
 
 
 def run_report(options: argparse.Namespace) -> int:

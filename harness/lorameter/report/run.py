@@ -48,8 +48,7 @@ from lorameter.studies.study_file import read_own_workloads
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
 from lorameter.verdicts.same_training import describe_threads, library_versions
-from lorameter.verdicts.series import is_difference, is_memory
-from lorameter.verdicts.sites import describe_machines, is_mixed
+from lorameter.verdicts.series import describe_machines, is_difference, is_memory, is_mixed
 from lorameter.verdicts.validity import is_single_script_run
 
 ESTIMATORS = {

@@ -22,7 +22,7 @@ from lorameter.stats import Comparison, Estimate
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import check_patterns, match_patterns
-from lorameter.verdicts.notices import collect_notices
+from lorameter.verdicts.notices import collect_notices, join_notices
 from lorameter.verdicts.same_training import sides_of_run
 from lorameter.verdicts.series import (
     Groups,
@@ -32,10 +32,11 @@ from lorameter.verdicts.series import (
     default_limits,
     group_trials,
     is_memory,
+    is_mixed,
     list_ratios,
     occupancies,
+    runs_of_sites,
 )
-from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.validity import RunValidity, is_single_script_run, mark_invalid, run_validity
 
 Sort = Literal["study", "name", "ratio", "value", "memory"]

@@ -35,7 +35,7 @@ from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import EXIT_OF, Difference, find_differences, worst_exit_code
 from lorameter.verdicts.gate import read_baselines
 from lorameter.verdicts.same_training import training_facts
-from lorameter.verdicts.sites import is_mixed
+from lorameter.verdicts.series import is_mixed
 from lorameter.verdicts.validity import run_validity
 
 DEFAULT_METRIC = PRIMARY["train"]

@@ -27,7 +27,7 @@ from lorameter.verdicts.compare import (
     default_metrics,
     match_patterns,
 )
-from lorameter.verdicts.notices import collect_notices
+from lorameter.verdicts.notices import collect_notices, join_notices
 from lorameter.verdicts.same_training import compare_losses, sides_of_run, versions_by_name
 from lorameter.verdicts.series import (
     Key,
@@ -38,11 +38,12 @@ from lorameter.verdicts.series import (
     default_limits,
     group_trials,
     is_memory,
+    is_mixed,
     judge,
     pairs_against,
+    runs_of_sites,
     without_equality,
 )
-from lorameter.verdicts.sites import is_mixed, join_notices, runs_of_sites
 from lorameter.verdicts.validity import run_validity
 
 

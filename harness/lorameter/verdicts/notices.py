@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from lorameter.records.metrics import PHASE_TITLES, Phase, losses_of_steps
+import msgspec
+
+from lorameter.records.metrics import PHASE_TITLES, PRIMARY, Phase, get_samples, losses_of_steps
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_duration, format_ratio
@@ -17,8 +19,7 @@ from lorameter.stats import MAX_ADVISED, Comparison, VerdictRule, count_outliers
 from lorameter.stats.intervals import quantile
 from lorameter.studies.study import Study
 from lorameter.verdicts.same_training import sameness_notices
-from lorameter.verdicts.series import OCCUPANCY_FLOOR, is_difference, occupancies
-from lorameter.verdicts.sites import site_notices
+from lorameter.verdicts.series import OCCUPANCY_FLOOR, describe_machines, is_difference, occupancies
 from lorameter.verdicts.validity import disturbance_notices
 
 DRIFT = 0.05
@@ -233,3 +234,63 @@ def _control(title: str, control: Comparison | None) -> Iterator[Notice]:
             f"{unseen}.",
             remedy=more if count <= MAX_ADVISED else "Stop other work on this machine, and measure again.",
         )
+
+
+def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
+    """The notices of a run whose sites are different machines: those common to all sites, and the others with their
+    site."""
+    ways = [dict.fromkeys(notices) for notices in by_site.values()]
+    common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
+    own = [
+        msgspec.structs.replace(notice, message=f"{site}: {notice.message}")
+        for site, notices in by_site.items()
+        for notice in dict.fromkeys(notices)
+        if notice not in common
+    ]
+    mixed = Notice(
+        code="sites-mixed",
+        message=f"the sites are different machines ({describe_machines(run.records)}): each is judged by itself, with "
+        "its part of the replicates, and no number is taken over all of them.",
+        remedy="Read each site; for one number measure on machines of one kind.",
+    )
+    return (mixed, *common, *own)
+
+
+def site_notices(records: Sequence[TrialRecord]) -> Iterator[Notice]:
+    """A notice about a run on several sites: how much they differ.
+
+    On sites of one kind a replicate is measured on one site, so a ratio is within a site, and a slow site slows both
+    sides of the ratio. Absolute values do differ: in a survey of clusters, GPUs of one model differed by 8 % on
+    average, and outliers by half (Sinha et al., "Not All GPUs Are Created Equal", 2022, arXiv 2208.11035).
+    """
+    sites = {record.site for record in records if record.site}
+    if len(sites) < 2:
+        return
+    logs = _mean_logs(records)
+    differences = [f"{site} {math.expm1(log - statistics.fmean(logs.values())):+.1%}" for site, log in logs.items()]
+    listed = ", ".join(differences) or "not known"
+    yield Notice(
+        code="sites",
+        message=f"replicates were spread over {len(sites)} sites (step times, from their mean: {listed}). "
+        "Ratios are within a site; an absolute value is the mean of these sites', and its interval is over them, not "
+        "over replicates.",
+        remedy="Where absolute values matter, measure on one site, and leave out a site that is far from the others "
+        "(`lorameter doctor` on it shows its clocks, its temperature and other processes).",
+    )
+
+
+def _mean_logs(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """The mean log of the median step times on each site, over the variants that every site has; {} without any."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        samples = get_samples(record, PRIMARY["train"])
+        if record.status == "ok" and record.site and samples:
+            variants = times.setdefault(record.site, {})
+            logs = variants.setdefault(f"{record.name} {record.role} {record.side}", [])
+            logs.append(math.log(statistics.median(samples)))
+    shared = set.intersection(*map(set, times.values())) if times else set()
+    return {
+        site: statistics.fmean(statistics.fmean(own[name]) for name in shared)
+        for site, own in times.items()
+        if shared
+    }

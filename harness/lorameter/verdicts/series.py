@@ -22,9 +22,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
+
 from lorameter.errors import InvalidRunError, require
 from lorameter.records.metrics import METRICS, Samples, get_samples
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
+from lorameter.records.store import Run
 from lorameter.stats import (
     Comparison,
     Effect,
@@ -44,7 +47,6 @@ from lorameter.stats import (
     share_scatter,
 )
 from lorameter.studies.study import Study
-from lorameter.verdicts.sites import describe_machines
 
 K = TypeVar("K")
 Trial = tuple[TrialRecord, Samples]
@@ -156,8 +158,8 @@ Groups = Mapping[tuple[str, Role], Series]
 def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[str, Role], Series]:
     """Group records of one side by variant and role, each in order of replicates, groups in order of appearance.
 
-    Raises `UsageError` for records of several sites that may differ, so that they are not combined by accident
-    (`lorameter.verdicts.sites`).
+    Raises `UsageError` for records of sites that are different machines. Ratios differ between GPUs: a variant that is
+    memory-bound on one GPU is compute-bound on another, and a mean over them would describe no real machine.
     """
     require(
         not any(record.machine for record in records),
@@ -172,6 +174,39 @@ def group_trials(records: Sequence[TrialRecord], side: Side = "") -> dict[tuple[
         (name, role): Series(name=name, role=role, records=tuple(sorted(group, key=lambda record: record.replicate)))
         for (name, role), group in groups.items()
     }
+
+
+# --- sites ------------------------------------------------------------------------------------------------------------
+
+
+def is_mixed(run: Run) -> bool:
+    """Whether its sites are different machines, as its records say."""
+    return any(record.machine for record in run.records)
+
+
+def runs_of_sites(run: Run) -> dict[str, Run]:
+    """One run per site, with the trials of that site; trials without a site are left out."""
+    return {site: _run_of(run, site) for site in sorted({record.site for record in run.records if record.site})}
+
+
+def _run_of(run: Run, site: str) -> Run:
+    records, disturbed = (
+        tuple(record.replaced(machine="") for record in attempts if record.site == site)
+        for attempts in (run.records, run.disturbed)
+    )
+    machine = next(record.machine for record in run.records if record.site == site)
+    manifest = msgspec.structs.replace(
+        run.manifest,
+        order=tuple(record.trial for record in records),
+        provenance={**run.manifest.provenance, "device_name": machine},
+    )
+    return dataclasses.replace(run, manifest=manifest, records=records, disturbed=disturbed)
+
+
+def describe_machines(records: Iterable[TrialRecord]) -> str:
+    """Each site with its machine."""
+    found = {record.site: record.machine for record in records if record.site}
+    return "; ".join(f"{site}: {machine or 'unknown'}" for site, machine in sorted(found.items()))
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,14 @@ from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count
 from lorameter.stats import Comparison
 from lorameter.studies.study import Study
-from lorameter.verdicts.series import compare_control, group_trials, is_difference, occupancy
-from lorameter.verdicts.sites import is_mixed, runs_of_sites
+from lorameter.verdicts.series import (
+    compare_control,
+    group_trials,
+    is_difference,
+    is_mixed,
+    occupancy,
+    runs_of_sites,
+)
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
 """Parts of a replicate that a time limit can drop, each with the phase that needs it."""
