@@ -5,7 +5,7 @@
 - coverage: the 95 % interval covers the true ratio in 94 to 96 % of the runs under Gaussian noise; in 93 to 98 % under
   heavy tails, bursts and drift, which violate the assumption of Student's interval.
 - families: of ten comparisons of identical code at tolerance 0, any is called different in at most 5 % of the runs.
-- scatter: variants of a run that share their scatter (`lorameter.stats.estimate`), with 3, 5 and 8 replicates, 3,
+- scatter: variants of a run that share their scatter (`lorameter.stats.share_scatter`), with 3, 5 and 8 replicates, 3,
   5 and 14 variants, and arms with equal scatter, with two, three or five times the scatter, with heavy tails, or with
   one replicate shifted for all. All intervals of a run cover the truth in at least 94 % of the runs, in 95 % with equal
   scatter; any identical variant is called slower or faster by more than the tolerance of 1 % in at most 5 %. The

@@ -23,8 +23,7 @@ from lorameter.stats import (
     relative_half_width,
     share_scatter,
 )
-from lorameter.stats.effect import paired_effect
-from lorameter.stats.estimate import PRIOR_DF, dunnett_tail
+from lorameter.stats.effect import PRIOR_DF, dunnett_tail, paired_effect
 from lorameter.stats.intervals import quantile
 
 LARGEST = 1.7976931348623157e308

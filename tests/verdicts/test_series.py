@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorameter.records.record import TrialRecord
-from lorameter.stats.estimate import estimate_trials
+from lorameter.stats import estimate_trials
 from lorameter.verdicts.notices import site_notices
 from lorameter.verdicts.series import Series, compare_series, group_trials
 

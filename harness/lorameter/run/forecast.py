@@ -47,8 +47,7 @@ from lorameter.run.prepare import RunContext, make_request, max_parallel
 from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
-from lorameter.stats.effect import Spread
-from lorameter.stats.estimate import PRIOR_DF
+from lorameter.stats.effect import PRIOR_DF, Spread
 from lorameter.studies.request import BaseKey, TrialRequest, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import AnyVariant, Variant

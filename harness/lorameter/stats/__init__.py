@@ -22,8 +22,14 @@ from lorameter.stats.comparison import (
     kept_pairs,
     run_wide_shift,
 )
-from lorameter.stats.effect import Effect, Pairing, estimate_effect
-from lorameter.stats.estimate import TrialsEstimate, estimate_trials, share_scatter
+from lorameter.stats.effect import (
+    Effect,
+    Pairing,
+    TrialsEstimate,
+    estimate_effect,
+    estimate_trials,
+    share_scatter,
+)
 from lorameter.stats.intervals import (
     Estimate,
     Proportion,

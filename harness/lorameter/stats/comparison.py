@@ -131,8 +131,8 @@ def _reason(
         "regressed": f"the {interval} is entirely above the tolerance of {tolerance}",
         "improved": f"the {interval} is entirely below minus the tolerance of {tolerance}",
         "equivalent": f"the {narrow} is inside the margin of ±{margin}",
-        "inconclusive": f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin of "
-        f"±{margin}",
+        "inconclusive": f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin "
+        f"of ±{margin}",
     }
     if judged != verdict:
         why = "times that are not paired are never called equivalent: measure both sides in one run"

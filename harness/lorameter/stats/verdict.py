@@ -29,8 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.stats.effect import Spread
-from lorameter.stats.estimate import dunnett_tail
+from lorameter.stats.effect import Spread, dunnett_tail
 from lorameter.stats.intervals import noncentrality
 from lorameter.stats.samples import checked_number
 

@@ -332,8 +332,8 @@ def _as_worse_is_higher(trials: Trials, metric: str) -> Trials:
 
 
 def pairs_against(base: Series | None, others: Mapping[K, Series], metric: str) -> dict[K, Pair]:
-    """Every other series of a run paired with a base, with the scatter that they share; {} without a base. A series with
-    another number of replicates keeps its own scatter."""
+    """Every other series of a run paired with a base, with the scatter that they share; {} without a base. A series
+    with another number of replicates keeps its own scatter."""
     if base is None:
         return {}
     pairs = {key: make_pairs(base, series, metric) for key, series in others.items() if series is not base}
