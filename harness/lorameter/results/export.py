@@ -163,7 +163,8 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
     """
     names: Sequence[TableName] = get_args(TableName) if table is None else (table,)
     targets = {name: output / f"{name}.{form}" if table is None else output for name in names}
-    with _refusals(output), contextlib.ExitStack() as drafts:
+    refusals = translate_write_errors(f"--output {output}", "Choose another path.")
+    with refusals, contextlib.ExitStack() as drafts:
         (output if table is None else output.parent).mkdir(parents=True, exist_ok=True)
         for name, target in targets.items():
             draft, rows = drafts.enter_context(replace_file(target)), table_rows(run, name)
@@ -177,7 +178,7 @@ def write_tables(run: Run, form: str, output: Path, table: TableName | None = No
 
 def write_text(text: Iterable[str], output: Path) -> list[Path]:
     """Write the parts of a document to a file. Raises `UsageError` or `InvalidRunError` if it cannot be written."""
-    with _refusals(output):
+    with translate_write_errors(f"--output {output}", "Choose another path."):
         output.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(output) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(text)
@@ -221,10 +222,6 @@ def _json_of(run: Run) -> Iterator[str]:
             yield (", " if place else "") + json.dumps(values, allow_nan=False)
         yield "]"
     yield "}\n"
-
-
-def _refusals(output: Path) -> contextlib.AbstractContextManager[None]:
-    return translate_write_errors(f"--output {output}", "Choose another path.")
 
 
 def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:

@@ -32,7 +32,7 @@ from lorameter.results.rows import Row, estimate_rows
 from lorameter.stats.changes import Course, Level, LevelShift, find_changes
 from lorameter.studies.study_file import builtin_studies, read_study
 from lorameter.verdicts.ab import build_report
-from lorameter.verdicts.compare import EXIT_OF, Difference, find_differences, worst_exit_code
+from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, Difference, find_differences
 from lorameter.verdicts.gate import read_baselines
 from lorameter.verdicts.same_training import training_facts
 from lorameter.verdicts.series import is_mixed
@@ -363,8 +363,7 @@ def _row_of(run: Run) -> dict[str, Any]:
     left = len(manifest.order) - len(run.records)
     if manifest.sides:  # the worst verdict
         verdicts = [compared.verdict for compared in build_report(run).comparisons]
-        decided = worst_exit_code(EXIT_OF[verdict] for verdict in verdicts)
-        verdict = next((verdict for verdict in verdicts if EXIT_OF[verdict] == decided), "invalid")
+        verdict = min(verdicts, key=lambda verdict: PRECEDENCE.index(EXIT_OF[verdict]), default="invalid")
     else:
         verdict = "valid" if run_validity(run, study).valid else "invalid"
     return {

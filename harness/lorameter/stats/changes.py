@@ -207,8 +207,6 @@ _MAD_TO_SD = 1.4826 / math.sqrt(2)
 # Barrett et al. require the last quarter of a series to be steady; and most steps after its start must be at its level.
 _MIN_STEADY_SHARE = 0.25
 _MIN_SHARE_AT_LEVEL = 0.75
-_CHUNK_SIZE = 1000
-"""Number of series that are processed together: a run of this many series with 200 steps takes a few megabytes."""
 
 
 def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[bool]:
@@ -230,12 +228,10 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
     for index, times in enumerate(series):
         if times.size >= 2 * MIN_SEGMENT:
             by_length.setdefault(times.size, []).append(index)
-    for same_length in by_length.values():
-        for start in range(0, len(same_length), _CHUNK_SIZE):
-            chunk = same_length[start : start + _CHUNK_SIZE]
-            log_times = np.log(np.stack([series[index] for index in chunk]))
-            for index, drifted in zip(chunk, _drifting(log_times, allowed), strict=True):
-                found[index] = drifted
+    for indexes in by_length.values():
+        log_times = np.log(np.stack([series[index] for index in indexes]))
+        for index, drifted in zip(indexes, _drifting(log_times, allowed), strict=True):
+            found[index] = drifted
     return found
 
 

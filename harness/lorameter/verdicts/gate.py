@@ -51,11 +51,6 @@ from lorameter.verdicts.series import default_limits
 from lorameter.verdicts.validity import run_validity
 
 
-def _check_limits(tolerance: float | None, margin: float | None, where: str) -> None:
-    check_fraction(where, "tolerance", tolerance, zero=True)
-    check_fraction(where, "margin", margin)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitRule:
     """Limits for variants and metrics that match two glob patterns; None leaves a limit unchanged."""
@@ -70,7 +65,9 @@ class LimitRule:
     """Two values within it count as equal; a fraction."""
 
     def __post_init__(self) -> None:
-        _check_limits(self.tolerance, self.margin, f"limit of {self.variant!r}, {self.metric!r}")
+        where = f"limit of {self.variant!r}, {self.metric!r}"
+        check_fraction(where, "tolerance", self.tolerance, zero=True)
+        check_fraction(where, "margin", self.margin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +90,8 @@ class Policy:
     """Separate limits for some variants and metrics."""
 
     def __post_init__(self) -> None:
-        _check_limits(self.tolerance, self.margin, "policy")
+        check_fraction("policy", "tolerance", self.tolerance, zero=True)
+        check_fraction("policy", "margin", self.margin)
 
     def limits_of(self, variant: str, metric: str) -> VerdictRule:
         """Tolerance and margin of one comparison."""

@@ -123,14 +123,11 @@ def run_validity(run: Run, study: Study) -> RunValidity:
     """
     sides = bool(run.manifest.sides)
     own_workloads = bool(run.manifest.own_workloads) and not sides
-    primary: Mapping[Phase, str] = {
-        phase: primary_metric(phase, own_workloads=own_workloads) for phase in measured_phases(run)
-    }
+    primary = {phase: primary_metric(phase, own_workloads=own_workloads) for phase in measured_phases(run)}
     controls: dict[Phase, Comparison | None] = {}
     faults = list(_run_faults(run))
     if is_mixed(run):
         sites = {site: run_validity(part, study) for site, part in runs_of_sites(run).items()}
-        primary = next((validity.primary for validity in sites.values()), {})
         for site, validity in sites.items():
             of_site = control_faults((f"{phase} on {site}", control) for phase, control in validity.controls.items())
             faults += [dataclasses.replace(fault, site=site) for fault in of_site]
