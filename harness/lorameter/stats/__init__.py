@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from lorameter.stats.changes import drifting, is_steady, is_warm
 from lorameter.stats.comparison import (
-    KeptPairs,
     compare_bytes,
     compare_trials,
     decide,
     decide_family,
     holm_step_down,
-    kept_pairs,
     run_wide_shift,
+    select_pairs,
 )
 from lorameter.stats.effect import (
     Effect,
@@ -59,7 +58,6 @@ __all__ = [
     "Comparison",
     "Effect",
     "Estimate",
-    "KeptPairs",
     "Pairing",
     "Proportion",
     "ShareEstimate",
@@ -82,7 +80,6 @@ __all__ = [
     "is_precise",
     "is_steady",
     "is_warm",
-    "kept_pairs",
     "mean_interval",
     "median_interval",
     "percentile",
@@ -91,5 +88,6 @@ __all__ = [
     "replicates_to_see",
     "run_wide_shift",
     "sd_interval",
+    "select_pairs",
     "share_scatter",
 ]

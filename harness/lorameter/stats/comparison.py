@@ -33,7 +33,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from lorameter.stats.effect import Effect, Pairing, Spread, estimate_effect, from_log
@@ -229,45 +228,29 @@ def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, 
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeptPairs:
-    """The pairs to compare, and why the others were dropped."""
-
-    kept: tuple[int, ...]
-    """Indexes of the pairs, in order."""
-    balanced: bool
-    """False if one side is flagged more often than chance allows, so that dropping may favour it."""
-    reason: str
-    """One sentence for users: which pairs were dropped, or why none were; empty if none is flagged."""
-
-
-def kept_pairs(
+def select_pairs(
     base_flags: Sequence[bool], candidate_flags: Sequence[bool], *, least: int, alpha: float = 0.05
-) -> KeptPairs:
-    """The pairs without a flag on either side; all pairs if fewer than `least` would remain.
+) -> tuple[tuple[int, ...], str]:
+    """The indexes of the pairs without a flag on either side, and one sentence for users on the pairs that were dropped;
+    it is empty if none is flagged. All pairs stay if fewer than `least` would remain, or if the flags are not balanced, so
+    that dropping may favour one side.
 
-    Flags must not depend on the compared values. `balanced` is the result of McNemar's exact two-sided test at `alpha`
-    on the pairs with one flag; with fewer than 6 such pairs it is always true at 5 %. Raises ValueError for sides of
-    unequal length.
+    Flags must not depend on the compared values. They are balanced by McNemar's exact two-sided test at `alpha` on the
+    pairs with one flag; with fewer than 6 such pairs they always are at 5 %. Raises ValueError for sides of unequal
+    length.
     """
     pairs = list(zip(base_flags, candidate_flags, strict=True))
     clean = tuple(index for index, pair in enumerate(pairs) if not any(pair))
     only_base, only_candidate = pairs.count((True, False)), pairs.count((False, True))
-    balanced = sign_test(only_base, only_base + only_candidate) > alpha
-    refused = len(clean) < min(least, len(pairs))
-    dropped, reason = len(pairs) - len(clean), ""
-    if refused:
-        reason = (
-            f"dropping the {dropped} flagged of {len(pairs)} pairs would leave {len(clean)}, below {least}: kept all"
-        )
-    elif dropped:
-        flagged = f"base flagged in {sum(base_flags)}, candidate in {sum(candidate_flags)}"
-        reason = f"dropped {dropped} of {len(pairs)} pairs: {flagged}"
-    if not balanced:
-        reason += (
-            f"; flagged on one side only: {only_base} times base and {only_candidate} times candidate, not balanced"
-        )
-    return KeptPairs(kept=tuple(range(len(pairs))) if refused else clean, balanced=balanced, reason=reason)
+    dropped, every = len(pairs) - len(clean), tuple(range(len(pairs)))
+    if sign_test(only_base, only_base + only_candidate) <= alpha:
+        sides = f"{only_base} on the base only, {only_candidate} on the candidate only"
+        return every, f"{dropped} of {len(pairs)} pairs are flagged, not balanced ({sides}): kept all"
+    if len(clean) < min(least, len(pairs)):
+        why = f"would leave {len(clean)}, below {least}: kept all"
+        return every, f"dropping the {dropped} flagged of {len(pairs)} pairs {why}"
+    flagged = f"base flagged in {sum(base_flags)}, candidate in {sum(candidate_flags)}"
+    return clean, f"dropped {dropped} of {len(pairs)} pairs: {flagged}" if dropped else ""
 
 
 # --- memory peaks -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from lorameter.stats import (
     Comparison,
     Effect,
     Estimate,
-    KeptPairs,
     Pairing,
     TrialsEstimate,
     VerdictRule,
@@ -42,8 +41,8 @@ from lorameter.stats import (
     effective_size,
     estimate_effect,
     estimate_trials,
-    kept_pairs,
     percentile,
+    select_pairs,
     share_scatter,
 )
 from lorameter.studies.study import Study
@@ -227,8 +226,8 @@ class Pair:
     candidate: Trials
     pairing: Pairing = "none"
     """How trial i of the base and trial i of the candidate are related."""
-    drops: KeptPairs | None = None
-    """Which pairs were kept; None if no pair could be dropped."""
+    dropped: str = ""
+    """Which pairs of disturbed trials were dropped, or why none were; empty if no trial was disturbed."""
     no_interval: str = ""
     """Why these samples give only a ratio."""
     shared: Effect | None = None
@@ -242,11 +241,11 @@ class Pair:
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
         return estimate_effect(base, candidate, self.pairing)
 
-    def with_drops(self, comparison: Comparison) -> Comparison:
+    def with_dropped(self, comparison: Comparison) -> Comparison:
         """Add the dropped pairs to the reason of a comparison."""
-        if self.drops is None or not self.drops.reason:
+        if not self.dropped:
             return comparison
-        return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {self.drops.reason}")
+        return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {self.dropped}")
 
 
 def choose_pairing(series: Series, metric: str) -> Pairing:
@@ -260,7 +259,7 @@ def make_pairs(base: Series, candidate: Series, metric: str) -> Pair:
     """Pair two series of one run in one metric; the pair is empty if they share no replicate.
 
     Turns are paired only with turns of the same attempt, because a run that was interrupted while writing may hold two
-    attempts. Losses are paired only after the same training. Pairs of disturbed trials are left out (`_undisturbed`),
+    attempts. Losses are paired only after the same training. Pairs of disturbed trials are left out,
     unless one side is disturbed more often than the other.
     """
     pairing = choose_pairing(base, metric)
@@ -272,15 +271,14 @@ def make_pairs(base: Series, candidate: Series, metric: str) -> Pair:
         found = [(first, second) for first, second in found if first[0].attempt == second[0].attempt]
     if METRICS[metric].is_loss:
         found = [(first, second) for first, second in found if _trained_alike(first[0], second[0])]
-    drops = _undisturbed([(first, second) for (first, _), (second, _) in found], metric, pairing)
-    if drops is not None and drops.balanced:
-        found = [found[index] for index in drops.kept]
+    indexes, dropped = _select_undisturbed([(first, second) for (first, _), (second, _) in found], metric, pairing)
+    found = [found[index] for index in indexes]
     return Pair(
         metric=metric,
         base=[samples for (_, samples), _ in found],
         candidate=[samples for _, (_, samples) in found],
         pairing=pairing,
-        drops=drops,
+        dropped=dropped,
     )
 
 
@@ -290,19 +288,22 @@ def _trained_alike(base: TrialRecord, candidate: TrialRecord) -> bool:
     return not cut or _steps(base) == _steps(candidate)
 
 
-def _undisturbed(pairs: Sequence[tuple[TrialRecord, TrialRecord]], metric: str, pairing: Pairing) -> KeptPairs | None:
-    """Which pairs of trials to compare, by a criterion that ignores their times; None if none can be dropped.
+def _select_undisturbed(
+    pairs: Sequence[tuple[TrialRecord, TrialRecord]], metric: str, pairing: Pairing
+) -> tuple[Sequence[int], str]:
+    """The indexes of the pairs to compare, by a criterion that ignores their times, and which were dropped.
 
     Nothing is dropped for trials that took turns, which share every disturbance, or on a GPU, where the host may wait.
     """
+    every = range(len(pairs)), ""
     if not pairs or pairing == "turn" or METRICS[metric].unit not in ("s", "1/s"):
-        return None
+        return every
     if any(kind.startswith("device_") for kind in pairs[0][0].memory):
-        return None
+        return every
     shares = [[occupancy(record) for record in side] for side in zip(*pairs, strict=True)]
     flags = [[share < OCCUPANCY_FLOOR for share in side if share is not None] for side in shares]
     known = all(len(side) == len(pairs) for side in flags)
-    return kept_pairs(flags[0], flags[1], least=MIN_UNDISTURBED) if known else None
+    return select_pairs(flags[0], flags[1], least=MIN_UNDISTURBED) if known else every
 
 
 def occupancy(record: TrialRecord) -> float | None:
@@ -395,7 +396,7 @@ def judge(
     else:
         rules = {key: dataclasses.replace(limits[key], family=family) for key in effects}
         found |= {key: decide(effect, rules[key]) for key, effect in effects.items()}
-    return {key: pair.with_drops(found[key]) for key, pair in pairs.items()}
+    return {key: pair.with_dropped(found[key]) for key, pair in pairs.items()}
 
 
 def compare_series(base: Series, candidate: Series, metric: str) -> Comparison | None:
