@@ -136,8 +136,8 @@ def test_effective_size_decides():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: median_interval([]), "values has no samples"),
-        (lambda: median_interval([1.0, math.nan]), "values sample 1 is nan"),
+        (lambda: median_interval([]), "samples has no samples"),
+        (lambda: median_interval([1.0, math.nan]), "samples sample 1 is nan"),
         (lambda: percentile([], 0.9), "samples has no samples"),
         (lambda: percentile([1.0, math.inf], 0.9), "samples sample 1 is inf"),
     ],

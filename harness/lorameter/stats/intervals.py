@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -161,14 +162,8 @@ def median_interval(values: Sequence[float], *, alpha: float = 0.05) -> Estimate
     There is no interval if even the smallest and the largest value do not bracket the median with that confidence (95 %
     needs 6 values). Raises ValueError without values, and for values that are not finite.
     """
-    import numpy as np
-
-    ordered = np.sort(checked_samples("values", values, positive=False))
-    median, tail = float(np.median(ordered)), alpha / 2
-    if ordered.size < _min_samples(0.5, tail):
-        return Estimate(value=median, low=None, high=None)
-    low, high = _ranks(ordered.size, 0.5, tail)
-    return Estimate(value=median, low=float(ordered[low - 1]), high=float(ordered[high - 1]))
+    found = percentile(values, 0.5, confidence=1 - alpha / 2)
+    return found or Estimate(value=float(statistics.median(values)), low=None, high=None)
 
 
 def percentile(
