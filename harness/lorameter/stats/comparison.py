@@ -231,9 +231,11 @@ def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, 
 def select_pairs(
     base_flags: Sequence[bool], candidate_flags: Sequence[bool], *, least: int, alpha: float = 0.05
 ) -> tuple[tuple[int, ...], str]:
-    """The indexes of the pairs without a flag on either side, and one sentence for users on the pairs that were dropped;
-    it is empty if none is flagged. All pairs stay if fewer than `least` would remain, or if the flags are not balanced, so
-    that dropping may favour one side.
+    """The indexes of the pairs without a flag on either side, and one sentence for users on the pairs that were
+    dropped; it is empty if none is flagged.
+
+    All pairs stay if fewer than `least` would remain, or if the flags are not balanced, so that dropping may favour one
+    side.
 
     Flags must not depend on the compared values. They are balanced by McNemar's exact two-sided test at `alpha` on the
     pairs with one flag; with fewer than 6 such pairs they always are at 5 %. Raises ValueError for sides of unequal
