@@ -50,6 +50,7 @@ from lorameter.verdicts.claims.parts import (
     metric_phrase,
     part_metrics,
     part_pair,
+    require_data,
 )
 from lorameter.verdicts.claims.parts import PartResult as PartResult
 from lorameter.verdicts.series import Groups, compare_control, group_trials, is_difference
@@ -175,8 +176,10 @@ def _judge_parts(
         for index, part in enumerate(claim.parts):
             key = claim.id, index
             try:
-                if claim.pretrained and random_weights:
-                    raise NotJudgedError("random weights: losses and answers say nothing. Measure a pretrained model.")
+                require_data(
+                    not (claim.pretrained and random_weights),
+                    "random weights: losses and answers say nothing. Measure a pretrained model.",
+                )
                 if engine is not None and part.axis == ENGINE:
                     check_comparable(part, run, study, engine)
                 if part.rule == "rises":
@@ -296,8 +299,7 @@ def judge_counts(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         {source[quantity] for record in one for source in (record.values, record.memory) if quantity in source}
         for one in series
     ]
-    if not all(found):
-        raise NotJudgedError(f"{quantity} was not measured at every level of {axis}. Measure with the phase train.")
+    require_data(all(found), f"{quantity} was not measured at every level of {axis}. Measure with the phase train.")
     texts = [" to ".join(f"{value:,.0f}" for value in sorted({min(values), max(values)})) for values in found]
     named = (f"{text} at {format_level(level)}" for text, (level, _) in zip(texts, levels, strict=True))
     values_text = f"{texts[0]} at every level of {axis}" if len(set(texts)) == 1 else f"by {axis}, {', '.join(named)}"
@@ -336,23 +338,23 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         f"{what} {_sizes(ours.values())} in {name}, {_sizes(theirs.values())} in {without}, "
         f"×{format_ratio(ratio, low, high)} by the range of the replicates"
     )
-    if resident and not control:
-        raise NotJudgedError(
-            f"{sentence}: the reference was not measured twice, so the scatter of resident peaks is not "
-            "known. Measure its control too."
-        )
+    require_data(
+        control or not resident,
+        f"{sentence}: the reference was not measured twice, so the scatter of resident peaks is not "
+        "known. Measure its control too."
+    )
     verdict = _decide(part, low, high)
     words = describe_decision(part, verdict)
     if resident:
         start_sizes = [record.memory[RSS_AT_START] for record in sides[0] if RSS_AT_START in record.memory]
         start_note = f", {format_bytes(max(start_sizes))} of which it begins with" if start_sizes else ""
         saving = part.rule == "lowers"
-        if verdict != ("supported" if saving else "refuted"):
-            lost = "a saving can be lost, so it refutes" if saving else "a cost can be lost, so it supports"
-            raise NotJudgedError(
-                f"{sentence}: on a CPU the peak is the resident memory of the process{start_note}, in which {lost} "
-                "nothing. Measure on a GPU."
-            )
+        lost = "a saving can be lost, so it refutes" if saving else "a cost can be lost, so it supports"
+        require_data(
+            verdict == ("supported" if saving else "refuted"),
+            f"{sentence}: on a CPU the peak is the resident memory of the process{start_note}, in which {lost} "
+            "nothing. Measure on a GPU."
+        )
         words += f", although the process holds more (on a CPU the peak is its resident memory{start_note})"
     about = f"{name} / {without}"
     found = {"ratio": ratio, "low": low, "high": high, "replicates": len(both)}

@@ -15,7 +15,7 @@ from lorameter.studies.claim import ClaimPart
 from lorameter.studies.engine import ANY, LESS, SAFE
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
-from lorameter.verdicts.claims.parts import NotJudgedError
+from lorameter.verdicts.claims.parts import NotJudgedError, require_data
 from lorameter.verdicts.same_training import (
     LOSS_DIFFERS,
     OTHER_PARAMETERS,
@@ -103,27 +103,26 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
         _check_path(evidence, engine)
     known = METRICS.get(part.metric)  # memory peaks are not in METRICS
     per_token, title = (known.per_token, known.title) if known else (False, "peak memory")
-    other_tokens = NotJudgedError(
+    other_tokens = (
         f"a step of {engine.variant} has another number of tokens than a step of {engine.reference}, so their {title} "
         "cannot be compared. Give both the same batches, with the same seed."
     )
-    if run.manifest.own_workloads and not per_token:
-        raise other_tokens
+    require_data(per_token or not run.manifest.own_workloads, other_tokens)
     sides = _sides(run, study)
     if sides is None:
         return
     for notice in notices_of_sides(engine.variant, sides):
-        if notice.code in (OTHER_PARAMETERS, LOSS_DIFFERS):
-            raise NotJudgedError(
-                f"they are not the same training: {notice.message} Let both train the same, except for the engine."
-            )
-    if sides.tokens is None:
-        raise NotJudgedError(
-            f"{_UNSEEN}. Give the model "
-            "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone."
+        require_data(
+            notice.code not in (OTHER_PARAMETERS, LOSS_DIFFERS),
+            f"they are not the same training: {notice.message} Let both train the same, except for the engine."
         )
-    if not per_token and (sides.tokens_differ or (part.of_memory and not sides.same_tokens)):
-        raise other_tokens
+    require_data(
+        sides.tokens is not None,
+        f"{_UNSEEN}. Give the model "
+        "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone."
+    )
+    other_contents = sides.tokens_differ or (part.of_memory and not sides.same_tokens)
+    require_data(per_token or not other_contents, other_tokens)
 
 
 def _sides(run: Run, study: Study) -> ScriptPair | None:

@@ -50,6 +50,12 @@ class NotJudgedError(Exception):
     """Raised if a part of a claim cannot be judged; the message has the reason and a remedy."""
 
 
+def require_data(holds: object, message: str) -> None:
+    """Raise `NotJudgedError` with the message if a condition does not hold."""
+    if not holds:
+        raise NotJudgedError(message)
+
+
 class PartResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The judgement of one part."""
 
@@ -280,15 +286,17 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
     import numpy as np
 
     known, levels = METRICS[metric], study.levels(axis)
-    if known.is_loss and is_of_tokens(axis):
-        raise NotJudgedError(f"{known.title}: levels of {axis} train on different tokens. Claim a time, or memory.")
+    require_data(
+        not (known.is_loss and is_of_tokens(axis)),
+        f"{known.title}: levels of {axis} train on different tokens. Claim a time, or memory.",
+    )
     check_levels(axis, levels, groups)
     series = [groups[name, "variant"] for name in (study.reference, *(name for _, name in levels))]
-    if not any(one.measured(metric) for one in series[1:]):
-        raise NotJudgedError(
-            f"{known.title}: not measured in this run. Measure with the phase {known.phase}; answers until EOS need "
-            "open_ended_tokens in [workload], and metrics of scripts a --command."
-        )
+    require_data(
+        any(one.measured(metric) for one in series[1:]),
+        f"{known.title}: not measured in this run. Measure with the phase {known.phase}; answers until EOS need "
+        "open_ended_tokens in [workload], and metrics of scripts a --command."
+    )
     pairing = choose_pairing(series[0], metric)
     found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
     seen = set[int]().union(*found)
@@ -322,19 +330,18 @@ def check_levels(axis: str, levels: Sequence[tuple[Level, str]], groups: Groups)
     absent = [
         name if axis == ENGINE else format_level(level) for level, name in levels if (name, "variant") not in groups
     ]
-    if absent:
-        raise NotJudgedError(
-            f"{axis} {', '.join(absent)}: no trial in this run. Measure every level: leave --variant out."
-        )
+    require_data(
+        not absent, f"{axis} {', '.join(absent)}: no trial in this run. Measure every level: leave --variant out."
+    )
 
 
 def check_count(count: int) -> None:
     """Raise `NotJudgedError` if fewer than two replicates have a value at every level."""
-    if count < MIN_SHARED:
-        raise NotJudgedError(
-            f"{format_count(count, 'replicate')} with every level: a claim is never judged from fewer than "
-            f"{MIN_SHARED}. Measure more replicates; the report says which trials failed."
-        )
+    require_data(
+        count >= MIN_SHARED,
+        f"{format_count(count, 'replicate')} with every level: a claim is never judged from fewer than "
+        f"{MIN_SHARED}. Measure more replicates; the report says which trials failed."
+    )
 
 
 def _centre(values: Array) -> str:
