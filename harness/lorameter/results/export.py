@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-from lorameter.errors import InvalidRunError, UsageError
+from lorameter.errors import InvalidRunError, UsageError, require
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import replace_file
 from lorameter.records.os_errors import translate_write_errors
@@ -91,8 +91,7 @@ def load_all(folder: str | Path | None = None) -> Frames:
         lorameter.errors.UsageError: no such folder.
     """
     runs = store.runs_dir(folder)
-    if not fileio.is_folder(runs):
-        raise UsageError(f"{runs}: there is no such folder. Name the folder that holds the runs.")
+    require(fileio.is_folder(runs), f"{runs}: there is no such folder. Name the folder that holds the runs.")
     loaded: list[Tables] = []
     unreadable: dict[str, str] = {}
     for path, tables, error in read_each(runs, _tables_of):
@@ -244,8 +243,10 @@ def trend_rows(run: Run, metrics: Sequence[str] = ()) -> list[Row]:
     rows = [row for row in estimate_rows(run, study) if row["role"] == "variant" and math.isfinite(row["value"])]
     known = list(dict.fromkeys(row["metric"] for row in rows))
     wanted = match_patterns(known, metrics) if metrics else default_metrics(run.manifest.phases, known)
-    if metrics and not wanted:
-        raise UsageError(f"--metric {' '.join(metrics)}: run {name} has no such metric. It has {', '.join(known)}.")
+    require(
+        wanted or not metrics,
+        f"--metric {' '.join(metrics)}: run {name} has no such metric. It has {', '.join(known)}.",
+    )
     return [row for row in rows if row["metric"] in wanted]
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from lorameter.errors import UsageError, redact
+from lorameter.errors import UsageError, redact, require
 from lorameter.records import codec, fileio, store
 from lorameter.records.fileio import replace_file, scratch_folder, write_document
 from lorameter.records.os_errors import translate_write_errors
@@ -168,13 +168,10 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
         UsageError, InvalidRunError: the run does not exist or is being measured, or the file cannot be written.
     """
     run = store.read_run(name, runs)
-    if not fileio.is_folder(run.path):
-        raise UsageError(f"run {name!r}: it is already packed. Send that file.")
-    if run.live:
-        raise UsageError(f"run {run.manifest.run}: it is being measured. Wait for its end, and pack it then.")
+    require(fileio.is_folder(run.path), f"run {name!r}: it is already packed. Send that file.")
+    require(not run.live, f"run {run.manifest.run}: it is being measured. Wait for its end, and pack it then.")
     target = output or Path(f"{run.manifest.run}{PACKED_SUFFIX}")
-    if os.path.lexists(target):
-        raise UsageError(f"{target}: there is a file of that name. Remove it, or give another --output.")
+    require(not os.path.lexists(target), f"{target}: there is a file of that name. Remove it, or give another --output.")
     with scratch_folder() as folder:
         write_document(folder / MANIFEST, _clean(codec.to_json(run.manifest), texts=texts))
         evidence = EvidenceFile(folder)  # a new file, since checks are named by hashes of their content

@@ -232,11 +232,11 @@ def compare_controls(groups: Groups, study: Study, phases: Sequence[str]) -> Con
     primaries = [PRIMARY[phase] for phase in PHASES if phase in phases]
     claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in part_metrics(part))
     others = [name for name in claimed if name in METRICS and name not in primaries]
-    found: dict[str, Comparison | None] = {}
-    for family in (primaries, others):
-        for name in family:
-            found[name] = compare_control(groups, study.reference, name, family=len(family))
-    return found
+    return {
+        name: compare_control(groups, study.reference, name, family=len(family))
+        for family in (primaries, others)
+        for name in family
+    }
 
 
 def find_doubt(part: ClaimPart, controls: Controls) -> str:
