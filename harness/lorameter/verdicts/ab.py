@@ -159,13 +159,10 @@ def _choose_metrics(
     extra = ["time_per_real_token_s"] if per_token and "time_per_real_token_s" in known else []
     if not patterns:
         return default_metrics(run.manifest.phases, known) + extra
-    found = match_patterns(known, patterns)
-    if found or (sides and not broken):
-        return found
-    primary = default_metrics(run.manifest.phases, ())
-    return (
-        match_patterns(primary, patterns) or primary[:1]
-    )  # if nothing was measured, an empty report would hide the failure
+    chosen = match_patterns(known, patterns)
+    if not chosen and (broken or not sides):  # an empty report would hide the failure
+        chosen = default_metrics(run.manifest.phases, ())[:1]
+    return chosen
 
 
 def attribute_difference(run: Run) -> Attribution:
