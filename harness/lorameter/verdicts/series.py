@@ -420,7 +420,7 @@ def list_ratios(
     names = [variant.name for variant in study.variants if (variant.name, "variant") in pairs]
     found = judge({(name, metric): pairs[name, "variant"] for name in names}, limits_of)
     if not is_memory(metric) and (control is None or control.verdict != "equivalent"):
-        found = without_equality(found, "but the A/A control is not equivalent to itself, so nothing is called equivalent")
+        found = without_equality(found, "but the control is not equivalent to itself, so nothing is called equivalent")
     return {name: found[name, metric] for name in names}
 
 
