@@ -154,10 +154,6 @@ def test_ratio_too_large_for_a_float_is_refused():
         ({"base": [[0.0], [1.0]]}, r"base trial 0 sample 0 is 0\.0"),
         ({"base": [[1.0]]}, "base has 1 trials and candidate 2"),
         ({"base": [[1.0, 2.0], [1.0]]}, "trial 0: base has 2 samples and candidate 1"),
-        ({"alpha": 1.0}, "alpha is 1.0"),
-        ({"tolerance": -1}, "tolerance is -1"),
-        ({"margin": 0}, "margin is 0"),
-        ({"family": 0}, "family is 0"),
     ],
 )
 def test_bad_input_is_an_error(arguments, message):
@@ -340,17 +336,10 @@ def test_identical_machines_are_rarely_called_shifted():
     assert np.mean(found) <= 0.05
 
 
-@pytest.mark.parametrize(
-    ("values", "limits", "message"),
-    [
-        ({"step": math.nan}, {}, "log ratios sample 0 is nan"),
-        ({"step": 0.1}, {"tolerance": -1}, "tolerance is -1"),
-    ],
-)
-def test_bad_input_of_a_shift_is_an_error(values, limits, message):
-    """Bad input raises an error that names the offending value."""
-    with pytest.raises(ValueError, match=message):
-        run_wide_shift(values, **limits)
+def test_bad_input_of_a_shift_is_an_error():
+    """The error names the value."""
+    with pytest.raises(ValueError, match="log ratios sample 0 is nan"):
+        run_wide_shift({"step": math.nan})
 
 
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from lorameter.stats import count_outliers, drifting, is_steady
-from lorameter.stats.samples import checked_number, checked_trials, trial_medians
+from lorameter.stats.samples import checked_trials, trial_medians
 
 STEP = np.arange(60)
 
@@ -74,17 +74,12 @@ def test_the_tolerance_decides_whether_a_rise_is_drift():
 
 
 @pytest.mark.parametrize(
-    ("samples", "tolerance", "message"),
-    [
-        ([], 0.02, "trial 0 has no samples"),
-        ([1.0, 0.0], 0.02, r"trial 0 sample 1 is 0\.0"),
-        ([1.0], -1, "tolerance is -1"),
-    ],
+    ("samples", "message"), [([], "trial 0 has no samples"), ([1.0, 0.0], r"trial 0 sample 1 is 0\.0")]
 )
-def test_bad_input_is_an_error(samples, tolerance, message):
+def test_bad_input_is_an_error(samples, message):
     """Bad input raises an error that names the offending value."""
     with pytest.raises(ValueError, match=message):
-        drifts(samples, tolerance=tolerance)
+        drifts(samples, tolerance=0.02)
 
 
 def test_many_series_are_judged_as_each_alone():
@@ -188,13 +183,6 @@ def test_accepts_lists_arrays_and_exact_numbers():
     assert [array.tolist() for array in arrays] == [[1.0, 2.0]] * 3
     arrays[2][0] = 9
     assert given[0] == 1.0
-
-
-@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "1", None, True])
-def test_limit_out_of_range_is_named(bad):
-    """A limit that is not a finite number in range is refused by name and value."""
-    with pytest.raises(ValueError, match=r"tolerance is .*at least 0"):
-        checked_number("tolerance", bad, at_least=0, strictly=False)
 
 
 def test_medians_are_those_of_each_trial():

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorameter.stats.intervals import Estimate, quantile
-from lorameter.stats.samples import Array, checked_number, checked_samples
+from lorameter.stats.samples import Array, checked_samples
 
 MIN_POINTS = 10
 """With fewer values, the scatter cannot be estimated."""
@@ -217,11 +217,11 @@ def drifting(trials: Sequence[Sequence[float]], *, tolerance: float) -> list[boo
     level. Slower first steps, a temporary burst and a single slow step do not count as drift; with fewer than six steps
     there is none. The false-positive rate on stationary noise is about one in 25 series at most.
 
-    Raises ValueError without samples, for samples that are not finite and above zero, and for tolerance < 0.
+    Raises ValueError without samples, and for samples that are not finite and above zero.
     """
     import numpy as np
 
-    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
+    allowed = math.log1p(tolerance)
     series = [checked_samples(f"trial {index}", trial, positive=True) for index, trial in enumerate(trials)]
     found = [False] * len(series)
     by_length: dict[int, list[int]] = {}
@@ -324,7 +324,7 @@ def is_steady(samples: Sequence[float], window: int = WARMUP_WINDOW, *, toleranc
 
     Raises ValueError for samples in the two windows that are not above zero.
     """
-    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
+    allowed = math.log1p(tolerance)
     if len(samples) < 2 * window:
         return False
     first = len(samples) - 2 * window

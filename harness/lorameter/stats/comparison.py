@@ -37,7 +37,7 @@ from typing import TypeVar
 
 from lorameter.stats.effect import Effect, Pairing, Spread, estimate_effect, from_log
 from lorameter.stats.intervals import sign_test
-from lorameter.stats.samples import checked_number, checked_samples
+from lorameter.stats.samples import checked_samples
 from lorameter.stats.verdict import (
     MAX_ADVISED,
     Comparison,
@@ -68,7 +68,7 @@ def compare_trials(
     fractions, see `lorameter.stats.verdict`. The interval is that of alpha/family.
 
     Raises ValueError, naming the side, trial and sample, for an empty list or trial, for samples that are not
-    finite and above zero, for paired sides of unequal size, and for limits out of range.
+    finite and above zero, and for paired sides of unequal size.
     """
     rule = VerdictRule(tolerance=tolerance, margin=margin, alpha=alpha, family=family)
     return decide(estimate_effect(base, candidate, pairing), rule)
@@ -206,11 +206,11 @@ def run_wide_shift(log_ratios: Mapping[str, float], *, tolerance: float = 0.01, 
     number of comparisons beyond the tolerance on one side has a probability of at most `alpha` (sign test, two-sided: 6
     of 6, 8 of 9, 9 of 10), the median is therefore also beyond it, and the scatter of the log ratios is at most half
     the median. A few regressed benchmarks, or many that changed by different amounts, are not a shift. Raises
-    ValueError for log ratios that are not finite, and for a tolerance below 0.
+    ValueError for log ratios that are not finite.
     """
     import numpy as np
 
-    allowed = math.log1p(checked_number("tolerance", tolerance, at_least=0, strictly=False))
+    allowed = math.log1p(tolerance)
     if not log_ratios:
         return None
     values = checked_samples("log ratios", list(log_ratios.values()), positive=False)
@@ -266,9 +266,8 @@ def compare_bytes(base: Sequence[float], candidate: Sequence[float], *, toleranc
 
     `tolerance` is a fraction; use 0 for computed bytes, which must agree exactly. The interval is the ratio itself;
     there is no power and no number of replicates to plan. Lists may differ in length. Raises ValueError for an empty
-    list, for peaks that are negative or not finite, and for a tolerance below 0.
+    list, and for peaks that are negative or not finite.
     """
-    tolerance = checked_number("tolerance", tolerance, at_least=0, strictly=False)
     peak_base, peak_candidate = _peak("base", base), _peak("candidate", candidate)
     verdict: Verdict = "equivalent"
     if peak_candidate > peak_base * (1 + tolerance):

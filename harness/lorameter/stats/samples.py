@@ -12,10 +12,8 @@ medians do not need the removal. The fences are Tukey's (1977), 1.5 interquartil
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -86,15 +84,6 @@ def trial_medians(trials: Sequence[Array]) -> Array:
     if len({trial.size for trial in trials}) == 1:
         return np.asarray(np.median(np.stack(trials), axis=1))
     return np.array([np.median(trial) for trial in trials])
-
-
-def checked_number(name: str, value: object, *, at_least: float, strictly: bool) -> float:
-    """`value` as a float. Raises ValueError with its name unless it is finite and >= (`strictly`: >) `at_least`."""
-    relation = "above" if strictly else "at least"
-    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-    if not math.isfinite(number) or number < at_least or (strictly and number == at_least):
-        raise ValueError(f"{name} is {value!r}: pass a finite number {relation} {at_least:g}")
-    return number
 
 
 _FENCE_IQR = 1.5

@@ -31,7 +31,6 @@ from typing import Literal
 
 from lorameter.stats.effect import Spread, dunnett_tail
 from lorameter.stats.intervals import noncentrality
-from lorameter.stats.samples import checked_number
 
 Verdict = Literal["improved", "regressed", "equivalent", "inconclusive", "invalid", "no_baseline", "not_comparable"]
 
@@ -59,7 +58,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictRule:
-    """The limits of one comparison. Raises ValueError that names an invalid limit."""
+    """The limits of one comparison."""
 
     tolerance: float = 0.01
     """Smallest slow-down worth an alarm, a fraction >= 0."""
@@ -69,13 +68,6 @@ class VerdictRule:
     """Two-sided error rate of the interval, before `family`; each of the two one-sided equivalence tests has it too."""
     family: int = 1
     """Comparisons that share `alpha`."""
-
-    def __post_init__(self) -> None:
-        checked_number("tolerance", self.tolerance, at_least=0, strictly=False)
-        checked_number("margin", self.margin, at_least=0, strictly=True)
-        if checked_number("alpha", self.alpha, at_least=0, strictly=True) >= 1:
-            raise ValueError(f"alpha is {self.alpha!r}: pass an error rate between 0 and 1, such as 0.05")
-        checked_number("family", self.family, at_least=1, strictly=False)
 
     def tail(self, spread: Spread) -> float:
         """Error rate on either side of the interval: Bonferroni's, or Dunnett's where the scatter is shared."""
@@ -152,11 +144,8 @@ def replicates_to_see(effect: float, sd: float, *, tolerance: float, alpha: floa
     """Paired replicates after which a slow-down of `effect` (a fraction) is called `regressed` with 80 % power.
 
     `sd` is the standard deviation of one replicate's log ratio. None if the effect is within the tolerance, so that it
-    is never an alarm, and if no practical number suffices. Raises ValueError for an effect or sd that is negative or
-    not finite.
+    is never an alarm, and if no practical number suffices.
     """
-    checked_number("effect", effect, at_least=0, strictly=True)
-    checked_number("sd", sd, at_least=0, strictly=False)
     distance = math.log1p(effect) - math.log1p(tolerance)
     if distance <= 0:
         return None
