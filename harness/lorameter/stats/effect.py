@@ -117,9 +117,9 @@ def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequenc
 def log_ratios(
     base: Sequence[Array], candidate: Sequence[Array], pairing: Pairing
 ) -> Array:
-    """The log ratio of candidate to base in each replicate, for paired sides.
+    """The log ratio of candidate to base in each replicate, for sides that are paired by replicate or by turn.
 
-    Raises ValueError for unpaired sides and an unknown pairing, and as `estimate_effect` does.
+    Raises ValueError as `estimate_effect` does.
     """
     if len(base) != len(candidate):
         raise ValueError(
@@ -128,9 +128,7 @@ def log_ratios(
         )
     if pairing == "replicate":
         return _log_medians(candidate) - _log_medians(base)
-    if pairing == "turn":
-        return _log_ratios_by_turn(base, candidate)
-    raise ValueError(f"pairing is {pairing!r}: a ratio in each replicate needs 'replicate' or 'turn'")
+    return _log_ratios_by_turn(base, candidate)
 
 
 def _log_medians(trials: Sequence[Array]) -> Array:

@@ -124,10 +124,10 @@ def judge_above(contrasts: Array, limit: float, *, alpha: float = 0.05, family: 
     contrasts.
 
     supported: the corrected interval of each contrast is above the limit · refuted: the interval of one contrast, also
-    corrected for their number, is below it, or all are equal within the limit · else inconclusive. Raises ValueError
-    for fewer than two replicates and for values that are not finite.
+    corrected for their number, is below it, or all are equal within the limit · else inconclusive, as with one
+    replicate.
     """
-    effects = _effects(contrasts)
+    effects = [paired_effect(column, "replicate") for column in contrasts.T]
     tail = alpha / family / 2
     low, weakest = min((effect.interval(tail)[0], index) for index, effect in enumerate(effects))
     if low > limit + ROUNDING:
@@ -147,9 +147,9 @@ def judge_within(contrasts: Array, limit: float, *, alpha: float = 0.05, family:
     """Test the statement that every contrast is at most `limit` (a log ratio) from zero, in either direction.
 
     supported: the (1 - 2 alpha) interval of each contrast is inside · refuted: the corrected interval of one contrast,
-    also corrected for their number, is outside · else inconclusive. Raises ValueError as `judge_above` does.
+    also corrected for their number, is outside · else inconclusive.
     """
-    effects = _effects(contrasts)
+    effects = [paired_effect(column, "replicate") for column in contrasts.T]
     distance, furthest = _furthest(effects, alpha)
     if distance < limit:
         return Conclusion("supported", "equality", furthest, effects[furthest], alpha)
@@ -180,16 +180,3 @@ def _undecided(index: int, effect: Effect, tail: float, clearance: float, decisi
     if clearance and effect.spread is not None:
         needed = replicates_to_clear(abs(clearance), effect.spread.sd, decisive)
     return Conclusion("inconclusive", "", index, effect, tail, needed)
-
-
-def _effects(contrasts: Array) -> list[Effect]:
-    """The effect of each contrast, with its scatter."""
-    import numpy as np
-
-    columns = np.asarray(contrasts, dtype=float)
-    columns = columns[:, None] if columns.ndim == 1 else columns
-    if columns.ndim != 2 or not columns.size or not np.isfinite(columns).all():
-        raise ValueError(f"contrasts have shape {columns.shape}: pass finite numbers, replicates × contrasts")
-    if len(columns) < 2:
-        raise ValueError("one replicate gives no scatter: measure at least 2")
-    return [paired_effect(column, "replicate") for column in columns.T]

@@ -76,7 +76,7 @@ def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence |
     records = [*ok[study.reference], *ok[engine.variant]]
     name, device = (provenance.get(key, "unknown") for key in ("device_name", "device"))
     driver = f", driver {provenance['driver']}" if provenance.get("driver") else ""
-    sides = _sides(run, study)
+    sides = _sides(run, study, engine.variant)
     differs = [notice.message for notice in notices_of_sides(engine.variant, sides)] if sides else []
     if sides and sides.tokens is None:
         differs.append(f"{engine.variant}: {_UNSEEN}.")
@@ -108,7 +108,7 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
         "cannot be compared. Give both the same batches, with the same seed."
     )
     require_data(per_token or not run.manifest.own_workloads, other_tokens)
-    sides = _sides(run, study)
+    sides = _sides(run, study, engine.variant)
     if sides is None:
         return
     for notice in notices_of_sides(engine.variant, sides):
@@ -125,11 +125,9 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
     require_data(per_token or not other_contents, other_tokens)
 
 
-def _sides(run: Run, study: Study) -> ScriptPair | None:
+def _sides(run: Run, study: Study, variant: str) -> ScriptPair | None:
     """The two scripts, as far as both were measured; None if the variants are not scripts."""
-    if not study.of_scripts or study.engine is None:
-        return None
-    found = sides_of_run(run, study).get(study.engine.variant)
+    found = sides_of_run(run, study).get(variant) if study.of_scripts else None
     return found if found is not None and found.pairs else None
 
 
