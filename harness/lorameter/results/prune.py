@@ -94,7 +94,7 @@ def prune(
         return PruneResult([], [], 0)
     begun_before = time.time() - (older_s or 0.0)
     counts: Counter[str] = Counter()
-    selected, removed, staying = list[PruneDecision](), list[PruneDecision](), list[PruneDecision]()
+    selected: list[PruneDecision] = []
     with contextlib.nullcontext() if dry_run else lock_baselines(runs):
         known = sorted(_decide(runs), key=lambda one: -one.created_unix_s)
         for one in known:
@@ -105,9 +105,11 @@ def prune(
         if not dry_run:
             for left in runs.glob(f"{_REMOVED}*"):  # from a removal that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        for one in reversed(selected):
-            why = one.why or ("" if dry_run else _remove(Path(one.path)))
-            (staying if why else removed).append(msgspec.structs.replace(one, why=why))
+        decided = [
+            one if one.why or dry_run else msgspec.structs.replace(one, why=_remove(Path(one.path)))
+            for one in reversed(selected)
+        ]
+    removed, staying = [one for one in decided if not one.why], [one for one in decided if one.why]
     return PruneResult(removed, staying, len(known) - len(selected))
 
 

@@ -155,34 +155,31 @@ def read_benchmarks(name: str) -> ComparisonInput:
     sides = [read_benchmark_json(path) for path in list_benchmarks(name)]
     trials: dict[str, Trials] = {}
     for side in sides:
-        _check_same_machine(sides[0], side)
-        for name, measured in side.variants.items():
-            trials.setdefault(name, []).extend(measured.trials(FOREIGN_METRIC))
+        require(
+            side.facts and side.facts.get("written_by") == FOREIGN,
+            f"{side.name}: it was written by lorameter and contains all replicates. Name it alone.",
+        )
+        differing = find_differences(sides[0].facts or {}, side.facts or {})
+        listed = ", ".join(f"{one.field} ({one.base!r} and {one.candidate!r})" for one in differing)
+        require(
+            not differing,
+            f"{side.name}: differs from {sides[0].name} in {listed}, and the files of one side are replicates of one "
+            "machine. Move it to a separate folder.",
+        )
+        for test, measured in side.variants.items():
+            trials.setdefault(test, []).extend(measured.trials(FOREIGN_METRIC))
     return dataclasses.replace(
         sides[0],
         name=name,
         variants={
-            name: Measurements(
-                name=name,
-                samples={FOREIGN_METRIC: found} if found else {},
-                no_interval=ONE_PROCESS if len(found) < 2 else None,
+            test: Measurements(
+                name=test,
+                samples={FOREIGN_METRIC: samples} if samples else {},
+                no_interval=ONE_PROCESS if len(samples) < 2 else None,
             )
-            for name, found in trials.items()
+            for test, samples in trials.items()
         },
     )
-
-
-def _check_same_machine(first: ComparisonInput, side: ComparisonInput) -> None:
-    require(
-        side.facts and side.facts.get("written_by") == FOREIGN,
-        f"{side.name}: it was written by lorameter and contains all replicates. Name it alone.",
-    )
-    if found := find_differences(first.facts or {}, side.facts or {}):
-        difference = found[0]
-        raise UsageError(
-            f"{side.name}: {difference.field} is {difference.candidate!r}, and {difference.base!r} in {first.name}: "
-            "the files of one side are replicates of one machine. Move it to a separate folder."
-        )
 
 
 def _read_foreign(where: str, saved: SavedFile) -> ComparisonInput:
