@@ -173,7 +173,9 @@ def pack(name: str, runs: Path, output: Path | None = None, *, texts: bool = Fal
     require(fileio.is_folder(run.path), f"run {name!r}: it is already packed. Send that file.")
     require(not run.live, f"run {run.manifest.run}: it is being measured. Wait for its end, and pack it then.")
     target = output or Path(f"{run.manifest.run}{PACKED_SUFFIX}")
-    require(not os.path.lexists(target), f"{target}: there is a file of that name. Remove it, or give another --output.")
+    require(
+        not os.path.lexists(target), f"{target}: there is a file of that name. Remove it, or give another --output."
+    )
     with scratch_folder() as folder:
         write_document(folder / MANIFEST, _clean(codec.to_json(run.manifest), texts=texts))
         evidence = EvidenceFile(folder)  # a new file, since checks are named by hashes of their content

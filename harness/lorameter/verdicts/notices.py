@@ -239,12 +239,12 @@ def _control(title: str, control: Comparison | None) -> Iterator[Notice]:
 def join_notices(run: Run, by_site: Mapping[str, Sequence[Notice]]) -> tuple[Notice, ...]:
     """The notices of a run whose sites are different machines: those common to all sites, and the others with their
     site."""
-    ways = [dict.fromkeys(notices) for notices in by_site.values()]
-    common = [notice for notice in next(iter(ways), {}) if all(notice in others for others in ways)]
+    first = next(iter(by_site.values()), ())
+    common = [notice for notice in first if all(notice in notices for notices in by_site.values())]
     own = [
         msgspec.structs.replace(notice, message=f"{site}: {notice.message}")
         for site, notices in by_site.items()
-        for notice in dict.fromkeys(notices)
+        for notice in notices
         if notice not in common
     ]
     mixed = Notice(
