@@ -23,7 +23,7 @@ from lorameter.verdicts.same_training import (
     differing_versions,
     library_versions,
     sameness_notices,
-    sides_of_run,
+    pair_scripts,
     training_facts,
 )
 
@@ -69,7 +69,7 @@ def notices(base, candidate):
 
 
 def losses(base, candidate, **more):
-    return compare_losses(sides_of_run(*run_of(base, candidate, **more))["other"])
+    return compare_losses(pair_scripts(*run_of(base, candidate, **more))["other"])
 
 
 def test_scripts_that_do_the_same_have_no_notice():

@@ -23,7 +23,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import check_patterns, match_patterns
 from lorameter.verdicts.notices import collect_notices, join_notices
-from lorameter.verdicts.same_training import sides_of_run
+from lorameter.verdicts.same_training import pair_scripts
 from lorameter.verdicts.series import (
     Groups,
     LimitsOf,
@@ -35,7 +35,7 @@ from lorameter.verdicts.series import (
     is_mixed,
     list_ratios,
     occupancies,
-    runs_of_sites,
+    split_sites,
 )
 from lorameter.verdicts.validity import RunValidity, is_single_script_run, mark_invalid, run_validity
 
@@ -152,7 +152,7 @@ def make_run_view(run: Run, selection: ReportFilter = EVERYTHING) -> RunView:
 
 def _join_sites(view: RunView) -> RunView:
     """The view of a run whose sites differ: the tables of each site, and no number over all of them."""
-    views = {site: make_run_view(part, view.selection) for site, part in runs_of_sites(view.run).items()}
+    views = {site: make_run_view(part, view.selection) for site, part in split_sites(view.run).items()}
     tables = [
         replace(table, site=site, table=replace(table.table, title=f"{table.table.title} on {site}"))
         for site, one in views.items()
@@ -271,7 +271,7 @@ def _columns(
 def _other_metrics(view: RunView, phase: Phase) -> Iterator[str]:
     """The metrics of a phase that at least one variant has, except the primary one."""
     names = phase_columns(phase, own_workloads=bool(view.run.manifest.own_workloads))
-    sides = sides_of_run(view.run, view.study) if view.study.of_scripts else {}
+    sides = pair_scripts(view.run, view.study) if view.study.of_scripts else {}
     if any(side.tokens_differ for side in sides.values()):
         names += ("time_per_real_token_s",)
     on_cpu = phase == "train" and view.run.manifest.provenance.get("device") == "cpu"

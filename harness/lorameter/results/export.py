@@ -75,7 +75,7 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> Frames:
         lorameter.errors.UsageError: no such run, or one that cannot be read.
         lorameter.errors.InvalidRunError: samples that are not numbers.
     """
-    return _frames([_tables_of(store.read_run(str(run), store.runs_dir(runs_dir)))], {})
+    return _frames([_make_tables(store.read_run(str(run), store.runs_dir(runs_dir)))], {})
 
 
 def load_all(folder: str | Path | None = None) -> Frames:
@@ -94,7 +94,7 @@ def load_all(folder: str | Path | None = None) -> Frames:
     require(fileio.is_folder(runs), f"{runs}: there is no such folder. Name the folder that holds the runs.")
     loaded: list[Tables] = []
     unreadable: dict[str, str] = {}
-    for path, tables, error in read_each(runs, _tables_of):
+    for path, tables, error in read_each(runs, _make_tables):
         if tables is not None:
             loaded.append(tables)
         else:
@@ -103,7 +103,7 @@ def load_all(folder: str | Path | None = None) -> Frames:
     return _frames(loaded, unreadable)
 
 
-def _tables_of(run: Run) -> Tables:
+def _make_tables(run: Run) -> Tables:
     return {table: list(table_rows(run, table)) for table in TABLES}
 
 
@@ -146,7 +146,7 @@ def export_text(run: Run, form: str, *, table: TableName | None = None, metrics:
     if form == "csv" and table is not None:
         return export_csv(table, table_rows(run, table))
     if form == "json":
-        return _json_of(run)
+        return _export_json(run)
     if form in DASHBOARDS:
         encode = encode_action if form == "github-action-benchmark" else encode_bencher
         return iter((json.dumps(encode(run, metrics), allow_nan=False), "\n"))
@@ -211,7 +211,7 @@ def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
             writer.write_table(pa.Table.from_pandas(make_frame(table, part), schema, preserve_index=False))
 
 
-def _json_of(run: Run) -> Iterator[str]:
+def _export_json(run: Run) -> Iterator[str]:
     """All four tables in one JSON document, each row an object of its columns."""
     yield f'{{"schema": {SCHEMA}, "run": {json.dumps(run.manifest.run)}'
     for name in get_args(TableName):

@@ -348,7 +348,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
     except LorameterError as error:  # the runs are listed without their baselines
         print_stderr(f"lorameter: {error}")
     rows = []
-    for path, row, why in sorted(read_each(runs, _row_of), key=lambda one: one[0].name):
+    for path, row, why in sorted(read_each(runs, _summarize_run), key=lambda one: one[0].name):
         size = {"size_bytes": folder_bytes(path)}
         if row is None:
             rows.append({"run": path.name, "status": "damaged", "title": why, **size})
@@ -357,7 +357,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _row_of(run: Run) -> dict[str, Any]:
+def _summarize_run(run: Run) -> dict[str, Any]:
     manifest, study = run.manifest, read_study(run)
     trials = dict(sorted(Counter(record.status for record in run.records).items()))
     left = len(manifest.order) - len(run.records)

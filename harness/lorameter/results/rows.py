@@ -63,7 +63,7 @@ class Settings:
         self._own_workloads = {} if study.of_scripts else read_own_workloads(run)
         self._faults = run_validity(run, study).faults
 
-    def of(self, records: Sequence[TrialRecord]) -> Row:
+    def describe(self, records: Sequence[TrialRecord]) -> Row:
         """The common columns of trials of one variant, role and side."""
         record, manifest = records[0], self._run.manifest
         workload = None if self._study.of_scripts else self._own_workloads.get(record.name, self._study.workload)
@@ -73,23 +73,23 @@ class Settings:
             "fingerprint": manifest.fingerprint,
             **_about_variant(record),
             "variant_id": workload_variant_id(record.variant, self._own_workloads.get(record.name)),
-            **self._validity(record),
-            **self._of_variant(record),
+            **self._describe_validity(record),
+            **self._describe_variant(record),
             **{
                 column.name: _plain(getattr(workload, column.name.removeprefix("workload_"), None), column)
                 for column in OF_WORKLOAD
             },
-            **self._of_software(records),
+            **self._describe_software(records),
         }
 
-    def _validity(self, record: TrialRecord) -> Row:
+    def _describe_validity(self, record: TrialRecord) -> Row:
         key = (record.name, record.side) if record.role == "variant" else None
         faults = [fault for fault in self._faults if not fault.variant or key == (fault.variant, fault.side)]
         if not faults:
             return {"valid": True}
         return {"valid": False, "invalid_reason": faults[0].reason.value, "invalid_message": format_faults(faults)}
 
-    def _of_variant(self, record: TrialRecord) -> Row:
+    def _describe_variant(self, record: TrialRecord) -> Row:
         variant = self._variants.get(record.name)
         if variant is None:
             return {}
@@ -103,7 +103,7 @@ class Settings:
         peft = getattr(variant, "peft", None)
         return settings | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
 
-    def _of_software(self, records: Sequence[TrialRecord]) -> Row:
+    def _describe_software(self, records: Sequence[TrialRecord]) -> Row:
         manifest = self._run.manifest
         provenance: Mapping[str, Any] = manifest.provenance
         if side_facts := manifest.sides.get(records[0].side, {}).get("facts"):  # in an A/B of environments or revisions
@@ -135,7 +135,7 @@ def trial_rows(run: Run, study: Study) -> Iterator[Row]:
     for record, counts in sorted(attempts, key=lambda attempt: (attempt[0].position, attempt[0].attempt)):
         key, failure = (record.name, record.role, record.side), record.failure
         if key not in known or record.software:  # each process of a script reports its own
-            known[key] = settings.of([record])
+            known[key] = settings.describe([record])
         yield {
             **known[key],
             "trial": record.trial,
@@ -173,7 +173,7 @@ def estimate_rows(run: Run, study: Study, metric: str | None = None) -> Iterator
     settings = Settings(run, study)
     for side in SIDES if run.manifest.sides else ("",):
         for series in group_trials(run.records, side).values():
-            about = settings.of(series.records)
+            about = settings.describe(series.records)
             for name in METRICS if metric is None else METRICS.keys() & {metric}:
                 yield from (about | row for row in _estimate(series, name))
             for kind in dict.fromkeys(kind for record in series.ok for kind in record.memory if metric in (None, kind)):
@@ -217,10 +217,10 @@ def _peak(series: Series, kind: str) -> Row:
 def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
     """A row for each verdict: a variant against the reference, the candidate of an A/B against its base, and the
     controls. In an invalid run each verdict is `invalid`, with the reason; in an A/B only those of invalid variants."""
-    validity, of_sides = run_validity(run, study), bool(run.manifest.sides)
-    groups, about = group_trials(run.records, "base" if of_sides else ""), {"run": run.manifest.run}
+    validity, has_sides = run_validity(run, study), bool(run.manifest.sides)
+    groups, about = group_trials(run.records, "base" if has_sides else ""), {"run": run.manifest.run}
     reference = base = study.reference
-    if of_sides:
+    if has_sides:
         report = build_report(run)
         reference, base = next((name for name, role in groups if role == "control"), ""), report.base
         for compared in report.comparisons:
@@ -228,13 +228,13 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
             yield about | sides | dataclasses.asdict(compared)
     for phase, control in validity.controls.items():
         metric = validity.primary[phase]
-        ratios = {} if of_sides else list_ratios(groups, study, metric, control)
+        ratios = {} if has_sides else list_ratios(groups, study, metric, control)
         found: list[tuple[Role, str, Comparison]] = [("variant", name, ratio) for name, ratio in ratios.items()]
         found += [] if control is None else [("control", reference, control)]
         for role, name, comparison in found:
             series = groups.get((name, role))
             level = (series.interleaving(metric) if series else None) or "replicates"
-            counted = mark_invalid(comparison, validity.broken if of_sides else validity.invalid)
+            counted = mark_invalid(comparison, validity.broken if has_sides else validity.invalid)
             sides = {"role": role, "base": base, "candidate": base if role == "control" else name}
             yield about | sides | dataclasses.asdict(comparison_row(name, metric, counted, level))
 

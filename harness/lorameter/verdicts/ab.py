@@ -28,7 +28,7 @@ from lorameter.verdicts.compare import (
     match_patterns,
 )
 from lorameter.verdicts.notices import collect_notices, join_notices
-from lorameter.verdicts.same_training import compare_losses, sides_of_run, versions_by_name
+from lorameter.verdicts.same_training import compare_losses, pair_scripts, versions_by_name
 from lorameter.verdicts.series import (
     Key,
     LimitsOf,
@@ -41,7 +41,7 @@ from lorameter.verdicts.series import (
     is_mixed,
     judge,
     pairs_against,
-    runs_of_sites,
+    split_sites,
     without_equality,
 )
 from lorameter.verdicts.validity import run_validity
@@ -84,13 +84,13 @@ def build_report(
     study = _study(run)
     validity = run_validity(run, study)
     if is_mixed(run):
-        sites = runs_of_sites(run).items()
+        sites = split_sites(run).items()
         by_site = {
             site: build_report(part, metrics=metrics, limits_of=limits_of, losses=losses) for site, part in sites
         }
-        return _report_of_sites(run, validity.broken, by_site)
+        return _join_sites(run, validity.broken, by_site)
     base, candidate = (group_trials(run.records, side) for side in SIDES)
-    scripts = sides_of_run(run, study) if losses or study.of_scripts else {}
+    scripts = pair_scripts(run, study) if losses or study.of_scripts else {}
     verdicts: dict[Key, Comparison] = {}
     levels: dict[Key, Interleaving] = {}
     pairs: dict[Key, Pair] = {}
@@ -127,7 +127,7 @@ def build_report(
     )
 
 
-def _report_of_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
+def _join_sites(run: Run, broken: str | None, by_site: Mapping[str, ComparisonReport]) -> ComparisonReport:
     """Combine the reports of all sites: the gate passes only if every site passes. If there is no site, the report has
     no row and does not pass."""
     invalid = dataclasses.asdict(Comparison(verdict="invalid", reason=broken)) if broken else {}
@@ -169,7 +169,7 @@ def attribute_difference(run: Run) -> Attribution:
     """Differences between the sides, and the ratio of every common metric, for each site if sites differ."""
     _study(run)  # raises if the run has no sides
     facts = [_facts(run, side) for side in SIDES]
-    by_site = runs_of_sites(run) if is_mixed(run) else {"": run}
+    by_site = split_sites(run) if is_mixed(run) else {"": run}
     return Attribution(
         packages=dict(differing_packages(*facts)),
         differing=tuple(

@@ -366,7 +366,7 @@ def compare(
         changed = variant_differences(name, base, candidate)
         differing += changed
         unlike = [] if force else [*machine, *changed]
-        for metric in _metrics_of(wanted, base, candidate, name):
+        for metric in _choose_variant_metrics(wanted, base, candidate, name):
             refused[name, metric] = refusal = _refuse(base, candidate, name, metric, unlike)
             if refusal is None:
                 pairs[name, metric] = _pair(base, candidate, name, metric)
@@ -405,7 +405,9 @@ def _choose_metrics(
     return (*default_metrics(phases, known), *foreign)
 
 
-def _metrics_of(wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str) -> list[str]:
+def _choose_variant_metrics(
+    wanted: Sequence[str], base: ComparisonInput, candidate: ComparisonInput, name: str
+) -> list[str]:
     """The wanted metrics that either side measured for a variant; all times if a failure left no measurements."""
     sides = [side for side in (base.variants.get(name), candidate.variants.get(name)) if side is not None]
     found = [metric for metric in wanted if any(side.trials(metric) for side in sides)]

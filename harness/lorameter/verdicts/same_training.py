@@ -102,18 +102,18 @@ class ScriptPair:
         return all(ours[: len(theirs)] == theirs[: len(ours)] for ours, theirs in zip(*self.tokens, strict=True))
 
 
-def sides_of_run(run: Run, study: Study) -> dict[str, ScriptPair]:
+def pair_scripts(run: Run, study: Study) -> dict[str, ScriptPair]:
     """The pairs of scripts to compare, by variant: in an A/B the candidate and the base, else each variant and the
     reference."""
-    of_sides = bool(run.manifest.sides)
-    sides: tuple[Side, ...] = SIDES if of_sides else ("", "")
+    has_sides = bool(run.manifest.sides)
+    sides: tuple[Side, ...] = SIDES if has_sides else ("", "")
     base, candidate = (group_trials(run.records, side) for side in sides)
     pairs = {}
     for name in (variant.name for variant in study.variants):
-        ours = base.get((name if of_sides else study.reference, "variant"))
+        ours = base.get((name if has_sides else study.reference, "variant"))
         theirs = candidate.get((name, "variant"))
-        if ours is not None and theirs is not None and (of_sides or name != study.reference):
-            titles = ("the base", "the candidate") if of_sides else (study.reference, name)
+        if ours is not None and theirs is not None and (has_sides or name != study.reference):
+            titles = ("the base", "the candidate") if has_sides else (study.reference, name)
             others = {(record.replicate, record.attempt): record for record in theirs.ok}
             matches = ((record, others.get((record.replicate, record.attempt))) for record in ours.ok)
             pairs[name] = ScriptPair(names=titles, pairs=tuple((one, two) for one, two in matches if two))
@@ -190,12 +190,12 @@ def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
     if not study.of_scripts:
         return
     on_purpose = any(side.get("kind") != SIDE for side in run.manifest.sides.values())
-    for name, sides in sides_of_run(run, study).items():
-        found = notices_of_sides(name, sides)
+    for name, sides in pair_scripts(run, study).items():
+        found = describe_script_differences(name, sides)
         yield from (notice for notice in found if not on_purpose or notice.code != SOFTWARE_DIFFERS)
 
 
-def notices_of_sides(name: str, sides: ScriptPair) -> Iterator[Notice]:
+def describe_script_differences(name: str, sides: ScriptPair) -> Iterator[Notice]:
     """Notices about differences between two scripts, with both values."""
     if not sides.pairs:
         return

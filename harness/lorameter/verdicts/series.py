@@ -183,12 +183,12 @@ def is_mixed(run: Run) -> bool:
     return any(record.machine for record in run.records)
 
 
-def runs_of_sites(run: Run) -> dict[str, Run]:
+def split_sites(run: Run) -> dict[str, Run]:
     """One run per site, with the trials of that site; trials without a site are left out."""
-    return {site: _run_of(run, site) for site in sorted({record.site for record in run.records if record.site})}
+    return {site: _select_site(run, site) for site in sorted({record.site for record in run.records if record.site})}
 
 
-def _run_of(run: Run, site: str) -> Run:
+def _select_site(run: Run, site: str) -> Run:
     records, disturbed = (
         tuple(record.replaced(machine="") for record in attempts if record.site == site)
         for attempts in (run.records, run.disturbed)

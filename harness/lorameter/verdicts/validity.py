@@ -24,7 +24,7 @@ from lorameter.verdicts.series import (
     is_difference,
     is_mixed,
     occupancy,
-    runs_of_sites,
+    split_sites,
 )
 
 PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
@@ -121,13 +121,13 @@ def run_validity(run: Run, study: Study) -> RunValidity:
 
     Missing trials raise no exception: they are faults.
     """
-    sides = bool(run.manifest.sides)
-    own_workloads = bool(run.manifest.own_workloads) and not sides
+    has_sides = bool(run.manifest.sides)
+    own_workloads = bool(run.manifest.own_workloads) and not has_sides
     primary = {phase: primary_metric(phase, own_workloads=own_workloads) for phase in measured_phases(run)}
     controls: dict[Phase, Comparison | None] = {}
     faults = list(_run_faults(run))
     if is_mixed(run):
-        sites = {site: run_validity(part, study) for site, part in runs_of_sites(run).items()}
+        sites = {site: run_validity(part, study) for site, part in split_sites(run).items()}
         for site, validity in sites.items():
             of_site = control_faults((f"{phase} on {site}", control) for phase, control in validity.controls.items())
             faults += [dataclasses.replace(fault, site=site) for fault in of_site]
@@ -138,8 +138,8 @@ def run_validity(run: Run, study: Study) -> RunValidity:
             if site not in measured
         ]
     else:
-        groups, reference = group_trials(run.records, "base" if sides else ""), study.reference
-        if sides:  # the variants of an A/B are not compared with each other, so they share no scatter
+        groups, reference = group_trials(run.records, "base" if has_sides else ""), study.reference
+        if has_sides:  # the variants of an A/B are not compared with each other, so they share no scatter
             reference = next((name for name, role in groups if role == "control"), "")
             groups = {key: series for key, series in groups.items() if key[0] == reference}
         controls = {

@@ -22,8 +22,8 @@ from lorameter.verdicts.same_training import (
     ScriptPair,
     describe_threads,
     library_versions,
-    notices_of_sides,
-    sides_of_run,
+    describe_script_differences,
+    pair_scripts,
 )
 from lorameter.verdicts.series import Groups
 
@@ -77,7 +77,7 @@ def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence |
     name, device = (provenance.get(key, "unknown") for key in ("device_name", "device"))
     driver = f", driver {provenance['driver']}" if provenance.get("driver") else ""
     sides = _sides(run, study, engine.variant)
-    differs = [notice.message for notice in notices_of_sides(engine.variant, sides)] if sides else []
+    differs = [notice.message for notice in describe_script_differences(engine.variant, sides)] if sides else []
     if sides and sides.tokens is None:
         differs.append(f"{engine.variant}: {_UNSEEN}.")
     variants = [study.variant(name) for name in (study.reference, engine.variant)]
@@ -111,7 +111,7 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
     sides = _sides(run, study, engine.variant)
     if sides is None:
         return
-    for notice in notices_of_sides(engine.variant, sides):
+    for notice in describe_script_differences(engine.variant, sides):
         require_data(
             notice.code not in (OTHER_PARAMETERS, LOSS_DIFFERS),
             f"they are not the same training: {notice.message} Let both train the same, except for the engine."
@@ -127,7 +127,7 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
 
 def _sides(run: Run, study: Study, variant: str) -> ScriptPair | None:
     """The two scripts, as far as both were measured; None if the variants are not scripts."""
-    found = sides_of_run(run, study).get(variant) if study.of_scripts else None
+    found = pair_scripts(run, study).get(variant) if study.of_scripts else None
     return found if found is not None and found.pairs else None
 
 
