@@ -204,10 +204,10 @@ def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    left = iter(rows)
+    remaining = iter(rows)
     schema = pa.Schema.from_pandas(make_frame(table, []), preserve_index=False)
     with parquet.ParquetWriter(target, schema) as writer:
-        while part := list(itertools.islice(left, 100_000)):  # all samples may not fit into memory
+        while part := list(itertools.islice(remaining, 100_000)):  # all samples may not fit into memory
             writer.write_table(pa.Table.from_pandas(make_frame(table, part), schema, preserve_index=False))
 
 

@@ -360,7 +360,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
 def _summarize_run(run: Run) -> dict[str, Any]:
     manifest, study = run.manifest, read_study(run)
     trials = dict(sorted(Counter(record.status for record in run.records).items()))
-    left = len(manifest.order) - len(run.records)
+    unrecorded = len(manifest.order) - len(run.records)
     if manifest.sides:  # the worst verdict
         verdicts = [compared.verdict for compared in build_report(run).comparisons]
         verdict = min(verdicts, key=lambda verdict: PRECEDENCE.index(EXIT_OF[verdict]), default="invalid")
@@ -372,6 +372,6 @@ def _summarize_run(run: Run) -> dict[str, Any]:
         "study": study.name,
         "verdict": verdict,
         "created_unix_s": manifest.created_unix_s,
-        "trials": trials | ({"no record": left} if left > 0 else {}),
+        "trials": trials | ({"no record": unrecorded} if unrecorded > 0 else {}),
         "title": study.title,
     }

@@ -103,8 +103,8 @@ def prune(
             if not one.study or not (is_newest or one.created_unix_s >= begun_before):
                 selected.append(one)
         if not dry_run:
-            for left in runs.glob(f"{_REMOVED}*"):  # from a removal that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for folder in runs.glob(f"{_REMOVED}*"):  # from a removal that was killed
+                shutil.rmtree(folder, ignore_errors=True)
         decided = [
             one if one.why or dry_run else msgspec.structs.replace(one, why=_remove(Path(one.path)))
             for one in reversed(selected)
@@ -199,6 +199,6 @@ def _clean(data: Any, *, texts: bool) -> Any:
     if isinstance(data, list):
         return [_clean(item, texts=texts) for item in data]
     if isinstance(data, dict):
-        kept = {key: value for key, value in data.items() if texts or not _TEXT_KEYS.fullmatch(key)}
-        return {redact(key): _clean(value, texts=texts) for key, value in kept.items()}
+        packed = {key: value for key, value in data.items() if texts or not _TEXT_KEYS.fullmatch(key)}
+        return {redact(key): _clean(value, texts=texts) for key, value in packed.items()}
     return data

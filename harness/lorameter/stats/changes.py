@@ -156,9 +156,9 @@ def _guess_scatter(values: Array) -> float:
     import numpy as np
 
     differences = np.sort(np.abs(np.diff(values)))
-    kept = differences[: differences.size - max(1, math.ceil(_TRIMMED * differences.size))]
+    trimmed = differences[: differences.size - max(1, math.ceil(_TRIMMED * differences.size))]
     by_median = float(np.median(differences)) / _NORMAL_QUARTILE
-    return max(by_median, _OF_TRIMMED * math.sqrt(float((kept**2).mean()))) / math.sqrt(2)
+    return max(by_median, _OF_TRIMMED * math.sqrt(float((trimmed**2).mean()))) / math.sqrt(2)
 
 
 def _without_outliers(values: Array, scatter: float) -> Array:

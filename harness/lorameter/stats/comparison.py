@@ -8,7 +8,7 @@ Several comparisons share one false-alarm rate (Holm's step-down, 1979). Twenty 
 alarm in 40 % of the runs on identical code. Bonferroni's correction prevents that; Holm's also does and is never
 weaker: once k comparisons are decided, the others share the whole rate.
 
-Detects a change of the machine between two runs: all benchmarks then change by about the same factor.
+`run_wide_shift` detects a change of the machine between two runs: all benchmarks then change by about the same factor.
 
 Runs at different times are compared unpaired, so every ratio includes changes of the machine in between (another clock,
 another driver, other work). Such a change has one direction for all benchmarks, while a change of the code affects only
@@ -19,7 +19,7 @@ Use it for unpaired comparisons only. A code change that slows down every varian
 machine: only pairs, which share the machine, can distinguish the two. In a paired run this test would hide the
 regression, so do not use it there; after a positive result, measure both sides in one run.
 
-Selects the pairs to keep if some trials were disturbed, independently of their times.
+`select_pairs` drops the pairs of disturbed trials, independently of their times.
 
 Dropping slow trials makes any code look fast. A flag that is independent of the outcome (another process on the device,
 a throttled clock, less CPU time than wall time) may drop a trial; it then drops the whole pair, to keep the pairing.
@@ -139,9 +139,9 @@ def _reason(
     sentence = f"{phrases[judged]} ({count})"
     if judged != "inconclusive":
         return sentence
-    seen = "" if mde80 is None else f"; smallest detectable slow-down, with 80 % power: {_percent(mde80)}"
+    detectable = "" if mde80 is None else f"; smallest detectable slow-down, with 80 % power: {_percent(mde80)}"
     remedy = "" if needed is None or needed > MAX_ADVISED else f"; measure {needed} replicates"
-    return f"{sentence}{seen}{remedy}"
+    return f"{sentence}{detectable}{remedy}"
 
 
 def _interval(effect: Effect, tail: float) -> str:
@@ -167,8 +167,8 @@ def decide_family(effects: Mapping[K, Effect], rules: Mapping[K, VerdictRule]) -
     Each interval is at the level at which Holm's procedure decided or stopped for that comparison.
     """
 
-    def judge(name: K, left: int) -> Comparison:
-        return decide(effects[name], dataclasses.replace(rules[name], family=left))
+    def judge(name: K, family: int) -> Comparison:
+        return decide(effects[name], dataclasses.replace(rules[name], family=family))
 
     return holm_step_down(effects, judge, is_decided=lambda result: result.verdict in ("regressed", "improved"))
 
@@ -183,8 +183,8 @@ def holm_step_down(names: Iterable[K], judge: Callable[[K, int], R], *, is_decid
     order = list(names)
     decided: dict[K, R] = {}
     while True:
-        left = [name for name in order if name not in decided]
-        undecided = {name: judge(name, len(left)) for name in left}
+        open_names = [name for name in order if name not in decided]
+        undecided = {name: judge(name, len(open_names)) for name in open_names}
         found = {name: result for name, result in undecided.items() if is_decided(result)}
         if not found:
             results = decided | undecided

@@ -4,7 +4,7 @@ A comparison that ignores invalid input turns it into a verdict: pyperf prints "
 its t-test (observed with two identical constant memory series). Here invalid input never reaches the arithmetic. Every
 error names the side, the trial, the sample, the value and the remedy.
 
-Counts outliers, which are reported but never dropped.
+`count_outliers` counts outliers, which are reported but never dropped.
 
 A slow step is a fact about the machine or the program; removing it by its value would underestimate the noise, and
 medians do not need the removal. The fences are Tukey's (1977), 1.5 interquartile ranges from the quartiles.

@@ -8,7 +8,7 @@ the log of a ratio.
 The share of the scatter of one quantity that another explains is the squared correlation within a replicate: the share
 of the variance of y that a straight line in x explains. Its interval is Student's t over replicates, clipped to [0, 1].
 
-Tests whether the data support a statement, refute it, or are inconclusive.
+`judge_above` and `judge_within` test whether the data support a statement, refute it, or are inconclusive.
 
 A statement has one limit and two sides: `judge_above` says that a contrast is larger than the limit, `judge_within`
 that it is not, in either direction. Support asserts one side and refutation the other, so more data cannot turn a true

@@ -193,7 +193,7 @@ def _disturbed(run: Run) -> Iterator[Notice]:
             remedy="Nothing to do; the earlier records are in trials.jsonl.",
         )
     again = list(dict.fromkeys(record.trial for record in run.disturbed))
-    left = [record.trial for record in run.records if record.disturbed]
+    excluded = [record.trial for record in run.records if record.disturbed]
     counting = sum(record.status == "ok" for record in run.records if record.trial in again)
     if again:
         first = run.disturbed[0]
@@ -204,11 +204,11 @@ def _disturbed(run: Run) -> Iterator[Notice]:
             f"among them: {why}; {counting} of them count now.",
             remedy="Nothing to do for these; the earlier records are in trials.jsonl.",
         )
-    if left:
+    if excluded:
         yield Notice(
             code="still-disturbed",
-            message=f"{format_count(len(left), 'trial')} left out because of disturbances above a limit, "
-            f"{left[0]} among them.",
+            message=f"{format_count(len(excluded), 'trial')} left out because of disturbances above a limit, "
+            f"{excluded[0]} among them.",
             remedy="Stop other work on this machine and measure again. On a shared machine, let such trials "
             "count: --allow-disturbed, --lorameter-allow-disturbed (pytest), or allow_disturbed in [protocol].",
         )

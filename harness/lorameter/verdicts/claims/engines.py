@@ -136,18 +136,18 @@ def _judge_path(
 ) -> PathEvidence:
     """The evidence of one path from the checks of all watched trials, with and without the engine."""
     unclear: list[str] = []
-    seen: list[list[Any]] = []
+    observed: list[list[Any]] = []
     for name, found in zip(names, checks, strict=True):
         of_path = [check for check in found if check.get("path") == path]
         unknown = [check for check in of_path if check.get("status") == "unknown"]
-        seen.append([] if unknown else [check.get("observed") for check in of_path])
+        observed.append([] if unknown else [check.get("observed") for check in of_path])
         if unknown or not of_path:
             why = unknown[0].get("reason") if unknown else "no observation shows it"
             unclear += [f"{name}: {why}"] if wanted != SAFE or name == names[0] else []
-    ours, theirs = seen
+    ours, theirs = observed
     if wanted == SAFE and not unclear and not any(isinstance(value, bool) for value in ours):
         unclear = [f"{names[0]}: neither true nor false was observed"]
-    words = (f"{_word(_join(values))} in {name}" for name, values in zip(names, seen, strict=True) if values)
+    words = (f"{_word(_join(values))} in {name}" for name, values in zip(names, observed, strict=True) if values)
     return PathEvidence(
         path=path,
         wanted=wanted,

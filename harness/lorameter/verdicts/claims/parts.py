@@ -299,8 +299,8 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
     )
     pairing = choose_pairing(series[0], metric)
     found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
-    seen = set[int]().union(*found)
-    complete = [one for one in sorted(seen) if _is_complete([trials.get(one, ()) for trials in found], pairing)]
+    replicates = set[int]().union(*found)
+    complete = [one for one in sorted(replicates) if _is_complete([trials.get(one, ()) for trials in found], pairing)]
     check_count(len(complete))
     try:
         base, *others = (
@@ -315,7 +315,7 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
         title=metric_phrase(metric),
         levels=tuple(level for level, _ in levels),
         replicates=tuple(complete),
-        skipped=len(seen) - len(complete),
+        skipped=len(replicates) - len(complete),
         logs=logs,
     )
 
