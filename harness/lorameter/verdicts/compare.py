@@ -439,9 +439,9 @@ def _refuse(
 def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: str) -> Pair:
     """One metric of one variant as an unpaired pair."""
     sides = base.variants[name], candidate.variants[name]
-    reasons = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
+    notes = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
     base_trials, candidate_trials = (side.trials(metric) for side in sides)
-    return Pair(metric=metric, base=base_trials, candidate=candidate_trials, no_interval="; ".join(reasons))
+    return Pair(metric=metric, base=base_trials, candidate=candidate_trials, note="; ".join(notes))
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:

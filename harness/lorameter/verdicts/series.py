@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -226,10 +225,8 @@ class Pair:
     candidate: Trials
     pairing: Pairing = "none"
     """How trial i of the base and trial i of the candidate are related."""
-    dropped: str = ""
-    """Which pairs of disturbed trials were dropped, or why none were; empty if no trial was disturbed."""
-    no_interval: str = ""
-    """Why these samples give only a ratio."""
+    note: str = ""
+    """A note for the reason of the verdict: dropped pairs of disturbed trials, or samples that give only a ratio."""
     shared: Effect | None = None
     """The effect with the scatter that it shares with others; None if it shares none."""
 
@@ -241,11 +238,11 @@ class Pair:
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
         return estimate_effect(base, candidate, self.pairing)
 
-    def with_dropped(self, comparison: Comparison) -> Comparison:
-        """Add the dropped pairs to the reason of a comparison."""
-        if not self.dropped:
+    def with_note(self, comparison: Comparison) -> Comparison:
+        """The comparison with the note in its reason."""
+        if not self.note:
             return comparison
-        return dataclasses.replace(comparison, reason=f"{comparison.reason}; disturbed trials: {self.dropped}")
+        return dataclasses.replace(comparison, reason=f"{comparison.reason}; {self.note}")
 
 
 def choose_pairing(series: Series, metric: str) -> Pairing:
@@ -278,7 +275,7 @@ def make_pairs(base: Series, candidate: Series, metric: str) -> Pair:
         base=[samples for (_, samples), _ in found],
         candidate=[samples for _, (_, samples) in found],
         pairing=pairing,
-        dropped=dropped,
+        note=f"disturbed trials: {dropped}" if dropped else "",
     )
 
 
@@ -382,11 +379,6 @@ def judge(
             if is_memory(pair.metric):
                 base, candidate = ([size for (size,) in trials] for trials in (pair.base, pair.candidate))
                 found[key] = compare_bytes(base, candidate, tolerance=limits[key].tolerance)
-            elif pair.no_interval:
-                ratio, replicates = math.exp(pair.effect.log_ratio), pair.effect.replicates
-                found[key] = Comparison(
-                    verdict="inconclusive", ratio=ratio, reason=pair.no_interval, replicates=replicates
-                )
             else:
                 effects[key] = pair.effect
         except ValueError as error:
@@ -396,7 +388,7 @@ def judge(
     else:
         rules = {key: dataclasses.replace(limits[key], family=family) for key in effects}
         found |= {key: decide(effect, rules[key]) for key, effect in effects.items()}
-    return {key: pair.with_dropped(found[key]) for key, pair in pairs.items()}
+    return {key: pair.with_note(found[key]) for key, pair in pairs.items()}
 
 
 def compare_series(base: Series, candidate: Series, metric: str) -> Comparison | None:
