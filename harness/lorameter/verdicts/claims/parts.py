@@ -138,7 +138,7 @@ class Contrast:
 
     about: str
     """The ratio in words, such as "256 / 16"."""
-    says: str
+    phrase: str
     """The beginning of the sentence about it."""
     logs: Array
     """Its logarithm in each replicate."""
@@ -179,7 +179,7 @@ class Question:
         """The sentence; if inconclusive, it names the undecided contrast."""
         begin = [f"{words} ×{_centre(values)}" for words, values in self.context]
         ratio = format_ratio(*self.ratio(conclusion))
-        begin.append(f"{self.contrasts[conclusion.contrast].says} ×{ratio}")
+        begin.append(f"{self.contrasts[conclusion.contrast].phrase} ×{ratio}")
         low, high = self._ends(*conclusion.effect.interval(conclusion.tail))
         places = 4 if low is None or high is None else min(count_decimals((high - low) / 2), 4)
         ends = ["no bound" if end is None else f"{end:.{places}f}" for end in (low, high)]
@@ -227,33 +227,33 @@ def _list_contrasts(part: ClaimPart, tables: Sequence[AxisTable], study: Study) 
     table = _add_up(part, tables) if part.rule == "best" else tables[0]
     names, places = table.names, [table.levels.index(level) for level in part.levels]
     if part.rule in ("trend-up", "trend-down", "no-trend"):
-        yield Contrast(about=f"{names[-1]} / {names[0]}", says=table.change_phrase, logs=table.line(part.scale))
+        yield Contrast(about=f"{names[-1]} / {names[0]}", phrase=table.change_phrase, logs=table.line(part.scale))
         return
     if part.rule == "largest-effect":
         own, *others = map(change_magnitudes, _lines(part, tables))
         for axis, changes in zip(part.against, others, strict=True):
-            says = f"the change along {part.axis} over that along {axis} is"
-            yield Contrast(about=f"{part.axis} / {axis}", says=says, logs=own - changes)
+            phrase = f"the change along {part.axis} over that along {axis} is"
+            yield Contrast(about=f"{part.axis} / {axis}", phrase=phrase, logs=own - changes)
         return
     pairs: Iterable[Sequence[int]]
     sign, about = 1, ""
     if part.rule == "equal":
         pairs = itertools.combinations(range(len(names)), 2)
-        says = "the largest difference is between {low} and {high},"
+        phrase = "the largest difference is between {low} and {high},"
     elif part.rule == "differs":
-        pairs, says = [sorted(places)], f"from {part.axis} {{low}} to {{high}} {table.title} changes by"
+        pairs, phrase = [sorted(places)], f"from {part.axis} {{low}} to {{high}} {table.title} changes by"
     elif part.rule in OF_PAIRS:
         names = [name for _, name in study.levels(part.axis)]
-        pairs, says = [places or (0, 1)], f"{table.title} of {{high}} over that of {{low}} is"
+        pairs, phrase = [places or (0, 1)], f"{table.title} of {{high}} over that of {{low}} is"
         if part.rule == "faster":
-            sign, about, says = -1, "speed, ", f"the speed of {{high}} over that of {{low}}, by {table.title}, is"
+            sign, about, phrase = -1, "speed, ", f"the speed of {{high}} over that of {{low}}, by {table.title}, is"
     else:
         pairs = [(other, places[0]) for other in range(len(names)) if other != places[0]]
-        says = f"{table.title} at {part.axis} {{high}} over that at {{low}} is"
+        phrase = f"{table.title} at {part.axis} {{high}} over that at {{low}} is"
     for low, high in pairs:
         yield Contrast(
             about=f"{about}{names[high]} / {names[low]}",
-            says=says.format(low=names[low], high=names[high]),
+            phrase=phrase.format(low=names[low], high=names[high]),
             logs=sign * table.change(low, high),
         )
 
