@@ -147,7 +147,7 @@ def _judge_path(
     ours, theirs = observed
     if wanted == SAFE and not unclear and not any(isinstance(value, bool) for value in ours):
         unclear = [f"{names[0]}: neither true nor false was observed"]
-    words = (f"{_word(_join(values))} in {name}" for name, values in zip(names, observed, strict=True) if values)
+    words = (f"{_describe(_join(values))} in {name}" for name, values in zip(names, observed, strict=True) if values)
     return PathEvidence(
         path=path,
         wanted=wanted,
@@ -176,10 +176,10 @@ def _holds(wanted: Any, ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     return ran and not any(str(wanted) in words for words in named)
 
 
-def _word(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, list):
-        return " and ".join(dict.fromkeys(map(_word, value)))
-    return "nothing" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
+        return " and ".join(dict.fromkeys(map(_describe, value)))
+    return {"None": "nothing", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def _check_path(evidence: PathEvidence, engine: EngineEvidence) -> None:
