@@ -291,9 +291,8 @@ def comparison_row(
 
 
 def worst_exit_code(codes: Iterable[int]) -> int:
-    """The exit code that takes precedence; an unknown code counts as an unexpected error."""
-    ranks = [PRECEDENCE.index(code) if code in PRECEDENCE else 0 for code in codes]
-    return PRECEDENCE[min(ranks)] if ranks else EXIT_NOT_COMPARABLE
+    """The exit code that takes precedence; without a code, nothing was compared."""
+    return min(codes, key=PRECEDENCE.index, default=EXIT_NOT_COMPARABLE)
 
 
 def exit_code(comparisons: Iterable[ComparisonRow], *, inconclusive: int = EXIT_INCONCLUSIVE) -> int:
