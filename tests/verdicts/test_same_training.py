@@ -22,8 +22,8 @@ from lorameter.verdicts.same_training import (
     describe_threads,
     differing_versions,
     library_versions,
-    sameness_notices,
     pair_scripts,
+    sameness_notices,
     training_facts,
 )
 

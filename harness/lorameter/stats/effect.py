@@ -114,9 +114,7 @@ def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequenc
     return effect
 
 
-def log_ratios(
-    base: Sequence[Array], candidate: Sequence[Array], pairing: Pairing
-) -> Array:
+def log_ratios(base: Sequence[Array], candidate: Sequence[Array], pairing: Pairing) -> Array:
     """The log ratio of candidate to base in each replicate, for sides that are paired by replicate or by turn.
 
     Raises ValueError as `estimate_effect` does.

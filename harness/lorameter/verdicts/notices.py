@@ -290,7 +290,5 @@ def _mean_logs(records: Sequence[TrialRecord]) -> dict[str, float]:
             logs.append(math.log(statistics.median(samples)))
     shared = set.intersection(*map(set, times.values())) if times else set()
     return {
-        site: statistics.fmean(statistics.fmean(own[name]) for name in shared)
-        for site, own in times.items()
-        if shared
+        site: statistics.fmean(statistics.fmean(own[name]) for name in shared) for site, own in times.items() if shared
     }

@@ -341,7 +341,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
     require_data(
         control or not resident,
         f"{sentence}: the reference was not measured twice, so the scatter of resident peaks is not "
-        "known. Measure its control too."
+        "known. Measure its control too.",
     )
     verdict = _decide(part, low, high)
     words = describe_decision(part, verdict)
@@ -353,7 +353,7 @@ def judge_peaks(part: ClaimPart, groups: Groups, study: Study) -> PartResult:
         require_data(
             verdict == ("supported" if saving else "refuted"),
             f"{sentence}: on a CPU the peak is the resident memory of the process{start_note}, in which {lost} "
-            "nothing. Measure on a GPU."
+            "nothing. Measure on a GPU.",
         )
         words += f", although the process holds more (on a CPU the peak is its resident memory{start_note})"
     about = f"{name} / {without}"

@@ -20,9 +20,9 @@ from lorameter.verdicts.same_training import (
     LOSS_DIFFERS,
     OTHER_PARAMETERS,
     ScriptPair,
+    describe_script_differences,
     describe_threads,
     library_versions,
-    describe_script_differences,
     pair_scripts,
 )
 from lorameter.verdicts.series import Groups
@@ -114,12 +114,12 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
     for notice in describe_script_differences(engine.variant, sides):
         require_data(
             notice.code not in (OTHER_PARAMETERS, LOSS_DIFFERS),
-            f"they are not the same training: {notice.message} Let both train the same, except for the engine."
+            f"they are not the same training: {notice.message} Let both train the same, except for the engine.",
         )
     require_data(
         sides.tokens is not None,
         f"{_UNSEEN}. Give the model "
-        "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone."
+        "its input_ids and labels, or measure with `lorameter ab`, which judges the time alone.",
     )
     other_contents = sides.tokens_differ or (part.of_memory and not sides.same_tokens)
     require_data(per_token or not other_contents, other_tokens)

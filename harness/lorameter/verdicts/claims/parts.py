@@ -295,7 +295,7 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
     require_data(
         any(one.measured(metric) for one in series[1:]),
         f"{known.title}: not measured in this run. Measure with the phase {known.phase}; answers until EOS need "
-        "open_ended_tokens in [workload], and metrics of scripts a --command."
+        "open_ended_tokens in [workload], and metrics of scripts a --command.",
     )
     pairing = choose_pairing(series[0], metric)
     found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
@@ -340,7 +340,7 @@ def check_count(count: int) -> None:
     require_data(
         count >= MIN_SHARED,
         f"{format_count(count, 'replicate')} with every level: a claim is never judged from fewer than "
-        f"{MIN_SHARED}. Measure more replicates; the report says which trials failed."
+        f"{MIN_SHARED}. Measure more replicates; the report says which trials failed.",
     )
 
 
