@@ -275,27 +275,6 @@ def test_family_narrows_the_tail():
     assert rule(family=10).tail(own) == pytest.approx(0.0025)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("tolerance", -0.01),
-        ("tolerance", math.nan),
-        ("margin", 0.0),
-        ("margin", math.inf),
-        ("alpha", 0.0),
-        ("alpha", 1.0),
-        ("alpha", 5),
-        ("alpha", math.nan),
-        ("family", 0),
-        ("family", True),
-    ],
-)
-def test_limits_out_of_range_are_refused_by_name(name, value):
-    """An invalid limit is an error with its name and value."""
-    with pytest.raises(ValueError, match=rf"^{name} is {value!r}: pass"):
-        rule(**{name: value})
-
-
 def named(values):
     """Return the log ratios keyed by benchmark."""
     return {f"benchmark {index}": value for index, value in enumerate(values)}
