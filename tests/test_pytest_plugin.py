@@ -352,7 +352,7 @@ def test_commands_are_saved_and_gated_as_benchmarks(suite, monkeypatch):
         by_name["test_train_step[slow]"]["stats"]["median"] == 2 * by_name["test_train_step[plain]"]["stats"]["median"]
     )
     script = suite.path / "scripted.py"
-    script.write_text(script.read_text().replace('2e-3 if HOW == "slow"', '3e-3 if HOW == "slow"'))
+    script.write_text(script.read_text().replace('2e-3 if FAULT == "slow"', '3e-3 if FAULT == "slow"'))
     base = by_name["test_train_step[slow]"]["extra_info"]["run"]
     slower = suite.start(f"--lorameter-base={base}", "--lorameter-policy=open.toml", "--lorameter-runs-dir=runs")
     assert slower.ret == pytest.ExitCode.TESTS_FAILED
