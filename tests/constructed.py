@@ -455,6 +455,10 @@ def damage(folder: Path) -> None:
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 PHASES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
+PRODUCTS = {
+    "products_forward": 3.2e6, "products_head": 8.2e4, "products_inputs": 3.1e6, "products_weights": 3.0e5,
+    "products_plain": 2.9e6, "products_repeated": 2.5e6, "products_passes": 0.0, "products_attention": 1024.0,
+}  # fmt: skip
 RAN = {
     "data": (),
     "forward": (("aten::mm", "matmul", 0.03), ("aten::bernoulli_", "elementwise", 0.02)),
@@ -485,7 +489,7 @@ def profile(*, missing: str = "") -> Json:
         "schema": SCHEMA, "trial": f"r0-{NF4}", "status": "ok", "name": NF4, "variant": template["variant"], "seed": 0,
         "role": "variant", "replicate": 0, "position": 0, "interleaving": "replicates", "started_unix_s": START_UNIX_S,
         "wall_time_s": 20.0, "samples": samples, "memory": template["memory"], "checks": template["checks"][:4],
-        "values": {"useful_positions": 192.0, "useful_pairs": 9312.0, "trainable_parameters": 299008.0},
+        "values": {"useful_positions": 192.0, "useful_pairs": 9312.0, "trainable_parameters": 299008.0, **PRODUCTS},
         "notices": [{"code": "constructed", "message": "a notice of the trial.", "remedy": "None."}],
     }  # fmt: skip
     phases = [

@@ -21,8 +21,7 @@ from lorameter.attach.meter import Meter
 from lorameter.attach.observer import ObserverReply, StepReading, TrainingInfo
 from lorameter.attach.steps import Steps, make_watch
 from lorameter.machine.reading import Reading
-from lorameter.models.costs.flops import StepTokens
-from lorameter.models.costs.modules import count_products
+from lorameter.models.costs.flops import StepTokens, count_products
 
 
 @pytest.fixture

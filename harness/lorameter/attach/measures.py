@@ -25,8 +25,7 @@ from lorameter.errors import LorameterError
 from lorameter.machine.host import PeakMemoryTracker
 from lorameter.machine.reading import Reading
 from lorameter.machine.telemetry import energy_between, open_torch_gpu
-from lorameter.models.costs.flops import StepTokens
-from lorameter.models.costs.modules import StepProducts, count_products
+from lorameter.models.costs.flops import StepProducts, StepTokens, count_products
 from lorameter.models.costs.peaks import Rate, stated_peak
 from lorameter.records.fileio import write_whole
 from lorameter.records.os_errors import describe_error

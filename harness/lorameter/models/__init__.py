@@ -1,1 +1,1 @@
-"""The catalogue of models, their shapes, and their costs in closed form."""
+"""The catalogue of models, their shapes, and their costs."""

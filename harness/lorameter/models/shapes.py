@@ -4,10 +4,9 @@ Plans, feasibility and forecasts need only a model's widths and depth, and run i
 module parses headers and JSON and never imports torch. Families use different names for the same dimension, and omit
 dimensions that follow from others; this module resolves both.
 
-Every number computed from a model's shape (parameters, FLOPs, memory, bytes read per token) depends on the linear
-layers of its blocks, which config.json does not list. The table has them for the model types below; for other types
-these numbers are not computed. A family like Llama is one entry; a family with other layers needs a function that
-returns them.
+Every number computed from a model's shape (parameters, memory) depends on the linear layers of its blocks, which
+config.json does not list. The table has them for the model types below; for other types these numbers are not computed.
+A family like Llama is one entry; a family with other layers needs a function that returns them.
 
 The formulas use a family's layers and their order: a block first runs attention and then the feed-forward part, adds
 both results to the residual stream, and normalises before each of them, in some families also after.
@@ -260,8 +259,6 @@ class Layer:
     inputs: int
     outputs: int
     stage: Stage
-    makes: frozenset[Literal["query", "key", "value"]] = frozenset()
-    """Operands of the attention that are computed only from its output."""
 
 
 Layers = Mapping[str, Layer]
@@ -275,11 +272,6 @@ class Family:
     model_type: str
     """The model type in config.json."""
     layers: Callable[[ModelShape], Layers]
-    parents: tuple[str, ...] = ("self_attn", "mlp")
-    """Modules of a block that contain the layers; a target may name one before the layer."""
-    biased: frozenset[str] = frozenset()
-    """Layers with a bias; a bias that trains needs the gradient of the layer's output, of which its own gradient is a
-    sum."""
     tied: bool = False
     """Whether the transformers configuration class ties the head by default."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -312,9 +304,9 @@ def llama_layers(shape: ModelShape) -> Layers:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
-        "q_proj": Layer(inputs=hidden, outputs=query, stage="entering", makes=frozenset({"query"})),
-        "k_proj": Layer(inputs=hidden, outputs=key, stage="entering", makes=frozenset({"key"})),
-        "v_proj": Layer(inputs=hidden, outputs=key, stage="entering", makes=frozenset({"value"})),
+        "q_proj": Layer(inputs=hidden, outputs=query, stage="entering"),
+        "k_proj": Layer(inputs=hidden, outputs=key, stage="entering"),
+        "v_proj": Layer(inputs=hidden, outputs=key, stage="entering"),
         "o_proj": Layer(inputs=query, outputs=hidden, stage="attended"),
         "gate_proj": Layer(inputs=hidden, outputs=inner, stage="expanding"),
         "up_proj": Layer(inputs=hidden, outputs=inner, stage="expanding"),
@@ -328,9 +320,7 @@ def phi3_layers(shape: ModelShape) -> Layers:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
-        "qkv_proj": Layer(
-            inputs=hidden, outputs=query + 2 * key, stage="entering", makes=frozenset({"query", "key", "value"})
-        ),
+        "qkv_proj": Layer(inputs=hidden, outputs=query + 2 * key, stage="entering"),
         "o_proj": Layer(inputs=query, outputs=hidden, stage="attended"),
         "gate_up_proj": Layer(inputs=hidden, outputs=2 * inner, stage="expanding"),
         "down_proj": Layer(inputs=inner, outputs=hidden, stage="contracting"),
@@ -354,12 +344,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(model_type="llama", layers=llama_layers, preloaded=True),
         Family(model_type="mistral", layers=llama_layers, preloaded=True),
         Family(model_type="phi3", layers=phi3_layers, targets=()),
-        Family(
-            model_type="qwen2",
-            layers=llama_layers,
-            biased=frozenset({"q_proj", "k_proj", "v_proj"}),
-            preloaded=True,
-        ),
+        Family(model_type="qwen2", layers=llama_layers, preloaded=True),
         Family(model_type="qwen3", layers=llama_layers, normed_heads=True),
         Family(model_type="smollm3", layers=llama_layers, tied=True, targets=()),
     )

@@ -18,18 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorameter.errors import UsageError
-from lorameter.models import catalogue, shapes
 from lorameter.models.costs.flops import (
+    StepProducts,
     StepTokens,
     TrainingFlops,
     computed_tokens,
+    from_values,
     mean_context,
     row_tokens,
-    six_n,
-    training_flops,
 )
-from lorameter.models.costs.modules import from_values
 from lorameter.models.costs.peaks import Ceiling, Utilisation, find_ceiling, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
 from lorameter.records.activity import MIN_STEP_PAIRS, WHOLE, PhaseActivity
@@ -290,47 +287,38 @@ class Ceilings:
     """FLOPs that the operators execute."""
 
 
-def step_flops(profile: Profile, variant: Variant, tokens: StepTokens | None = None) -> TrainingFlops:
-    """FLOPs of a step over these tokens (None: all that its operators compute): in closed form, or as counted by the
-    trial from the modules.
-
-    Raises:
-        UsageError: the model's layers are unknown, and were not counted.
-    """
-    tokens = tokens or computed_tokens(variant, profile.workload)
-    if (products := from_values(profile.record.values)) is not None:
-        return products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager")
-    return training_flops(shapes.shape(catalogue.resolve(profile.workload.model)), variant, tokens)
+def step_flops(products: StepProducts, variant: Variant, tokens: StepTokens) -> TrainingFlops:
+    """FLOPs of a variant's step over these tokens, given the products that the trial has counted."""
+    return products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=variant.attention != "eager")
 
 
 def compute_ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
-    """MFU and HFU of the step; or the reason if the model's layers or the peak are unknown."""
+    """MFU and HFU of the step; or the reason if the products of a step or the peak are unknown."""
     if "product" not in profile.peaks:
         return (
             f"the peak of {profile.device_name} is not known, and the trial left too little memory to measure it: "
             "product"
         )
-    variant, workload, values = profile.variant, profile.workload, profile.record.values
+    variant, values = profile.variant, profile.record.values
+    products = from_values(values)
+    if products is None:
+        return "the trial could not count the products of a step from the modules of the model"
     useful = StepTokens(
         positions=round(values["useful_positions"]),
         pairs=round(values["useful_pairs"]),
         passes=variant.gradient_accumulation,
     )
-    executed, products = count_executed_tokens(profile, useful), from_values(values)
-    try:
-        train = find_ceiling(
-            step_flops(profile, variant, useful).model,
-            step_flops(profile, variant, executed).hardware,
-            products.six_n(useful) if products else six_n(shapes.shape(catalogue.resolve(workload.model)), useful),
-            step,
-            profile.peaks["product"],
-            useful=useful,
-            computed=executed,
-            counted=", counted from the modules" if products else "",
-        )
-        return Ceilings(train=train, flops=step_flops(profile, variant))
-    except UsageError as error:
-        return str(error)
+    executed = count_executed_tokens(profile, useful)
+    train = find_ceiling(
+        step_flops(products, variant, useful).model,
+        step_flops(products, variant, executed).hardware,
+        products.six_n(useful),
+        step,
+        profile.peaks["product"],
+        useful=useful,
+        computed=executed,
+    )
+    return Ceilings(train=train, flops=step_flops(products, variant, computed_tokens(variant, profile.workload)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from lorameter.errors import UsageError
-from lorameter.models.costs.flops import computed_tokens
+from lorameter.models.costs.flops import computed_tokens, from_values
 from lorameter.models.costs.memory import memory_bytes
 from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import (
@@ -186,10 +186,12 @@ def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
 
     This excludes the scores, which a fused backward pass recomputes also without checkpointing.
     """
-    if isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
+    products = from_values(profile.record.values)
+    if products is None or isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
         return 0.0
     without = dataclasses.replace(profile.variant, gradient_checkpointing=False)
-    return max(0.0, 1 - step_flops(profile, without).hardware / found.flops.hardware)
+    tokens = computed_tokens(profile.variant, profile.workload)
+    return max(0.0, 1 - step_flops(products, without, tokens).hardware / found.flops.hardware)
 
 
 def unpacking_s(phase: PhaseActivity) -> float:

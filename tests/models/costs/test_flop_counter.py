@@ -1,4 +1,4 @@
-"""Tests of the FLOPs of a step, in closed form and counted from the modules of a model, against torch's own counter."""
+"""Tests of the FLOPs of a step, counted from the modules of a model, against torch's own counter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorameter.models import catalogue, shapes
-from lorameter.models.costs.flops import StepTokens, computed_tokens, training_flops
-from lorameter.models.costs.modules import UncountedError, count_products, from_values, to_values
+from lorameter.models.costs.flops import (
+    StepTokens,
+    UncountedError,
+    computed_tokens,
+    count_products,
+    from_values,
+    to_values,
+)
 from lorameter.models.shapes import FAMILIES
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -94,7 +99,7 @@ def batch(layout):
 
 
 def train_step(variant, layout="one record", model="tiny-llama"):
-    """Return a step of a trial, and the shape and workload from which its FLOPs are counted."""
+    """Return a step of a trial, and the tokens that it computes."""
     workload = Workload(model=model, batch_size=ROWS, sequence_length=LENGTH)
     request = TrialRequest(
         trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=workload, protocol=Protocol(),
@@ -104,19 +109,24 @@ def train_step(variant, layout="one record", model="tiny-llama"):
     torch.set_num_threads(1)
     trainee = build(request, steps=10, shared=SharedBase())
     stream = SimpleNamespace(take=lambda: batch(layout))
-    return TrainStep(trainee, stream, variant, "cpu"), shapes.shape(catalogue.resolve(model)), workload
+    return TrainStep(trainee, stream, variant, "cpu"), computed_tokens(variant, workload)
 
 
 def assert_counted(variant, layout="one record", folder=None, model_type="llama"):
-    """Assert that the closed form equals torch's count of a step of tiny-llama or of two narrow blocks of a family."""
+    """Assert that the count agrees within 3 % with torch's count of a step of tiny-llama, or of two narrow blocks of a
+    family."""
     model = "tiny-llama"
     if folder is not None:
         config = SMALL | {"model_type": model_type, "head_dim": 32 if model_type == "gemma" else 16}
         (folder / "config.json").write_text(json.dumps(config))
         model = f"random:{folder}"
-    step, shape, workload = train_step(variant, layout, model)
-    total, _ = count_flops(step)
-    assert total == training_flops(shape, variant, computed_tokens(variant, workload)).hardware
+    step, tokens = train_step(variant, layout, model)
+    products = count_products(step._trainee.model, watch_gradients(step._trainee.model, step))
+    total, fused = count_flops(step)
+    found = products.flops(tokens, checkpointing=variant.gradient_checkpointing, fused=fused)
+    assert found.hardware == pytest.approx(total, rel=0.03)
+    assert from_values(to_values(products)) == products
+    assert from_values({}) is None
 
 
 @pytest.mark.parametrize(
@@ -124,8 +134,8 @@ def assert_counted(variant, layout="one record", folder=None, model_type="llama"
     [{}, {"target_modules": ("all-linear",), "quantization": "nf4"}, {"gradient_checkpointing": True}],
     ids=str,
 )
-def test_a_step_takes_the_flops_of_the_formula(options):
-    """The formula covers forward, backward, clipping and update of LoRA and QLoRA."""
+def test_the_flops_of_a_step_are_counted(options):
+    """The count covers forward, backward, clipping and update of LoRA and QLoRA."""
     assert_counted(LoraVariant(**{"r": 4, "target_modules": QV, **options}))
 
 
@@ -147,21 +157,16 @@ def test_masked_pairs_are_computed(layout):
     ids=" ".join,
 )
 def test_options_that_change_a_step(tmp_path, options):
-    """The formula covers eager attention, a subset of the layers, int8, DoRA with dropout over several passes, autocast
+    """The count covers eager attention, a subset of the layers, int8, DoRA with dropout over several passes, autocast
     and preparation."""
     assert_counted(LoraVariant(r=4, **options), folder=tmp_path)
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
 def test_every_family(tmp_path, model_type):
-    """The formula covers grouped keys, head sizes independent of the width, tied heads, and trained biases."""
-    variant = LoraVariant(r=4, target_modules=("down_proj",), bias="all", dtype="float32")
+    """The count covers grouped keys, head sizes independent of the width, and tied heads."""
+    variant = LoraVariant(r=4, target_modules=("all-linear",), dtype="float32")
     assert_counted(variant, folder=tmp_path, model_type=model_type)
-
-
-def test_a_family_with_one_layer_for_several_operands(tmp_path):
-    """A layer that computes query, key and value needs the gradient of all three."""
-    assert_counted(LoraVariant(r=4, target_modules=("qkv_proj",)), folder=tmp_path, model_type="phi3")
 
 
 SMALL = {
@@ -174,7 +179,7 @@ LATENT = {
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "n_group": 1,
     "topk_group": 1, "num_key_value_heads": 4,
 }  # fmt: skip
-UNKNOWN = {
+OTHERS = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
@@ -183,8 +188,8 @@ UNKNOWN = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": LATENT,
 }
-"""Small models of families without a closed form: a Conv1D, parallel attention and feed-forward, one layer for
-query, key and value, experts, and keys and values of different widths."""
+"""Small models of other families: a Conv1D, parallel attention and feed-forward, one layer for query, key and value,
+experts, and keys and values of different widths."""
 STEP = StepTokens(positions=ROWS * LENGTH, pairs=ROWS * LENGTH**2)
 LORA, EXPERTS = "all-linear", ["q_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"]
 
@@ -202,13 +207,13 @@ def built(model_type, targets, **extra):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "whole"), [*((name, False) for name in UNKNOWN), ("gpt2", True), ("mixtral", True)]
+    ("model_type", "whole"), [*((name, False) for name in OTHERS), ("gpt2", True), ("mixtral", True)]
 )
-def test_a_family_without_a_closed_form_is_counted_from_its_modules(model_type, whole):
+def test_other_families_are_counted(model_type, whole):
     """The count is within 1 % for models with a router of experts and within 0.2 % for others, with an adapter or full
     training."""
     experts = model_type in ("mixtral", "deepseek_v3")
-    model, step = built(model_type, None if whole else EXPERTS if experts else LORA, **UNKNOWN[model_type])
+    model, step = built(model_type, None if whole else EXPERTS if experts else LORA, **OTHERS[model_type])
     total, fused = count_flops(step)
     flops = count_products(model, watch_gradients(model, step)).flops(STEP, fused=fused)
     assert flops.hardware == pytest.approx(total, rel=0.01 if experts else 0.002)
@@ -251,7 +256,7 @@ def test_modules_that_a_step_does_not_use_are_not_counted():
 
 def test_experts_with_an_adapter():
     """The count is within 5 %, because PEFT computes the whole update twice in each pass and a step needs it once."""
-    model, step = built("mixtral", LORA, **UNKNOWN["mixtral"])
+    model, step = built("mixtral", LORA, **OTHERS["mixtral"])
     flops = count_products(model, watch_gradients(model, step)).flops(STEP)
     assert flops.hardware == pytest.approx(count_flops(step)[0], rel=0.05)
 
@@ -266,29 +271,17 @@ def test_a_step_that_was_not_watched_is_counted_in_the_order_of_the_modules():
     assert 0 < errors[1] < 0.35 * errors[0] < 0.35 * 0.05
 
 
-@pytest.mark.parametrize("options", [{"target_modules": QV, "quantization": "nf4"}, {"use_dora": True}], ids=" ".join)
-def test_a_known_family_counted_from_its_modules_equals_its_closed_form(options):
-    """The count and the closed form agree within 2 %."""
-    variant = LoraVariant(r=4, **options)
-    step, shape, workload = train_step(variant)
-    model, tokens = step._trainee.model, computed_tokens(variant, workload)
-    found = count_products(model, watch_gradients(model, step))
-    assert found.flops(tokens).model == pytest.approx(training_flops(shape, variant, tokens).model, rel=0.02)
-    assert from_values(to_values(found)) == found
-    assert from_values({}) is None
-
-
 def test_adapters_of_other_trials_are_not_counted():
     """Only the active adapter is counted; a model without linear layers, or with an unknown number of experts for each
     token, is an error."""
-    model, _ = built("opt", LORA, **UNKNOWN["opt"])
+    model, _ = built("opt", LORA, **OTHERS["opt"])
     alone = count_products(model)
     model.add_adapter("other", LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.set_adapter("default")
     assert count_products(model) == alone
     with pytest.raises(UncountedError, match="no linear layer"):
         count_products(torch.nn.Embedding(4, 4))
-    model, _ = built("mixtral", None, **UNKNOWN["mixtral"])
+    model, _ = built("mixtral", None, **OTHERS["mixtral"])
     model.config = SimpleNamespace(num_attention_heads=4, hidden_size=64)
     with pytest.raises(UncountedError, match="how many of 4 experts"):
         count_products(model)

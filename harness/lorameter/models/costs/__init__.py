@@ -1,1 +1,1 @@
-"""Closed forms for parameters, bytes and FLOPs from a model's shape."""
+"""Parameters, bytes and FLOPs of a training, and the peak rates of devices."""

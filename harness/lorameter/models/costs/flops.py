@@ -1,33 +1,55 @@
-"""Computes the FLOPs of LoRA training, in closed form and without torch.
+"""Counts the FLOPs of a training step from the modules of a model, and the tokens of a step.
 
 A product of an (m, k) by a (k, n) matrix is 2 m k n FLOPs. Only matrix products count, as in torch's FlopCounterMode:
 norms, activations, rotary embedding, softmax, loss and optimizer touch each element a fixed number of times.
 
 A frozen linear layer needs 2 FLOPs per weight and position in the forward pass, and 2 in the backward pass for the
 gradient of its input. The last third of the 6 N of full training (Kaplan et al. 2020, arXiv 2001.08361, section 2.1),
-the weight gradient, is not needed: LoRA training is about 4 N, plus the adapter's share. No gradient is computed before
-the first trained layer: the inputs of the first block need none.
+the weight gradient, is needed only for weights that train: LoRA training is about 4 N, plus the adapter's share. The
+weights are those of the model's modules: linear layers, quantised or not, and experts, a few of which are active for
+each position. A quantised layer counts like any other, since dequantisation is not a product.
 
-Attention is counted per query-key pair: 2 products in the forward pass (scores, values), and in the backward pass one
-for the gradient of each of its operands (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all pairs of a row
-count). The caller gives the number of pairs (`StepTokens`): all pairs of an operator, or only those that the mask lets
-through.
+A watched step shows which modules it uses, and which inputs need a gradient: text training does not use a vision tower,
+or the cross-attention to an absent encoder. Without a watched step all modules count, in the order of their definition,
+and every input after the first trained weight counts as having a gradient. This overestimates the first block, where
+several layers have the same input; the error is small in a model with many blocks.
 
-Additional computation, which an ideal implementation would not need, is counted separately: products that are repeated
-(by checkpointing, and the scores that a fused backward recomputes; Dao 2023, arXiv 2307.08691, section 3.1), and
-gradients that nothing uses.
+Attention counts by heads and their width per query-key pair, also in sliding-window layers: 2 products in the forward
+pass (scores, values), and in the backward pass one for the gradient of each of its operands (Chowdhery et al. 2022,
+arXiv 2204.02311, appendix B, where all pairs of a row count). The caller gives the number of pairs (`StepTokens`): all
+pairs of an operator, or only those that the mask lets through. Other operations (a scan, a convolution, the router of
+experts) are not counted.
+
+Products that a step repeats, which an ideal implementation would not need, are counted separately: those of
+checkpointing, and the scores that a fused backward recomputes (Dao 2023, arXiv 2307.08691, section 3.1).
+
+Modules are recognised by their attributes instead of their class, so that this module does not need torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from lorameter.errors import refused_value
-from lorameter.models.costs.lora import adapted_widths, as_lora
-from lorameter.models.shapes import STAGES, ModelShape, find_family, linear_elements, linear_layers, linear_widths
-from lorameter.studies.variant import ALL_LINEAR, LoraVariant, Variant
+from lorameter.errors import LorameterError
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
+
+PREFIX = "products_"
+"""Prefix of the values in a record."""
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
+"""Configuration keys for the number of active experts per position."""
+_HOLDERS = ("ModuleList", "ModuleDict")
+"""Modules that only contain others and are never called."""
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")
+"""Matches the name of a block at the beginning of a module's name ("model.layers.0")."""
+
+
+class UncountedError(LorameterError):
+    """Raised if the modules of a model do not show the products of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +82,14 @@ def row_tokens(variant: Variant, workload: Workload) -> StepTokens:
     return dataclasses.replace(every, pairs=every.positions * (workload.sequence_length + 1) // 2)
 
 
+def mean_context(workload: Workload) -> int:
+    """Mean number of tokens, including itself, to which a token after the first one of a request attends.
+
+    With p prompt tokens and n new ones, the forward passes after the first attend to p + 1 ... p + n - 1 tokens.
+    """
+    return workload.prompt_tokens + workload.new_tokens // 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFlops:
     """FLOPs of one optimizer step."""
@@ -67,9 +97,8 @@ class TrainingFlops:
     model: int
     """FLOPs that any implementation of the step needs: the numerator of MFU."""
     extra: int
-    """FLOPs that are repeated (the forward pass of each block with checkpointing, and the scores in a fused backward)
-    or unused (gradients of the embeddings with checkpointing, gradients of operands that a fused backward always
-    computes, and the product with an identity matrix in PEFT's DoRA)."""
+    """FLOPs that are repeated: the forward pass of each block with checkpointing, and the scores in a fused
+    backward."""
 
     @property
     def hardware(self) -> int:
@@ -77,112 +106,244 @@ class TrainingFlops:
         return self.model + self.extra
 
 
-def training_flops(shape: ModelShape, variant: Variant, tokens: StepTokens) -> TrainingFlops:
-    """FLOPs of one optimizer step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepProducts:
+    """Number of weights by which each position of a step is multiplied. An expert counts with its share of the
+    positions, so these are not integers."""
 
-    rsLoRA and dropout add no product. A quantised layer counts like any other, since dequantisation is not a product;
-    LLM.int8's second product for outlier columns, which depends on the data, is omitted. Checkpointing is torch's
-    non-reentrant variant, which stops a block's second forward pass at the last tensor that its backward pass needs, so
-    the block's last product is not repeated.
+    forward: float
+    """Weights of the base's linear layers without the output head, and of the adapter."""
+    head: float
+    inputs: float
+    """The part whose input has a gradient."""
+    weights: float
+    """The part that trains."""
+    plain: float
+    """Weights of the base's linear layers only, without the output head."""
+    repeated: float
+    """The part of `forward` that checkpointing repeats: without the last layer of each block, since torch stops a
+    block's second forward pass at the last tensor that its backward pass needs."""
+    passes: float
+    """Products that are computed once per pass for any number of tokens, in pairs of factors: BA for DoRA's norm, and
+    for experts that are stored as one tensor, to which PEFT adds BA."""
+    attention: float
+    """Heads times head width, summed over the attention layers; the mean width if scores and values differ."""
+
+    def flops(self, tokens: StepTokens, *, checkpointing: bool = False, fused: bool = True) -> TrainingFlops:
+        """FLOPs of one optimizer step, with checkpointing, and with an attention whose backward pass is `fused`."""
+        twice, product = 2 * tokens.positions, 2 * tokens.pairs * self.attention
+        model = twice * (self.forward + self.head + self.inputs + self.weights) + 2 * tokens.passes * self.passes
+        again = (twice * self.repeated + 2 * product if checkpointing else 0.0) + (product if fused else 0.0)
+        return TrainingFlops(model=round(model + 6 * product), extra=round(again))
+
+    def six_n(self, tokens: StepTokens) -> int:
+        """6 N for each position, without attention: the FLOPs of training all weights, for comparison only. N counts
+        the head, but not the embedding (a table look-up).
+
+        Published figures for LoRA often use it, and are 1.5 times the true count.
+        """
+        return round(6 * (self.plain + self.head) * tokens.positions)
+
+
+def count_products(model: Any, watched: Mapping[str, bool | None] | None = None) -> StepProducts:
+    """The products of a step of this model with its current trainable parameters and active adapter.
+
+    Args:
+        model: a model of transformers or PEFT.
+        watched: for each module that a step called, whether its input needs a gradient, by the names of transformers'
+            model; None if that is unknown and follows from the order of the modules. None in place of the mapping if no
+            step was watched.
 
     Raises:
-        UsageError: the layers of the model type or of a target are unknown.
+        UncountedError: there is no linear layer, or the number of active experts or of attention heads is unknown.
     """
-    block = _Block(shape, variant, tokens)
-    first, first_extra = block.backward(entering=False)
-    other, other_extra = block.backward(entering=True)
-    head = 2 * 2 * tokens.positions * shape.vocab_size * shape.hidden_size
-    extra = shape.layers * block.identity + first_extra + (shape.layers - 1) * other_extra
-    if variant.gradient_checkpointing:  # checkpointing needs the gradient of the embeddings
-        extra += shape.layers * (block.forward + block.identity - block.tail())
-        extra += other + other_extra - first - first_extra
-    return TrainingFlops(
-        model=shape.layers * block.forward + first + (shape.layers - 1) * other + head,
-        extra=extra,
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    products = dict.fromkeys(StepProducts.__slots__, 0.0)
+    head = _unwrapped(base.get_output_embeddings()) if hasattr(base, "get_output_embeddings") else None
+    adapters, stacked = _adapter_parts(base), _stacked_weights(base)
+    below, modules, last = False, dict(base.named_modules()), dict[str, float]()
+    for name, module in modules.items():
+        if watched is not None and not _is_used(name, modules, watched):
+            continue
+        elements = _elements(module) * _share(name, modules, base) * adapters.get(id(module), True)
+        trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        adapter = id(module) in adapters
+        if elements and (trains or not adapter):  # an adapter that does not train belongs to another trial
+            needs_gradient = None if watched is None else watched.get(name)
+            multiplied = elements * (2 if _multiplies_twice(name, modules) else 1)
+            products["head" if module is head else "forward"] += multiplied
+            products["plain"] += elements * (not adapter and module is not head)
+            products["inputs"] += multiplied * (below if needs_gradient is None else needs_gradient)
+            products["weights"] += elements * _trained(module, stacked)
+            if block := _BLOCK.match(name):
+                last[block[0]] = elements
+        below = below or trains
+        products["passes"] += _products_a_pass(module)
+        products["attention"] += _attention_width(name, module, modules, base)
+    if not products["plain"]:
+        raise UncountedError("no linear layer is among the model's modules")
+    products["repeated"] = products["forward"] - sum(last.values())
+    return StepProducts(**products)
+
+
+def _is_used(name: str, modules: Mapping[str, Any], watched: Mapping[str, object]) -> bool:
+    """Whether a step has used a module: it was called, or its parent was, which may use the weights directly. For
+    experts the parent is the module that selects them; an attention was used if any part of it was.
+    """
+    path = name.split(".")
+    if "experts" in path:
+        path = path[: path.index("experts")]
+    elif "Attention" in type(modules[name]).__name__:
+        return name in watched or any(other.startswith(f"{name}.") for other in watched)
+    while path and (place := ".".join(path)) not in watched:
+        path.pop()
+        if place != name and type(modules[place]).__name__ not in _HOLDERS:
+            return False
+    return True
+
+
+def to_values(products: StepProducts) -> dict[str, float]:
+    """The products as values of a record."""
+    return {f"{PREFIX}{name}": float(getattr(products, name)) for name in StepProducts.__slots__}
+
+
+def from_values(values: Mapping[str, float]) -> StepProducts | None:
+    """The products in the values of a record; None if it has none."""
+    names = {name: values.get(f"{PREFIX}{name}") for name in StepProducts.__slots__}
+    present = {name: value for name, value in names.items() if value is not None}
+    return StepProducts(**present) if len(present) == len(names) else None
+
+
+def _is_adapted(module: Any) -> bool:
+    """Whether a module is a PEFT layer that wraps a base layer."""
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _adapter_parts(base: Any) -> dict[int, bool]:
+    """The modules that PEFT has added, by id, and whether positions pass through them."""
+    parts_of_adapters = dict[int, bool]()
+    for layer in filter(_is_adapted, base.modules()):
+        owners: list[Any] = [getattr(layer, part, None) for part in layer.adapter_layer_names]
+        parts = [module for one in owners if hasattr(one, "modules") for module in one.modules()]
+        parts_of_adapters |= {id(module): not _is_stacked(layer) for module in parts}
+    return parts_of_adapters
+
+
+def _elements(module: Any) -> float:
+    """Weights of a linear layer, or of experts that are stored as one tensor; 0 for any other module."""
+    if _is_adapted(module):
+        return 0.0
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # torch's, and GPT-2's Conv1D
+        inputs, outputs = (getattr(module, name, None) for name in names)
+        if isinstance(inputs, int) and isinstance(outputs, int) and getattr(module, "weight", None) is not None:
+            return float(inputs * outputs)
+    parameters = module.parameters(recurse=False) if _are_experts(module) else ()
+    return float(sum(one.numel() for one in parameters if one.dim() == 3))
+
+
+def _are_experts(module: Any) -> bool:
+    return "Expert" in type(module).__name__
+
+
+def _multiplies_twice(name: str, modules: Mapping[str, Any]) -> bool:
+    """Whether PEFT multiplies by the weights of a base layer again: for DoRA with dropout, by the dropped input."""
+    layer = modules[name.removesuffix(".base_layer")]
+    dora = [adapter for adapter, used in getattr(layer, "use_dora", {}).items() if used]
+    return name.endswith(".base_layer") and any(getattr(layer.lora_dropout[one], "p", 0.0) for one in dora)
+
+
+def _unwrapped(module: Any) -> Any:
+    """The base's own layer inside one or more PEFT layers."""
+    while _is_adapted(module):
+        module = module.base_layer
+    return module
+
+
+def _trained(module: Any, stacked: frozenset[int]) -> float:
+    """Share of a layer's weights whose gradient is computed: trained weights, and weights of experts to which PEFT adds
+    an update."""
+    weight = getattr(module, "weight", None)
+    if weight is not None:
+        return float(weight.requires_grad)
+    stacks = [one for one in module.parameters(recurse=False) if one.dim() == 3]
+    trained = sum(one.numel() for one in stacks if one.requires_grad or id(one) in stacked)
+    return float(trained / max(1, sum(one.numel() for one in stacks)))
+
+
+def _stacked_weights(base: Any) -> frozenset[int]:
+    """Weights of experts to which a trained adapter is added, by id."""
+    layers = [layer for layer in base.modules() if _is_adapted(layer) and _is_stacked(layer)]
+    training = [one for one in layers if any(down.weight.requires_grad for down in one.lora_A.values())]
+    return frozenset(id(getattr(_unwrapped(one), one.parameter_name)) for one in training)
+
+
+def _share(name: str, modules: Mapping[str, Any], base: Any) -> float:
+    """Share of the positions that pass through a module: all, or those routed to its expert."""
+    path = name.split(".")
+    if _are_experts(modules[name]):
+        experts = modules[name]
+    elif "experts" in path:
+        experts = _unwrapped(modules[".".join(path[: path.index("experts") + 1])])
+    else:
+        return 1.0
+    stacked = [one.shape[0] for one in experts.parameters(recurse=False) if one.dim() == 3]
+    count = stacked[0] if stacked else sum(part.isdigit() for part in experts._modules)
+    if not count:
+        return 1.0
+    if (chosen := _config_value(base, _CHOSEN)) is None:
+        raise UncountedError(f"the configuration does not say how many of {count} experts are chosen for a position")
+    return float(min(chosen, count) / count)
+
+
+def _config_value(base: Any, names: tuple[str, ...]) -> int | None:
+    """The integer under the first of these keys in the configuration of the text model."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((value for name in names if type(value := getattr(text, name, None)) is int), None)
+
+
+def _products_a_pass(module: Any) -> float:
+    """Factors in the products BA that a PEFT layer computes as a whole, over its trained adapters. DoRA's norm has no
+    gradient; an update that is added to a weight has gradients for A and B."""
+    if not _is_adapted(module):
+        return 0.0
+    factors = 0.0
+    for name, down in getattr(module, "lora_A", {}).items():
+        if not down.weight.requires_grad:
+            continue
+        if _is_stacked(module):
+            experts = max(1, down.out_features // module.r[name])
+            factors += 3.0 * experts * module.r[name] * down.in_features * module.lora_B[name].out_features
+        elif getattr(module, "use_dora", {}).get(name):
+            factors += float(down.in_features * module.r[name] * module.lora_B[name].out_features)
+    return factors
+
+
+def _is_stacked(layer: Any) -> bool:
+    """Whether PEFT adapts a parameter of a module instead of the module itself, and adds BA to it in each pass."""
+    return hasattr(layer, "parameter_name")
+
+
+def _attention_width(name: str, module: Any, modules: Mapping[str, Any], base: Any) -> float:
+    """Heads times width of an attention: a module of that name that contains linear layers."""
+    called = type(module).__name__
+    if "Attention" not in called or "Linear" in called:
+        return 0.0
+    if not any(_elements(_unwrapped(part)) or "Linear" in type(part).__name__ for part in module.children()):
+        return 0.0
+    heads = _attribute(module, ("num_heads", "num_attention_heads", "n_head")) or _config_value(
+        base, ("num_attention_heads", "n_head", "n_heads")
     )
+    width = _attribute(module, ("head_dim", "attention_head_size"))
+    if heads is not None and width is None and (hidden := _config_value(base, ("hidden_size", "n_embd", "d_model"))):
+        width = hidden // heads
+    if heads is None or width is None:
+        raise UncountedError(
+            f"{name} is an attention module, but neither it nor the configuration gives its number of heads"
+        )
+    scores, values = _attribute(module, ("qk_head_dim",)) or width, _attribute(module, ("v_head_dim",)) or width
+    return heads * (scores + values) / 2
 
 
-class _Block:
-    """The products of one block, and the gradients that it needs."""
-
-    def __init__(self, shape: ModelShape, variant: Variant, tokens: StepTokens) -> None:
-        variant = as_lora(variant, shape)
-        self._layers, widths = linear_layers(shape), linear_widths(shape)
-        _check_targets(variant, shape)
-        self._adapted = adapted_widths(variant, shape)
-        self._training = {*self._adapted, *(find_family(shape).biased if variant.bias == "all" else ())}
-        self._fused = variant.attention != "eager"
-        self._dora = variant.use_dora
-        self._twice = variant.use_dora and variant.lora_dropout > 0  # PEFT multiplies by the frozen weights again
-        rows, r = 2 * tokens.positions, variant.r
-        self._through = {name: rows * inputs * outputs for name, (inputs, outputs) in widths.items()}
-        self._a = {name: rows * inputs * r for name, (inputs, _) in self._adapted.items()}
-        self._b = {name: rows * r * outputs for name, (_, outputs) in self._adapted.items()}
-        self._pairs = 2 * tokens.pairs * shape.heads * shape.head_dim  # grouped keys are repeated for each query head
-        self.forward = sum(self._through.values()) + sum(self._a.values()) + sum(self._b.values()) + 2 * self._pairs
-        """FLOPs that a forward pass needs."""
-        self.identity = 0
-        """FLOPs for the norm of W + BA, which needs BA: PEFT passes an identity matrix through A and then B."""
-        if self._twice:
-            self.forward += sum(self._through[name] for name in self._adapted)
-        if self._dora:
-            sizes = self._adapted.values()
-            self.forward += tokens.passes * sum(2 * inputs * r * outputs for inputs, outputs in sizes)
-            self.identity = tokens.passes * sum(2 * inputs * inputs * r for inputs, _ in sizes)
-
-    def backward(self, *, entering: bool) -> tuple[int, int]:
-        """FLOPs that a backward pass needs, and those that a fused attention computes in addition. `entering`: whether
-        the gradient of the block's input is needed. DoRA's norm is treated as constant (Liu et al. 2024, arXiv
-        2402.09353, section 4.3) and has no gradient."""
-        places = {name: STAGES.index(layer.stage) for name, layer in self._layers.items()}
-        first = min((places[name] for name in self._training), default=len(STAGES))
-        # The gradient of a layer's input is needed if an earlier layer trains.
-        needing = [name for name, place in places.items() if entering or first < place]
-        needed = sum(self._through[name] for name in needing)
-        for name in self._adapted:
-            needed += self._a[name] + 2 * self._b[name]
-            if name in needing:
-                needed += self._a[name] + (self._through[name] if self._twice else 0)
-        trained_operands = {operand for name in self._training for operand in self._layers[name].makes}
-        query, key, value = (entering or operand in trained_operands for operand in ("query", "key", "value"))
-        operands = (query or key) + query + key + value  # the first is that of the scores
-        again = 1 + 4 - operands if self._fused and operands else 0
-        return needed + operands * self._pairs, again * self._pairs
-
-    def tail(self) -> int:
-        """FLOPs after the last saved tensor, which a block's second forward pass with checkpointing omits."""
-        last = [name for name, layer in self._layers.items() if layer.stage == STAGES[-1]]
-        plain = sum(self._through[name] for name in last if name not in self._adapted)
-        return plain + (0 if self._dora else sum(self._b[name] for name in last if name in self._adapted))
-
-
-def _check_targets(variant: LoraVariant, shape: ModelShape) -> None:
-    """Raise `UsageError` for a target that is not a linear layer of every block, such as the head."""
-    widths, known = linear_widths(shape), find_family(shape).parents
-    for target in variant.target_modules if variant.target_modules != (ALL_LINEAR,) else ():
-        *parents, name = target.split(".")
-        if name not in widths or not set(parents) <= set(known):
-            raise refused_value(
-                "flops", "target_modules", target, f"only {', '.join(widths)} of every block are counted",
-                'Name these, or use ("all-linear",).',
-            )  # fmt: skip
-
-
-def six_n(shape: ModelShape, tokens: StepTokens) -> int:
-    """6 N for each position, without attention: the FLOPs of training all weights, for comparison only. N counts the
-    head, but not the embedding (a table look-up).
-
-    Published figures for LoRA often use it, and are 1.5 times the true count.
-
-    Raises:
-        UsageError: the layers of the model type are unknown.
-    """
-    return 6 * (linear_elements(shape) + shape.vocab_size * shape.hidden_size) * tokens.positions
-
-
-def mean_context(workload: Workload) -> int:
-    """Mean number of tokens, including itself, to which a token after the first one of a request attends.
-
-    With p prompt tokens and n new ones, the forward passes after the first attend to p + 1 ... p + n - 1 tokens.
-    """
-    return workload.prompt_tokens + workload.new_tokens // 2
+def _attribute(module: Any, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if type(value := getattr(module, name, None)) is int), None)

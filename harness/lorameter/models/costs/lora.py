@@ -31,7 +31,7 @@ MOMENT_TABLE_BYTES = 256 * 4
 
 
 def missing_formula(variant: Variant, shape: ModelShape) -> str | None:
-    """Why there is no formula for memory and FLOPs of a variant on a model, and the remedy; None if there is one."""
+    """Why there is no formula for the memory of a variant on a model, and the remedy; None if there is one."""
     if not isinstance(variant, LoraVariant):
         return f"no formula is known for the method {variant.method_name}; measure it"
     if variant.optimizer not in (*ADAMW, *PAGED) or variant.optimizer_args:
@@ -40,7 +40,7 @@ def missing_formula(variant: Variant, shape: ModelShape) -> str | None:
 
 
 def as_lora(variant: Variant, shape: ModelShape) -> LoraVariant:
-    """The variant as LoRA. Raises `UnknownLayersError` if there is no formula for its memory and FLOPs."""
+    """The variant as LoRA. Raises `UnknownLayersError` if there is no formula for its memory."""
     if why := missing_formula(variant, shape):
         raise UnknownLayersError(why)
     assert isinstance(variant, LoraVariant)

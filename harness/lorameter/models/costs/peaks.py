@@ -309,7 +309,6 @@ def find_ceiling(
     *,
     useful: StepTokens,
     computed: StepTokens,
-    counted: str = "",
 ) -> Ceiling:
     """MFU and hardware utilisation of a training step, with the interval of its step time.
 
@@ -322,17 +321,16 @@ def find_ceiling(
         useful: tokens and pairs that a step needs.
         computed: tokens and pairs that its operators compute; all pairs of a row (`computed_tokens`) overestimate the
             utilisation of kernels that skip masked pairs.
-        counted: how the FLOPs were counted, if not in closed form.
     """
     return Ceiling(
         mfu=utilisation(
             "MFU", needs, step_time_s, peak,
-            f"forward and backward of LoRA for {useful.positions} tokens and {useful.pairs} pairs a head{counted}",
+            f"forward and backward of LoRA for {useful.positions} tokens and {useful.pairs} pairs a head",
         ),
         hfu=utilisation(
             "HFU", does, step_time_s, peak,
             f"all products for {computed.positions} tokens and {computed.pairs} pairs a head, recomputed ones "
-            f"included{counted}",
+            "included",
         ),
         six_n=utilisation(
             "6N", full, step_time_s, peak,

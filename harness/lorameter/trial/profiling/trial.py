@@ -12,11 +12,8 @@ from pathlib import Path
 
 import torch
 
-from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.host import PeakMemoryTracker
-from lorameter.models import catalogue, shapes
-from lorameter.models.costs.flops import computed_tokens, training_flops
-from lorameter.models.costs.modules import UncountedError, count_products, to_values
+from lorameter.models.costs.flops import UncountedError, count_products, to_values
 from lorameter.models.costs.peaks import Peak, Rate
 from lorameter.records import codec
 from lorameter.records.activity import (
@@ -87,12 +84,13 @@ class ProfiledTrial(Trial):
         return BorderedStep(self._trainee, self._stream, self._request)
 
     def _count(self) -> dict[str, float]:
-        """The matrix products of a step, counted from the modules if there is no closed form. An additional step is
-        observed for that, unless steps are compiled: hooks would trigger recompilation."""
-        variant, workload, model = self._request.variant, self._request.workload, self._trainee.model
-        with contextlib.suppress(UsageError):
-            training_flops(shapes.shape(catalogue.resolve(workload.model)), variant, computed_tokens(variant, workload))
-            return {}
+        """The matrix products of a step, counted from the modules; empty if they do not show the products. An additional
+        step is observed for that, unless steps are compiled: hooks would trigger recompilation."""
+        model = self._trainee.model
+        watched = None if self._request.variant.compile else watch_gradients(model, self._take_step)
+        with contextlib.suppress(UncountedError):
+            return to_values(count_products(model, watched))
+        return {}
         with contextlib.suppress(UncountedError):
             return to_values(
                 count_products(model, None if variant.compile else watch_gradients(model, self._take_step))
@@ -180,13 +178,8 @@ def measure_peak(device: str, rate: Rate, *, tries: int = 5) -> Peak:
     STREAM does (McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers"). A CPU
     also reads the target's cache lines before it writes them, so a sum, which only reads (as decoding mostly does), can
     be faster.
-
-    Raises:
-        LorameterError: tf32 on a CPU.
     """
     cuda = device.startswith("cuda")
-    if rate == "tf32" and not cuda:
-        raise LorameterError(f"peak: {device} has no {rate} products. Name the dtype of the factors.")
     name = (
         torch.cuda.get_device_name(device)
         if cuda
