@@ -109,9 +109,12 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
 
 
 def test_a_directory_without_a_configuration_is_not_a_model(tmp_path):
-    """A model directory must have a config.json."""
+    """A model directory must have a config.json; the error for a GGUF file has the command that converts it."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"python -m lorameter\.trial\.building\.base_model .*model\.gguf"):
+        catalogue.resolve(str(tmp_path / "model.gguf"))
 
 
 MEMBER = "fake_model/weights.gguf"

@@ -1,6 +1,4 @@
-"""Tests of model dimensions, which are read from config.json or a GGUF header without torch and network.
-
-Tests that headers of GGUF files are read as the gguf package writes them.
+"""Tests of model dimensions, which are read from config.json without torch and network.
 
 Tests that the table of families equals what transformers builds and PEFT adapts.
 """
@@ -9,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 from importlib.util import find_spec
 
-import numpy
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
@@ -30,7 +26,6 @@ from lorameter.models.shapes import (
     linear_layers,
     linear_widths,
     llama_layers,
-    read_gguf_header,
 )
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
@@ -170,67 +165,6 @@ def test_an_impossible_file_name_is_refused(name):
     """Such a name is refused like any other unknown name."""
     with pytest.raises(UsageError, match="model"):
         catalogue.resolve(name)
-
-
-gguf = pytest.importorskip("gguf")
-
-
-INVALID_FILES = {
-    "empty": b"",
-    "another kind": b"PAR1" * 8,
-    "another version": b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
-    "more values than bytes": b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60),
-    "more tensors than bytes": b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0),
-}
-
-
-@pytest.mark.parametrize("content", INVALID_FILES.values(), ids=INVALID_FILES)
-def test_a_file_of_another_format_is_refused(tmp_path, content):
-    """No memory is allocated for the counts in a bad header."""
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match="not a readable GGUF file"):
-        shapes.shape(catalogue.resolve(f"random:{path}"))
-
-
-def test_a_header_and_the_shape_that_it_describes(tmp_path):
-    """The reader skips lists, uses transformers' model type, takes a missing output tensor as a tied head, and refuses
-    a truncated file."""
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_token_list(["a", "b", "c"])
-    writer.add_array("rows", [[1, 2], [3]])
-    sizes = {
-        "embedding_length": 128, "feed_forward_length": 192, "block_count": 3, "attention.head_count": 4,
-        "attention.head_count_kv": 2, "context_length": 512,
-    }  # fmt: skip
-    for name, size in sizes.items():
-        writer.add_uint32(f"gemma3.{name}", size)
-    writer.add_chat_template("{{ messages }}")
-    writer.add_tensor("token_embd.weight", numpy.zeros((300, 128), numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    expected = {f"gemma3.{name}": size for name, size in sizes.items()}
-    expected |= {"general.architecture": "gemma3", "tokenizer.chat_template": "{{ messages }}"}
-    assert read_gguf_header(path).values == expected
-    assert shapes.shape(catalogue.resolve(f"random:{path}")) == ModelShape(
-        hidden_size=128, intermediate_size=192, layers=3, heads=4, kv_heads=2, head_dim=32, vocab_size=300, context=512,
-        tied=True, architecture="gemma3_text",
-    )  # fmt: skip
-    part = tmp_path / "part.gguf"
-    part.write_bytes(path.read_bytes()[:-64])
-    with pytest.raises(UsageError, match="truncated"):
-        read_gguf_header(part)
-
-
-def test_a_missing_gguf_package_is_reported_with_the_install_command(tmp_path, monkeypatch):
-    """The error comes before any process starts that would load the file."""
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'lorameter\[gguf\]'"):
-        shapes.shape(catalogue.resolve(f"random:{tmp_path / 'model.gguf'}"))
 
 
 DIMENSIONS = {

@@ -1,7 +1,7 @@
 """The catalogue of models, and the resolution of model names to files.
 
-A study names its model by a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of these. Costs do
-not depend on weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
+A study names its model by a catalogue name, a hub id, a directory, or `random:` and any of these. Costs do not depend on
+weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
 Commands also resolve names, so this module never imports torch, and it uses the hub only for facts that are not in
 local files; `lorameter.models.shapes` reads dimensions, `lorameter.models.bases` fills the cache.
 
@@ -135,9 +135,9 @@ class ModelSource:
 
     label: str
     """The name as the user wrote it."""
-    kind: Literal["config", "directory", "hub", "gguf"]
+    kind: Literal["config", "directory", "hub"]
     location: str
-    """Directory, hub id, GGUF file, or the path of a packaged config.json (kind "config", always random)."""
+    """Directory, hub id, or the path of a packaged config.json (kind "config", always random)."""
     random: bool
     """Whether it has the exact architecture with random weights."""
     description: str
@@ -168,7 +168,7 @@ def resolve(model: str) -> ModelSource:
         source = _resolve_entry(entry, model, random=random)
     elif fileio.is_there(path := _expand(name)) and name:
         source = _resolve_path(path, model)
-    elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+    elif _HUB_ID.fullmatch(name):
         source = ModelSource(
             label=model, kind="hub", location=name, random=False, description=f"{name} (hub)", tokenizer="files"
         )
@@ -206,35 +206,36 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
-    is_folder = fileio.is_folder(path)
-    if not (fileio.is_file(path / "config.json") if is_folder else path.suffix == ".gguf"):
-        why = "the directory holds no config.json" if is_folder else "a file, and not a .gguf"
-        remedy = "Name a directory that save_pretrained wrote, with config.json, or a GGUF file."
+    if not fileio.is_file(path / "config.json"):
+        why = "the directory holds no config.json" if fileio.is_folder(path) else "not a directory"
+        remedy = "Name a directory that save_pretrained wrote, with config.json."
+        if path.suffix == ".gguf":
+            remedy = f"Run python -m lorameter.trial.building.base_model {path} FOLDER, and name the folder."
         raise refused_value("catalogue", "model", label, why, remedy)
     return ModelSource(
         label=label,
-        kind="directory" if is_folder else "gguf",
+        kind="directory",
         location=os.path.realpath(path),  # Path's method raises for a link to itself
         random=False,
-        description=f"{path.name} ({'directory' if is_folder else 'GGUF'})",
+        description=f"{path.name} (directory)",
         tokenizer="files",
     )
 
 
 def unknown_name(name: str, path: Path) -> tuple[str, str]:
     """Why `name` is unknown, and the remedy."""
-    if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")):
+    if name.startswith(("/", "./", "../", "~")):
         return f"{path} does not exist", "Check the path."
     near = difflib.get_close_matches(name.lower(), CATALOGUE, n=3, cutoff=0.5)
     suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
     return (
-        "no catalogue name, hub id (owner/name), directory or GGUF file",
+        "no catalogue name, hub id (owner/name) or directory",
         f"{suggestion}The catalogue has {', '.join(CATALOGUE)} (lorameter list models).",
     )
 
 
 def config_file(source: ModelSource) -> Path:
-    """The config.json of a source that is not a GGUF file (which has none); from the hub only if it is not packaged.
+    """The config.json of a source; from the hub only if it is not packaged.
 
     Raises:
         UsageError: the hub cannot be reached, or does not have the file.

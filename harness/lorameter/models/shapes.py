@@ -1,8 +1,8 @@
-"""The shapes of models: dimensions from config.json or a GGUF header, and the layers of known families.
+"""The shapes of models: dimensions from config.json, and the layers of known families.
 
 Plans, feasibility and forecasts need only a model's widths and depth, and run in processes that must start fast: this
-module parses headers and JSON and never imports torch. Families use different names for the same dimension, and omit
-dimensions that follow from others; this module resolves both.
+module parses JSON and never imports torch. Families use different names for the same dimension, and omit dimensions
+that follow from others; this module resolves both.
 
 Every number computed from a model's shape (parameters, memory) depends on the linear layers of its blocks, which
 config.json does not list. The table has them for the model types below; for other types these numbers are not computed.
@@ -14,15 +14,11 @@ both results to the residual stream, and normalises before each of them, in some
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from lorameter.errors import UsageError, format_error, refused_value, shorten
+from lorameter.errors import UsageError, refused_value, shorten
 from lorameter.models.catalogue import ModelSource, config_file
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
@@ -43,33 +39,35 @@ class ModelShape:
     tied: bool | None
     """Whether the output head is the input embedding; None if unknown."""
     architecture: str
-    """The model type in transformers and GGUF ("llama")."""
+    """The model type in transformers ("llama")."""
 
 
 def shape(source: ModelSource) -> ModelShape:
-    """The model's dimensions, from its config.json or its GGUF header.
+    """The model's dimensions, from its config.json.
 
     Raises:
         UsageError: the file cannot be loaded or read, or does not describe a decoder-only model.
     """
-    if source.kind == "gguf":
-        return _gguf_shape(source)
-    return shape_of_config(read_config(source), source.label)
-
-
-def shape_of_config(config: Mapping[str, Any], label: str) -> ModelShape:
-    """The dimensions in a configuration, such as that of a loaded model; `label` names it in errors.
-
-    Raises:
-        UsageError: it does not describe a decoder-only model.
-    """
+    config: Mapping[str, Any] = read_config(source)
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) and text else config
     architecture = str(config.get("model_type", "unknown"))
     family = FAMILIES.get(architecture)
     tied = config.get("tie_word_embeddings", None if family is None else family.tied)
-    values = {key: _first(config, names) for key, names in _SYNONYMS.items()}
-    return _complete(values, tied=tied, architecture=architecture, label=label)
+    values = {
+        key: next((value for name in names if type(value := config.get(name)) is int), None)
+        for key, names in _SYNONYMS.items()
+    }
+    hidden, heads = values["hidden_size"], values["heads"]
+    if hidden and heads:  # dimensions that a configuration may omit, because they follow from others
+        values["kv_heads"] = values["kv_heads"] or heads
+        values["head_dim"] = values["head_dim"] or hidden // heads
+        values["intermediate_size"] = values["intermediate_size"] or 4 * hidden  # GPT-2's default
+    known = {key: value for key, value in values.items() if value is not None and value >= 1}
+    if missing := sorted(values.keys() - known.keys()):
+        why = f"its configuration (model type {shorten(architecture, 60)!r}) gives no {', '.join(missing)}"
+        raise refused_value("catalogue", "model", source.label, why, "Use a decoder-only language model.")
+    return ModelShape(**known, tied=tied, architecture=architecture)
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -96,53 +94,6 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "context": ("max_position_embeddings", "n_positions", "n_ctx"),
 }
 """Keys of each dimension in config.json: current ones first, then GPT-2's, then OPT's."""
-
-_GGUF_KEYS: dict[str, tuple[str, ...]] = {
-    "hidden_size": ("embedding_length",),
-    "intermediate_size": ("feed_forward_length",),
-    "layers": ("block_count",),
-    "heads": ("attention.head_count",),
-    "kv_heads": ("attention.head_count_kv",),
-    "head_dim": ("attention.key_length",),
-    "vocab_size": ("vocab_size",),
-    "context": ("context_length",),
-}
-"""Keys of each dimension in GGUF, each after "ARCHITECTURE." (gguf specification, section "LLM")."""
-
-
-_CONFIG_TYPES = {"gemma3": "gemma3_text"}
-"""Model types in transformers for GGUF names, if they differ."""
-
-
-def _gguf_shape(source: ModelSource) -> ModelShape:
-    header = read_gguf_header(Path(source.location))
-    architecture = str(header.values.get("general.architecture", "unknown"))
-    prefix = f"{architecture}."
-    architecture = _CONFIG_TYPES.get(architecture, architecture)
-    own = {name.removeprefix(prefix): value for name, value in header.values.items() if name.startswith(prefix)}
-    values = {key: _first(own, names) for key, names in _GGUF_KEYS.items()}
-    if values["vocab_size"] is None:
-        values["vocab_size"] = next(iter(header.tensors.get("token_embd.weight", ())[-1:]), None)
-    tied = "output.weight" not in header.tensors
-    return _complete(values, tied=tied, architecture=architecture, label=source.label)
-
-
-def _first(mapping: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((value for name in names if type(value := mapping.get(name)) is int), None)
-
-
-def _complete(values: dict[str, int | None], *, tied: bool | None, architecture: str, label: str) -> ModelShape:
-    """Add dimensions that a configuration may omit because they follow from others."""
-    hidden, heads = values["hidden_size"], values["heads"]
-    if hidden and heads:
-        values["kv_heads"] = values["kv_heads"] or heads
-        values["head_dim"] = values["head_dim"] or hidden // heads
-        values["intermediate_size"] = values["intermediate_size"] or 4 * hidden  # GPT-2's default
-    known = {key: value for key, value in values.items() if value is not None and value >= 1}
-    if missing := sorted(values.keys() - known.keys()):
-        why = f"its configuration (model type {shorten(architecture, 60)!r}) gives no {', '.join(missing)}"
-        raise refused_value("catalogue", "model", label, why, "Use a decoder-only language model.")
-    return ModelShape(**known, tied=tied, architecture=architecture)
 
 
 class UnknownLayersError(UsageError):
@@ -181,75 +132,9 @@ def linear_elements(shape: ModelShape) -> int:
     return shape.layers * sum(inputs * outputs for inputs, outputs in linear_widths(shape).values())
 
 
-# --- GGUF files -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """Metadata of a GGUF file."""
-
-    values: Mapping[str, int | float | bool | str]
-    """Values by name, without lists."""
-    tensors: Mapping[str, tuple[int, ...]]
-    """Dimensions of each tensor by name, the fastest-varying dimension first."""
-
-
-@functools.lru_cache(maxsize=8)
-def read_gguf_header(path: Path) -> Header:
-    """The header of a GGUF file, read with the gguf library; cached, since a forecast needs the shape hundreds of
-    times.
-
-    Its `GGUFReader` makes a numpy array of every item of every list: 7.5 s of CPU time for a vocabulary of 151,000
-    tokens, in every dry run. A plan needs a dozen numbers, so lists are skipped.
-
-    Raises:
-        UsageError: the package gguf is missing, or the file is truncated or no GGUF file of a known version.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise refused_value(
-            "catalogue", "model", str(path), "reading it needs the package gguf", "pip install 'lorameter[gguf]'"
-        )
-    try:
-        with fileio.open_plain(path) as file:
-            reader = _make_reader(file)
-    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:  # numpy's, if the file is truncated
-        why = f"not a readable GGUF file, or truncated ({format_error(error)})"
-        raise refused_value("catalogue", "model", str(path), why, "Download it again.") from None
-    fields = {name: field for name, field in reader.fields.items() if field.parts and not name.startswith("GGUF.")}
-    values = {name: field.contents() for name, field in fields.items() if field.data}
-    return Header(values=values, tensors={one.name: tuple(map(int, one.shape)) for one in reader.tensors})
-
-
-def _make_reader(file: Any) -> Any:
-    import gguf
-
-    kinds = gguf.GGUFValueType
-
-    class Reader(gguf.GGUFReader):
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != kinds.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            return self._skip(memoryview(self.data), orig_offs) - orig_offs, [], [], [kinds.ARRAY]
-
-        def _skip(self, content: memoryview, offset: int) -> int:
-            """The end of the list that begins at this offset."""
-            kind, count = struct.unpack_from("<IQ", content, offset)
-            offset += 12
-            if kind not in (kinds.STRING, kinds.ARRAY):
-                return offset + int(count) * int(self.gguf_scalar_to_np[kinds(kind)]().itemsize)
-            for _ in range(count):
-                length = struct.unpack_from("<Q", content, offset)
-                offset = self._skip(content, offset) if kind == kinds.ARRAY else offset + 8 + int(length[0])
-            return offset
-
-    return Reader(file)
-
-
 Stage = Literal["entering", "attended", "expanding", "contracting"]
 """The input of a linear layer: that of the block, the output of its attention, the input of the feed-forward part, or
-the tensor between the two halves of that part."""
-STAGES: tuple[Stage, ...] = ("entering", "attended", "expanding", "contracting")
-"""Stages in the order of a forward pass; layers of one stage have the same input."""
+the tensor between the two halves of that part. Layers of one stage have the same input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

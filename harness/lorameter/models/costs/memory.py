@@ -22,7 +22,7 @@ With checkpointing, a block saves only its input; the last norm is unaffected.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from lorameter.models.catalogue import ModelSource
 from lorameter.models.costs.lora import (
@@ -37,8 +37,8 @@ from lorameter.models.costs.lora import (
     weight_bytes,
 )
 from lorameter.models.shapes import (
-    STAGES,
     ModelShape,
+    Stage,
     find_family,
     linear_elements,
     linear_layers,
@@ -349,7 +349,7 @@ class Activations:
         self._adapted = adapted_widths(variant, shape)
         self._family = find_family(shape)
         layers = linear_layers(shape)
-        self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in STAGES}
+        self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in get_args(Stage)}
         self._stream = 4 if variant.prepare_for_kbit else element_bytes(variant.dtype)
         self._adapter = element_bytes(variant.adapter_dtype or "float32")
         cast = variant.autocast

@@ -178,8 +178,6 @@ def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
 def _identity(source: ModelSource) -> Any:
     """An identifier of the weights of a source, or of the shape of a random model. Files are identified by their state
     on disk, which every change alters: hashing 14 GB would take as long as loading them."""
-    if source.kind == "gguf":
-        return [_stamp(Path(source.location))]
     if source.random:
         return _digest([catalogue.config_file(source).read_bytes()])
     if source.kind == "directory":

@@ -35,7 +35,6 @@ from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import is_out_of_memory
 from lorameter.studies.variant import Variant
-from lorameter.trial.data.tokens import gguf_tokenizer
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
@@ -52,10 +51,6 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
     """
     if source.random:
         return _random_model(source, variant, device, seed)
-    if source.kind == "gguf":
-        model = _from_gguf(source.location, variant.attention, getattr(torch, variant.dtype))
-        quantize_linears(model, variant, device)
-        return model.eval()
     return _from_files(source, variant, device)
 
 
@@ -93,9 +88,25 @@ def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
     The original checkpoints are published in bfloat16, so loading takes the same time; the rounding (2^-9) is far below
     that of the 4-bit source.
     """
-    model = _from_gguf(str(gguf_path), "sdpa", torch.bfloat16)
+    import gguf
+
+    folder, name = gguf_path.parent, gguf_path.name
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # otherwise packed blocks run in special kernels, if installed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _refusals(str(gguf_path)):
+        model = _load_whole(str(gguf_path), folder, gguf_file=name, dtype=torch.bfloat16, **options)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # it would describe the dequantised weights as quantised
+        quantizer.remove_quantization_config(model)
     model.save_pretrained(out_dir)
-    gguf_tokenizer(gguf_path).save_pretrained(out_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    fields = gguf.GGUFReader(gguf_path).fields
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:  # transformers 5.17 mistakes BOS for EOS and drops PAD
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token.contents())))
+    tokenizer.save_pretrained(out_dir)
 
 
 def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
@@ -147,22 +158,6 @@ def _refusals(label: str, hub: ModelSource | None = None) -> Iterator[None]:
 _REMEDY = "Save the model again."
 
 
-def _from_gguf(location: str, attention: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """Load a plain model on the CPU, without the quantisation attributes that the GGUF loader sets."""
-    path = Path(location)
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # otherwise packed blocks run in special kernels, if installed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _refusals(location):
-        model = _load_whole(
-            location, path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention, **options
-        )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    return model
-
-
 def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
     model = make_skeleton(read_architecture(source), variant)
     quantization = bnb_config(variant)
@@ -184,9 +179,6 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
 
 def read_architecture(source: ModelSource) -> transformers.PretrainedConfig:
     """The configuration of a model whose weights are not loaded."""
-    if source.kind == "gguf":
-        path = Path(source.location)
-        return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config = transformers.AutoConfig.from_pretrained(catalogue.config_file(source))
     if hasattr(config, "quantization_config"):  # it describes weights that are not used
         del config.quantization_config
@@ -235,22 +227,6 @@ def bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
         bnb_4bit_use_double_quant=variant.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, variant.compute_dtype),
     )
-
-
-def quantize_linears(model: transformers.PreTrainedModel, variant: Variant, device: str) -> None:
-    """Quantise a materialised model in place, layer by layer, and move it to `device`.
-
-    The layers are the same as in transformers: every linear layer except the output head and those that the
-    architecture keeps in float32. The model arrives on `device` in its quantised size; with quantization "none" it is
-    only moved.
-    """
-    config = bnb_config(variant)
-    if config is not None:
-        for name in quantised_names(model):
-            model.set_submodule(name, quantise_linear(model.get_submodule(name), config, device))
-    model.to(device)
-    if config is not None:
-        mark_quantised(model, config)
 
 
 def unquantised_modules(model: transformers.PreTrainedModel) -> list[str]:

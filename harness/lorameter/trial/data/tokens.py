@@ -392,20 +392,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
         raise ValueError("its token ids are not numbers")
 
 
-def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
-    """The file's tokenizer with the file's special tokens: transformers 5.17 mistakes BOS for EOS and drops PAD."""
-    values = shapes.read_gguf_header(path).values  # first: the library does not return for other files
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token = values.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token)))
-    return tokenizer
-
-
 def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
-    if source.kind == "gguf":
-        return gguf_tokenizer(Path(source.location))
     if source.kind == "config":
         raise OSError("a packaged configuration has no tokenizer")
     offline = source.kind != "hub" or not catalogue.hub_has(source)
