@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lorameter import wire
 from lorameter.errors import InvalidRunError
@@ -63,8 +66,8 @@ def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bo
 
 PROCESS_COMMANDS: dict[str, tuple[Any, str]] = {
     "base": (BaseRequest, "building.base_cache:prepare_base"),
-    "cold": (TrialRequest, "serving.cold:load_and_answer"),
-    "parity": (ServingRequest, "serving.parity:serve_adapter"),
+    "cold": (TrialRequest, "serving.adapters:load_and_answer"),
+    "parity": (ServingRequest, "serving.adapters:serve_adapter"),
     "times": (TrialRequest, "step_times:time_parts"),
 }
 """Commands of processes that end after one command: the type of the request, and the function in `lorameter.trial` that
@@ -95,13 +98,18 @@ def serve_once(connection: Connection) -> None:
 
 
 def _start_cold(spawned_monotonic_s: float, request: dict[str, Any] | None = None) -> PartialRecord:
-    """Time a cold start, or without a request only its imports."""
-    from lorameter.trial.serving.cold import start_cold, time_imports
-
+    """Time a cold start, or without a request only its imports. CLOCK_MONOTONIC is common to all processes of a machine,
+    so the times include the start of the interpreter."""
     try:
+        from lorameter.trial.serving.adapters import load_and_answer
+
+        imports = {"cold_import_time_s": time.monotonic() - spawned_monotonic_s}
         if request is None:
-            return time_imports(spawned_monotonic_s)
-        return start_cold(codec.from_json(TrialRequest, request, "trial request"), spawned_monotonic_s)
+            return PartialRecord(values=imports)
+        fragment = load_and_answer(codec.from_json(TrialRequest, request, "trial request"))
+        values = fragment.values | imports | {"cold_start_time_s": time.monotonic() - spawned_monotonic_s}
+        del values["cold_after_import_time_s"]
+        return msgspec.structs.replace(fragment, values=values)
     except Exception as error:
         return failed_record(error, "cold")
 

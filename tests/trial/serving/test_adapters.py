@@ -26,8 +26,8 @@ from lorameter.studies.workload import Workload
 from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.serving import parity
-from lorameter.trial.serving.parity import ROWS, measure_distance, sequence_losses
+from lorameter.trial.serving import adapters
+from lorameter.trial.serving.adapters import ROWS, measure_distance, sequence_losses
 from lorameter.trial.serving.server import generate
 
 WORKLOAD = Workload(
@@ -172,7 +172,7 @@ def served_of(request_of):
     def serve(variant, *groups):
         found = []
         for group in groups:
-            fragment = parity.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
+            fragment = adapters.serve_adapter(request_of(variant, group, found[0].answers if found else ()))
             found += codec.from_json(tuple[ServedAnswers, ...], fragment.tokens["served"], "served")
         assert all(one.failure is None for one in found), found
         return {one.way: one for one in found}
@@ -224,12 +224,12 @@ def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch):
     """The other modes of its group are kept, with the reason of the failure. After a failed reference no other mode is
     served."""
     monkeypatch.setattr(peft_methods, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
-    fragment = parity.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
+    fragment = adapters.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
     *others, merged = codec.from_json(tuple[ServedAnswers, ...], fragment.tokens["served"], "served")
     assert [one.failure for one in others] == [None, None]
     assert "no merge today" in merged.failure.message
     lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
-    (only,) = codec.from_json(tuple[ServedAnswers, ...], parity.serve_adapter(lost).tokens["served"], "served")
+    (only,) = codec.from_json(tuple[ServedAnswers, ...], adapters.serve_adapter(lost).tokens["served"], "served")
     assert only.failure is not None
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorameter.models import catalogue
+from lorameter.records import codec
 from lorameter.records.metrics import get_samples
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -21,7 +22,7 @@ from lorameter.trial.building import peft_methods
 from lorameter.trial.building.base_model import load_base
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
-from lorameter.trial.serving import cold
+from lorameter.trial.serve import COMMANDS
 from lorameter.trial.serving.server import generate
 
 VARIANT = LoraVariant(name="v", r=2, quantization="nf4", dtype="float32", compute_dtype="float32")
@@ -46,7 +47,7 @@ def test_a_cold_start_gives_the_same_answer_as_a_loaded_model(tmp_path):
     )  # fmt: skip
     prompts = TokenStream(Path(request.tokens_path), WORKLOAD, VARIANT, "cpu").prompts(0)
     expected = list(generate(model, prompts, WORKLOAD.new_tokens, variant=VARIANT).tokens)
-    found = cold.start_cold(request, time.monotonic())
+    found = COMMANDS["cold"](spawned_monotonic_s=time.monotonic(), request=codec.to_json(request))
     assert found.tokens["cold_completion"] == expected
     assert found.values["cold_start_time_s"] > found.values["cold_load_time_s"] > 0
 
