@@ -17,7 +17,7 @@ from lorameter.errors import UsageError
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import CATALOGUE
 from lorameter.models.costs.lora import adapter_parameters
-from lorameter.models.costs.memory import Activations, estimate_memory, memory_bytes, stored_dtype
+from lorameter.models.costs.memory import Activations, estimate_memory, stored_dtype
 from lorameter.models.shapes import (
     FAMILIES,
     Family,
@@ -215,7 +215,6 @@ ESTIMATES = {
     "parameters": lambda shape: adapter_parameters(VARIANT, shape),
     "memory of a step": lambda shape: estimate_memory(VARIANT, Workload(), shape),
     "memory of a request": lambda shape: estimate_memory(VARIANT, Workload(), shape, phase="generate"),
-    "memory beyond the process": lambda shape: memory_bytes(VARIANT, Workload(), shape),
     "activations": lambda shape: Activations(VARIANT, Workload(), shape, "cpu"),
 }
 

@@ -14,7 +14,7 @@ import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.models.costs.flops import computed_tokens, from_values
-from lorameter.models.costs.memory import memory_bytes
+from lorameter.models.costs.memory import estimate_memory
 from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import (
     IDLE,
@@ -68,8 +68,11 @@ def estimate_extra_bytes(profile: TrialProfile, shape: ModelShape | None) -> dic
     variant, workload, device = profile.variant, profile.workload, profile.device
     without = {saving: dataclasses.replace(variant, **changes_without(variant, saving)) for saving in _WITHOUT}
     with contextlib.suppress(UsageError):
-        present = memory_bytes(variant, workload, shape, device)
-        return {saving: max(0, memory_bytes(one, workload, shape, device) - present) for saving, one in without.items()}
+        present = estimate_memory(variant, workload, shape, device=device).total_bytes
+        return {
+            saving: max(0, estimate_memory(one, workload, shape, device=device).total_bytes - present)
+            for saving, one in without.items()
+        }
     return {}
 
 

@@ -329,12 +329,6 @@ def _request(variant: Variant, workload: Workload, shape: ModelShape, device: st
     return kinds
 
 
-def memory_bytes(variant: Variant, workload: Workload, shape: ModelShape, device: str = "cpu") -> int:
-    """Expected training peak beyond the bare process (`lorameter.models.costs.memory`)."""
-    expected = estimate_memory(variant, workload, shape, device=device)
-    return expected.total_bytes - (bare_process_bytes(None) if device == "cpu" else 0)
-
-
 class Activations:
     """Bytes that are saved for one micro-batch. `device` is "cpu" or "cuda", which differ in the dropout mask.
 
