@@ -133,7 +133,7 @@ class ProfiledTrial(Trial):
         tracker = PeakMemoryTracker(self._request.device)
         give_back_free()
         tracker.begin()
-        self._server.ask_prefix(self._request.workload.prompt_tokens, 1)
+        self._server.ask_short(1)
         memory = tracker.peaks("first_token")
         self._write(REQUEST_FACTS, observe_request(self._trainee.model, self._server.ask))
         return PartialRecord(memory=memory)

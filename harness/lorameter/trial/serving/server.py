@@ -72,13 +72,9 @@ class Server:
         requests = [self._generate(self._stream.prompts(index)) for index in range(count)]
         return requests[0]
 
-    def ask_prefix(self, length: int, new_tokens: int) -> Request:
-        """Make a request with the first `length` tokens of the prompts; no metric includes it."""
-        return generate(self._model, self._stream.prompts(0)[:, :length], new_tokens, variant=self._variant)
-
-    def ask_two_tokens(self) -> Request:
-        """Make a request for two tokens, which has a prefill and one decoding step; no metric includes it."""
-        return self.ask_prefix(self._workload.prompt_tokens, 2)
+    def ask_short(self, new_tokens: int = 2) -> Request:
+        """Make a request for a few tokens, by default for a prefill and one decoding step; no metric includes it."""
+        return generate(self._model, self._stream.prompts(0), new_tokens, variant=self._variant)
 
     def ask(self) -> Request:
         """Make the next request."""
@@ -94,7 +90,7 @@ class Server:
         ways = ["", "switched_", "mixed_"] if self._workload.request_batch > 1 else ["", "switched_"]
         for way in self._random.sample(ways, len(ways)):
             self._activate(0)
-            self.ask_two_tokens()
+            self.ask_short()
             if way == "switched_":
                 times["switch_time_s"] = (self._switch(number),)
             names = self.name_rows(number) if way == "mixed_" else ()
@@ -219,7 +215,7 @@ def check_attention(fragment: PartialRecord, model: Any, server: Server, request
     """The fragment with the check of a request's attention, which is observed in an additional request, since no
     training step shows it; it can make its trial invalid."""
     required = request.requirements.get("attention.backend", BACKENDS[request.variant.attention])
-    return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_two_tokens, required)], request)
+    return judge_checks(fragment, [kernels_check.watch_request(model, server.ask_short, required)], request)
 
 
 def check_adapters(fragment: PartialRecord, server: Server, request: TrialRequest) -> PartialRecord:
