@@ -31,6 +31,7 @@ from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building.base_model import empty_model
 from lorameter.trial.building.build import count_sizes
+from lorameter.trial.zygote import LAZY
 
 LLAMA = {
     "model_type": "llama",
@@ -77,9 +78,11 @@ def test_every_entry_has_a_shape_without_network(name, unreachable_hub):
 
 
 def test_the_zygote_loads_the_families_of_the_catalogue(unreachable_hub):
-    """The preloaded families are exactly those of the catalogue."""
+    """The preloaded models are exactly those of the catalogue, and transformers has them."""
     architectures = {shapes.shape(catalogue.resolve(f"random:{name}")).architecture for name in CATALOGUE}
-    assert architectures == {name for name, family in FAMILIES.items() if family.preloaded}
+    modules = [name for name in LAZY if name.startswith("transformers.models.")]
+    assert architectures == {name.split(".")[2] for name in modules}
+    assert all(find_spec(name) is not None for name in modules)
 
 
 def test_published_dimensions():
@@ -193,18 +196,17 @@ def shape_of(source_of):
     return lambda model_type: shapes.shape(source_of(model_type))
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_agrees_with_transformers_and_peft(family, source_of, shape_of):
-    """Names and widths of a block's linear layers, its module, PEFT's default targets, and the parameters of LoRA on
-    one layer and DoRA on all agree."""
-    source = source_of(family.model_type)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_agrees_with_transformers_and_peft(model_type, source_of, shape_of):
+    """Names and widths of a block's linear layers, PEFT's default targets, and the parameters of LoRA on one layer
+    and DoRA on all agree."""
+    source = source_of(model_type)
     blocks = empty_model(source, VARIANT).model.layers
     built = {name: module for name, module in blocks[1].named_modules() if isinstance(module, torch.nn.Linear)}
     found = {name.rpartition(".")[2]: (layer.in_features, layer.out_features) for name, layer in built.items()}
-    shape = shape_of(family.model_type)
+    shape = shape_of(model_type)
     assert found == linear_widths(shape)
-    assert find_spec(family.module) is not None
-    assert tuple(TARGETS.get(family.model_type, ())) == family.targets
+    assert tuple(TARGETS.get(model_type, ())) == FAMILIES[model_type].targets
     one = dataclasses.replace(VARIANT, target_modules=(next(iter(linear_layers(shape))),))
     for variant in (one, dataclasses.replace(one, target_modules=("all-linear",), use_dora=True, r=3)):
         assert count_sizes(variant, source).trainable_parameters == adapter_parameters(variant, shape)
@@ -230,9 +232,7 @@ def test_an_unknown_type_is_unknown_to_every_estimate(estimate, shape_of):
 
 def test_a_family_like_llama_is_one_entry(monkeypatch, shape_of):
     """A family with Llama's layers gets every estimate of Llama from one entry."""
-    monkeypatch.setattr(
-        "lorameter.models.shapes.FAMILIES", FAMILIES | {"new": Family(model_type="new", layers=llama_layers)}
-    )
+    monkeypatch.setattr("lorameter.models.shapes.FAMILIES", FAMILIES | {"new": Family(layers=llama_layers)})
     known, new = shape_of("llama"), shape_of("new")
     assert shapes.unknown_layers(new) is None
     for name in ("widths", "parameters", "memory of a step"):

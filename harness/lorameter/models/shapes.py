@@ -154,8 +154,6 @@ Layers = Mapping[str, Layer]
 class Family:
     """Facts about one model type."""
 
-    model_type: str
-    """The model type in config.json."""
     layers: Callable[[ModelShape], Layers]
     tied: bool = False
     """Whether the transformers configuration class ties the head by default."""
@@ -171,16 +169,6 @@ class Family:
     global_every: int = 0
     """Period of the blocks with global attention, which have their own rotary embedding; the others attend to a window.
     0 if all blocks are the same."""
-    package: str = ""
-    """The transformers package that defines it; empty if its name is the model type."""
-    preloaded: bool = False
-    """Whether the zygote imports its module, because the catalogue has such models."""
-
-    @property
-    def module(self) -> str:
-        """The transformers module that defines it."""
-        package = self.package or self.model_type
-        return f"transformers.models.{package}.modeling_{package}"
 
 
 def llama_layers(shape: ModelShape) -> Layers:
@@ -213,25 +201,16 @@ def phi3_layers(shape: ModelShape) -> Layers:
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(model_type="gemma", layers=llama_layers, tied=True, shifted_norms=True, preloaded=True),
-        Family(
-            model_type="gemma3_text",
-            layers=llama_layers,
-            tied=True,
-            normed_heads=True,
-            norms=4,
-            shifted_norms=True,
-            global_every=6,
-            package="gemma3",
-        ),
-        Family(model_type="llama", layers=llama_layers, preloaded=True),
-        Family(model_type="mistral", layers=llama_layers, preloaded=True),
-        Family(model_type="phi3", layers=phi3_layers, targets=()),
-        Family(model_type="qwen2", layers=llama_layers, preloaded=True),
-        Family(model_type="qwen3", layers=llama_layers, normed_heads=True),
-        Family(model_type="smollm3", layers=llama_layers, tied=True, targets=()),
-    )
+    "gemma": Family(layers=llama_layers, tied=True, shifted_norms=True),
+    "gemma3_text": Family(
+        layers=llama_layers, tied=True, normed_heads=True, norms=4, shifted_norms=True, global_every=6
+    ),
+    "llama": Family(layers=llama_layers),
+    "mistral": Family(layers=llama_layers),
+    "phi3": Family(layers=phi3_layers, targets=()),
+    "qwen2": Family(layers=llama_layers),
+    "qwen3": Family(layers=llama_layers, normed_heads=True),
+    "smollm3": Family(layers=llama_layers, tied=True, targets=()),
 }
-"""By model type. A test compares each with the model that transformers builds and with PEFT's default targets."""
+"""By the model type in config.json. A test compares each with the model that transformers builds, and with PEFT's default
+targets."""

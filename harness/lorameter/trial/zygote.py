@@ -29,19 +29,18 @@ from lorameter.errors import InvalidRunError
 from lorameter.machine.nvml import compute_capability
 from lorameter.machine.processes import fork_process, kill_group, outlive_parent
 from lorameter.machine.provenance import harness_identity
-from lorameter.models.shapes import FAMILIES
 from lorameter.records.record import WorkerInfo
 from lorameter.trial.serve import serve
 
 PRELOAD = ("torch", "transformers", "peft", "bitsandbytes", "lorameter.trial.trial")
 """Modules that every trial imports."""
 LAZY = (
-    *(family.module for family in FAMILIES.values() if family.preloaded),
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("gemma", "llama", "mistral", "qwen2")),
     "transformers.generation.utils",
     "peft.tuners.lora.bnb",
 )
-"""Submodules that the libraries load at first use. Without this, each trial would import them during its load or first
-step."""
+"""Submodules that the libraries load at first use, among them the models of the catalogue. Without this, each trial
+would import them during its load or first step."""
 
 
 def import_libraries() -> None:
