@@ -22,7 +22,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch._C._autograd import DeviceType
 
@@ -54,14 +54,6 @@ Seconds = Callable[[int, int], float]
 them."""
 
 
-class Window(NamedTuple):
-    """A marked phase, or a part of one, in nanoseconds."""
-
-    start: int
-    end: int
-    name: str
-
-
 def summarise_activity(
     events: Iterable[Any],
     step_times_s: tuple[float, ...],
@@ -78,13 +70,8 @@ def summarise_activity(
         device: torch device type on which they ran.
         phase_names: the phases in order.
         weights: names of the model's weights by output and input size.
-
-    Raises:
-        ValueError: no phase is marked.
     """
     windows, parts, host, kernels = _sort_events(events)
-    if not windows:
-        raise ValueError("no phase of a step is marked in the profiler's records")
     cuda, steps = device.startswith("cuda"), len(step_times_s)
     seconds = _kernel_seconds(kernels, host) if cuda else _wall_seconds
     dropout_nodes = _nodes_made_by(host, DROPOUT_OPERATOR)
@@ -96,9 +83,7 @@ def summarise_activity(
             sum(bisect_right(moments, one.end_ns()) - bisect_left(moments, one.start_ns()) for one in operators) / steps
         )
 
-    operators_by_phase = _group(windows, host, lambda one: one.start_ns())
-    kernels_by_phase = _group(windows, kernels, lambda one: one.start_ns())
-    parts_by_phase = _group(windows, parts, lambda one: one.start)
+    operators_by_phase, kernels_by_phase, parts_by_phase = (_group(windows, found) for found in (host, kernels, parts))
     phases = []
     for phase in phase_names:
         operators, marked = operators_by_phase.get(phase, []), parts_by_phase.get(phase, [])
@@ -113,21 +98,21 @@ def summarise_activity(
         }
         dropouts = [one for one in operators if one.name() == DROPOUT_OPERATOR]
         ran = kernels_by_phase.get(phase, []) if cuda else operators
-        uses, totals_s, busy_s = _sum_uses(ran, windows[0].start, steps, nested=not cuda)
+        uses, totals_s, busy_s = _sum_uses(ran, windows[0].start_ns(), steps, nested=not cuda)
         counted = {name: count_records(found) for name, found in {**separate, DROPOUT: dropouts}.items()}
         phases.append(
             PhaseActivity(
                 phase=phase,
-                window_s=sum(one.end - one.start for one in windows if one.name == phase) / 1e9 / steps,
+                window_s=sum(_measure(one, _wall_seconds) for one in windows if one.name() == MARK + phase) / steps,
                 busy_s=busy_s,
                 operators=uses,
                 totals_s=totals_s,
-                **{name: sum(_spent(one, seconds) for one in found) / steps for name, found in separate.items()},
+                **{name: sum(_measure(one, seconds) for one in found) / steps for name, found in separate.items()},
                 records={} if cuda else {WHOLE: len(operators) / steps, **counted},
                 copies=_copies(operators, weights or {}, seconds, steps),
                 parts_s={
-                    name: sum(seconds(one.start, one.end) for one in marked if one.name == name) / steps
-                    for name in dict.fromkeys(one.name for one in marked)
+                    name.removeprefix(PART): sum(_measure(one, seconds) for one in marked if one.name() == name) / steps
+                    for name in dict.fromkeys(one.name() for one in marked)
                 },
             )
         )
@@ -135,21 +120,21 @@ def summarise_activity(
     return Activity(device="cuda" if cuda else "cpu", step_times_s=step_times_s, phases=tuple(phases), missing=missing)
 
 
-def _group(windows: Sequence[Window], found: Iterable[Any], moment: Callable[[Any], int]) -> dict[str, list[Any]]:
+def _group(windows: Sequence[Any], found: Iterable[Any]) -> dict[str, list[Any]]:
     """Records grouped by the phase in which they begin, without those that begin between phases."""
-    starts = [one.start for one in windows]
+    starts = [one.start_ns() for one in windows]
     groups: dict[str, list[Any]] = {}
     for one in found:
-        place = bisect_right(starts, moment(one)) - 1
-        if place >= 0 and moment(one) < windows[place].end:
-            groups.setdefault(windows[place].name, []).append(one)
+        place = bisect_right(starts, one.start_ns()) - 1
+        if place >= 0 and one.start_ns() < windows[place].end_ns():
+            groups.setdefault(windows[place].name().removeprefix(MARK), []).append(one)
     return groups
 
 
-def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], list[Any], list[Any]]:
-    """Windows of the phases in order, windows of parts, CPU operators, and GPU kernels."""
-    windows: list[Window] = []
-    parts: list[Window] = []
+def _sort_events(events: Iterable[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Marks of the phases in order, marks of their parts, CPU operators, and GPU kernels."""
+    windows: list[Any] = []
+    parts: list[Any] = []
     host: list[Any] = []
     device: list[Any] = []
     for event in events:
@@ -157,14 +142,14 @@ def _sort_events(events: Iterable[Any]) -> tuple[list[Window], list[Window], lis
         on_host = event.device_type() == DeviceType.CPU
         runtime = name.startswith(_RUNTIME) and "::" not in name  # such as `cudaLaunchKernel`
         if on_host and marked and name.startswith(PART):
-            parts.append(Window(event.start_ns(), event.end_ns(), name.removeprefix(PART)))
+            parts.append(event)
         elif on_host and marked and name.startswith(MARK):
-            windows.append(Window(event.start_ns(), event.end_ns(), name.removeprefix(MARK)))
+            windows.append(event)
         elif on_host and not (marked or event.is_async() or name.startswith("[") or runtime):
             host.append(event)
         elif event.device_type() == DeviceType.CUDA and not (marked or event.is_hidden_event()):
             device.append(event)
-    return sorted(windows), parts, host, device
+    return sorted(windows, key=lambda one: one.start_ns()), parts, host, device
 
 
 def _sum_uses(
@@ -215,7 +200,7 @@ def _kernel_seconds(kernels: Sequence[Any], host: Sequence[Any]) -> Seconds:
     launches = sorted(
         (one.start_ns(), by_operator[one.correlation_id()]) for one in host if one.correlation_id() in by_operator
     )
-    sums = [0.0, *accumulate(spent for _, spent in launches)]
+    sums = [0.0, *accumulate(time_s for _, time_s in launches)]
 
     def seconds(start_ns: int, end_ns: int) -> float:
         first = bisect_left(launches, start_ns, key=lambda one: one[0])
@@ -224,7 +209,7 @@ def _kernel_seconds(kernels: Sequence[Any], host: Sequence[Any]) -> Seconds:
     return seconds
 
 
-def _spent(operator: Any, seconds: Seconds) -> float:
+def _measure(operator: Any, seconds: Seconds) -> float:
     return seconds(operator.start_ns(), operator.end_ns())
 
 
@@ -271,7 +256,7 @@ def _copies(
     copies = [
         WeightCopy(
             weight=weight, shape=shape, operator=group[0].name(), calls=len(group) / steps,
-            time_s=sum(_spent(one, seconds) for one in group) / steps, in_product=in_product,
+            time_s=sum(_measure(one, seconds) for one in group) / steps, in_product=in_product,
         )
         for (weight, shape, in_product), group in groups.items()
     ]  # fmt: skip
