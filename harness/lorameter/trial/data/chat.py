@@ -7,12 +7,12 @@ placeholder comes from the template. The rendering must be a prefix of the whole
 differently when others follow (one that drops earlier reasoning, for example) is refused, since the answer's tokens
 cannot be located.
 
-A template may insert the current date. Runs on different days would then have different tokens, so the date is fixed.
+A template may insert the current date. Runs on different days would then have different tokens, so the date is fixed,
+in one format.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import operator
 import re
@@ -92,15 +92,9 @@ Span = tuple[int, int]
 """Character range of a text, half-open."""
 _MARKED = re.compile(r"{%-?\+?\s*generation\s*-?\+?%}")
 _PLACEHOLDER = "\ue000answer\ue000"
-_CODES = ("%a", "%A", "%d", "%-d", "%e", "%b", "%B", "%m", "%-m", "%y", "%Y", "%H", "%I", "%M", "%S", "%p", "%j", "%Z")
-_DAY = datetime.datetime(2026, 1, 1)
 _CLOCK = "strftime_now"
 """The function with which templates read the date; an argument cannot replace it, but a macro can."""
-_FIXED_CLOCK = (
-    f"{{% macro {_CLOCK}(format) %}}{{{{ format"
-    + "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _CODES)
-    + " }}{% endmacro %}\n"
-)
+_FIXED_CLOCK = f"{{% macro {_CLOCK}(format) %}}01 Jan 2026{{% endmacro %}}\n"
 
 
 class ChatTemplate:
