@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from lorameter.models import bases, catalogue
+from lorameter.records import codec
 from lorameter.records.os_errors import find_system_error
+from lorameter.records.record import BaseSummary
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import BaseRequest, TrialRequest
 from lorameter.studies.variant import LoraVariant
@@ -71,6 +73,11 @@ def base_request(model, variant, seed=1):
     )
 
 
+def make_base(request):
+    """Make the base of a request and return its summary."""
+    return codec.from_json(BaseSummary, base_cache.prepare_base(request).tokens["base"], "summary of a base")
+
+
 def load_directly(model, variant, seed=1):
     """Load the base without the cache."""
     return base_model.load_base(catalogue.resolve(model), variant, device="cpu", seed=seed)
@@ -78,7 +85,7 @@ def load_directly(model, variant, seed=1):
 
 def load_both_ways(model, variant):
     """Return a base that is loaded directly, and one that is prepared and taken from the cache."""
-    summary = base_cache.prepare(base_request(model, variant))
+    summary = make_base(base_request(model, variant))
     taken = base_cache.map_base(Path(summary.path), variant, "cpu")
     return load_directly(model, variant), taken
 
@@ -140,7 +147,7 @@ def test_transposed_layers_are_prepared(saved):
 def test_a_process_that_writes_to_a_weight_changes_its_own_copy(saved):
     """Repacking and in-place changes affect neither the file nor other processes."""
     model, variant = saved(), VARIANTS["nf4"]
-    folder = Path(base_cache.prepare(base_request(model, variant)).path)
+    folder = Path(make_base(base_request(model, variant)).path)
     base = base_cache.map_base(folder, variant, "cpu")
     with torch.no_grad():
         base(input_ids=torch.arange(8)[None])
@@ -152,30 +159,30 @@ def test_a_process_that_writes_to_a_weight_changes_its_own_copy(saved):
 def test_a_base_is_made_once(saved):
     """Another dtype or quantisation, and for random weights another seed, is another base."""
     model = saved()
-    first, second = (base_cache.prepare(base_request(model, VARIANTS["nf4"])) for _ in range(2))
+    first, second = (make_base(base_request(model, VARIANTS["nf4"])) for _ in range(2))
     assert (first.conversions, first.quantisations) == (1, 1)
     assert (second.conversions, second.quantisations) == (0, 0)
     assert (first.path, first.hash) == (second.path, second.hash)
-    assert base_cache.prepare(base_request(model, VARIANTS["nf4"], seed=2)).path == first.path  # no weights were drawn
+    assert make_base(base_request(model, VARIANTS["nf4"], seed=2)).path == first.path  # no weights were drawn
     others = {
-        base_cache.prepare(base_request(model, VARIANTS[name])).path for name in ("bfloat16", "float32", "nf4 single")
+        make_base(base_request(model, VARIANTS[name])).path for name in ("bfloat16", "float32", "nf4 single")
     }
     assert len(others | {first.path}) == 4
-    drawn = {base_cache.prepare(base_request("tiny-llama", PLAIN, seed)).path for seed in (1, 2)}
+    drawn = {make_base(base_request("tiny-llama", PLAIN, seed)).path for seed in (1, 2)}
     assert len(drawn) == 2
 
 
 def test_a_source_that_changed_is_another_base(saved):
     """This holds even if size and time stamp are unchanged."""
     model = saved()
-    before = base_cache.prepare(base_request(model, PLAIN))
+    before = make_base(base_request(model, PLAIN))
     path = Path(model) / "model.safetensors"
     state = path.stat()
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(b"\x00\x3f")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    after = base_cache.prepare(base_request(model, PLAIN))
+    after = make_base(base_request(model, PLAIN))
     assert (after.conversions, after.hash == before.hash) == (1, False)
 
 
@@ -191,7 +198,7 @@ def trial_request(model, base):
 def test_a_trial_whose_base_is_missing_makes_its_own(saved):
     """The trial reports the conversion; the model is the same."""
     model = saved()
-    summary = base_cache.prepare(base_request(model, PLAIN))
+    summary = make_base(base_request(model, PLAIN))
     taken, made = base_cache.open_base(trial_request(model, summary.path))
     assert not made
     (Path(summary.path) / bases.TENSORS).unlink()  # mappings of the file stay valid
@@ -207,7 +214,7 @@ def test_a_full_disk_is_reported_with_its_remedy(saved, home, monkeypatch):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(base_cache.torch, "save", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space") as refused:
-        base_cache.prepare(base_request(saved(), PLAIN))
+        make_base(base_request(saved(), PLAIN))
     assert "Free space" in find_system_error(refused.value)
     assert not [path for path in home.iterdir() if path.is_dir()]
 

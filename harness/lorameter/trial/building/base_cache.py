@@ -63,20 +63,15 @@ def open_base(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool
 
 
 def prepare_base(request: BaseRequest) -> PartialRecord:
-    """Make the base of a request unless it exists; returns its summary as a fragment."""
-    if request.device == "cpu":
-        torch.set_num_threads(request.threads)
-    return PartialRecord(tokens={"base": codec.to_json(prepare(request))})
-
-
-def prepare(request: BaseRequest) -> BaseSummary:
-    """Make the base of a request unless it exists.
+    """Make the base of a request unless it exists; returns its summary (`BaseSummary`) as a fragment.
 
     Raises:
         UsageError: the model cannot be loaded (`load_base`).
         OSError: writing failed.
     """
     begin = time.perf_counter()
+    if request.device == "cpu":
+        torch.set_num_threads(request.threads)
     source = catalogue.resolve(request.workload.model)
     folder = bases.base_folder(_facts_of(source, request))
     with hold_lock(folder, "waiting for another process that makes the same base", print):
@@ -87,7 +82,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
             model = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
             description = _write(model, folder, time.perf_counter() - began)
         bases.mark_used(folder)
-    return BaseSummary(
+    summary = BaseSummary(
         path=str(folder.absolute()),
         hash=description.digest,
         base=base_words(request.variant, request.workload),
@@ -97,6 +92,7 @@ def prepare(request: BaseRequest) -> BaseSummary:
         seconds=time.perf_counter() - begin,
         load_s=description.load_s,
     )
+    return PartialRecord(tokens={"base": codec.to_json(summary)})
 
 
 def map_base(folder: Path, variant: Variant, device: str) -> transformers.PreTrainedModel | None:
