@@ -27,6 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels_check.observe.base import quantisation_parts
 from lorameter.machine.host import PeakMemoryTracker, host_bytes
 from lorameter.records.record import MemoryAccount, MemoryPhase, order_memory_kinds
 from lorameter.trial.process import give_back_free
@@ -109,19 +110,9 @@ def _name(tensor: torch.Tensor) -> str:
 
 
 def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    holders = [
-        holder  # 8-bit layers move their row scales from the weight to the layer's own state
-        for module in model.modules()
-        for holder in (getattr(module, "weight", None), getattr(module, "state", None))
-    ]
-    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
-    states += [vars(module).get("quant_state") for module in model.modules()]  # for sharded weights
-    states += [getattr(state, "state2", None) for state in states]  # a state repacked for a CPU has none
-    for holder in (*holders, *states):
-        for name in ("SCB", "absmax", "code", "offset"):
-            tensor = vars(holder).get(name) if hasattr(holder, "__dict__") else None
-            if isinstance(tensor, torch.Tensor):
-                yield tensor
+    for module in model.modules():
+        parts = (part for name, part in quantisation_parts(module) if name != "CB")  # that is the weight itself
+        yield from (part for part in parts if isinstance(part, torch.Tensor))
 
 
 def _not_yet_seen(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
