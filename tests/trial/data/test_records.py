@@ -144,10 +144,10 @@ def test_a_data_set_of_the_hub_is_loaded_by_configuration_and_split(monkeypatch)
     ("names", "title", "parts"),
     [
         ("instruction context response id", "instruction/context/response", {"instruction", "context", "response"}),
-        ("instruction response", "instruction/response", {"instruction", "response"}),
+        ("instruction response", "instruction/response", {"instruction", "context", "response"}),
         ("instruction input output", "instruction/input/output", {"instruction", "context", "response"}),
         ("instruction input output text", "instruction/input/output", {"instruction", "context", "response"}),
-        ("output instruction", "instruction/output", {"instruction", "response"}),
+        ("output instruction", "instruction/output", {"instruction", "context", "response"}),
         ("prompt completion", "prompt/completion", {"prompt", "completion"}),
         ("messages prompt prompt_id", "messages", {"messages"}),
         ("id conversations", "conversations", {"messages"}),
@@ -186,16 +186,18 @@ def test_unknown_and_ambiguous_columns_are_refused(names, words):
         (["text"], {"text": None}, "text = null: a text is expected"),
         (["text"], {"text": "\ud800"}, "text = .*: a text"),
         (["text"], ["a"], r"\['a'\]: a record with named columns is expected"),
-        (["instruction", "output"], {"instruction": "a", "input": "b", "output": "c"}, "it has 'input', and the first"),
-        (["instruction", "input", "output"], {"instruction": "a", "output": "c"}, "no column 'input'"),
         (["messages"], {"messages": "[]"}, r"messages = '\[\]': a list of messages is expected"),
     ],
 )
 def test_a_row_that_differs_from_the_first_is_refused(names, row, words):
-    """A missing column, an additional column and a value that is not text are refused."""
+    """A missing column and a value that is not text are refused; the context may be missing."""
     form = recognise(names, DataColumns(), "data")
     with pytest.raises(UsageError, match=f"line 9: {words}"):
         form.read(row, "line 9")
+    alpaca = recognise(["instruction", "output"], DataColumns(), "data")
+    record = {"instruction": "a", "output": "c"}
+    assert alpaca.read(record, "line 9")["context"] == ""
+    assert alpaca.read(record | {"input": "b"}, "line 9")["context"] == "b"
 
 
 CHATML = (

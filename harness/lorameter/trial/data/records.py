@@ -106,32 +106,23 @@ def _records(source: DataSource, workload: Workload) -> Iterator[tuple[RecordFor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordForm:
-    """The column of each part of a record."""
+    """The column of each part of a record; a record may lack the optional one."""
 
     columns: dict[str, str]
-    absent: str = ""
-    """The column of the optional part, if the table lacks it."""
-
-    @property
-    def title(self) -> str:
-        """The columns as text, with their parts if the names differ."""
-        if self.columns in [{part: one[part] for part in self.columns if part in one} for one in _KNOWN]:
-            return "/".join(self.columns.values())
-        return ", ".join(f"{column} as {part}" for part, column in self.columns.items())
+    title: str
+    """The columns of the first record as text, with their parts if the study names them."""
 
     def read(self, row: Any, place: str) -> AnyRecord:
         """The record in a row. Raises `UsageError` with the place for a row that does not have this form."""
         names = _columns_of(row, place)
-        for column in self.columns.values():
-            if column not in names:
+        for part, column in self.columns.items():
+            if column not in names and part != OPTIONAL:
                 raise UsageError(f"{place}: no column {_quote(column)}. The first record has {self.title}. {REPAIR}")
         if "messages" in self.columns:
             column = self.columns["messages"]
             return read_conversation(row[column], place, column)
-        if self.absent and row.get(self.absent):
-            raise UsageError(f"{place}: it has {_quote(self.absent)}, and the first record has none. Add it there.")
         return {
-            part: "" if part == OPTIONAL and row[column] is None else check_text(row[column], f"{place}: {column}")
+            part: "" if part == OPTIONAL and row.get(column) is None else check_text(row[column], f"{place}: {column}")
             for part, column in self.columns.items()
         }
 
@@ -167,7 +158,10 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
         need = f"which records of {', '.join(parts.values())} need"
         raise UsageError(f"{place}: no column {_quote(missing[0])}, {need}. {there} {remedy}")
     present = {part: column for part, column in parts.items() if column in names}
-    return RecordForm(columns=present, absent="" if OPTIONAL in present else parts.get(OPTIONAL, ""))
+    title = "/".join(present.values())
+    if columns.family is not None:
+        title = ", ".join(f"{column} as {part}" for part, column in present.items())
+    return RecordForm(columns=parts, title=title)
 
 
 def _quote(name: str) -> str:
