@@ -59,9 +59,8 @@ class Trial:
         self.shared = shared
         """The base of the process, also for later trials."""
         self._timed = "steps" in request.measures
-        self._sees_peaks = "peaks" in request.measures
-        self._alone = self._sees_peaks and request.interleaving != "lockstep"
-        """Whether no other trial runs in its process, so that it measures its own first times."""
+        self._alone = "peaks" in request.measures
+        """Whether no other trial runs in its process, so that it measures memory peaks and its own first times."""
         self._initial = Path(request.scratch) / "initial" if request.variant.rewrites_base else None
         """The folder of the untrained adapter, to which the trained adapter is relative."""
         self._watch = Stopwatch(request.device)
@@ -237,7 +236,7 @@ class Trial:
         """
         protocol = self._request.protocol
         most = protocol.warmup_steps_max if self._timed else protocol.warmup_steps_min
-        if self._sees_peaks:
+        if self._alone:
             self._gauge.begin()  # the training phase begins here, so that its peak excludes the check
         times: list[float] = []
         losses: list[float] = []
@@ -283,7 +282,7 @@ class Trial:
         `steps`, if the time limit ends the training earlier.
         """
         trainee, step = self._trainee, self._step
-        memory = self._gauge.peaks("train") if self._sees_peaks else {}
+        memory = self._gauge.peaks("train") if self._alone else {}
         last = self._total_steps if steps is None else min(steps, self._total_steps)
         left = self.train(last - self._steps_taken) if self._timed else PartialRecord()
         losses = list(left.samples.get("remaining_loss", ()))
@@ -291,11 +290,8 @@ class Trial:
         if self._alone:
             # Gradients exist only between the backward pass and the update, so they are recomputed for counting.
             step.loss(self._stream.take()).backward()
-        if self._sees_peaks:
             memory |= resident_bytes(trainee.model, trainee.optimizer)
             trainee.optimizer.zero_grad(set_to_none=True)
-        if self._sees_peaks and not self._alone:
-            del memory["gradient_bytes"]
         if self._timed:
             values |= {"training_steps": float(self._steps_taken), "held_out_loss": step.held_out_loss()}
             values |= {"training_steps_planned": float(self._total_steps)} if last != self._total_steps else {}
@@ -317,7 +313,7 @@ class Trial:
             peft_methods.merge(trainee.model)
         trainee.optimizer.state.clear()  # a server has no optimizer state, so the peak must exclude it
         release_unused(self._request.device)
-        if self._sees_peaks:
+        if self._alone:
             self._gauge.begin()
         self._server = Server(trainee.model, trainee.adapter, self._stream, self._request)
         first = self._server.warm_up(1 + protocol.generate_warmup)
@@ -333,7 +329,7 @@ class Trial:
             for index in range(min(protocol.open_ended_requests, self._stream.open_ended_prompt_count)):
                 self._server.answer(index)
         fragment = PartialRecord(values=values, tokens={"completion": list(first.tokens)})
-        if not self._sees_peaks:
+        if not self._alone:
             fragment = check_attention(fragment, trainee.model, self._server, self._request)
         return check_adapters(fragment, self._server, self._request)
 
@@ -365,7 +361,7 @@ class Trial:
 
     def end_generate(self) -> PartialRecord:
         """Measure the peaks of generation."""
-        if not self._sees_peaks:
+        if not self._alone:
             return PartialRecord()
         fragment = PartialRecord(memory=self._gauge.peaks("generate"))  # before the check, which has its own peak
         return check_attention(fragment, self._trainee.model, self._server, self._request)
