@@ -64,22 +64,23 @@ def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
 
     Embeddings (with the output head), norms and frozen buffers are distinguished by type.
     """
-    seen: set[int] = set()
+    addresses: set[int] = set()
     kinds: dict[str, list[torch.Tensor]] = {"linear_weights": []}
     head = output_head(model)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 kind = _kind(module, parameter, head)
-                kinds.setdefault(kind, []).extend(_not_yet_seen((parameter,), seen))
-    kinds["adapter"] = list(_not_yet_seen((p for p in model.parameters() if p.requires_grad), seen))
-    for buffer in _not_yet_seen(model.buffers(), seen):
+                kinds.setdefault(kind, []).extend(_take_new((parameter,), addresses))
+    kinds["adapter"] = list(_take_new((p for p in model.parameters() if p.requires_grad), addresses))
+    for buffer in _take_new(model.buffers(), addresses):
         kinds.setdefault(f"buffers_{_name(buffer)}", []).append(buffer)
-    kinds["quantization_state"] = list(_not_yet_seen(_quantization_state(model), seen))
+    kinds["quantization_state"] = list(_take_new(_quantization_state(model), addresses))
     kinds["gradients"] = [_local_part(p.grad) for p in model.parameters() if p.grad is not None]
     states = () if optimizer is None else optimizer.state.values()
     entries = (item for values in states for item in values.values())
-    state = list(_not_yet_seen((item for item in entries if isinstance(item, torch.Tensor)), seen))  # tables are shared
+    # Tables are shared.
+    state = list(_take_new((item for item in entries if isinstance(item, torch.Tensor)), addresses))
     kinds["paged_optimizer_state"] = [item for item in state if getattr(item, "is_paged", False)]
     kinds["optimizer_state"] = [item for item in state if not getattr(item, "is_paged", False)]
     return kinds
@@ -115,11 +116,11 @@ def _quantization_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         yield from (part for part in parts if isinstance(part, torch.Tensor))
 
 
-def _not_yet_seen(tensors: Iterable[torch.Tensor], seen: set[int]) -> Iterator[torch.Tensor]:
+def _take_new(tensors: Iterable[torch.Tensor], addresses: set[int]) -> Iterator[torch.Tensor]:
     for tensor in map(_local_part, tensors):
         key = tensor.untyped_storage().data_ptr()
-        if key not in seen:
-            seen.add(key)
+        if key not in addresses:
+            addresses.add(key)
             yield tensor
 
 
@@ -372,8 +373,8 @@ def _allocator_bytes() -> dict[str, int]:
 def watch_cache(model: Any, live: LiveTensors) -> list[Any]:
     """Count the keys and values of each layer after its attention has updated them; returns the hooks to remove."""
 
-    def mark(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
-        for tensor in cached_tensors(find_cache(given), slice(module.layer_idx, module.layer_idx + 1)):
+    def mark(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        for tensor in cached_tensors(find_cache(kwargs), slice(module.layer_idx, module.layer_idx + 1)):
             live.count(tensor, "kv_cache")
 
     attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]

@@ -56,13 +56,13 @@ def make_config(variant: Variant, *, steps: int | None = None) -> PeftConfig:
         raise refused_value(where, "peft.peft_type", variant.peft["peft_type"], why, suggest(name, sorted(known)))
     fields = {field.name for field in dataclasses.fields(known[name]) if field.init}
     # Files of another version have further keys, which have no effect if off.
-    given = {key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])}
-    given |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
-    given["task_type"] = given.get("task_type") or "CAUSAL_LM"
-    if "total_step" in fields and given.get("total_step") is None and steps is not None:
-        given["total_step"] = steps
+    arguments = {key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])}
+    arguments |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
+    arguments["task_type"] = arguments.get("task_type") or "CAUSAL_LM"
+    if "total_step" in fields and arguments.get("total_step") is None and steps is not None:
+        arguments["total_step"] = steps
     try:
-        return known[name](**given)
+        return known[name](**arguments)
     except Exception as error:  # the exception's type depends on the value that PEFT refused
         raise UsageError(
             f"{where}: peft: {known[name].__name__} refuses it: {format_error(error).rstrip('.')}."
@@ -257,9 +257,9 @@ def make_optimizer(model: Any, variant: Variant) -> torch.optim.Optimizer:
         arguments: tuple[Any, ...] = (parameters,)
     else:  # a PEFT optimizer, which may need the adapter's rank and a base optimizer class
         adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
-        given = {key: getattr(adapter, key) for key in ("r", "lora_alpha") if key in takes and hasattr(adapter, key)}
+        fields = {key: getattr(adapter, key) for key in ("r", "lora_alpha") if key in takes and hasattr(adapter, key)}
         base = {"optimizer_cls": torch.optim.AdamW} if "optimizer_cls" in takes else {}
-        arguments, options = (model,), options | given | base
+        arguments, options = (model,), options | fields | base
     try:
         return cast(torch.optim.Optimizer, found(*arguments, **{**options, **variant.optimizer_args}))
     except (TypeError, ValueError) as error:

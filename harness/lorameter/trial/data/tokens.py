@@ -116,16 +116,16 @@ def _sequences(
 ) -> tuple[list[Row], int]:
     """Up to `wanted` sequences, and the number of sequences skipped because they have no label: the mean loss of a
     batch of such sequences would be 0/0."""
-    taken: list[Row] = []
+    sequences: list[Row] = []
     skipped = 0
     for row in _rows(records, tokens, workload, partial=partial):
         if any(label != IGNORED for label in row["labels"]):
-            taken.append(row)
+            sequences.append(row)
         else:
             skipped += 1
-        if len(taken) == wanted or skipped == max(1000, MAX_SKIPPED * wanted):
+        if len(sequences) == wanted or skipped == max(1000, MAX_SKIPPED * wanted):
             break
-    return taken, skipped
+    return sequences, skipped
 
 
 def _rows(records: Iterable[AnyRecord], tokens: Encoder, workload: Workload, *, partial: bool) -> Iterator[Row]:

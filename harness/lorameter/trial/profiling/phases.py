@@ -270,11 +270,11 @@ class BorderedRequest:
         """Make the request, with a border at each end of each forward pass."""
         passes = 0
 
-        def enter(module: Any, args: Any, given: dict[str, Any]) -> None:
+        def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             nonlocal passes
             self.phases.turn("decode" if passes else "prefill")
             if self.phases.marked and not passes:
-                parts.enter_context(_marking(find_cache(given), "update", CACHE))
+                parts.enter_context(_marking(find_cache(kwargs), "update", CACHE))
             passes += 1
 
         with ExitStack() as parts:
@@ -294,9 +294,9 @@ def _marking(owner: Any, method: str, part: str) -> Iterator[None]:
         yield
         return
 
-    def marked(*args: Any, **given: Any) -> Any:
+    def marked(*args: Any, **kwargs: Any) -> Any:
         with record_function(PART + part):
-            return call(*args, **given)
+            return call(*args, **kwargs)
 
     setattr(owner, method, marked)
     try:
@@ -319,8 +319,8 @@ def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
     caches: list[Any] = []
     places: list[tuple[int, ...]] = []
 
-    def enter(module: Any, args: Any, given: dict[str, Any]) -> None:
-        tokens = given.get("input_ids", args[0] if args else None)
+    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
         rows.append(1 if tokens is None else int(tokens.shape[-1]))
 
     def leave(module: Any, args: Any, output: Any) -> None:

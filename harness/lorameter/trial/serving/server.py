@@ -339,7 +339,7 @@ def generate(
         config.eos_token_id = model.generation_config.eos_token_id
     if variant is not None and variant.kv_cache == "static":
         config.cache_implementation, config.disable_compile = "static", True
-    named = {"adapter_names": list(adapters)} if adapters else {}
+    options = {"adapter_names": list(adapters)} if adapters else {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if not until_end:
@@ -347,7 +347,7 @@ def generate(
         if variant is not None and variant.copy_head_input:
             stack.enter_context(_copied_head_input(model))
         begin = time.perf_counter()
-        model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps, **named)
+        model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps, **options)
         end = time.perf_counter()
     count = len(stamps.tokens)
     expected = 0 < count <= new_tokens if until_end else count == new_tokens
