@@ -1,7 +1,7 @@
 """The catalogue of models, and the resolution of model names to files.
 
-A study names its model by a catalogue name, a hub id, a directory, or `random:` and any of these. Costs do not depend on
-weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
+A study names its model by a catalogue name, a hub id, a directory, or `random:` and any of these. Costs do not depend
+on weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
 Commands also resolve names, so this module never imports torch, and it uses the hub only for facts that are not in
 local files; `lorameter.models.shapes` reads dimensions, `lorameter.models.bases` fills the cache.
 

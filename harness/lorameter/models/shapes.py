@@ -212,5 +212,5 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(layers=llama_layers, normed_heads=True),
     "smollm3": Family(layers=llama_layers, tied=True, targets=()),
 }
-"""By the model type in config.json. A test compares each with the model that transformers builds, and with PEFT's default
-targets."""
+"""By the model type in config.json. A test compares each with the model that transformers builds, and with PEFT's
+default targets."""

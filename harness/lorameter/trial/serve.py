@@ -98,8 +98,8 @@ def serve_once(connection: Connection) -> None:
 
 
 def _start_cold(spawned_monotonic_s: float, request: dict[str, Any] | None = None) -> PartialRecord:
-    """Time a cold start, or without a request only its imports. CLOCK_MONOTONIC is common to all processes of a machine,
-    so the times include the start of the interpreter."""
+    """Time a cold start, or without a request only its imports. CLOCK_MONOTONIC is common to all processes of a
+    machine, so the times include the start of the interpreter."""
     try:
         from lorameter.trial.serving.adapters import load_and_answer
 

@@ -343,7 +343,9 @@ class Activations:
         self._adapted = adapted_widths(variant, shape)
         self._family = find_family(shape)
         layers = linear_layers(shape)
-        self._stages = {stage: [name for name in self._adapted if layers[name].stage == stage] for stage in get_args(Stage)}
+        self._stages = {
+            stage: [name for name in self._adapted if layers[name].stage == stage] for stage in get_args(Stage)
+        }
         self._stream = 4 if variant.prepare_for_kbit else element_bytes(variant.dtype)
         self._adapter = element_bytes(variant.adapter_dtype or "float32")
         cast = variant.autocast

@@ -56,7 +56,9 @@ def make_config(variant: Variant, *, steps: int | None = None) -> PeftConfig:
         raise refused_value(where, "peft.peft_type", variant.peft["peft_type"], why, suggest(name, sorted(known)))
     fields = {field.name for field in dataclasses.fields(known[name]) if field.init}
     # Files of another version have further keys, which have no effect if off.
-    arguments = {key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])}
+    arguments = {
+        key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])
+    }
     arguments |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
     arguments["task_type"] = arguments.get("task_type") or "CAUSAL_LM"
     if "total_step" in fields and arguments.get("total_step") is None and steps is not None:

@@ -84,8 +84,8 @@ class ProfiledTrial(Trial):
         return BorderedStep(self._trainee, self._stream, self._request)
 
     def _count(self) -> dict[str, float]:
-        """The matrix products of a step, counted from the modules; empty if they do not show the products. An additional
-        step is observed for that, unless steps are compiled: hooks would trigger recompilation."""
+        """The matrix products of a step, counted from the modules; empty if they do not show the products. An
+        additional step is observed for that, unless steps are compiled: hooks would trigger recompilation."""
         model = self._trainee.model
         watched = None if self._request.variant.compile else watch_gradients(model, self._take_step)
         with contextlib.suppress(UncountedError):
