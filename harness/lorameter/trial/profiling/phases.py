@@ -16,7 +16,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,24 +273,23 @@ class BorderedRequest:
             nonlocal passes
             self.phases.turn("decode" if passes else "prefill")
             if self.phases.marked and not passes:
-                parts.enter_context(_marking(find_cache(kwargs), "update", CACHE))
+                _mark_calls(find_cache(kwargs), "update", CACHE, parts)
             passes += 1
 
-        with ExitStack() as parts:
+        with contextlib.ExitStack() as parts:
             parts.callback(self._model.register_forward_pre_hook(enter, with_kwargs=True).remove)
             parts.callback(self._model.register_forward_hook(lambda *_: self.phases.turn("choose")).remove)
             if self.phases.marked:
-                parts.enter_context(_marking(self._model.get_output_embeddings(), "forward", HEAD))
+                _mark_calls(self._model.get_output_embeddings(), "forward", HEAD, parts)
             with self.phases.within("prepare"):
                 return self._ask()
 
 
-@contextmanager
-def _marking(owner: Any, method: str, part: str) -> Iterator[None]:
-    """Mark calls of a method for the profiler as a part of their phase; objects without the method are ignored."""
+def _mark_calls(owner: Any, method: str, part: str, stack: contextlib.ExitStack) -> None:
+    """Mark calls of a method for the profiler as a part of their phase, until the stack is closed; objects without the
+    method are ignored."""
     call = getattr(owner, method, None)
     if call is None:
-        yield
         return
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -299,10 +297,7 @@ def _marking(owner: Any, method: str, part: str) -> Iterator[None]:
             return call(*args, **kwargs)
 
     setattr(owner, method, marked)
-    try:
-        yield
-    finally:
-        delattr(owner, method)
+    stack.callback(delattr, owner, method)
 
 
 def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
@@ -330,7 +325,7 @@ def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
             caches[:] = [cache]
             places.append(tuple(tensor.data_ptr() for tensor in cached_tensors(cache)))
 
-    with ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks:
         hooks.callback(base.register_forward_pre_hook(enter, with_kwargs=True).remove)
         hooks.callback(base.register_forward_hook(leave).remove)
         ask()

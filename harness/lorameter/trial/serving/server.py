@@ -24,7 +24,7 @@ import contextlib
 import inspect
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,33 +284,11 @@ class _Stamps(BaseStreamer):
         """Required by the interface; nothing is buffered."""
 
 
-@contextlib.contextmanager
-def _without_end(model: Any) -> Iterator[None]:
-    """Ignore the end-of-sequence token. A value of None in the request would be replaced by the model's default, so the
-    default is changed during the request; forbidding the token (`min_new_tokens`) would add work and change the
-    text."""
-    eos = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = None
-    try:
-        yield
-    finally:
-        model.generation_config.eos_token_id = eos
-
-
-@contextlib.contextmanager
-def _copied_head_input(model: Any) -> Iterator[None]:
-    """Give the output head a contiguous copy of its input. A clone with the same strides would not help: torch's linear
-    does not fold them."""
-
-    def copy(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden, *rest = args
-        return (hidden.clone(memory_format=torch.contiguous_format), *rest)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(copy)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _copy_input(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Give a module a contiguous copy of its input. A clone with the same strides would not help: torch's linear does
+    not fold them."""
+    hidden, *rest = args
+    return (hidden.clone(memory_format=torch.contiguous_format), *rest)
 
 
 def generate(
@@ -332,20 +310,23 @@ def generate(
         RuntimeError: the model produced another number of tokens (because of a stop criterion), or a step did not
             produce one token for each prompt.
     """
-    stamps = _Stamps()
+    stamps, defaults = _Stamps(), model.generation_config
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0, use_cache=True)
     mask = torch.ones_like(prompt)
     if until_end:
-        config.eos_token_id = model.generation_config.eos_token_id
+        config.eos_token_id = defaults.eos_token_id
     if variant is not None and variant.kv_cache == "static":
         config.cache_implementation, config.disable_compile = "static", True
     options = {"adapter_names": list(adapters)} if adapters else {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if not until_end:
-            stack.enter_context(_without_end(model))
+            # Without a token in the request, generate takes the model's own. Forbidding it (`min_new_tokens`) would add
+            # work and change the text.
+            stack.callback(setattr, defaults, "eos_token_id", defaults.eos_token_id)
+            defaults.eos_token_id = None
         if variant is not None and variant.copy_head_input:
-            stack.enter_context(_copied_head_input(model))
+            stack.callback(model.get_output_embeddings().register_forward_pre_hook(_copy_input).remove)
         begin = time.perf_counter()
         model.generate(input_ids=prompt, attention_mask=mask, generation_config=config, streamer=stamps, **options)
         end = time.perf_counter()
