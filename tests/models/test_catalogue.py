@@ -101,7 +101,7 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
     probe = catalogue.hub_answers.__wrapped__  # without the cache of the process
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert not probe("somebody/some-model/resolve/main/config.json")
+        assert not probe("somebody/some-model")
         server.setblocking(False)
         server.accept()[0].close()
         with pytest.raises(BlockingIOError):

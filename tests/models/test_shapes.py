@@ -56,7 +56,7 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def unreachable_hub(monkeypatch):
     """A hub that does not answer."""
-    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
+    monkeypatch.setattr(catalogue, "hub_answers", lambda repository: False)
 
 
 def directory_of(path, config):

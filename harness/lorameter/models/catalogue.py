@@ -250,17 +250,16 @@ def config_file(source: ModelSource) -> Path:
     import huggingface_hub
 
     try:
-        path = huggingface_hub.hf_hub_download(source.location, "config.json", local_files_only=not hub_has(source))
+        path = huggingface_hub.hf_hub_download(source.location, "config.json", local_files_only=not hub_answers(source.location))
     except Exception as error:  # the exception's type depends on huggingface_hub's transport
         raise hub_failure(source, error) from None
     return Path(path)
 
 
 @functools.cache
-def hub_answers(file: str) -> bool:
-    """Whether the hub responds to a request for a file, even if it does not exist; one short request per process.
-
-    The file is given as in its URL, `OWNER/NAME/resolve/main/config.json`; for a data set it begins with `datasets/`.
+def hub_answers(repository: str) -> bool:
+    """Whether the hub responds to a request for a file of a model or of a data set ("datasets/OWNER/NAME"), even if it
+    does not exist; one short request per process.
 
     HF_HUB_OFFLINE, HF_ENDPOINT and the proxy variables apply, since the session is huggingface_hub's own.
     """
@@ -270,15 +269,10 @@ def hub_answers(file: str) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(f"{constants.ENDPOINT}/{file}", timeout=HUB_TIMEOUT_S)
+        get_session().head(f"{constants.ENDPOINT}/{repository}/resolve/main/config.json", timeout=HUB_TIMEOUT_S)
     except Exception:  # see above
         return False
     return True
-
-
-def hub_has(source: ModelSource) -> bool:
-    """Whether the hub responds to a request for a model."""
-    return hub_answers(f"{source.location}/resolve/main/config.json")
 
 
 def hub_failure(source: ModelSource, error: Exception) -> UsageError:
@@ -288,7 +282,7 @@ def hub_failure(source: ModelSource, error: Exception) -> UsageError:
         "catalogue",
         "model",
         source.label,
-        format_error(error) if hub_has(source) else unreachable,
+        format_error(error) if hub_answers(source.location) else unreachable,
         "Check the id, the connection, HF_HUB_OFFLINE and (for gated models) HF_TOKEN; name a local directory; "
         f"or use {RANDOM_PREFIX}NAME with a catalogue name ({', '.join(CATALOGUE)}).",
     )

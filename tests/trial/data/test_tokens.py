@@ -140,7 +140,7 @@ def test_the_byte_tokenizer_encodes_utf8():
 def test_bytes_replace_only_the_tokenizer_of_a_random_model(monkeypatch, tmp_path):
     """A random model whose tokenizer cannot be loaded gets the byte tokenizer, which is reported; for real weights this
     is an error."""
-    monkeypatch.setattr(catalogue, "hub_answers", lambda file: False)
+    monkeypatch.setattr(catalogue, "hub_answers", lambda repository: False)
     tokenizer, substituted = load_tokenizer(catalogue.resolve("random:someone/absent-model"), vocab_size=32000)
     assert (tokenizer("a").input_ids, substituted) == ([97], True)
     with pytest.raises(UsageError, match="hub cannot be reached"):

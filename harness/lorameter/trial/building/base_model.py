@@ -111,7 +111,7 @@ def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
 
 def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
     hub = source.kind == "hub"
-    options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_has(source)}
+    options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_answers(source.location)}
     with _refusals(source.label, hub=source if hub else None):
         config = transformers.AutoConfig.from_pretrained(source.location, **options)
         if own := getattr(config, "quantization_config", None):

@@ -285,7 +285,7 @@ def _read_data_set(source: DataSource, where: str) -> Iterator[Any]:
         if source.kind == "saved":
             data: Any = datasets.load_from_disk(str(Path(source.name) / source.split))
         else:
-            if not catalogue.hub_answers(f"datasets/{source.name}/resolve/main/README.md"):
+            if not catalogue.hub_answers(f"datasets/{source.name}"):
                 datasets.config.HF_HUB_OFFLINE = True  # `datasets` would retry for six minutes before it uses its cache
             data = datasets.load_dataset(source.name, source.config or None, split=source.split)
     except Exception as error:  # see above

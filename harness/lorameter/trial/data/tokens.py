@@ -395,7 +395,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
     if source.kind == "config":
         raise OSError("a packaged configuration has no tokenizer")
-    offline = source.kind != "hub" or not catalogue.hub_has(source)
+    offline = source.kind != "hub" or not catalogue.hub_answers(source.location)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns it for some families without files
         raise OSError("no vocabulary found")
