@@ -250,7 +250,9 @@ def config_file(source: ModelSource) -> Path:
     import huggingface_hub
 
     try:
-        path = huggingface_hub.hf_hub_download(source.location, "config.json", local_files_only=not hub_answers(source.location))
+        path = huggingface_hub.hf_hub_download(
+            source.location, "config.json", local_files_only=not hub_answers(source.location)
+        )
     except Exception as error:  # the exception's type depends on huggingface_hub's transport
         raise hub_failure(source, error) from None
     return Path(path)

@@ -185,7 +185,6 @@ def test_unknown_and_ambiguous_columns_are_refused(names, words):
         (["text"], {"instruction": "a", "response": "b"}, "no column 'text'. The first record has text"),
         (["text"], {"text": None}, "text = null: a text is expected"),
         (["text"], {"text": "\ud800"}, "text = .*: a text"),
-        (["text"], ["a"], r"\['a'\]: a record with named columns is expected"),
         (["messages"], {"messages": "[]"}, r"messages = '\[\]': a list of messages is expected"),
     ],
 )

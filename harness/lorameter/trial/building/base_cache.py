@@ -178,7 +178,8 @@ def _identity(source: ModelSource) -> Any:
         return _digest([catalogue.config_file(source).read_bytes()])
     if source.kind == "directory":
         return [_stamp(path) for path in sorted(Path(source.location).iterdir()) if path.is_file()]
-    config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=not catalogue.hub_answers(source.location))
+    offline = not catalogue.hub_answers(source.location)
+    config = transformers.AutoConfig.from_pretrained(source.location, local_files_only=offline)
     if config._commit_hash is None:
         why = "its revision in the cache of the hub is unknown"
         raise refused_value("models", "model", source.label, why, "Nothing to do: each process loads it itself.")

@@ -90,8 +90,11 @@ def _records(source: DataSource, workload: Workload) -> Iterator[tuple[RecordFor
     for place, rows in _tables(source, where):
         form = None
         for row_place, row in rows:
+            if not isinstance(row, dict):
+                why = "a record with named columns is expected"
+                raise UsageError(f"{row_place}: {shorten(repr(row), 60)}: {why}. {REPAIR}")
             if form is None:
-                form = recognise(_columns_of(row, row_place), workload.columns, place)
+                form = recognise(tuple(row), workload.columns, place)
                 _check_use(form, workload)
                 first = first or (place, form)
                 different = f"{form.title}, and {first[0]} has {first[1].title}"
@@ -112,11 +115,10 @@ class RecordForm:
     title: str
     """The columns of the first record as text, with their parts if the study names them."""
 
-    def read(self, row: Any, place: str) -> AnyRecord:
+    def read(self, row: dict[str, Any], place: str) -> AnyRecord:
         """The record in a row. Raises `UsageError` with the place for a row that does not have this form."""
-        names = _columns_of(row, place)
         for part, column in self.columns.items():
-            if column not in names and part != OPTIONAL:
+            if column not in row and part != OPTIONAL:
                 raise UsageError(f"{place}: no column {_quote(column)}. The first record has {self.title}. {REPAIR}")
         if "messages" in self.columns:
             column = self.columns["messages"]
@@ -125,12 +127,6 @@ class RecordForm:
             part: "" if part == OPTIONAL and row.get(column) is None else check_text(row[column], f"{place}: {column}")
             for part, column in self.columns.items()
         }
-
-
-def _columns_of(row: Any, place: str) -> Sequence[str]:
-    if not isinstance(row, dict):
-        raise UsageError(f"{place}: {shorten(repr(row), 60)}: a record with named columns is expected. {REPAIR}")
-    return tuple(row)
 
 
 def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordForm:
