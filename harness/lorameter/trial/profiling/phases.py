@@ -376,12 +376,8 @@ def weights_by_shape(model: Any) -> dict[tuple[int, int], str]:
 def _linears(model: Any) -> Iterator[tuple[torch.nn.Module, tuple[int, int]]]:
     """The linear layers of the base with their output and input sizes, quantised or not."""
     own = {id(parameter) for parameter in peft_methods.own_parameters(model).values()}
-    layers = {id(layer) for layer in peft_methods.adapted_layers(model).values()}
     for module in peft_methods.unwrap(model).modules():
-        weight = getattr(module, "weight", None)
-        if id(module) in layers or not isinstance(weight, torch.nn.Parameter) or id(weight) in own:
-            continue  # PEFT's layers expose the weight of the wrapped layer
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in own:
             yield module, (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             yield module, (int(module.nf), int(module.nx))
