@@ -183,7 +183,7 @@ def test_the_answer_has_labels_and_the_prompt_has_none(tokenizer, name):
     assert labels[-len(labelled_tokens(labels)) :] == labelled_tokens(labels)
     every, shifted = encode(tokenizer, record)
     assert every == ids == [ids[0], *shifted[1:]]
-    assert Encoder(tokenizer, Workload()).whole(record) == ids[:-1]
+    assert Encoder(tokenizer, Workload()).encode(record)[0] == ids[:-1]
 
 
 def test_conversations_have_the_tokens_of_their_template(tokenizer, chat):

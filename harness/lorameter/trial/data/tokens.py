@@ -187,7 +187,7 @@ def _prompts(records: list[AnyRecord], tokens: Encoder, workload: Workload) -> N
     records are added, which may overlap.
     """
     length, batch = workload.prompt_tokens, workload.request_batch
-    encoded = [tokens.whole(record) for record in records]
+    encoded = [tokens.encode(record)[0] for record in records]
     prompts = [ids[:length] for ids in encoded if len(ids) >= length]
     joined = list(itertools.chain.from_iterable(encoded))
     if not prompts and len(joined) >= length:
@@ -258,15 +258,11 @@ class Encoder:
     def labelled(self, record: AnyRecord) -> tuple[list[int], list[int]]:
         """The tokens of a record, and their labels."""
         self.records += 1
-        ids, labels = self._encode(record)
+        ids, labels = self.encode(record)
         if isinstance(record, Conversation):  # the chat template writes begin and end tokens
             return ids, labels
         end = int(self._tokenizer.eos_token_id)
         return [*ids, end], [*labels, end]
-
-    def whole(self, record: AnyRecord) -> list[int]:
-        """The tokens of a record without its end token."""
-        return self._encode(record)[0]
 
     def example(self, record: AnyRecord) -> tuple[list[int], Example]:
         """The token ids of the prompt, and the texts of prompt and reference answer."""
@@ -281,7 +277,8 @@ class Encoder:
     def _chat(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer, self._workload.model)
 
-    def _encode(self, record: AnyRecord) -> tuple[list[int], list[int]]:
+    def encode(self, record: AnyRecord) -> tuple[list[int], list[int]]:
+        """The tokens of a record without its end token, and their labels."""
         answers = self._workload.loss == "answer"
         if isinstance(record, Conversation):
             text = self._chat.text(record)
