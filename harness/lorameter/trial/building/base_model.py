@@ -60,18 +60,10 @@ def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTraine
     Raises:
         UsageError: its configuration cannot be loaded, or transformers cannot build a model from it.
     """
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                read_architecture(source), dtype=getattr(torch, variant.dtype)
-            )
-    except LorameterError:
-        raise
-    except Exception as error:  # the exception's type depends on the invalid value
-        why = f"transformers cannot build a model from its configuration ({format_error(error)})"
-        raise refused_value(
-            "models", "model", source.label, why, "Correct its config.json, or name another model."
-        ) from None
+    with torch.device("meta"), _refusals(source.label):
+        return transformers.AutoModelForCausalLM.from_config(
+            read_architecture(source), dtype=getattr(torch, variant.dtype)
+        )
 
 
 def make_skeleton(config: transformers.PretrainedConfig, variant: Variant) -> transformers.PreTrainedModel:
@@ -309,8 +301,7 @@ def linear4bit_layers(model: Any) -> list[Any]:
 
 def is_packed(model: Any) -> bool:
     """Whether 4-bit layers use bitsandbytes' packed CPU layout."""
-    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
-    return any(getattr(state, "packing_format_for_cpu", False) for state in states if state is not None)
+    return any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in linear4bit_layers(model))
 
 
 def unpack_4bit(model: Any) -> None:
