@@ -51,7 +51,24 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
     """
     if source.random:
         return _random_model(source, variant, device, seed)
-    return _from_files(source, variant, device)
+    hub = source.kind == "hub"
+    options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_answers(source.location)}
+    with _refusals(source.label, hub=source if hub else None):
+        config = transformers.AutoConfig.from_pretrained(source.location, **options)
+        if own := getattr(config, "quantization_config", None):
+            method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+            why = f"the checkpoint is already quantised ({method}), which overrides the variant"
+            raise refused_value("models", "model", source.label, why, "Name the unquantised checkpoint.")
+        return _load_whole(
+            source.label,
+            source.location,
+            config=config,
+            dtype=getattr(torch, variant.dtype),
+            attn_implementation=variant.attention,
+            quantization_config=bnb_config(variant),
+            device_map={"": device},
+            **options,
+        )
 
 
 def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTrainedModel:
@@ -99,27 +116,6 @@ def convert_gguf(gguf_path: Path, out_dir: Path) -> None:
         if token is not None:  # transformers 5.17 mistakes BOS for EOS and drops PAD
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token.contents())))
     tokenizer.save_pretrained(out_dir)
-
-
-def _from_files(source: ModelSource, variant: Variant, device: str) -> transformers.PreTrainedModel:
-    hub = source.kind == "hub"
-    options: dict[str, Any] = {"local_files_only": not hub or not catalogue.hub_answers(source.location)}
-    with _refusals(source.label, hub=source if hub else None):
-        config = transformers.AutoConfig.from_pretrained(source.location, **options)
-        if own := getattr(config, "quantization_config", None):
-            method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
-            why = f"the checkpoint is already quantised ({method}), which overrides the variant"
-            raise refused_value("models", "model", source.label, why, "Name the unquantised checkpoint.")
-        return _load_whole(
-            source.label,
-            source.location,
-            config=config,
-            dtype=getattr(torch, variant.dtype),
-            attn_implementation=variant.attention,
-            quantization_config=bnb_config(variant),
-            device_map={"": device},
-            **options,
-        )
 
 
 def _load_whole(label: str, location: str | Path, **options: Any) -> transformers.PreTrainedModel:
