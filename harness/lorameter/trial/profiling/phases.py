@@ -309,31 +309,26 @@ def request_samples(request: Request, is_plain: bool) -> dict[str, float]:
 def observe_request(model: Any, ask: Callable[[], Request]) -> RequestFacts:
     """Facts about one request, which is not timed."""
     base = peft_methods.unwrap(model)
-    rows: list[int] = []
-    logits: list[int] = []
+    passes: list[tuple[int, int]] = []
     caches: list[Any] = []
     places: list[tuple[int, ...]] = []
 
-    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
-        rows.append(1 if tokens is None else int(tokens.shape[-1]))
-
-    def leave(module: Any, args: Any, output: Any) -> None:
-        scores = getattr(output, "logits", None)
-        logits.append(1 if scores is None else int(scores.shape[-2]))
+        logits = getattr(output, "logits", None)
+        passes.append((1 if tokens is None else int(tokens.shape[-1]), 1 if logits is None else int(logits.shape[-2])))
         if isinstance(output, dict) and (cache := find_cache(output)) is not None:
             caches[:] = [cache]
             places.append(tuple(tensor.data_ptr() for tensor in cached_tensors(cache)))
 
     with contextlib.ExitStack() as hooks:
-        hooks.callback(base.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        hooks.callback(base.register_forward_hook(leave).remove)
+        hooks.callback(base.register_forward_hook(note, with_kwargs=True).remove)
         ask()
     head = base.get_output_embeddings()
     moved = [before != after for before, after in itertools.pairwise(places)]
     return RequestFacts(
-        prompt_rows=rows[0],
-        logit_rows=logits[0],
+        prompt_rows=passes[0][0],
+        logit_rows=passes[0][1],
         cache=type(caches[0]).__name__ if caches else "",
         cache_bytes=sum(storage_bytes(tensor) for cache in caches for tensor in cached_tensors(cache)),
         cache_moved=sum(moved) / max(1, len(moved)),
