@@ -342,21 +342,17 @@ class Activations:
         self._tokens = self._rows * self._length
         self._adapted = adapted_widths(variant, shape)
         self._family = find_family(shape)
-        layers = linear_layers(shape)
-        self._stages = {
-            stage: [name for name in self._adapted if layers[name].stage == stage] for stage in get_args(Stage)
-        }
+        adapted = [layer for name, layer in linear_layers(shape).items() if name in self._adapted]
+        self._inputs = {stage: [layer.inputs for layer in adapted if layer.stage == stage] for stage in get_args(Stage)}
+        """Input widths of the layers with an adapter, by stage."""
         self._stream = 4 if variant.prepare_for_kbit else element_bytes(variant.dtype)
         self._adapter = element_bytes(variant.adapter_dtype or "float32")
         cast = variant.autocast
         self._product = self._adapter if cast is None else element_bytes(cast)
         self._attention = self._stream if cast is None else element_bytes(cast)
-        # The output of a quantised layer has the dtype of its input, also under autocast.
-        self._gated = self._stream if cast is None or variant.quantization != "none" else element_bytes(cast)
-        self._casts = cast is not None and element_bytes(cast) != self._stream
         self._mask = self._adapter if device == "cpu" else 1
         """Bytes of an element of the dropout mask, which on a CPU is a factor in the dtype of the input."""
-        self._cast_adapter = 0 if cast is None or self._product == self._adapter else self._product
+        self._cast_adapter = 0 if self._product == self._adapter else self._product
         """Bytes of an element of an adapter's weight in the autocast dtype, 0 if it is not cast."""
         self._shared = self._product == self._adapter == self._stream
         """Whether adapters share their input; otherwise each has a copy in its own dtype."""
@@ -364,16 +360,19 @@ class Activations:
     def total(self) -> int:
         """Bytes for the whole model, without the logits."""
         shape = self._shape
-        outside = self._norm() + (shape.vocab_size * shape.hidden_size * self._attention if self._casts else 0)
+        casts = self._attention != self._stream
+        outside = self._norm() + (shape.vocab_size * shape.hidden_size * self._attention if casts else 0)
         if self._variant.gradient_checkpointing:  # checkpointing needs the gradient of the embeddings
             return shape.layers * self._tokens * shape.hidden_size * self._stream + outside
         return shape.layers * self.block() + self._rotary() - self._not_first() + outside
 
     def block(self) -> int:
         """Bytes for one block at the beginning of its backward pass."""
-        gated = 3 * self._tokens * self._shape.intermediate_size * self._gated
+        # The output of a quantised layer has the dtype of its input, also under autocast.
+        size = self._attention if self._variant.quantization == "none" else self._stream
+        gated = 3 * self._tokens * self._shape.intermediate_size * size
         total = self._family.norms * self._norm() + self._adapters() + self._attended() + gated
-        if self._casts and self._variant.quantization == "none":
+        if size != self._stream:
             # Autocast casts frozen weights in each product, and the backward pass needs the copies.
             total += sum(inputs * outputs for inputs, outputs in linear_widths(self._shape).values()) * self._attention
         return total
@@ -392,31 +391,28 @@ class Activations:
 
     def _not_first(self) -> int:
         """Bytes that blocks after the first save for the gradient of their input."""
-        entering = [self._adapted[name] for name in self._stages["entering"]]
-        unwanted = self._norm() + sum(self._variant.r * inputs for inputs, _ in entering) * self._cast_adapter
+        entering = sum(self._inputs["entering"])
+        unwanted = self._norm() + self._variant.r * entering * self._cast_adapter
         if self._variant.lora_dropout:
-            unwanted += self._tokens * self._mask * sum(inputs for inputs, _ in entering)
+            unwanted += self._tokens * self._mask * entering
         if not entering:  # nothing before the attention needs a gradient
-            unwanted += self._attended() + (0 if self._stages["attended"] else self._norm())
+            unwanted += self._attended() + (0 if self._inputs["attended"] else self._norm())
         return unwanted
 
     def _adapters(self) -> int:
-        names, size, r = self._adapted, self._product, self._variant.r
-        total = self._tokens * r * size * len(names)
-        for stage, group in self._stages.items():
-            inputs = [names[name][0] for name in group]
-            if self._shared:
-                # The adapter of the output projection shares the saved attention output, unless that is copied.
-                same = stage == "attended" and self._variant.attention != "eager" and not self._variant.lora_dropout
-                total += 0 if same else self._tokens * size * max(inputs, default=0)
-            else:
+        size, r = self._product, self._variant.r
+        total = self._tokens * r * size * len(self._adapted)
+        for stage, inputs in self._inputs.items():
+            if self._variant.lora_dropout:  # the masks, and the adapters' inputs, which cannot be shared
+                total += self._tokens * (self._mask + size) * sum(inputs)
+            elif not self._shared:
                 total += self._tokens * size * sum(inputs)
-            if self._variant.lora_dropout:  # the masks, and the adapters' inputs, which can no longer be shared
-                copies = self._tokens * self._product * (sum(inputs) - max(inputs, default=0)) if self._shared else 0
-                total += self._tokens * self._mask * sum(inputs) + copies
+            elif stage != "attended" or self._variant.attention == "eager":
+                # The adapter of the output projection shares the saved attention output, unless that is copied.
+                total += self._tokens * size * max(inputs, default=0)
         if self._variant.use_dora:
             total += self._dora()
-        return total + sum(r * (inputs + outputs) for inputs, outputs in names.values()) * self._cast_adapter
+        return total + sum(r * (inputs + outputs) for inputs, outputs in self._adapted.values()) * self._cast_adapter
 
     def _dora(self) -> int:
         """PEFT computes the norm through the product with an identity matrix, which A saves. With dropout it multiplies
@@ -440,6 +436,6 @@ class Activations:
             return total + 3 * query + pairs * shape.heads * (4 + (size if size < 4 else 0))
         total += 2 * query + self._tokens * shape.heads * 4  # the last is a logarithm per row
         if self._variant.attention == "sdpa":  # packed or padded: a mask, and keys repeated for each query head
-            repeats = shape.kv_heads > 1 or self._casts  # with a single key/value head they are views
+            repeats = shape.kv_heads > 1 or size != self._stream  # with a single key/value head they are views
             return total + 2 * (query if repeats else key) + pairs * size
         return total + 2 * key
