@@ -26,10 +26,10 @@ Message = dict[str, str]
 """A message with `role` and `content`, as templates expect it."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
-_SPEAKERS = {"human": "user", "gpt": ASSISTANT}
+_SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT}
 """ShareGPT's names of two of the roles."""
-_KEYS = (("role", "content"), ("from", "value"))
-_HALF = re.compile("[\ud800-\udfff]")
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+_SURROGATES = re.compile("[\ud800-\udfff]")
 REPAIR = "Correct it, or remove the record."
 
 
@@ -59,20 +59,20 @@ def _read_message(value: Any, place: str) -> Message:
     present = {key: item for key, item in table.items() if item is not None}  # Arrow adds the other keys as nulls
     for key in ("tool_calls", "function_call"):
         require(not present.get(key), f"{place}: {key}: tool calls are not supported. Remove the record.")
-    keys = next((keys for keys in _KEYS if keys[0] in present), None)
+    keys = next((keys for keys in _MESSAGE_KEYS if keys[0] in present), None)
     if keys is None:
         raise UsageError(f"{place} = {_show(value)}: role and content, or from and value, are expected. {REPAIR}")
     speaker = present[keys[0]]
-    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    role = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if role not in ROLES:
-        known = ", ".join((*ROLES, *_SPEAKERS))
+        known = ", ".join((*ROLES, *_SHAREGPT_ROLES))
         raise UsageError(f"{place}: {keys[0]} = {_show(speaker)}: not known. Known: {known}.")
     return {"role": role, "content": check_text(table.get(keys[1]), f"{place}: {keys[1]}")}
 
 
 def check_text(value: Any, place: str) -> str:
     """The value, if it is a text that UTF-8 can encode (no lone surrogates). Raises `UsageError` otherwise."""
-    if isinstance(value, str) and (value.isascii() or not _HALF.search(value)):
+    if isinstance(value, str) and (value.isascii() or not _SURROGATES.search(value)):
         return value
     raise UsageError(f"{place} = {_show(value)}: a text is expected. {REPAIR}")
 
@@ -153,7 +153,7 @@ class ChatTemplate:
         answers = [conversation.messages[number] for number in _answers(conversation.messages)]
         missing = _find_missing("".join(text[begin:end] for begin, end in spans), answers)
         if missing is not None:
-            raise self._refuse(conversation, f"does not mark answer {missing}. {_ALL}")
+            raise self._refuse(conversation, f"does not mark answer {missing}. {_LOSS_REMEDY}")
         return spans
 
     def _locate(self, conversation: Conversation, number: int, text: str) -> Span:
@@ -167,7 +167,7 @@ class ChatTemplate:
             raise self._refuse(
                 conversation,
                 f"writes message {number + 1} differently when others follow, or not as it is, so its tokens cannot be "
-                f"located. {_ALL}",
+                f"located. {_LOSS_REMEDY}",
             )
         return len(head), len(head) + len(content) + len(tail.rstrip() or tail)
 
@@ -183,7 +183,7 @@ class ChatTemplate:
         return UsageError(f"{conversation.place}: the chat template of {self._model} {why}")
 
 
-_ALL = 'Use loss = "all", or a template that marks the answers with {% generation %}.'
+_LOSS_REMEDY = 'Use loss = "all", or a template that marks the answers with {% generation %}.'
 
 
 def _find_missing(text: str, messages: Sequence[Message]) -> int | None:

@@ -135,7 +135,7 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
     Raises:
         UsageError: a required column is missing, no known form fits, or several forms fit.
     """
-    there = f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
+    available = f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
     remedy = _MAP_THEM
     if columns.family is not None:
         parts = {part: columns.given.get(part, part) for part in columns.family}
@@ -149,10 +149,10 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
         parts = max(fitting or _KNOWN, key=lambda one: sum(column in names for column in one.values()))
         needed = [column for part, column in parts.items() if part != OPTIONAL]
         known = set(needed) & set(names)
-        require(known, f"{place}: no known columns. {there} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
+        require(known, f"{place}: no known columns. {available} Known: {_KNOWN_WORDS}. {_MAP_THEM}")
     if missing := [column for column in needed if column not in names]:
         need = f"which records of {', '.join(parts.values())} need"
-        raise UsageError(f"{place}: no column {_quote(missing[0])}, {need}. {there} {remedy}")
+        raise UsageError(f"{place}: no column {_quote(missing[0])}, {need}. {available} {remedy}")
     present = {part: column for part, column in parts.items() if column in names}
     title = "/".join(present.values())
     if columns.family is not None:
