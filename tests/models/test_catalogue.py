@@ -20,9 +20,9 @@ import pytest
 
 from lorameter.errors import UsageError
 from lorameter.models import bases, catalogue
-from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package
 from lorameter.records.fileio import write_document
+from lorameter.records.record import BaseSummary
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,10 @@ def write_base(name, content=b"weights", *, used_days_ago=0.0):
     folder = bases.bases_dir() / name
     with bases.draft_folder(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
-        write_document(draft / bases.DESCRIPTION, BaseDescription(digest="0", bytes=len(content)))
+        summary = BaseSummary(
+            path="", hash="0", base="b", bytes=len(content), conversions=1, quantisations=0, seconds=0.0
+        )
+        write_document(draft / bases.DESCRIPTION, summary)
     used = time.time() - used_days_ago * 24 * 3600
     os.utime(folder / bases.DESCRIPTION, (used, used))
     return folder

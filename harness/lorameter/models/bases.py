@@ -25,7 +25,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +34,17 @@ from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Package, unkn
 from lorameter.records import codec, fileio
 from lorameter.records.fileio import hash_file, hold_lock
 from lorameter.records.os_errors import extract_os_error
+from lorameter.records.record import BaseSummary
 
 ENV_BASES = "LORAMETER_BASES"
 DESCRIPTION = "lorameter.json"
-"""Written last; its modification time is the time of the last use."""
+"""The summary of a base. Written last; its modification time is the time of the last use."""
 TENSORS = "base.pt"
 UNUSED_DAYS = 30
 MAX_BYTES = 64 * 2**30
 """Maximum total size of all bases."""
 DAY_S = 24 * 3600.0
 _DRAFT = ".partial"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseDescription:
-    """A prepared base."""
-
-    digest: str
-    """XXH3 of the tensor file; SHA-256 would take half a minute for 14 GB."""
-    bytes: int
-    """Size of the tensor file."""
-    load_s: float = 0.0
-    """Seconds spent on reading, converting and quantising."""
 
 
 def bases_dir() -> Path:
@@ -71,11 +59,11 @@ def base_folder(facts: Mapping[str, Any]) -> Path:
     return bases_dir() / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def read_description(folder: Path) -> BaseDescription | None:
+def read_description(folder: Path) -> BaseSummary | None:
     """The description of the base in a folder; None if there is none, or if its tensor file has another size."""
     try:
         data = fileio.read_json(folder / DESCRIPTION)
-        description = codec.from_json(BaseDescription, data, "description of a base")
+        description = codec.from_json(BaseSummary, data, "description of a base")
         return description if (folder / TENSORS).stat().st_size == description.bytes else None
     except (OSError, ValueError, LorameterError):  # the file is missing or damaged
         return None

@@ -272,7 +272,7 @@ class BaseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     path: str
     """Absolute path of its folder on the machine that measures."""
     hash: str
-    """SHA-256 of its tensor file."""
+    """XXH3 of its tensor file."""
     base: str
     """Description: model, type and quantisation."""
     bytes: int

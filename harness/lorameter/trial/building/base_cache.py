@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 import xxhash
@@ -33,7 +34,6 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from lorameter.errors import refused_value
 from lorameter.models import bases, catalogue
-from lorameter.models.bases import BaseDescription
 from lorameter.models.catalogue import ModelSource
 from lorameter.records import codec
 from lorameter.records.fileio import hold_lock, write_document
@@ -75,23 +75,16 @@ def prepare_base(request: BaseRequest) -> PartialRecord:
     source = catalogue.resolve(request.workload.model)
     folder = bases.base_folder(_facts_of(source, request))
     with hold_lock(folder, "waiting for another process that makes the same base", print):
-        description = bases.read_description(folder)
-        is_new = description is None
-        if description is None:
+        summary = bases.read_description(folder)
+        if summary is not None:
+            summary = msgspec.structs.replace(summary, conversions=0, quantisations=0)
+        else:
             began = time.perf_counter()
             model = load_base(source, request.variant, device=request.device, seed=request.workload.data_seed)
-            description = _write(model, folder, time.perf_counter() - began)
+            summary = _write(model, folder, request, time.perf_counter() - began)
         bases.mark_used(folder)
-    summary = BaseSummary(
-        path=str(folder.absolute()),
-        hash=description.digest,
-        base=base_words(request.variant, request.workload),
-        bytes=description.bytes,
-        conversions=int(is_new),
-        quantisations=int(is_new and request.variant.quantization != "none"),
-        seconds=time.perf_counter() - begin,
-        load_s=description.load_s,
-    )
+    words, seconds = base_words(request.variant, request.workload), time.perf_counter() - begin
+    summary = msgspec.structs.replace(summary, path=str(folder.absolute()), base=words, seconds=seconds)
     return PartialRecord(tokens={"base": codec.to_json(summary)})
 
 
@@ -129,7 +122,7 @@ def map_base(folder: Path, variant: Variant, device: str) -> transformers.PreTra
     return model.eval()
 
 
-def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
+def _write(model: Any, folder: Path, request: BaseRequest, load_s: float) -> BaseSummary:
     places, parameters = getattr(model, "hf_device_map", None), dict(model.named_parameters())  # tied ones appear once
     saved = {
         "weights": dict(model.named_buffers()) | {name: one.data for name, one in parameters.items()},
@@ -147,11 +140,14 @@ def _write(model: Any, folder: Path, load_s: float) -> BaseDescription:
             os.fsync(file.fileno())
             size = file.tell()
             file.seek(0)
-            digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+            digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # SHA-256: half a minute for 14 GB
         model.config.to_json_file(draft / "config.json", use_diff=False)
-        description = BaseDescription(digest=digest, bytes=size, load_s=load_s)
-        write_document(draft / bases.DESCRIPTION, description)  # completes the base
-    return description
+        summary = BaseSummary(
+            path=str(folder.absolute()), hash=digest, base=base_words(request.variant, request.workload), bytes=size,
+            conversions=1, quantisations=int(request.variant.quantization != "none"), seconds=load_s, load_s=load_s,
+        )  # fmt: skip
+        write_document(draft / bases.DESCRIPTION, summary)  # completes the base
+    return summary
 
 
 def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
