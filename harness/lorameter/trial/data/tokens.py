@@ -355,7 +355,6 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
         return _byte_tokenizer(source, vocab_size), False
     try:
         tokenizer = _tokenizer_of_files(source)
-        _check_tokenizer(tokenizer)
     except Exception as error:  # the exception's type depends on the fault in the files
         if source.random:
             return _byte_tokenizer(source, vocab_size), True
@@ -381,14 +380,6 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int) -> tuple[transformer
     return tokenizer, False
 
 
-def _check_tokenizer(tokenizer: Any) -> None:
-    """Call every function of a tokenizer that is used: damaged files can raise any exception here."""
-    ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    ids += [token for token in (tokenizer.bos_token_id, tokenizer.pad_token_id) if token is not None]
-    if not all(type(token) is int for token in ids):
-        raise ValueError("its token ids are not numbers")
-
-
 def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizerBase:
     if source.kind == "config":
         raise OSError("a packaged configuration has no tokenizer")
@@ -396,6 +387,11 @@ def _tokenizer_of_files(source: ModelSource) -> transformers.PreTrainedTokenizer
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, local_files_only=offline)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns it for some families without files
         raise OSError("no vocabulary found")
+    # Every function that is used is called here: damaged files can raise any exception.
+    ids = [*tokenizer("A b.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids += [token for token in (tokenizer.bos_token_id, tokenizer.pad_token_id) if token is not None]
+    if not all(type(token) is int for token in ids):
+        raise ValueError("its token ids are not numbers")
     return tokenizer
 
 
