@@ -201,33 +201,27 @@ def record_profile(
 
     `phase_names` and `weights` are arguments of `lorameter.trial.profiling.activity.summarise_activity`.
     """
-
-    def session() -> Activity:
-        times, events = _record(bordered, device, folder / trace)
-        return summarise_activity(events, times, device, phase_names=phase_names, weights=weights)
-
-    activity = session()
-    return session() if activity.missing else activity
-
-
-def _record(bordered: BorderedStep | BorderedRequest, device: str, trace: Path) -> tuple[tuple[float, ...], Any]:
-    """Times of the recorded calls, and the records with the shapes that identify copies."""
     cuda = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     watch = Stopwatch(device)
-    times: list[float] = []
-    bordered.phases.begin()
-    alone_s = watch(bordered)[1].time_s
-    steps = min(MAX_PROFILED, max(MIN_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
-    planned = schedule(wait=0, warmup=1, active=steps)
-    with profile(activities=[ProfilerActivity.CPU, *cuda], schedule=planned, record_shapes=True) as recorded:
-        for number in range(1 + steps):
-            bordered.phases.begin(marked=True)
-            times.append(watch(bordered)[1].time_s)
-            if number < steps:  # the session must still be open when its results are read
-                recorded.step()
-    recorded.export_chrome_trace(str(trace))
-    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
-    return tuple(times[1:]), () if results is None else results.events()
+    for _ in range(2):
+        bordered.phases.begin()
+        alone_s = watch(bordered)[1].time_s
+        steps = min(MAX_PROFILED, max(MIN_PROFILED, int(PROFILED_BUDGET_S / alone_s)))
+        planned = schedule(wait=0, warmup=1, active=steps)
+        times: list[float] = []
+        with profile(activities=[ProfilerActivity.CPU, *cuda], schedule=planned, record_shapes=True) as recorded:
+            for number in range(1 + steps):
+                bordered.phases.begin(marked=True)
+                times.append(watch(bordered)[1].time_s)
+                if number < steps:  # the session must still be open when its results are read
+                    recorded.step()
+        recorded.export_chrome_trace(str(folder / trace))
+        results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+        events = () if results is None else results.events()
+        activity = summarise_activity(events, tuple(times[1:]), device, phase_names=phase_names, weights=weights)
+        if not activity.missing:
+            break
+    return activity
 
 
 def watch_gradients(model: torch.nn.Module, step: Callable[[], object]) -> dict[str, bool | None]:
