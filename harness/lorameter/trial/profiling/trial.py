@@ -91,11 +91,6 @@ class ProfiledTrial(Trial):
         with contextlib.suppress(UncountedError):
             return to_values(count_products(model, watched))
         return {}
-        with contextlib.suppress(UncountedError):
-            return to_values(
-                count_products(model, None if variant.compile else watch_gradients(model, self._take_step))
-            )
-        return {}
 
     def peak(self, rates: Sequence[Rate]) -> PartialRecord:
         """Measure the peak rates of the device; they fill caches and memory, so nothing is timed afterwards.
