@@ -164,9 +164,7 @@ def test_a_base_is_made_once(saved):
     assert (second.conversions, second.quantisations) == (0, 0)
     assert (first.path, first.hash) == (second.path, second.hash)
     assert make_base(base_request(model, VARIANTS["nf4"], seed=2)).path == first.path  # no weights were drawn
-    others = {
-        make_base(base_request(model, VARIANTS[name])).path for name in ("bfloat16", "float32", "nf4 single")
-    }
+    others = {make_base(base_request(model, VARIANTS[name])).path for name in ("bfloat16", "float32", "nf4 single")}
     assert len(others | {first.path}) == 4
     drawn = {make_base(base_request("tiny-llama", PLAIN, seed)).path for seed in (1, 2)}
     assert len(drawn) == 2
