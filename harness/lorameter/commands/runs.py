@@ -12,7 +12,7 @@ from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.reference import write_reference
 from lorameter.errors import EXIT_PASS, require
-from lorameter.models import bases, catalogue, shapes
+from lorameter.models import catalogue, shapes
 from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
 from lorameter.report.estimate import describe_sizes
@@ -176,6 +176,6 @@ def _load_named(options: argparse.Namespace) -> Study:
 
 def run_fetch(options: argparse.Namespace) -> int:
     """Download a catalogue model and print its path."""
-    path = bases.fetch(options.name, report=print_stderr)
+    path = catalogue.fetch(options.name, report=print_stderr)
     print_result(options, str(path), {"model": options.name, "path": str(path)})
     return EXIT_PASS

