@@ -11,7 +11,6 @@ import pytest
 
 from lorameter import cli
 from lorameter.machine.doctor import OPTIONAL, REQUIRED, GpuSurvey, Survey, examine, is_fit
-from lorameter.machine.nvml import Neighbours
 from lorameter.machine.reading import Reading, missing_reading
 
 GIB = 2**30
@@ -37,23 +36,19 @@ SAMPLE = {
     "energy_j": given(5.0), "temperature_margin_c": given(52.0), "events": given(("gpu_idle",)),
     "thermal_slowdown_s": given(0.0),
 }  # fmt: skip
-ALONE = Neighbours(
-    used_bytes=given(0),
-    others=given(()),
-    others_bytes=given(0),
-    hidden_bytes=given(0),
-    statement="",
-)
-GPU = GpuSurvey(facts=FACTS, sample=SAMPLE, neighbours=ALONE, sliced=False)
+GPU = GpuSurvey(facts=FACTS, sample=SAMPLE, sliced=False)
+TELEMETRY = {
+    "host_watched_survey_s": 1.0, "host_cpu_stall_survey_s": 0.0, "host_steal_survey_s": 0.0, "host_busy_survey_s": 1.0,
+    "host_quota_stall_survey_s": 0.0, "host_quota_used_survey_s": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture
 def quiet_machine(machine):
     """The facts of a quiet machine without a GPU."""
     return Survey(
-        machine=machine, system=SYSTEM, packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"),
-        host={"watched_s": 1.0, "cpu_stall_s": 0.0, "steal_s": 0.0, "busy_s": 1.0, "memory_stall_s": 0.0,
-              "quota_stall_s": 0.0, "quota_used_s": 1.0}, host_missing={},
+        machine=dataclasses.replace(machine, cpus=8), system=SYSTEM,
+        packages=dict.fromkeys((*REQUIRED, *OPTIONAL), "1.0"), telemetry=TELEMETRY, missing={},
         no_peaks="", gpu=missing_reading("no driver"), runs=Path("/runs"), locks=given(True), root=False,
     )  # fmt: skip
 
@@ -61,11 +56,7 @@ def quiet_machine(machine):
 def on_gpu(survey, **changes):
     """A function that returns the facts of the same machine with a GPU and the given changes."""
     facts, sample = ({name: changes.get(name, value) for name, value in known.items()} for known in (FACTS, SAMPLE))
-    others = {name: value for name, value in changes.items() if hasattr(ALONE, name)}
-    gpu = dataclasses.replace(
-        GPU, facts=facts, sample=sample, neighbours=dataclasses.replace(ALONE, **others),
-        sliced=changes.get("sliced", False),
-    )  # fmt: skip
+    gpu = dataclasses.replace(GPU, facts=facts, sample=sample, sliced=changes.get("sliced", False))
     machine = dataclasses.replace(
         survey.machine, device="cuda", device_name="Card", device_memory_bytes=80 * GIB, cuda="13.0", driver="580"
     )
@@ -126,11 +117,36 @@ def test_disturbances_of_a_measurement_on_the_host(quiet_machine, name, grade, c
 def test_a_machine_without_a_free_cpu_is_unfit(quiet_machine, load, stalled_s, grade):
     """A load above the number of CPUs makes the machine unfit, unless no process waited for a CPU, as after work that
     has ended."""
-    watched = {name: value for name, value in quiet_machine.host.items() if name != "cpu_stall_s"}
+    telemetry = {name: value for name, value in TELEMETRY.items() if name != "host_cpu_stall_survey_s"}
     if stalled_s is not None:
-        watched["cpu_stall_s"] = stalled_s * quiet_machine.host["watched_s"]
-    survey = dataclasses.replace(quiet_machine, system=SYSTEM | {"load": given(load), "cpus": given(4)}, host=watched)
+        telemetry["host_cpu_stall_survey_s"] = stalled_s
+    survey = dataclasses.replace(
+        quiet_machine,
+        machine=dataclasses.replace(quiet_machine.machine, cpus=4),
+        system=SYSTEM | {"load": given(load)},
+        telemetry=telemetry,
+    )
     assert by_name(survey)["load"].grade == grade
+    assert is_fit(examine(survey)) is (grade != "unfit")
+
+
+@pytest.mark.parametrize(
+    ("name", "grade", "changes"),
+    [
+        ("cpu-contention", "bad", {"host_cpu_stall_survey_s": 0.9}),
+        ("stolen", "bad", {"host_steal_survey_s": 0.9}),
+        ("throttled", "unfit", {"device_samples_survey": 2.0, "device_throttled_samples_survey": 2.0}),
+        ("gpu-shared", "bad", {"device_others_survey": 1.0, "device_others_survey_bytes": GIB / 4}),
+        ("gpu-shared", "unfit", {"device_others_survey": 2.0, "device_others_survey_bytes": 20.0 * GIB}),
+        ("unaccounted-gpu-memory", "bad", {"device_hidden_survey_bytes": 60.0 * GIB}),
+    ],
+)
+def test_disturbances_during_the_survey_are_judged_as_in_a_trial(quiet_machine, name, grade, changes):
+    """Only a disturbance that would make every trial invalid makes the machine unfit."""
+    survey = dataclasses.replace(quiet_machine, telemetry=TELEMETRY | changes)
+    check = by_name(survey)[name]
+    assert check.grade == grade
+    assert check.remedy
     assert is_fit(examine(survey)) is (grade != "unfit")
 
 
@@ -141,12 +157,8 @@ def test_a_machine_without_a_free_cpu_is_unfit(quiet_machine, load, stalled_s, g
         ("power limit", "bad", {"power_limit_w": given(400.0)}),
         ("clock lock", "note", {"clocks_need_root": given(True)}),
         ("MIG", "note", {"sliced": True}),
-        ("throttling", "unfit", {"events": given(("hw_thermal_slowdown",))}),
         ("heat", "bad", {"temperature_margin_c": given(2.0)}),
         ("ECC", "unfit", {"uncorrected_errors": given(3)}),
-        ("other processes", "bad", {"others": given((7,)), "others_bytes": given(GIB // 4)}),
-        ("other processes", "unfit", {"others": given((7, 9)), "others_bytes": given(20 * GIB)}),
-        ("other processes", "unfit", {"statement": "who?", "used_bytes": given(60 * GIB)}),
     ],
 )  # fmt: skip
 def test_disturbances_of_a_measurement_on_a_gpu(quiet_machine, name, grade, changes):

@@ -37,8 +37,7 @@ def gpu():
     found = open_torch_gpu("cuda")
     if found.value is None:
         pytest.skip(f"NVML does not find the GPU of torch: {found.reason}")
-    yield found.value
-    found.value.close()
+    return found.value
 
 
 def test_device_events_agree_with_the_wall(work):

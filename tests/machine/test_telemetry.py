@@ -5,22 +5,24 @@ from __future__ import annotations
 from lorameter.machine.telemetry import Telemetry
 
 WATCH = """
+    import types
+    from lorameter.machine import telemetry
     from lorameter.machine.nvml import open_device
-    from lorameter.machine.telemetry import GpuTelemetry
-    watch = GpuTelemetry(open_device().value, energy={energy})
+    clock = iter({times})
+    telemetry.time = types.SimpleNamespace(monotonic=lambda: next(clock))
+    watch = telemetry.Telemetry("train", open_device, energy={energy})
     found = []
-    for begin, end in {stretches}:
-        watch.begin(begin)
-        for _ in range({looks}):
-            watch.look()
-        found.append(watch.end(end))
+    for _ in range({stretches}):
+        watch.begin()
+        found.append({{name: value for name, value in watch.end().items() if name.startswith("device")}})
     report([found, watch.missing])
 """
 
 
-def watched(nvml, answers, *stretches, energy=True, looks=0, **options):
-    lines = WATCH.format(energy=energy, looks=looks, stretches=repr(list(stretches)))
-    found, missing = nvml(lines, answers, **options)
+def watched(nvml, answers, *stretches, energy=True, **options):
+    """The values of the GPU after each stretch, from its begin to its end in seconds, and the missing values."""
+    times = [time for stretch in stretches for time in stretch]
+    found, missing = nvml(WATCH.format(energy=energy, times=times, stretches=len(stretches)), answers, **options)
     return found, missing
 
 
@@ -29,8 +31,8 @@ def test_energy_runs_from_the_first_begin_to_the_last_end(nvml):
     too short alone are long enough together."""
     answers = {"0.energy": "100000,400000,450000,1300000"}
     found, missing = watched(nvml, answers, (10.0, 11.0), (11.1, 14.0))
-    assert "energy_j" not in found[0]
-    assert (found[1]["energy_j"], found[1]["energy_s"]) == (1200.0, 4.0)
+    assert "device_energy_train_j" not in found[0]
+    assert (found[1]["device_energy_train_j"], found[1]["device_energy_train_s"]) == (1200.0, 4.0)
     assert "energy_j" not in missing
 
 
@@ -43,18 +45,19 @@ def test_extremes_over_all_ends(nvml):
     }  # fmt: skip
     found, _ = watched(nvml, answers, (0.0, 1.0), (2.0, 3.0))
     last = found[-1]
-    assert (last["sm_clock_min_hz"], last["sm_clock_max_hz"]) == (1.5e9, 1.98e9)
-    assert (last["temperature_c"], last["temperature_margin_c"]) == (80.0, 7.0)
-    assert (last["samples"], last["throttled_samples"], last["power_capped_samples"]) == (4, 1, 2)
-    assert last["power_w"] == 550.0
-    assert last["thermal_slowdown_s"] == 1.0  # events between the periods do not count
+    assert (last["device_sm_clock_min_train_hz"], last["device_sm_clock_max_train_hz"]) == (1.5e9, 1.98e9)
+    assert (last["device_temperature_train_c"], last["device_temperature_margin_train_c"]) == (80.0, 7.0)
+    assert last["device_samples_train"] == 4
+    assert (last["device_throttled_samples_train"], last["device_power_capped_samples_train"]) == (1, 2)
+    assert last["device_power_train_w"] == 550.0
+    assert last["device_thermal_slowdown_train_s"] == 1.0  # events between the periods do not count
 
 
 def test_the_clock_of_an_idle_gpu_is_left_out(nvml):
     """The clock of an idle GPU is left out, and its samples are kept."""
     found, _ = watched(nvml, {"0.reasons": "0,0x1,0,0", "0.sm_clock": "1980,345,1980,1980"}, (0.0, 1.0), (1.0, 2.0))
-    assert "sm_clock_min_hz" not in found[0]
-    assert found[1]["sm_clock_min_hz"] == 1.98e9
+    assert "device_sm_clock_min_train_hz" not in found[0]
+    assert found[1]["device_sm_clock_min_train_hz"] == 1.98e9
 
 
 def test_a_counter_that_the_gpu_lacks_has_its_reason(nvml):
@@ -62,13 +65,13 @@ def test_a_counter_that_the_gpu_lacks_has_its_reason(nvml):
     refused = {f"rc.{name}": 3 for name in ("nvmlDeviceGetViolationStatus", "nvmlDeviceGetPowerUsage")}
     found, missing = watched(nvml, refused | {"0.energy": "0,900000"}, (0.0, 5.0))
     assert {"thermal_slowdown_s", "power_slowdown_s", "power_w"} <= set(missing)
-    assert "power_w" not in found[-1]
-    assert found[-1]["energy_j"] == 900.0
+    assert "device_power_train_w" not in found[-1]
+    assert found[-1]["device_energy_train_j"] == 900.0
 
 
 def test_on_a_cpu_only_the_host_is_watched():
     """A CPU run has no device telemetry and no notice about it."""
-    watch = Telemetry("train", "cpu")
+    watch = Telemetry("train")
     watch.begin()
     values = watch.end()
     assert values["host_watched_train_s"] >= 0

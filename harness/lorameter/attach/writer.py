@@ -51,7 +51,7 @@ from lorameter.attach.observer import (
 )
 from lorameter.errors import UsageError, format_error
 from lorameter.machine import provenance
-from lorameter.machine.telemetry import Telemetry
+from lorameter.machine.telemetry import Telemetry, gpu_opener
 from lorameter.records import codec, store
 from lorameter.records.record import UNDER_WAY, Failure, Notice, Status, TrialRecord, WorkerInfo, find_unmet
 from lorameter.records.store import Manifest, RunWriter
@@ -211,7 +211,8 @@ class Writer:
         self._work = StepFlops(training)
         self._run = RunFile(path, device=device, requirements=self._required, values=values)
         self._values = values | {"training_steps": 0.0}
-        self._peaks, self._telemetry, self._energy = Peaks(device), Telemetry("train", device), Energy(device)
+        self._peaks, self._energy = Peaks(device), Energy(device)
+        self._telemetry = Telemetry("train", gpu_opener(device))
         self._program = self._measure()
         return next(self._program)
 

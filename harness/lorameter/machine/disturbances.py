@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lorameter.machine.host import CPU_TIME_GIVEN, withheld_share
-from lorameter.machine.nvml import UNEXPLAINED_LIMIT
 from lorameter.machine.telemetry import telemetry_key
 from lorameter.records.units import format_bytes, format_count
 
@@ -31,6 +29,9 @@ CLOCK_INVALID = 0.25
 SHARED_INVALID_BYTES = 2**30
 """Memory held by other processes. A CUDA context takes 0.3 to 0.6 GiB: above this limit another process holds data for
 work; below it, the process may be an idle notebook."""
+HIDDEN_LIMIT_BYTES = 512 * 2**20
+"""Memory in use without a listed process from which a hidden process is assumed. The context of a compute process takes
+0.3 to 0.6 GiB; a display server without a CUDA context takes less."""
 PAGE_TIME_S = 1e-4
 """Time to read one page of 4 KiB from a solid-state disk."""
 SWAP_INVALID_BYTES_PER_S = CLOCK_MARGIN / PAGE_TIME_S * 4096
@@ -40,6 +41,9 @@ CONTENDED = CLOCK_MARGIN
 OCCUPANCY_INVALID = 0.5
 """CPU time over wall time of an isolated trial of one thread: at this limit it ran half of the time at most. Several
 threads wait for each other, so their occupancy does not show other work."""
+MIN_REQUESTED_S = 1.0
+"""Minimum CPU time of which a withheld share is computed. The kernel counts steal in ticks of 10 ms; with less CPU time,
+a single tick would exceed the 1 % at which a share gives a notice."""
 WITHHELD_INVALID = 0.25
 """Share of the requested CPU time that a hypervisor or a quota withheld. It is withheld in bursts, which affect one
 step fully and the next not at all, so the median tolerates more than the margin."""
@@ -166,14 +170,14 @@ def _shared(values: _PhaseValues) -> Iterator[Disturbance]:
             weight=1 + (others_bytes or 0.0) / SHARED_INVALID_BYTES,
             invalid=others_bytes is not None and others_bytes > SHARED_INVALID_BYTES,
         )
-    elif hidden is not None and hidden > UNEXPLAINED_LIMIT:
+    elif hidden is not None and hidden > HIDDEN_LIMIT_BYTES:
         yield Disturbance(
             code="unaccounted-gpu-memory",
             message=f"{format_bytes(hidden)} of the device were in use by processes that are not visible (from "
-            f"{format_bytes(UNEXPLAINED_LIMIT)} it is a notice)",
+            f"{format_bytes(HIDDEN_LIMIT_BYTES)} it is a notice)",
             remedy="Run nvidia-smi outside the container, or start the container with the machine's "
             "process numbers (--pid=host).",
-            weight=hidden / UNEXPLAINED_LIMIT,
+            weight=hidden / HIDDEN_LIMIT_BYTES,
         )
 
 
@@ -225,17 +229,27 @@ def _contended(values: _PhaseValues, occupancy: float | None, *, in_turns: bool)
 
 
 def _withheld(values: _PhaseValues, *, in_turns: bool) -> Iterator[Disturbance]:
-    for code, what, who, remedy in (
-        ("stolen", "steal_s", "the hypervisor gave this machine's CPUs to others", "Use a dedicated machine."),
+    for code, counter, given_counter, who, remedy in (
+        (
+            "stolen",
+            "steal_s",
+            "busy_s",
+            "the hypervisor gave this machine's CPUs to others",
+            "Use a dedicated machine.",
+        ),
         (
             "quota",
             "quota_stall_s",
+            "quota_used_s",
             "the container's CPU quota withheld CPU time",
             "Raise the quota (docker run --cpus, limits.cpu), or use a cpuset instead.",
         ),
     ):
-        share = withheld_share(values.host(what), values.host(CPU_TIME_GIVEN[what]))
-        if share is not None and share > NOTICED:
+        withheld, given = values.host(counter), values.host(given_counter)
+        if withheld is None or given is None or withheld + given < MIN_REQUESTED_S:
+            continue
+        share = withheld / (withheld + given)
+        if share > NOTICED:
             yield Disturbance(
                 code=code,
                 message=f"{who} for {share:.0%} of the CPU time that was requested (from {NOTICED:.0%} it is a notice, "

@@ -1,7 +1,8 @@
 """Surveys a machine before a measurement, and judges what it can run and measure, and what would disturb a measurement.
 
-The survey computes for a second and watches the kernel's counters, because steal and quotas have an effect only on a
-busy CPU. Everything else is read once. Neither torch nor a CUDA context is loaded.
+The survey computes for a second and watches the machine meanwhile as during a trial (`lorameter.machine.telemetry`),
+because steal and quotas have an effect only on a busy CPU; disturbances are judged by the rules for trials. Everything
+else is read once. Neither torch nor a CUDA context is loaded.
 
 Most disturbances only reduce precision: trials take turns, and intervals include the noise. A machine is unfit if no
 trial can run, or if numbers would be wrong because of other processes, a GPU that throttles itself, or faulty memory.
@@ -19,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorameter.machine.disturbances import CONTENDED, NOTICED, SHARED_INVALID_BYTES
-from lorameter.machine.host import CPU_TIME_GIVEN, MIN_REQUESTED_S, HostTelemetry, system_facts, withheld_share
-from lorameter.machine.nvml import PROTECTING, Neighbours, device_session, neighbours_of
+from lorameter.machine.disturbances import CONTENDED, MIN_REQUESTED_S, judge
+from lorameter.machine.host import system_facts
+from lorameter.machine.nvml import device_session
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing_reading, unavailable
+from lorameter.machine.telemetry import Telemetry, telemetry_key
 from lorameter.models.costs.memory import bare_process_bytes
 from lorameter.records.units import format_bytes
 from lorameter.studies.workload import Workload
 
 COMPUTE_S = 1.1 * MIN_REQUESTED_S
 """Seconds of computation: a little more than the minimum CPU time for a share."""
+PHASE = "survey"
+"""The phase in the names of the survey's telemetry."""
 REQUIRED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 """Distributions that every trial needs."""
 OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf": "models in GGUF files"}
@@ -42,7 +46,6 @@ class GpuSurvey:
 
     facts: Mapping[str, Reading[Any]]
     sample: Mapping[str, Reading[Any]]
-    neighbours: Neighbours
     sliced: bool
 
 
@@ -54,9 +57,10 @@ class Survey:
     system: Mapping[str, Reading[Any]]
     packages: Mapping[str, str | None]
     """Versions of distributions; None if not installed."""
-    host: Mapping[str, float]
-    """Counters of the kernel while this process computed (`lorameter.machine.host`)."""
-    host_missing: Mapping[str, str]
+    telemetry: Mapping[str, float]
+    """Telemetry while this process computed, by its names in a record."""
+    missing: Mapping[str, str]
+    """Counters of the kernel and the GPU that could not be read, with the reason."""
     no_peaks: str
     """Why the peak of a process's resident memory cannot be measured; empty if it can."""
     gpu: Reading[GpuSurvey]
@@ -69,37 +73,25 @@ class Survey:
     lacks_driver: str | None = None
     """Why CUDA's driver library cannot be loaded although NVML shows a GPU; None if it can."""
 
-    @property
-    def cpus(self) -> int:
-        """CPUs on which this process may run."""
-        return int(self.system["cpus"].value or 1)
-
 
 def survey(runs: Path) -> Survey:
     """Survey this machine and the folder for `runs`; keeps one CPU busy for a second."""
     system = system_facts()  # before the computation, which increases the load
-    watch = HostTelemetry()
-    watch.begin()
-    end = time.monotonic() + COMPUTE_S
-    while time.monotonic() < end:
-        pass
-    host = watch.end()
-    with device_session() as session:
-        gpu = session.then(
-            lambda device: GpuSurvey(
-                facts=device.facts(),
-                sample=device.sample(),
-                neighbours=neighbours_of(device, generations=0),
-                sliced=device.sliced,
-            )
-        )
+    with device_session() as device:
+        meter = Telemetry(PHASE, lambda: device, generations=0)
+        meter.begin()
+        end = time.monotonic() + COMPUTE_S
+        while time.monotonic() < end:
+            pass
+        telemetry = meter.end()
+        gpu = device.then(lambda one: GpuSurvey(facts=one.facts(), sample=one.sample(), sliced=one.sliced))
     folder = next(path for path in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(path))  # noqa: PTH112 no error
     return Survey(
         machine=probe_machine(),
         system=system,
         packages={name: library_version(name) for name in (*REQUIRED, *OPTIONAL)},
-        host=host,
-        host_missing=watch.missing,
+        telemetry=telemetry,
+        missing=meter.host.missing | meter.missing,
         no_peaks="" if os.access("/proc/self/clear_refs", os.W_OK) else "the kernel lets no process reset its peak",
         gpu=gpu,
         runs=folder,
@@ -165,7 +157,7 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
         runs_folder(found),
         *check_counters(found),
         load(found),
-        *waits(found),
+        *disturbances(found),
         *check_settings(found),
         *check_limits(found),
         *gpu_settings(found),
@@ -269,12 +261,12 @@ def runs_folder(found: Survey) -> DoctorCheck:
 def check_counters(found: Survey) -> list[DoctorCheck]:
     """Counters that the kernel and the GPU provide."""
     counters = [
-        ("pressure", found.host_missing.get("cpu_stall_s"), "Start the kernel with psi=1."),
-        ("steal", found.host_missing.get("steal_s"), "Measure where /proc/stat can be read."),
+        ("pressure", found.missing.get("cpu_stall_s"), "Start the kernel with psi=1."),
+        ("steal", found.missing.get("steal_s"), "Measure where /proc/stat can be read."),
         ("host peaks", found.no_peaks, "Run where /proc/self/clear_refs can be written."),
     ]
-    if gpu := found.gpu.value:
-        sample, others = gpu.sample, gpu.neighbours.others
+    if found.gpu.value is not None:
+        sample = found.gpu.value.sample
         counters += [
             ("energy", sample["energy_j"].reason, "Energy is left out of the results."),
             (
@@ -284,7 +276,11 @@ def check_counters(found: Survey) -> list[DoctorCheck]:
             ),
             ("throttled time", sample["thermal_slowdown_s"].reason, "Samples at the ends of turns replace it."),
             ("heat margin", sample["temperature_margin_c"].reason, "Watch the temperature with nvidia-smi."),
-            ("neighbours", others.reason, "Run nvidia-smi outside the container, or start it with --pid=host."),
+            (
+                "neighbours",
+                found.missing.get("others"),
+                "Run nvidia-smi outside the container, or start it with --pid=host.",
+            ),
         ]
     return [
         _check(
@@ -303,8 +299,10 @@ def check_counters(found: Survey) -> list[DoctorCheck]:
 
 def load(found: Survey) -> DoctorCheck:
     """Other work on the machine at this moment."""
-    value, cpus, stalled = found.system["load"].value or 0.0, found.cpus, found.host.get("cpu_stall_s")
-    waits = stalled is None or stalled / found.host["watched_s"] > CONTENDED  # the load average lags a minute behind
+    value, cpus = found.system["load"].value or 0.0, found.machine.cpus
+    stalled = found.telemetry.get(telemetry_key("host", "cpu_stall_s", PHASE))
+    watched = found.telemetry[telemetry_key("host", "watched_s", PHASE)]
+    waits = stalled is None or stalled / watched > CONTENDED  # the load average lags a minute behind
     return _value(
         "load",
         found.system["load"],
@@ -317,30 +315,12 @@ def load(found: Survey) -> DoctorCheck:
     )
 
 
-def waits(found: Survey) -> list[DoctorCheck]:
-    """Work that waited while this process computed, and requested CPU time that was withheld."""
-    checks, watched = [], found.host["watched_s"]
-    for name, counter, limit, what, remedy in (
-        ("waiting", "cpu_stall_s", CONTENDED, "work waited for a CPU", "Stop other work on this machine."),
-        ("paging", "memory_stall_s", NOTICED, "work waited for memory", "Free memory before measuring."),
-    ):
-        if counter in found.host:
-            share = found.host[counter] / watched
-            words = f"{what} in {share:.0%} of {watched:.1f} s (above {limit:.0%} it matters)"
-            checks.append(_check("spoils", name, words, "bad" if share > limit else "good", remedy))
-    for name, counter, what, remedy in (
-        ("stolen time", "steal_s", "the hypervisor ran other machines", "Use a dedicated machine or instance."),
-        ("withheld time", "quota_stall_s", "the quota withheld CPU time", "Raise the quota, or use a cpuset instead."),
-    ):
-        if counter in found.host:
-            withheld, given = found.host[counter], found.host.get(CPU_TIME_GIVEN[counter], 0.0)
-            requested, part = f"{withheld + given:.1f} s of CPU time", withheld_share(withheld, given)
-            words = f"only {requested} were requested; a share needs {MIN_REQUESTED_S:.0f} s"
-            if part is not None:
-                words = f"{what} for {part:.0%} of {requested} that were requested (above {NOTICED:.0%} it matters)"
-            grade: Grade = "note" if part is None else "bad" if part > NOTICED else "good"
-            checks.append(_check("spoils", name, words, grade, remedy if part is not None else ""))
-    return checks
+def disturbances(found: Survey) -> list[DoctorCheck]:
+    """Disturbances while this process computed, by the rules for trials that take turns."""
+    return [
+        _check("spoils", one.code, one.message, "unfit" if one.invalid else "bad", one.remedy)
+        for one in judge(found.telemetry, {}, PHASE, in_turns=True)
+    ]
 
 
 def check_settings(found: Survey) -> list[DoctorCheck]:
@@ -392,12 +372,12 @@ def check_settings(found: Survey) -> list[DoctorCheck]:
 def check_limits(found: Survey) -> list[DoctorCheck]:
     """Too many threads, quotas, and a container."""
     quota, container, threads = found.system["quota_cpus"].value, found.system["container"].value, Workload().threads
-    usable = min(found.cpus, quota or found.cpus)
+    usable = min(found.machine.cpus, quota or found.machine.cpus)
     words = f"{threads} a trial, {usable:g} CPUs' worth of time"
     remedy = "Give the container at least one whole CPU: with less, each thread is paused in every scheduling period."
     checks = [_check("spoils", "threads", words, "unfit" if threads > usable else "good", remedy)]
     if quota is not None:
-        words = f"{quota:g} of {found.cpus} CPUs: work beyond it is paused until the next scheduling period"
+        words = f"{quota:g} of {found.machine.cpus} CPUs: work beyond it is paused until the next scheduling period"
         remedy = "Use a cpuset (docker run --cpuset-cpus) instead of a quota."
         checks.append(_check("spoils", "CPU quota", words, "bad", remedy))
     if container is not None:
@@ -408,7 +388,7 @@ def check_limits(found: Survey) -> list[DoctorCheck]:
 
 
 def gpu_settings(found: Survey) -> list[DoctorCheck]:
-    """Settings, heat and faults of the GPU, and other processes on it."""
+    """Settings, heat and faults of the GPU."""
     gpu = found.gpu.value
     if gpu is None:
         return []
@@ -446,14 +426,6 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             else []
         ),
         _value(
-            "throttling",
-            gpu.sample["events"],
-            lambda reasons: ", ".join(reasons) or "none",
-            wrong=lambda reasons: bool(PROTECTING & set(reasons)),
-            grade="unfit",
-            remedy="Let the GPU cool down, check its power supply, and run doctor again.",
-        ),
-        _value(
             "heat",
             gpu.sample["temperature_margin_c"],
             lambda degrees: f"{degrees:.0f} °C below the slow-down (less than {HOT_MARGIN_C:.0f} °C is too close)",
@@ -470,23 +442,4 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
             grade="unfit" if broken else "note",
             remedy=reset_advice if broken else "sudo nvidia-smi -e 1",
         ),
-        other_processes(gpu.neighbours),
     ]
-
-
-def other_processes(neighbours: Neighbours) -> DoctorCheck:
-    """This process holds nothing on the device, so all used memory belongs to others."""
-    others, others_bytes, used = neighbours.others.value, neighbours.others_bytes.value, neighbours.used_bytes.value
-    limit = f"above {format_bytes(SHARED_INVALID_BYTES)} they are assumed to be working"
-    if others:
-        size = "memory of unknown size" if others_bytes is None else format_bytes(others_bytes)
-        words = f"{len(others)} on the device ({', '.join(map(str, others))}) hold {size}; {limit}"
-        remedy = "End them, or choose a free GPU with CUDA_VISIBLE_DEVICES."
-    elif neighbours.statement:
-        size = "an unknown amount of memory" if used is None else format_bytes(used)
-        words = f"{neighbours.statement}; {size} in use, {limit}"
-        remedy = "Look at nvidia-smi outside the container, or give it the machine's process numbers (--pid=host)."
-    else:
-        return _check("spoils", "other processes", "none on the device")
-    is_busy = max(others_bytes or 0, used or 0) > SHARED_INVALID_BYTES
-    return _check("spoils", "other processes", words, "unfit" if is_busy else "bad", remedy)

@@ -21,6 +21,7 @@ parent's maximum. A forked child also maps its parent's pages, so its initial re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import time
@@ -28,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorameter.machine.nvml import device_session, has_own_pids
+from lorameter.machine.nvml import device_session
 from lorameter.machine.processes import holds_any
 from lorameter.machine.reading import Reading, counter_increase, missing_reading, read_file, unavailable
 
@@ -36,18 +37,6 @@ ROOT = Path("/")
 NO_PRESSURE = "the kernel does not record pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
 NO_FREQUENCY = "the kernel does not report the clock of the CPU (no cpufreq), as is usual in a virtual machine"
 NO_QUOTA = "no cgroup of this process counts the CPU time that a quota withheld"
-CPU_TIME_GIVEN = {"steal_s": "busy_s", "quota_stall_s": "quota_used_s"}
-"""Withheld CPU time and the CPU time given on the same CPUs, by the names of `HostTelemetry`."""
-MIN_REQUESTED_S = 1.0
-"""Minimum CPU time for which a share is computed. The kernel counts steal in ticks of 10 ms; with less CPU time, a
-single tick would exceed the 1 % at which a share gives a notice."""
-
-
-def withheld_share(withheld_s: float | None, given_s: float | None) -> float | None:
-    """The withheld part of the requested CPU time; None if either is unknown or both are too short."""
-    if withheld_s is None or given_s is None or withheld_s + given_s < MIN_REQUESTED_S:
-        return None
-    return withheld_s / (withheld_s + given_s)
 
 
 def host_counters(root: Path = ROOT) -> dict[str, Reading[float]]:
@@ -315,12 +304,17 @@ def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
     return read_file(root / "proc/meminfo", pick_from, "there is no /proc/meminfo")
 
 
+FIRST_PID_NAMESPACE = "pid:[4026531836]"
+"""The machine's own PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
+
+
 def _container(root: Path) -> Reading[str]:
     mark = next((mark for mark in (".dockerenv", "run/.containerenv") if (root / mark).exists()), None)
     if mark is not None:
         return Reading(value=f"/{mark} is there")
-    if has_own_pids(root / "proc"):
-        return Reading(value="a PID namespace of its own")
+    with contextlib.suppress(OSError):
+        if os.readlink(root / "proc/self/ns/pid") != FIRST_PID_NAMESPACE:  # noqa: PTH115 a link to no path
+            return Reading(value="a PID namespace of its own")
     return missing_reading("nothing looks like a container")
 
 

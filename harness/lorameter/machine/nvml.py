@@ -28,7 +28,6 @@ from typing import Any
 
 from lorameter.errors import format_error
 from lorameter.machine.reading import Reading, missing_reading
-from lorameter.records.units import format_bytes
 
 # --- which devices ----------------------------------------------------------------------------------------------------
 
@@ -158,7 +157,7 @@ SLICED = "the counter is the whole GPU's, and other MIG instances share the GPU"
 
 
 class NvmlDevice:
-    """An open GPU, or MIG instance of a GPU; created by `open_device`."""
+    """An open GPU, or MIG instance of a GPU; created by `open_device` and `device_session`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
@@ -171,10 +170,6 @@ class NvmlDevice:
         )
         self.sliced = board.known or self._mig.value is True
         """Whether this is a part of a GPU, so that power and energy are shared."""
-
-    def close(self) -> None:
-        """Close the device; other open devices are not affected."""
-        call_nvml(self._nvml, "nvmlShutdown")
 
     def memory(self) -> Reading[Any]:
         """Bytes `total`, `free` and `used`, which is the memory of processes and the display, without the driver's
@@ -269,14 +264,25 @@ class NvmlDevice:
 
 
 def open_device(uuid: str | None = None, environment: Mapping[str, str] | None = None) -> Reading[NvmlDevice]:
-    """The device that CUDA numbers 0, to be closed after use; missing with the reason if there is none.
+    """The device that CUDA numbers 0, which stays open until this process ends; missing with the reason if there is
+    none.
 
     Args:
         uuid: UUID of the device, if known (from torch, after CUDA is initialised). It takes precedence over the
             environment, whose numbers differ if CUDA sorts its devices by speed.
         environment: contains CUDA_VISIBLE_DEVICES; None for this process's.
     """
-    nvml = _initialise()
+    return _find_device(_initialise(), uuid, environment)
+
+
+@contextlib.contextmanager
+def device_session(environment: Mapping[str, str] | None = None) -> Iterator[Reading[NvmlDevice]]:
+    """The device that CUDA numbers 0, closed after the block; missing with the reason if there is none."""
+    with nvml_session() as nvml:
+        yield _find_device(nvml, None, environment)
+
+
+def _find_device(nvml: Reading[Any], uuid: str | None, environment: Mapping[str, str] | None) -> Reading[NvmlDevice]:
     if nvml.value is None:
         return missing_reading(nvml.reason)
     visible = visible_devices(os.environ if environment is None else environment)
@@ -286,20 +292,7 @@ def open_device(uuid: str | None = None, environment: Mapping[str, str] | None =
         handle = missing_reading(f"{VARIABLE} hides every device")
     else:
         handle = get_handle(nvml.value, visible[0] if visible else 0)
-    if handle.value is None:
-        call_nvml(nvml.value, "nvmlShutdown")
     return handle.then(lambda found: NvmlDevice(nvml.value, found))
-
-
-@contextlib.contextmanager
-def device_session(environment: Mapping[str, str] | None = None) -> Iterator[Reading[NvmlDevice]]:
-    """The device that CUDA numbers 0, closed after the block; missing with the reason if there is none."""
-    device = open_device(environment=environment)
-    try:
-        yield device
-    finally:
-        if device.value is not None:
-            device.value.close()
 
 
 def compute_capability(index: int) -> Reading[tuple[int, int]]:
@@ -385,11 +378,6 @@ def _describe(nvml: Any, entry: int | str) -> VisibleGpu:
 # Processes of the same run do not count: trials that take turns are alive together, and all of them descend from one
 # parent (a trial is forked by a zygote, which the parent of the run started).
 
-UNEXPLAINED_LIMIT = 512 * 2**20
-"""Bytes in use without a listed process from which a hidden process is assumed. The context of a compute process takes
-0.3 to 0.6 GiB; a display server without a CUDA context takes less."""
-FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""The machine's own PID namespace (PROC_PID_INIT_INO in the kernel's proc_ns.h)."""
 GENERATIONS = 2
 """Process generations from a trial up to the parent of its run."""
 
@@ -398,80 +386,56 @@ GENERATIONS = 2
 class Neighbours:
     """Processes on the device, in bytes of device memory."""
 
-    used_bytes: Reading[int]
-    """Memory of all processes and the display, listed or not."""
     others: Reading[tuple[int, ...]]
     """PIDs of processes outside this run."""
     others_bytes: Reading[int]
     """Memory of `others`."""
     hidden_bytes: Reading[int]
     """Memory in use without a listed process."""
-    statement: str
-    """Why the list cannot be trusted; empty if it can."""
 
 
-def neighbours_of(device: NvmlDevice, *, generations: int = GENERATIONS, proc: Path = Path("/proc")) -> Neighbours:
+def find_neighbours(device: NvmlDevice, *, generations: int = GENERATIONS) -> Neighbours:
     """The processes that share the device with the run that this process belongs to.
 
     Args:
         device: an open device.
         generations: how far above this process the run's parent is; 0 if this process is the parent.
-        proc: mount point of procfs.
     """
     listed, used = device.occupants(), device.memory().then(lambda memory: int(memory.used))
     processes, unclear = listed.value or [], listed.reason
-    statement = f"other processes on the device cannot be seen ({unclear})" if unclear else ""
-    parent = list(itertools.islice(_ancestors(os.getpid(), proc), generations + 1))[-1]
-    others = [one for one in processes if parent not in _ancestors(one.pid, proc)]
-    unmapped = [one for one in processes if not (proc / str(one.pid)).exists()]
+    parent = list(itertools.islice(_ancestors(os.getpid()), generations + 1))[-1]
+    others = [one for one in processes if parent not in _ancestors(one.pid)]
+    unmapped = [one for one in processes if not Path(f"/proc/{one.pid}").exists()]
     if unmapped and os.getpid() not in [one.pid for one in processes]:  # PIDs of another namespace, perhaps its own
-        unclear = statement = (
+        unclear = (
             f"{len(unmapped)} listed processes have PIDs that do not exist in this container, so none of them can "
             "be distinguished from this run's own"
         )
-    total: Reading[int] = missing_reading(listed.reason) if listed.value is None else _sum(processes)
+    total: Reading[int] = missing_reading(listed.reason) if listed.value is None else _sum_memory(processes)
     hidden = (
         missing_reading(used.reason)
         if used.value is None
         else total.then(lambda size: max(0, (used.value or 0) - size))
     )
     return Neighbours(
-        used_bytes=used,
         others=missing_reading(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
-        others_bytes=missing_reading(unclear) if unclear else _sum(others),
+        others_bytes=missing_reading(unclear) if unclear else _sum_memory(others),
         hidden_bytes=hidden,
-        statement=statement or _describe_hidden_memory(hidden.value or 0, proc),
     )
 
 
-def _sum(processes: Iterable[Any]) -> Reading[int]:
+def _sum_memory(processes: Iterable[Any]) -> Reading[int]:
     sizes = [one.usedGpuMemory for one in processes]
     if None in sizes:
         return missing_reading("the driver does not report the memory of each process")
     return Reading(value=sum(map(int, sizes)))
 
 
-def _describe_hidden_memory(hidden_bytes: int, proc: Path) -> str:
-    if hidden_bytes <= UNEXPLAINED_LIMIT:
-        return ""
-    private = has_own_pids(proc)
-    reason = "this container has its own process numbers, so others are hidden" if private else "others are hidden"
-    return f"{format_bytes(hidden_bytes)} of device memory are in use, but no listed process uses them: {reason}"
-
-
-def has_own_pids(proc: Path) -> bool:
-    """Whether this process is in a container's PID namespace."""
-    try:
-        return os.readlink(proc / "self/ns/pid") != FIRST_PID_NAMESPACE  # noqa: PTH115 a link to no path
-    except OSError:
-        return False
-
-
-def _ancestors(pid: int, proc: Path) -> Iterator[int]:
+def _ancestors(pid: int) -> Iterator[int]:
     """The process itself, its parent, and so on, as far as they are visible."""
     while pid > 0:
         yield pid
         try:
-            pid = int((proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):  # the process has just ended, or belongs to another container
             return

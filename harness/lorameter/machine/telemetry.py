@@ -19,6 +19,7 @@ these updates, and is not reported. On a Grace Hopper the counter covers the who
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ from lorameter.machine.nvml import (
     POWER_CAPPED,
     PROTECTING,
     NvmlDevice,
-    neighbours_of,
+    find_neighbours,
     open_device,
 )
 from lorameter.machine.reading import Reading, counter_increase, missing_reading
@@ -67,61 +68,101 @@ _COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {
 """Values of the record: the readings at the ends of the stretches from which each is computed, and the function."""
 
 
-class GpuTelemetry:
-    """The telemetry of a GPU over all stretches between `begin` and `end`.
+class Telemetry:
+    """Telemetry of host and GPU around the timed stretches of one phase of a trial.
+
+    `begin` and `end` take the time of about twelve NVML readings, and together 0.3 ms on the host; call both outside
+    the timed stretch. Not thread-safe.
 
     Energy is the difference from the first start to the last end, so it includes the time between stretches: a
     millisecond between turns of 50 ms or more. Request it only if no other trial takes turns.
     """
 
-    def __init__(self, device: NvmlDevice, *, energy: bool, generations: int = GENERATIONS) -> None:
-        self._device = device
+    def __init__(
+        self,
+        phase: str,
+        open_gpu: Callable[[], Reading[NvmlDevice]] | None = None,
+        *,
+        energy: bool = False,
+        generations: int = GENERATIONS,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            phase: part of the values' names: "train" or "generate".
+            open_gpu: opens the GPU of the trial, at the first `begin`; None for a trial on a CPU.
+            energy: whether only this trial uses the device's energy.
+            generations: process generations up to the parent of the run, whose processes do not count as others.
+        """
+        self._phase = phase
+        self._open_gpu = open_gpu
         self._energy = energy
         self._generations = generations
+        self.host = HostTelemetry()
+        """The counters of the machine."""
+        self._gpu: NvmlDevice | None = None
         self._first: tuple[float, Reading[float]] | None = None
-        self._before: dict[str, Reading[Any]] | None = None
+        """Time and energy counter at the start of the first stretch."""
+        self._before: dict[str, Reading[Any]] = {}
+        """Readings at the start of the current stretch."""
         self._clock_sampled = False
-        self._found: dict[str, list[float]] = {}
+        """Whether the clock was read during the current stretch."""
+        self._samples: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
-        """Names of values that this GPU does not provide, with the reason."""
+        """Names of values that the GPU does not provide, with the reason; "all" if there is no GPU."""
 
-    def begin(self, now_s: float) -> None:
-        """Read before a timed stretch; `now_s` is on the same clock as in `end`."""
-        self._before = self._device.sample()
-        self._keep_events(self._before)
-        self._clock_sampled = False
-        self._first = self._first or (now_s, self._before["energy_j"])
+    def begin(self) -> None:
+        """Read before a timed stretch. The first call opens the device."""
+        if self._open_gpu is not None:
+            opened, self._open_gpu = self._open_gpu(), None
+            self._gpu = opened.value
+            if opened.value is None:
+                self.missing["all"] = opened.reason
+        if self._gpu is not None:
+            now_s = time.monotonic()
+            self._before = self._gpu.sample()
+            self._add_events(self._before)
+            self._clock_sampled = False
+            self._first = self._first or (now_s, self._before["energy_j"])
+        self.host.begin()
 
     def look(self) -> None:
-        """Read the clocks while the timed work runs. Clocks of a GPU that is already idle are left out."""
-        seen = self._device.clocks()
-        if IDLE not in (seen["events"].value or ()):
-            self._keep_events(seen)
-            self._keep("sm_clock_hz", seen["sm_clock_hz"])
-            self._clock_sampled = self._clock_sampled or seen["sm_clock_hz"].known
+        """Read the clocks while the timed work runs on the GPU and the host would only wait. Clocks of a GPU that is
+        already idle are left out."""
+        if self._gpu is None:
+            return
+        clocks = self._gpu.clocks()
+        if IDLE not in (clocks["events"].value or ()):
+            self._add_events(clocks)
+            self._add("sm_clock_hz", clocks["sm_clock_hz"])
+            self._clock_sampled = self._clock_sampled or clocks["sm_clock_hz"].known
 
-    def end(self, now_s: float) -> dict[str, float]:
-        """Read after a timed stretch; returns the values so far."""
-        assert self._before is not None, "end() without begin()"
-        assert self._first is not None
-        (before, self._before), last = (self._before, None), self._device.sample()
-        self._keep_events(last)
+    def end(self) -> dict[str, float]:
+        """Read after a timed stretch; returns all values so far, by their names in the record."""
+        host = self.host.end()
+        gpu = {} if self._gpu is None else self._end_gpu(self._gpu)
+        values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
+        return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
+
+    def _end_gpu(self, gpu: NvmlDevice) -> dict[str, float]:
+        now_s, last = time.monotonic(), gpu.sample()
+        self._add_events(last)
         if not self._clock_sampled and IDLE not in (last["events"].value or ()):
-            self._keep("sm_clock_hz", last["sm_clock_hz"])
+            self._add("sm_clock_hz", last["sm_clock_hz"])
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
-            self._keep(name, last[name])
+            self._add(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
-            self._keep(name, counter_increase(before[name], last[name]))
-        others = neighbours_of(self._device, generations=self._generations)
-        self._keep("others", others.others.then(lambda pids: float(len(pids))))
+            self._add(name, counter_increase(self._before[name], last[name]))
+        others = find_neighbours(gpu, generations=self._generations)
+        self._add("others", others.others.then(lambda pids: float(len(pids))))
         for name in ("others_bytes", "hidden_bytes"):
-            self._keep(name, getattr(others, name).then(float))
+            self._add(name, getattr(others, name).then(float))
         totals = {
-            name: combine(self._found[source])
+            name: combine(self._samples[source])
             for name, (source, combine) in _COMBINED.items()
-            if source in self._found and source not in self.missing
+            if source in self._samples and source not in self.missing
         }
-        if self._energy:
+        if self._energy and self._first is not None:
             seconds = now_s - self._first[0]
             energy = energy_between(self._first[1], last["energy_j"], seconds)
             self.missing.pop("energy_j", None)  # the stretches may be long enough by now
@@ -131,78 +172,21 @@ class GpuTelemetry:
                 totals |= {"energy_j": energy.value, "energy_s": seconds}
         return totals
 
-    def _keep_events(self, seen: Mapping[str, Reading[Any]]) -> None:
-        events = seen["events"]
-        self._keep("samples", events.then(lambda words: 1.0))
-        self._keep("throttled_samples", events.then(lambda words: float(bool(PROTECTING & set(words)))))
-        self._keep("power_capped_samples", events.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
+    def _add_events(self, readings: Mapping[str, Reading[Any]]) -> None:
+        events = readings["events"]
+        self._add("samples", events.then(lambda words: 1.0))
+        self._add("throttled_samples", events.then(lambda words: float(bool(PROTECTING & set(words)))))
+        self._add("power_capped_samples", events.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
 
-    def _keep(self, name: str, reading: Reading[float]) -> None:
+    def _add(self, name: str, reading: Reading[float]) -> None:
         if reading.value is None:
             self.missing[name] = reading.reason
         else:
-            self._found.setdefault(name, []).append(reading.value)
-
-
-class Telemetry:
-    """Telemetry of host and device around the timed stretches of one phase of a trial.
-
-    `begin` and `end` take the time of about twelve NVML readings, and together 0.3 ms on the host; call both outside
-    the timed stretch. Not thread-safe.
-    """
-
-    def __init__(
-        self,
-        phase: str,
-        device: str,
-        *,
-        energy: bool = False,
-        generations: int = GENERATIONS,
-    ) -> None:
-        """Opens nothing yet.
-
-        Args:
-            phase: part of the values' names: "train" or "generate".
-            device: torch device type of the trial; NVML is read on CUDA only.
-            energy: whether only this trial uses the device's energy.
-            generations: process generations up to the parent of the run, whose processes do not count as others.
-        """
-        self._phase = phase
-        self._device = device
-        self._energy = energy
-        self._generations = generations
-        self._host = HostTelemetry()
-        self._gpu: GpuTelemetry | None = None
-        self._no_gpu = ""
-
-    def begin(self) -> None:
-        """Read before a timed stretch. The first call opens the device."""
-        if self._gpu is None and self._device.startswith("cuda") and not self._no_gpu:
-            opened = open_torch_gpu(self._device)
-            self._no_gpu = opened.reason
-            if opened.value is not None:
-                self._gpu = GpuTelemetry(opened.value, energy=self._energy, generations=self._generations)
-        if self._gpu is not None:
-            self._gpu.begin(time.monotonic())
-        self._host.begin()
-
-    def look(self) -> None:
-        """Read the clocks while the timed work runs on the GPU and the host would only wait."""
-        if self._gpu is not None:
-            self._gpu.look()
-
-    def end(self) -> dict[str, float]:
-        """Read after a timed stretch; returns all values so far, by their names in the record."""
-        host = self._host.end()
-        gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
-        values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
-        return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
+            self._samples.setdefault(name, []).append(reading.value)
 
     def notice(self) -> Notice | None:
         """A notice about the GPU's values that could not be measured; None if none is missing, and on a CPU."""
-        absent = {} if self._gpu is None else self._gpu.missing
-        reasons = {name: why for name, why in absent.items() if name not in SUBSTITUTED}
-        reasons |= {"all": self._no_gpu} if self._no_gpu else {}
+        reasons = {name: why for name, why in self.missing.items() if name not in SUBSTITUTED}
         if not reasons:
             return None
         return Notice(
@@ -210,6 +194,11 @@ class Telemetry:
             message="; ".join(f"{telemetry_key('device', name, self._phase)}: {why}" for name, why in reasons.items()),
             remedy="`lorameter doctor` says what this machine can measure, and what would change that.",
         )
+
+
+def gpu_opener(device: str) -> Callable[[], Reading[NvmlDevice]] | None:
+    """A function that opens the GPU of a torch device; None for a CPU."""
+    return functools.partial(open_torch_gpu, device) if device.startswith("cuda") else None
 
 
 def open_torch_gpu(device: str) -> Reading[NvmlDevice]:
@@ -236,12 +225,12 @@ def energy_between(first: Reading[float], last: Reading[float], seconds: float) 
     decreased: it has 64 bits and counts from the loading of the driver, so it was reset in between, and the count until
     then is lost.
     """
-    spent = counter_increase(first, last)
-    if spent.known and seconds < MIN_S:
+    energy = counter_increase(first, last)
+    if energy.known and seconds < MIN_S:
         return missing_reading(
             f"{seconds:.2f} s were measured, and the energy counter may be updated every {COUNTER_PERIOD_S:g} s only: "
             f"below {MIN_S:g} s, a difference is too uncertain"
         )
-    if spent.value == 0:
+    if energy.value == 0:
         return missing_reading(f"the energy counter stayed at {last.value:.3f} J for {seconds:.2f} s")
-    return spent
+    return energy

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from lorameter.machine.nvml import GENERATIONS
-from lorameter.machine.telemetry import MIN_S, Telemetry
+from lorameter.machine.telemetry import MIN_S, Telemetry, gpu_opener
 from lorameter.records.record import PartialRecord
 from lorameter.studies.request import COMMANDS, Command, TrialRequest
 
@@ -148,8 +148,9 @@ class TrialTelemetry:
         )
         self._needs_steps = alone and "steps" not in request.measures and request.device.startswith("cuda")
         self._energy = alone and request.device.startswith("cuda")
+        open_gpu = gpu_opener(request.device)
         self._watches = {
-            phase: Telemetry(phase, request.device, energy=alone and phase == "train", generations=generations)
+            phase: Telemetry(phase, open_gpu, energy=alone and phase == "train", generations=generations)
             for phase in {one.telemetry_phase for one in COMMANDS.values() if one.telemetry_phase}
         }
         self._steps = 0

@@ -31,13 +31,9 @@ from lorameter import wire
 from lorameter.attach.launch import HOOKED, NOT_HOOKED, SOCKET, read_missing_packages, socket_address
 from lorameter.errors import UsageError, redact
 from lorameter.machine import provenance
-from lorameter.machine.host import HostTelemetry
 from lorameter.machine.nvml import open_device
 from lorameter.machine.processes import (
-    STOP_SIGNALS,
     OrphanReaper,
-    delay_signals,
-    end_with_parent,
     exit_words,
     explain_kill,
     find_marked,
@@ -45,7 +41,7 @@ from lorameter.machine.processes import (
     kill_group,
     kill_marked,
 )
-from lorameter.machine.telemetry import GpuTelemetry, telemetry_key
+from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec
 from lorameter.records.os_errors import mentions_out_of_memory
 from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
@@ -75,6 +71,10 @@ def has_own_interpreter(host: Host) -> bool:
     return host != Host() and host.cwd is None
 
 
+UNRELATED = (
+    "host_involuntary_switches_train", "device_others_train", "device_others_train_bytes", "device_hidden_train_bytes",
+)  # fmt: skip
+"""Telemetry of this process, not of the script: its switches, and the processes on the GPU that are not its own."""
 POLL_S = 0.05
 """Seconds between two looks at a process that has not connected yet."""
 END_TIMEOUT_S = 10.0
@@ -105,26 +105,24 @@ class ScriptProcess:
         self._hooked = Path(variables[HOOKED])
         self._marker = f"{SOCKET}={turns}".encode()
         self._log, self._log_begin = log, log.stat().st_size if log.is_file() else 0
-        parent = os.getpid()
         with contextlib.ExitStack() as stack:
-            with delay_signals(STOP_SIGNALS):  # a signal waits until the process is registered and can be killed
-                self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-                stack.callback(OrphanReaper(self._marker).close)
-                self._listener.bind(socket_address(turns))
-                self._listener.listen(8)
-                self.begun_s = time.monotonic()
-                with log.open("ab") as file:
-                    self._process = subprocess.Popen(
-                        list(words),
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=file,
-                        env=dict(variables),
-                        cwd=folder,
-                        start_new_session=True,
-                        preexec_fn=lambda: end_with_parent(parent),
-                    )
-                stack.callback(self.kill)
+            self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            stack.callback(OrphanReaper(self._marker).close)
+            self._listener.bind(socket_address(turns))
+            self._listener.listen(8)
+            stack.callback(kill_marked, self._marker)  # before the start, which a signal may interrupt at its end
+            self.begun_s = time.monotonic()
+            with log.open("ab") as file:
+                self._process = subprocess.Popen(
+                    list(words),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    env=dict(variables),
+                    cwd=folder,
+                    start_new_session=True,
+                )
+            stack.callback(self.kill)
             self._started = stack.pop_all()
 
     def connect(self, timeout_s: float) -> Connection:
@@ -204,8 +202,7 @@ class ScriptWorker(Worker):
         self._process: ScriptProcess | None = None
         self._request: dict[str, Any] = {}
         self._may_pin = False
-        self._host = HostTelemetry()
-        self._gpu: GpuTelemetry | None = None
+        self._telemetry = Telemetry("train")
 
     def ask(self, command: str, trial: str, timeout_s: float, **arguments: Any) -> PartialRecord:
         """Carry out a command. Raises `WorkerLostError`."""
@@ -244,24 +241,20 @@ class ScriptWorker(Worker):
         self.pid = hello.pid
         super().ask("prepare", trial, timeout_s, request=self._request)
         record = super().ask("build", trial, timeout_s)
-        if hello.device == "cuda" and (device := open_device().value) is not None:
-            self._gpu = GpuTelemetry(device, energy=False)
+        if hello.device == "cuda":
+            self._telemetry = Telemetry("train", open_device)
         alone = record.values.get("threads") == record.values.get("ranks") == 1.0
         self._may_pin = alone and hello.device == "cpu" and not has_children(hello.pid)
         return msgspec.structs.replace(record, values=record.values | ready)
 
     def _turn(self, trial: str, timeout_s: float, steps: int) -> PartialRecord:
         """Timed steps, and the state of the machine during them. Per-process counters would describe this process, and
-        the other processes on the GPU are other scripts, so neither is read."""
-        if self._gpu is not None:
-            self._gpu.begin(time.monotonic())
-        self._host.begin()
+        the other processes on the GPU are other scripts, so neither is kept."""
+        self._telemetry.begin()
         record = super().ask("turn", trial, timeout_s, steps=steps)
-        host = self._host.end()
-        gpu = {} if self._gpu is None else self._gpu.end(time.monotonic())
-        neighbours = {"others", "others_bytes", "hidden_bytes"}
-        values = {telemetry_key("host", name, "train"): host[name] for name in host.keys() - {"involuntary_switches"}}
-        values |= {telemetry_key("device", name, "train"): gpu[name] for name in gpu.keys() - neighbours}
+        values = self._telemetry.end()
+        for name in UNRELATED:
+            values.pop(name, None)
         return msgspec.structs.replace(record, values=record.values | values)
 
     def death_error(self, phase: str) -> WorkerLostError:
