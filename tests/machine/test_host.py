@@ -1,6 +1,6 @@
 """Tests of host telemetry: kernel counters over a period, on a constructed file tree and on this machine.
 
-Tests of signals that wait for the end of a block, and of the description of how a process ended.
+Tests of the end of a process.
 
 Tests of the disturbances of a trial: value, limit and remedy; only a value past its limit makes the trial
 invalid.
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -26,7 +24,6 @@ from lorameter.machine.host import (
     memory_bytes,
     system_facts,
 )
-from lorameter.machine.processes import delay_signals
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -151,48 +148,6 @@ def test_settings_are_read_where_the_kernel_keeps_them(root):
     assert not facts["quota_cpus"].known
     (root({}) / f"{cpu}/intel_pstate/no_turbo").unlink()
     assert system_facts(root({f"{cpu}/cpufreq/boost": "0\n"}))["turbo"].value is False
-
-
-@pytest.fixture
-def received():
-    """The signals that a handler of SIGUSR1 received."""
-    numbers = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: numbers.append(number))
-    yield numbers
-    signal.signal(signal.SIGUSR1, before)
-
-
-@pytest.mark.parametrize("threads", [0, 1])
-def test_a_signal_waits_for_the_end_of_the_block(received, threads):
-    """The signal waits whatever the number of threads, and also where the block fails."""
-    over = threading.Event()
-    others = [threading.Thread(target=over.wait) for _ in range(threads)]
-    for other in others:
-        other.start()
-
-    def fail():
-        with delay_signals([signal.SIGUSR1]):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            over.wait(0.05)
-            raise ZeroDivisionError(f"so far {received}")
-
-    try:
-        with pytest.raises(ZeroDivisionError, match=r"so far \[\]"):
-            fail()
-    finally:
-        over.set()
-        for other in others:
-            other.join()
-    assert received == [signal.SIGUSR1]
-
-
-def test_a_signal_that_is_ignored_stays_ignored(received):
-    """An ignored signal stays ignored, as SIGHUP under nohup, so that child processes inherit it unchanged."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    with delay_signals([signal.SIGUSR1]):
-        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
-        os.kill(os.getpid(), signal.SIGUSR1)
-    assert received == []
 
 
 @pytest.mark.parametrize("code", [0, 3])

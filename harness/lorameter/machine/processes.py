@@ -3,8 +3,8 @@
 The parent kills a worker that does not answer, the zygote kills its children when it ends, and a
 measuring process ends with its parent in every case.
 
-The kernel kills a script when its parent ends, but not the processes that a launcher has started in new sessions:
-`OrphanReaper` kills those. It runs this module as a file, which imports only the standard library.
+A script's launcher starts processes in new sessions, which no signal to the script reaches. `OrphanReaper` kills all
+processes of a script when the parent ends. It runs this module as a file, which imports only the standard library.
 
 CPUs of one machine differ in speed at any moment: another thread on the same core, of this machine or of another guest
 on the host, slows a CPU down, and no counter of a virtual machine shows it. A process tends to stay on its CPU, so one
@@ -109,25 +109,6 @@ def handle_signals(
     finally:
         for number, found in before.items():
             signal.signal(number, found)
-
-
-@contextlib.contextmanager
-def delay_signals(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Delay these signals until the block has ended.
-
-    An exception that a signal handler raises while Python forks is lost: it occurs in a function that runs after a
-    fork, whose errors are ignored. Blocking the signals would not suffice: in a process with several threads (numpy
-    starts some), another thread receives them, and the handlers still run in the main thread. So the signals
-    temporarily get another handler.
-    """
-    received: list[int] = []
-    try:
-        with handle_signals(signals, lambda number, frame: received.append(number)):
-            yield
-    finally:
-        with contextlib.ExitStack() as stack:  # an exception of one handler must not skip the others
-            for arrived in reversed(received):
-                stack.callback(signal.raise_signal, arrived)
 
 
 def exit_words(code: int | None) -> str:
