@@ -16,7 +16,7 @@ import pytest
 from lorameter import cli
 from lorameter.errors import UsageError
 from lorameter.records import codec, store
-from lorameter.records.fileio import hold_exclusively, write_document
+from lorameter.records.fileio import write_document
 from lorameter.records.record import Notice
 from lorameter.results import prune as packing
 from lorameter.results.history import list_runs
@@ -76,7 +76,7 @@ def test_a_run_under_way_is_never_pruned(runs):
     """A run that is being measured is kept, whether it began before or after the selection."""
     rewritten(runs / "run0", status="running")
     for run, keep in (("run0", 4), ("run1", 3)):  # the second is being resumed, which its manifest does not record yet
-        with hold_exclusively(runs / run / store.TRIALS, ""):
+        with store.lock_run(runs / run):
             assert names(prune(runs, keep=keep).staying) == [run]
         assert (runs / run / "manifest.json").is_file()
         (runs / run).rename(runs.parent / run)
@@ -198,7 +198,7 @@ def test_a_run_under_way_and_an_existing_output_are_refused(mine, tmp_path):
         pack("nothing", mine.parent)
     manifest = store.read_manifest(mine)
     write_document(mine / "manifest.json", packing.codec.to_json(manifest) | {"status": "running"})
-    with hold_exclusively(mine / store.TRIALS, ""), pytest.raises(UsageError, match="being measured"):
+    with store.lock_run(mine), pytest.raises(UsageError, match="being measured"):
         pack("mine", mine.parent, tmp_path / "y.zip")
 
 

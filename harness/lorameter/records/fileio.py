@@ -25,7 +25,6 @@ import stat
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,19 +114,13 @@ def journal_lines(path: Path) -> Iterator[str]:
     """
     if not is_there(path):
         return
-    with explain_unreadable(path), open_plain(path) as file:
-        while line := file.readline(MAX_BYTES + 1):
-            if len(line) > MAX_BYTES:
-                raise NotReadableError(f"one line has more than {MAX_BYTES >> 20} MiB")
-            if not line.isspace():
-                yield line.decode("utf-8", errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def explain_unreadable(path: Path) -> Iterator[None]:
-    """Convert an error while reading `path` into a `UsageError` with its remedy."""
     try:
-        yield
+        with open_plain(path) as file:
+            while line := file.readline(MAX_BYTES + 1):
+                if len(line) > MAX_BYTES:
+                    raise NotReadableError(f"one line has more than {MAX_BYTES >> 20} MiB")
+                if not line.isspace():
+                    yield line.decode("utf-8", errors="backslashreplace")
     except NotReadableError as error:
         raise UsageError(f"{path}: cannot be read: {error}. Restore it, or remove it.") from None
     except OSError as error:
@@ -259,36 +252,19 @@ TEST_LOCK_S = 1.0
 """Maximum time for which a process that only tests the lock (`is_locked`) may delay one that wants it."""
 
 
-@contextmanager
-def hold_lock(target: Path, waiting: str, report: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock of `target` during the block; `waiting` is reported if another process holds it."""
+@contextlib.contextmanager
+def hold_lock(target: Path, busy: str, report: Callable[[str], object]) -> Iterator[None]:
+    """Hold the lock of `target` during the block. If another process holds it, `report` gets the message `busy`; it may
+    raise an exception, which ends the wait."""
     import filelock
 
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(lock_file(target))
     try:
-        acquired = lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=TEST_LOCK_S)
     except filelock.Timeout:
-        report(waiting)
+        report(busy)
         acquired = lock.acquire()
-    with acquired:
-        yield
-
-
-@contextmanager
-def hold_exclusively(target: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock of `target` during the block, without waiting for another process.
-
-    Raises:
-        UsageError: another process holds it; `refusal` is the message.
-    """
-    import filelock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        acquired = filelock.FileLock(lock_file(target)).acquire(timeout=TEST_LOCK_S)
-    except filelock.Timeout:
-        raise UsageError(refusal) from None
     with acquired:
         yield
 
@@ -299,15 +275,13 @@ def is_locked(target: Path) -> bool:
 
     if not lock_file(target).is_file():
         return False
-    lock = filelock.FileLock(lock_file(target))
     try:
-        lock.acquire(timeout=0)
+        with filelock.FileLock(lock_file(target)).acquire(timeout=0):
+            return False
     except filelock.Timeout:
         return True
     except OSError:  # a read-only copy has no writer
         return False
-    lock.release()
-    return False
 
 
 def lock_file(target: Path) -> Path:

@@ -25,14 +25,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import msgspec
 
 from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
-from lorameter.records.fileio import hold_exclusively, is_locked, scratch_folder, write_document, write_whole
+from lorameter.records.fileio import hold_lock, is_locked, scratch_folder, write_document, write_whole
 from lorameter.records.os_errors import MACHINE_ERRORS, translate_os_errors, translate_write_errors
 from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
 from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, encode_record, read_trials, with_steps
@@ -296,7 +296,7 @@ def _read(path: Path, name: str, folder: Path) -> Run:
     collects = gc.isenabled()
     gc.disable()  # records have no reference cycles, and collections during a large run take as long as the reading
     try:
-        found = list(read_trials(path, name))
+        found = read_trials(path, name)
     finally:
         if collects:
             gc.enable()
@@ -343,7 +343,11 @@ def is_live(path: Path, manifest: Manifest) -> bool:
 
 def lock_run(path: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the run in this directory for writing. Raises `UsageError` if another process holds it."""
-    return hold_exclusively(path / TRIALS, refusal_while_live(path))
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(message)
+
+    return hold_lock(path / TRIALS, refusal_while_live(path), refuse)
 
 
 def refusal_while_live(path: Path) -> str:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,54 +52,33 @@ _FIELDS = tuple(field.name for field in msgspec.structs.fields(TrialRecord) if f
 
 
 class EvidenceFile:
-    """The checks of one run by hash; read only as far as needed, so that a run can be read while it is written."""
+    """The checks of one run by hash."""
 
     def __init__(self, folder: Path) -> None:
+        """Read the checks of a run's folder. Raises `UsageError` if its file exists but cannot be read."""
         self._path = folder / CHECKS
         self._checks: dict[str, dict[str, Any]] = {}
-        self._read_bytes = 0
+        for line in fileio.journal_lines(self._path):
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+                stored = _CHECK.decode(line)
+                if stored.hash == _hash_of(stored.check):
+                    self._checks[stored.hash] = stored.check
 
     def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         """The hashes of these checks; new checks are on disk afterwards. Checks are redacted, because they may repeat
-        an error's text.
-
-        Raises:
-            OSError: writing failed.
-            UsageError: the existing file does not contain evidence.
-        """
-        self._read_on()
+        an error's text. Raises OSError if writing failed."""
         hashed = [(_hash_of(check), check) for check in map(_redacted, checks)]
         new = {name: check for name, check in hashed if name not in self._checks}
         if new:
             lines = [f'{{"hash": "{name}", "check": {codec.dumps(check)}}}\n' for name, check in new.items()]
             fileio.append(self._path, "".join(lines))
+            self._checks |= new
         return tuple(name for name, _ in hashed)
 
     def find(self, hashes: Sequence[str]) -> tuple[dict[str, Any], ...] | None:
-        """The checks with these hashes; None if one of them does not exist.
-
-        Raises:
-            UsageError: the file exists but cannot be read.
-        """
-        if not all(name in self._checks for name in hashes):
-            self._read_on()
+        """The checks with these hashes; None if one of them does not exist."""
         found = tuple(self._checks[name] for name in hashes if name in self._checks)
         return found if len(found) == len(hashes) else None
-
-    def _read_on(self) -> None:
-        """Read the lines added since the last call; an incomplete line is left for the next call."""
-        if not fileio.is_file(self._path) or self._path.stat().st_size == self._read_bytes:
-            return
-        with fileio.explain_unreadable(self._path), fileio.open_plain(self._path) as file:
-            file.seek(self._read_bytes)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._read_bytes += len(line)
-                with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-                    stored = _CHECK.decode(line)
-                    if stored.hash == _hash_of(stored.check):
-                        self._checks[stored.hash] = stored.check
 
 
 _redact = functools.lru_cache(maxsize=4096)(redact)
@@ -132,23 +111,27 @@ def find_fault(record: TrialRecord) -> str | None:
     return None
 
 
-def read_trials(folder: Path, name: str) -> Iterator[TrialRecord | None]:
+def read_trials(folder: Path, name: str) -> list[TrialRecord | None]:
     """Read every line of a run's trials.jsonl as a record with its evidence; None for a damaged line, which a crash
     truncated or whose evidence is lost.
 
     Raises:
         UsageError: a line is not a record of this schema.
     """
-    evidence = EvidenceFile(folder)
+    stored: list[StoredRecord | None] = []
     for line in fileio.journal_lines(folder / TRIALS):
         try:
-            stored = _read_line(line, f"{name}, {TRIALS}", folder / TRIALS)
+            stored.append(_read_line(line, f"{name}, {TRIALS}", folder / TRIALS))
         except codec.NotReadableError:
-            yield None
-            continue
-        checks = evidence.find(stored.checks)
-        fields = {field: getattr(stored, field) for field in _FIELDS}
-        yield None if checks is None else TrialRecord(checks=checks, **fields)
+            stored.append(None)
+    evidence = EvidenceFile(folder)  # read after the records, because it is written before them
+    return [None if record is None else _add_checks(record, evidence) for record in stored]
+
+
+def _add_checks(stored: StoredRecord, evidence: EvidenceFile) -> TrialRecord | None:
+    checks = evidence.find(stored.checks)
+    fields = {field: getattr(stored, field) for field in _FIELDS}
+    return None if checks is None else TrialRecord(checks=checks, **fields)
 
 
 def _read_line(line: str, where: str, source: Path) -> StoredRecord:
@@ -187,12 +170,9 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def encode_step(step: Step) -> bytes:
-    """The line of a step. It is written while a training waits, and `codec` would take five times as long."""
-    try:
-        text = json.dumps({"samples": step.samples, "values": step.values, "memory": step.memory}, allow_nan=False)
-    except ValueError:  # NaN and infinity, which JSON does not have
-        text = codec.dumps(step)
-    return f"{text}\n".encode()
+    """The line of a step. It is written while a training waits, and `codec` would take five times as long. A loss may
+    be NaN, which only Python reads; the file is removed when the run has ended."""
+    return f"{json.dumps({'samples': step.samples, 'values': step.values, 'memory': step.memory})}\n".encode()
 
 
 def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
@@ -209,7 +189,7 @@ def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
             samples.setdefault(name, []).append(value)
         values |= step.values
         memory |= step.memory
-    whole = {name: tuple(value for value in found if value is not None) for name, found in samples.items()}
-    seen = {name: found for name, found in whole.items() if len(found) == len(samples[name])}
-    turns = (1,) * len(seen.get("step_time_s", ()))
-    return record.replaced(samples=record.samples | seen, turn_lengths=turns, values=values, memory=memory)
+    known = {name: tuple(value for value in column if value is not None) for name, column in samples.items()}
+    complete = {name: column for name, column in known.items() if len(column) == len(samples[name])}
+    turns = (1,) * len(complete.get("step_time_s", ()))
+    return record.replaced(samples=record.samples | complete, turn_lengths=turns, values=values, memory=memory)
