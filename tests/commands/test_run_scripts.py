@@ -21,8 +21,7 @@ COMMAND = "python scripted.py {slow|plain}"
     ("words", "said"),
     [
         (["compile", "--command", "python scripted.py plain"], "nothing differs"),
-        (["compile", "--command", "python scripted.py {"], "an unmatched brace"),
-        (["compile", "--command", "python scripted.py {}"], "empty braces"),
+        (["compile", "--command", "python scripted.py {"], "braces that hold neither"),
         (["training-step", "--command", COMMAND], "it has no claim about an engine"),
         (["--command", COMMAND], "no study named"),
         (["compile", "--command", COMMAND, "--model", "tiny-llama"], "model = 'tiny-llama'"),

@@ -164,37 +164,37 @@ def read(tmp_path):
         ("python train.py {--flag}", "python train.py", "python train.py --flag"),
         ("python train.py {--a 1} -x {--b 2}", "python train.py -x", "python train.py --a 1 -x --b 2"),
         ("python train.py --optim {one|two}", "python train.py --optim one", "python train.py --optim two"),
-        ("python train.py --set {{a}} {--f}", "python train.py --set '{a}'", "python train.py --set '{a}' --f"),
-        ("python t.py {--json '{{\"a\": 1}}'}", "python t.py", "python t.py --json '{\"a\": 1}'"),
         ("python 'my train.py' {--flag}", "python 'my train.py'", "python 'my train.py' --flag"),
         ("python {train|faster}.py", "python train.py", "python faster.py"),
     ],
 )
 def test_braces_give_the_difference_of_two_commands(command, without, with_it):
-    """The test covers several braces, two alternatives, quoted words, and braces of the script itself."""
+    """The test covers several braces, two alternatives, and quoted words."""
     assert split_braces(command) == (without, with_it)
+
+
+OTHER_BRACES = "braces that hold neither {text} nor {without|with}"
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("python train.py", ["nothing differs", "'python train.py {--flag}'"]),
-        ("python train.py {}", ["empty braces"]),
-        ("python train.py {  }", ["empty braces"]),
-        ("python train.py {--flag", ["unmatched brace. Close it"]),
-        ("python train.py --flag}", ["unmatched brace"]),
-        ("python train.py {--a {--b}}", ["unmatched brace"]),
-        ("python train.py {--flag}}", ["unmatched brace. Close it"]),
-        ("python train.py {a|}", ["not two alternatives", "{without|with}"]),
-        ("python train.py {a|b|c}", ["not two alternatives"]),
+        ("python train.py {  }", ["nothing differs"]),
         ("python train.py {a|a}", ["nothing differs"]),
+        ("python train.py {}", [OTHER_BRACES]),
+        ("python train.py {--flag", [OTHER_BRACES]),
+        ("python train.py --flag}", [OTHER_BRACES]),
+        ("python train.py {--a {--b}}", [OTHER_BRACES]),
+        ("python train.py {a|}", [OTHER_BRACES]),
+        ("python train.py {a|b|c}", [OTHER_BRACES]),
+        ("""python train.py --cfg '{"r": 8}' {--flag}""", [OTHER_BRACES, "into a script"]),
+        ("python train.py --out ${HOME}/out {--flag}", [OTHER_BRACES]),
+        ("python train.py {{--flag}}", [OTHER_BRACES]),
         ("python train.py 'x {--flag}", ["Close the quote"]),
         ("python train.py | tee {log}", ["for a shell"]),
         ("{python train.py}", ["no program in it"]),
-        ("""python train.py --cfg '{"r": 8}' {--flag}""", ["belongs to the shell or the script", "{{ and }}"]),
-        ("python train.py --out ${HOME}/out {--flag}", ["belongs to the shell"]),
-        ("python train.py {{{--flag}}}", ["three braces in a row", "a blank between them"]),
-        ("", ["nothing differs"]),
+        ("", ["no program in it"]),
     ],
 )
 def test_an_invalid_pair_of_commands_is_refused(command, words):

@@ -4,7 +4,6 @@ One line describes a script with and without an engine; the text in braces is th
 
     python train.py --r 64 {--use_liger_kernel}              without it, and with it
     python train.py --optim {adamw_torch|adamw_torch_fused}  one, and the other
-    python train.py --set {{a}} {--flag}                     the script's own braces are doubled
 
 Several braces are switched together. The result is two ordinary commands.
 """
@@ -17,7 +16,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from lorameter.errors import UsageError, shorten
+from lorameter.errors import UsageError, require, shorten
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_words, script_workload, split_command
 from lorameter.studies.study import Study
@@ -60,42 +59,27 @@ def study_of_command(
 
 
 _LABEL = "--command"
-_BRACES = re.compile(r"\{\{|\}\}|\{(?P<group>(?:[^{}]|\{\{|\}\})*)\}|[{}]")
+_CHOICE = re.compile(r"(?<!\$)\{(?P<off>[^{}|\"'][^{}|]*)(?:\|(?P<on>[^{}|]+))?\}")
+"""Text in braces, or two alternatives; ${...} and {"..."} belong to the shell or the script."""
 
 
 def split_braces(command: str, example: str = "'python train.py {--flag}'") -> tuple[str, str]:
     """The command without and with the text in braces; each is a line of words. `example` is for error messages.
 
     Raises:
-        UsageError: the braces are missing, unbalanced, empty or nested, or there is no program.
+        UsageError: the text in braces makes no difference, there are other braces, or there is no program.
     """
-
-    def choose(found: re.Match[str], with_it: bool) -> str:
-        text, before = found["group"], command[found.start() - 1 : found.start()]
-        if text is None:
-            if found[0] in "{}":
-                raise _refused(command, "an unmatched brace", "Close it, or write {{ or }} for a literal brace")
-            return found[0][0]
-        if before == "$" or text[:1] in ("'", '"'):
-            raise _refused(command, "a brace that belongs to the shell or the script", "Double it: {{ and }}")
-        off, bar, on = text.replace("{{", "{").replace("}}", "}").partition("|")
-        if not text.strip():
-            raise _refused(command, "empty braces", f"Write the text that turns the engine on: {example}")
-        if bar and (not off.strip() or not on.strip() or "|" in on):
-            raise _refused(command, f"{{{text}}} is not two alternatives", "Write {without|with}")
-        return (on if with_it else off) if bar else (off if with_it else "")
-
-    if "{{{" in command or "}}}" in command:
-        raise _refused(command, "three braces in a row are ambiguous", "Put a blank between them")
-    lines = [_BRACES.sub(lambda found, one=one: choose(found, one), command) for one in (False, True)]  # type: ignore[misc]
-    if lines[0] == lines[1]:
-        raise _refused(command, "nothing differs", f"Put the text that turns the engine on into braces: {example}")
-    off, on = (shlex.join(split_command(_LABEL, line)) for line in lines)
+    named = f"{_LABEL} = {shorten(repr(command), 120)}"
+    require(
+        not set("{}") & set(_CHOICE.sub("", command)),
+        f"{named}: braces that hold neither {{text}} nor {{without|with}}. Remove them, or put a command that needs "
+        "them into a script.",
+    )
+    without = _CHOICE.sub(lambda choice: choice["off"] if choice["on"] else "", command)
+    with_it = _CHOICE.sub(lambda choice: choice["on"] or choice["off"], command)
+    off, on = (shlex.join(split_command(_LABEL, line)) for line in (without, with_it))
+    require(off != on, f"{named}: nothing differs. Put the text that turns the engine on into braces: {example}.")
     return off, on
-
-
-def _refused(command: str, why: str, remedy: str) -> UsageError:
-    return UsageError(f"{_LABEL} = {shorten(repr(command), 120)}: {why}. {remedy}.")
 
 
 def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
