@@ -223,12 +223,12 @@ class Variant(AnyVariant):
     @property
     def rewrites_base(self) -> bool:
         """Whether the adapter's initialisation changes the base weights in a way that saving it has to undo."""
-        return False
+        return self.setting("init_lora_weights") in ("olora", "pissa")
 
     @property
     def trains_base(self) -> bool:
         """Whether weights of the base also train."""
-        return False
+        return any(self.setting(key) not in (None, "none") for key in ("bias", "peft.bias"))
 
     @property
     def is_4bit(self) -> bool:
@@ -300,16 +300,6 @@ class LoraVariant(Variant):
             protocol.check_word(label, "target_modules", module)
             require(module, f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
 
-    @property
-    def rewrites_base(self) -> bool:
-        """Whether the adapter's initialisation changes the base weights in a way that saving it has to undo."""
-        return self.init_lora_weights in ("olora", "pissa")
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether biases of the base also train."""
-        return self.bias != "none"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftVariant(Variant):
@@ -332,11 +322,6 @@ class PeftVariant(Variant):
     def method_name(self) -> str:
         """PEFT's name of the method."""
         return str(self.peft["peft_type"])
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether biases of the base also train."""
-        return bool(self.peft.get("bias", "none") != "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
