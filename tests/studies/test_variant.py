@@ -252,7 +252,7 @@ def test_options_of_slurm_are_keys_and_values():
     """A value may hold commas; unknown keys are passed to sbatch."""
     sites, parameters = read_slurm("slurm:sites=4,partition=gpu,gres=gpu:1,exclude=n1,n2,time=90")
     assert sites == 4
-    assert parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": 90}
+    assert parameters == {"partition": "gpu", "gres": "gpu:1", "exclude": "n1,n2", "time": "90"}
     assert read_slurm("slurm") == read_slurm("slurm:") == (1, {})
 
 
@@ -261,13 +261,11 @@ def test_options_of_slurm_are_keys_and_values():
     [
         ("slurm:nodes=2", "'nodes' is not known. Use KEY=VALUE of sites, partition"),
         ("slurm:gpu", "'gpu' is not known"),
-        ("slurm:sites=0", "sites='0': a positive number"),
+        ("slurm:sites=0", "sites=0: 1 to 999"),
         ("slurm:sites=1000", "1 to 999"),
-        ("slurm:time=1h", "time='1h': a positive number"),
         ("slurm:partition=", "partition='': a text"),
         ("slurm:partition=a\n", "a text"),
         ("slurm:sites=1,sites=2", "sites is given twice"),
-        ("slurm:time=nan", "a positive number"),
     ],
 )
 def test_invalid_keys_and_values_are_refused(on, words):

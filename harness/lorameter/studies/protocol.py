@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lorameter.errors import UsageError, refused_value, require, shorten
 from lorameter.records.metrics import PHASES, Phase
@@ -170,11 +169,10 @@ class Protocol:
         return format_sites(self.sites) if self.on == HERE else format_on(self.on)
 
 
-SLURM_OPTIONS: Mapping[str, type] = {
-    "partition": str, "account": str, "qos": str, "reservation": str, "constraint": str, "nodelist": str,
-    "exclude": str, "gres": str, "gpus_per_node": int, "cpus_per_task": int, "mem": str, "time": int, "comment": str,
-    "exclusive": str,
-}  # fmt: skip
+SLURM_OPTIONS = (
+    "partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude", "gres", "gpus_per_node",
+    "cpus_per_task", "mem", "time", "comment", "exclusive",
+)  # fmt: skip
 """Options that are passed to sbatch, by sbatch's names."""
 
 
@@ -202,7 +200,7 @@ def is_slurm(on: str) -> bool:
     return on.partition(":")[0] == SLURM
 
 
-def read_slurm(on: str) -> tuple[int, dict[str, Any]]:
+def read_slurm(on: str) -> tuple[int, dict[str, str]]:
     """The number of jobs in the queue at a time, and the options passed on to sbatch, of a text such as
     "slurm:sites=4,partition=gpu,gres=gpu:1,time=60".
 
@@ -212,20 +210,19 @@ def read_slurm(on: str) -> tuple[int, dict[str, Any]]:
         UsageError: a key is unknown, or a value is invalid.
     """
     listed = on.partition(":")[2]
-    known = {"sites": int, **SLURM_OPTIONS}
-    found: dict[str, Any] = {}
+    known = ("sites", *SLURM_OPTIONS)
+    found: dict[str, str] = {}
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")
-        expected = f"Use KEY=VALUE of {', '.join(known)}."
-        require(key in known and equals, f"{format_on(on)}: {key!r} is not known. {expected}")
+        require(
+            key in known and equals, f"{format_on(on)}: {key!r} is not known. Use KEY=VALUE of {', '.join(known)}."
+        )
         require(key not in found, f"{format_on(on)}: {key} is given twice. Give it once.")
-        is_text = known[key] is str
-        valid = text.isprintable() and text if is_text else re.fullmatch("0*[1-9][0-9]{0,5}", text)
-        require(valid, f"{format_on(on)}: {key}={text!r}: a {'text' if is_text else 'positive number'} is expected.")
-        found[key] = known[key](text)
-    sites = found.pop("sites", 1)
-    require(0 < sites < 1000, f"{format_on(on)}: sites={sites}: 1 to 999 are possible.")
-    return sites, found
+        require(text and text.isprintable(), f"{format_on(on)}: {key}={text!r}: a text on one line is expected.")
+        found[key] = text
+    sites = found.pop("sites", "1")
+    require(re.fullmatch("[1-9][0-9]{0,2}", sites), f"{format_on(on)}: sites={sites}: 1 to 999 are possible.")
+    return int(sites), found
 
 
 MAX_VARIANTS = 1_000

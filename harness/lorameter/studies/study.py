@@ -73,7 +73,7 @@ class Study:
             require(names.count(name) == 1, f"{where}: variant name {name!r} is used twice. Rename one.")
         require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
         for key in self.replaced:
-            require(self._place_of(key), f"{where}: replaced = {key!r}: not a field of the study. Remove it.")
+            self._value_of_field(key)
         if self.scripts:
             require(
                 not self.built,
@@ -236,25 +236,25 @@ class Study:
     @property
     def deviations(self) -> tuple[str, ...]:
         """The differences from the original study, one line each."""
-        lines = []
-        for key, was in self.replaced.items():
-            owner, name = self._place_of(key) or (self, key)
-            now = getattr(owner, name)
-            if now != was:
-                lines.append(f"{key} = {_shown(now)} in place of {_shown(was)}")
-        return tuple(lines)
+        current = {key: self._value_of_field(key) for key in self.replaced}
+        return tuple(
+            f"{key} = {_shown(current[key])} in place of {_shown(original)}"
+            for key, original in self.replaced.items()
+            if current[key] != original
+        )
 
-    def _place_of(self, key: str) -> tuple[Any, str] | None:
-        """The part of the study and its field to which a key such as `workload.batch_size` refers; None for any other
-        key."""
+    def _value_of_field(self, key: str) -> Any:
+        """The value of a field that is given with its part of the study, as in `workload.batch_size`. Raises
+        `UsageError` if there is no such field."""
         section, _, name = key.partition(".")
         owners: dict[str, Any] = {
             "workload": self.workload,
             "protocol": self.protocol,
             "controls": self.variant(self.reference),
         }
-        owner = owners.get(section)
-        return (owner, name) if owner is not None and name in {one.name for one in dataclasses.fields(owner)} else None
+        fields = [one.name for one in dataclasses.fields(owners[section])] if section in owners else []
+        require(name in fields, f"study {self.name}: replaced = {key!r}: not a field of the study. Remove it.")
+        return getattr(owners[section], name)
 
     def variant(self, name: str) -> AnyVariant:
         """The variant with that name. Raises `UsageError` with the nearest names if there is none."""
