@@ -306,7 +306,6 @@ def test_its_own_profile_takes_precedence_over_its_own_key(tmp_path):
 
 
 ONE = "[[variant]]\nname = 'b'\n"
-IN_PEFT = 'a method of PEFT is named in peft. Write peft = { peft_type = "IA3" }.'
 
 
 @pytest.fixture
@@ -335,8 +334,8 @@ def answer(tmp_path, capsys):
         (f"[workload]\nlr = 1e-4\n{ONE}", "unknown key here. learning_rate is a key of [controls] and [[variant]]."),
         (f"[protocol]\nmax_length = 64\n{ONE}", "unknown key here. sequence_length is a key of [workload]."),
         (f"seed = 1\n{ONE}", "mine.toml: seed = 1: unknown key here. seed is a key of [protocol]."),
-        (f"[controls]\npeft_type = 'VERA'\n{ONE}", f"peft_type = 'VERA': {IN_PEFT}"),
-        (f"[controls]\nuse_vera = true\n{ONE}", f"use_vera = True: {IN_PEFT}"),
+        (f"[controls]\npeft_type = 'VERA'\n{ONE}", "peft_type = 'VERA': unknown key. Did you mean peft?"),
+        (f"[controls]\nuse_vera = true\n{ONE}", "use_vera = True: unknown key. Did you mean peft?"),
         ("[axes]\nlr = [1e-4, 2e-4]", "[axes]: lr = [0.0001, 0.0002]: unknown key. Did you mean learning_rate?"),
         ("[sweeps]\nrank = [8, 16]", "[sweeps]: rank = [8, 16]: unknown key. Did you mean r?"),
         ("[axes]\nworkload.batchsize = [1, 2]", "workload.batchsize = [1, 2]: unknown key. Did you mean batch_size?"),

@@ -91,10 +91,11 @@ OTHER_NAMES: Mapping[str, str] = {
     "num_train_epochs": "epochs",
     "max_steps": "turns",
     "steps": "turns",
+    **dict.fromkeys(
+        ("peft_type", "peft_method", "use_vera", "use_adalora", "use_loha", "use_lokr", "use_ia3", "use_oft"), "peft"
+    ),
 }
 """Keys of a study by other names in PEFT, transformers and TRL."""
-_METHODS = ("peft_type", "peft_method", "use_vera", "use_adalora", "use_loha", "use_lokr", "use_ia3", "use_oft")
-"""Keys that select another method than LoRA."""
 _FORMS: Mapping[type[AnyVariant], str] = {
     ScriptVariant: "a command, and its script says what is trained",
     PeftVariant: "a method of PEFT, whose own fields are written as peft.KEY",
@@ -447,9 +448,6 @@ def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown
     other names and in other tables before the nearest spelling is suggested.
     """
     shown, meant = shown or key, OTHER_NAMES.get(key, key)
-    if key in _METHODS:
-        why = "a method of PEFT is named in peft"
-        return refused_value(where, shown, value, why, 'Write peft = { peft_type = "IA3" }.')
     if meant not in known and (home := next((table for table, keys in KEYS.items() if meant in keys), None)):
         return refused_value(where, shown, value, "unknown key here", f"{meant} is a key of {_CALLED[home]}.")
     near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
