@@ -31,7 +31,14 @@ from typing import Any
 
 from lorameter.machine.nvml import device_session
 from lorameter.machine.processes import holds_any
-from lorameter.machine.reading import Reading, counter_increase, missing_reading, read_file, unavailable
+from lorameter.machine.reading import (
+    Reading,
+    counter_increase,
+    missing_reading,
+    parse_fields,
+    read_file,
+    unavailable,
+)
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel does not record pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
@@ -175,10 +182,7 @@ def _fields(text: str) -> dict[str, int]:
 
 def host_bytes(field: str) -> int:
     """A memory field of /proc/self/status in bytes: VmRSS (resident now) or VmHWM (peak since the last reset)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}: host memory cannot be measured on this system")
+    return int(parse_fields(Path("/proc/self/status").read_text())[field].split()[0]) * 1024
 
 
 class PeakMemoryTracker:
@@ -298,8 +302,7 @@ def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:
     """Bytes from /proc/meminfo, which counts in units of 1024 that it calls kB."""
 
     def pick_from(text: str) -> int:
-        fields = (line.partition(":") for line in text.splitlines())
-        return pick({name: int(value.split()[0]) * 1024 for name, _, value in fields})
+        return pick({name: int(value.split()[0]) * 1024 for name, value in parse_fields(text).items()})
 
     return read_file(root / "proc/meminfo", pick_from, "there is no /proc/meminfo")
 

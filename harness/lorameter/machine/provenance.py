@@ -33,7 +33,7 @@ from typing import Any
 from lorameter.errors import UsageError
 from lorameter.machine.host import memory_available_bytes, memory_bytes, settings
 from lorameter.machine.nvml import device_session
-from lorameter.machine.reading import Reading
+from lorameter.machine.reading import Reading, parse_fields, read_file
 from lorameter.records import codec
 from lorameter.records.fileio import hash_file
 from lorameter.records.record import WorkerInfo
@@ -93,7 +93,7 @@ class Machine:
 
 def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
     """Read /proc, NVML and the installed torch's version file; `environment` as for `device_id`."""
-    cpu = _cpu_fields()
+    cpu = read_file(Path("/proc/cpuinfo"), parse_fields, "").value or {}
     cuda = _torch_cuda()
     name = cpu.get("model name", platform.processor() or platform.machine())
     facts, memory = _describe_gpu(environment)
@@ -292,15 +292,6 @@ def library_version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_fields() -> dict[str, str]:
-    fields: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    return fields
 
 
 def _torch_cuda() -> str | None:

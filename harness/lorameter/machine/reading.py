@@ -71,3 +71,12 @@ def read_file(path: Path, convert: Callable[[str], V], absent: str) -> Reading[V
         return Reading(value=convert(text))
     except (ValueError, LookupError, ArithmeticError):
         return missing_reading(f"{path} says {text[:60]!r}, which is not understood")
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """The fields of a file of the kernel with lines such as `VmRSS: 100 kB`; of several with one name, the first."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields
