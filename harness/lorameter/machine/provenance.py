@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.errors import UsageError
+from lorameter.machine.describe_env import installed_packages
 from lorameter.machine.host import memory_available_bytes, memory_bytes, settings
 from lorameter.machine.nvml import device_session
 from lorameter.machine.reading import Reading, parse_fields, read_file
@@ -364,17 +365,6 @@ SWITCHES = re.compile(r"TORCH_CUDNN_SDPA_\w+|PYTORCH_(\w+_)?ALLOC_CONF|NVIDIA_TF
 def normal_name(distribution: str) -> str:
     """A distribution's normalised name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def installed_packages() -> dict[str, str]:
-    """Version of each distribution by its normalised name; if there are several, the first on the path, which an import
-    would load."""
-    found: dict[str, str] = {}
-    for one in importlib.metadata.distributions():
-        metadata = one.metadata  # once: each access, also through `name` and `version`, reads and parses the file again
-        if name := metadata["Name"]:  # a half-removed distribution has no name
-            found.setdefault(normal_name(name), metadata["Version"])
-    return dict(sorted(found.items()))
 
 
 def own_software(cuda: str | None) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The interpreter and environment of a measuring process, its installed packages, and environments for requirements.
 
 The two sides of an A/B differ only in their host: both start the same command lines. A separate process reads the
-packages of a host with a script that uses only the standard library (`describe_env.py`), so that it works in an
-interpreter without lorameter and does not import torch.
+packages of a host with a script that uses only the standard library (`lorameter.machine.describe_env`), so that it
+works in an interpreter without lorameter and does not import torch.
 
 A side of an A/B with another version of a library must not change the current environment. So its requirements are
 installed into a virtual environment whose path continues into the current environment: the requirements and their
@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import msgspec
 
 from lorameter.errors import HIDDEN, InvalidRunError, UsageError, refused_value, require, shorten
+from lorameter.machine import describe_env
 from lorameter.machine.processes import kill_group
 from lorameter.machine.provenance import LIBRARIES, built_cuda_version, git_state, kernel_switches, library_version
 from lorameter.records.fileio import hold_lock
@@ -62,7 +63,7 @@ class Host:
 
 
 class InterpreterFacts(msgspec.Struct, frozen=True):
-    """Installed packages of an interpreter, as printed by `describe_env.py`."""
+    """Installed packages of an interpreter, as printed by `lorameter.machine.describe_env`."""
 
     python: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+")]
     executable: str
@@ -78,7 +79,7 @@ def inspect(host: Host, modules: Sequence[str] = ()) -> InterpreterFacts:
     Raises:
         UsageError: the program cannot be started, or is not a suitable Python.
     """
-    script = Path(__file__).with_name("describe_env.py").read_text(encoding="utf-8")
+    script = Path(describe_env.__file__).read_text(encoding="utf-8")
     try:
         process = subprocess.run(
             [host.python, "-c", script, json.dumps(list(modules))],
