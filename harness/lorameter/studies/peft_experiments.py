@@ -8,9 +8,7 @@ variant or the workload as in their `run.py`; keys of its evaluation are ignored
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,45 +53,43 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
         UsageError: there is no such folder or experiment, or a key is invalid.
     """
     root = Path(folder)
-    known = (CONFIG_NAME, PARAMS)
-    folders = sorted((root / "experiments").glob("*/*"))
-    paths = [path for path in folders if any((path / name).is_file() for name in known)]
+    paths = {
+        f"{path.parent.name}/{path.name}": path
+        for path in sorted((root / "experiments").glob("*/*"))
+        if (path / CONFIG_NAME).is_file() or (path / PARAMS).is_file()
+    }
     if not paths:
+        why = f"no experiments/METHOD/NAME/{CONFIG_NAME} in it"
         remedy = "Name method_comparison/MetaMathQA of a checkout of huggingface/peft."
-        raise refused_value(
-            "run", "--peft-experiments", folder, f"no experiments/METHOD/NAME/{CONFIG_NAME} in it", remedy
-        )
-    names = {path: f"{path.parent.name}/{path.name}" for path in paths}
+        raise refused_value("run", "--peft-experiments", folder, why, remedy)
+    included, excluded = set[str](), set[str]()
     for glob in select:
-        matching = fnmatch.filter(names.values(), glob.removeprefix("!"))
-        require(matching, f"run: --select = {glob!r}: {unknown_word_message(glob, list(names.values()))}")
-    included = [glob for glob in select if not glob.startswith("!")] or ["*"]
-    excluded = [glob[1:] for glob in select if glob.startswith("!")]
-    chosen = [path for path, name in names.items() if _matches(name, included) and not _matches(name, excluded)]
+        matching = fnmatch.filter(paths, glob.removeprefix("!"))
+        require(matching, f"run: --select = {glob!r}: {unknown_word_message(glob, list(paths))}")
+        (excluded if glob.startswith("!") else included).update(matching)
+    chosen = [name for name in paths if name in (included or paths) and name not in excluded]
     require(chosen, f"run: --select = {' '.join(select)}: nothing is left. Exclude less.")
     default = _read("run", root / DEFAULTS)
-    params = {path: default | (_read("run", path / PARAMS) if (path / PARAMS).is_file() else {}) for path in chosen}
-    variants = {path: _variant(path, params[path], default) for path in chosen}
-    workloads = {path: _workload(params[path], quality=quality) for path in chosen}
-    reference = min(chosen, key=lambda path: (path.parent.name != "lora", len(path.name), path.name))
-    common = workloads[reference]
-    own = {
-        variants[path].name: {
-            one.name: codec.to_json(getattr(workload, one.name))
-            for one in dataclasses.fields(workload)
-            if getattr(workload, one.name) != getattr(common, one.name)
-        }
-        for path, workload in workloads.items()
-        if workload != common
+    params = {
+        name: default | (_read("run", paths[name] / PARAMS) if (paths[name] / PARAMS).is_file() else {})
+        for name in chosen
     }
-    protocol = Protocol(phases=("train",), merged=False, peak_replicates=1, epochs=1.0 if quality else 0.0)
-    methods = Counter(variant.method_name for variant in variants.values())
+    variants = {name: _variant(paths[name], params[name], default) for name in chosen}
+    workloads = {name: _workload(params[name], quality=quality) for name in chosen}
+    reference = min(chosen, key=lambda name: (paths[name].parent.name != "lora", len(paths[name].name), name))
+    common = codec.to_json(workloads[reference])
+    own = {
+        variants[name].name: {key: value for key, value in codec.to_json(workload).items() if value != common[key]}
+        for name, workload in workloads.items()
+        if workload != workloads[reference]
+    }
+    methods = {variant.method_name for variant in variants.values()}
     return Study(
         name="peft-experiments",
         title=f"{len(chosen)} experiments of PEFT, {len(methods)} methods",
-        workload=common,
+        workload=workloads[reference],
         workloads=own,
-        protocol=protocol,
+        protocol=Protocol(phases=("train",), merged=False, peak_replicates=1, epochs=1.0 if quality else 0.0),
         variants=tuple(variants.values()),
         reference=variants[reference].name,
         notes=(
@@ -101,10 +97,6 @@ def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bo
             "prompt_format.",
         ),
     )
-
-
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
 
 def _read(where: str, path: Path, remedy: str = "Restore it from the checkout.") -> dict[str, Any]:
@@ -150,14 +142,13 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
 
 
 def _workload(params: Mapping[str, Any], *, quality: bool) -> Workload:
-    workload = Workload(
+    epoch: dict[str, Any] = {"train_sequences": params["max_steps"] * params["batch_size"]} if quality else {}
+    return Workload(
         model=params["model_id"],
         data="meta-math/MetaMathQA",
         columns=DataColumns(prompt="query", completion="response"),
         layout="bucketed",
         sequence_length=params["max_seq_length"],
         batch_size=params["batch_size"],
+        **epoch,
     )
-    if not quality:
-        return workload
-    return dataclasses.replace(workload, train_sequences=params["max_steps"] * params["batch_size"])
