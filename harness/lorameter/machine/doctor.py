@@ -11,7 +11,6 @@ trial can run, or if numbers would be wrong because of other processes, a GPU th
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import tempfile
 import time
@@ -27,6 +26,7 @@ from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing_reading, unavailable
 from lorameter.machine.telemetry import Telemetry, telemetry_key
 from lorameter.models.costs.memory import bare_process_bytes
+from lorameter.records.fileio import hold_lock, is_locked
 from lorameter.records.units import format_bytes
 from lorameter.studies.workload import Workload
 
@@ -102,17 +102,13 @@ def survey(runs: Path) -> Survey:
 
 
 def _try_lock(folder: Path) -> Reading[bool]:
-    """Whether a second lock on a locked file is refused, tried with a temporary file."""
+    """Whether a lock that this process holds there is seen by another attempt, tried in a temporary folder."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lorameter-lock-") as held, open(held.name) as second:  # noqa: PTH123 its path
-            fcntl.flock(held, fcntl.LOCK_EX)
-            try:
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return Reading(value=True)
-            return Reading(value=False)
-    except OSError as error:
-        return missing_reading(f"no lock can be tried in {folder}: {error.strerror}")
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".lorameter-lock-") as name:
+            with hold_lock(Path(name) / "target", "", print):
+                return Reading(value=is_locked(Path(name) / "target"))
+    except (OSError, NotImplementedError) as error:
+        return missing_reading(f"no lock can be tried in {folder}: {error}")
 
 
 def _driver_error() -> str | None:
