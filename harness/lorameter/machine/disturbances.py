@@ -42,8 +42,8 @@ OCCUPANCY_INVALID = 0.5
 """CPU time over wall time of an isolated trial of one thread: at this limit it ran half of the time at most. Several
 threads wait for each other, so their occupancy does not show other work."""
 MIN_REQUESTED_S = 1.0
-"""Minimum CPU time of which a withheld share is computed. The kernel counts steal in ticks of 10 ms; with less CPU time,
-a single tick would exceed the 1 % at which a share gives a notice."""
+"""Minimum CPU time of which a withheld share is computed. The kernel counts steal in ticks of 10 ms; with less CPU
+time, a single tick would exceed the 1 % at which a share gives a notice."""
 WITHHELD_INVALID = 0.25
 """Share of the requested CPU time that a hypervisor or a quota withheld. It is withheld in bursts, which affect one
 step fully and the next not at all, so the median tolerates more than the margin."""
@@ -109,20 +109,23 @@ class _PhaseValues:
     def host(self, what: str) -> float | None:
         return self.values.get(telemetry_key("host", what, self.phase))
 
-    def time_share(self, counter: str) -> tuple[float, str] | None:
-        """Share of the watched time according to a GPU time counter, and a description of both values."""
-        part, whole = self.device(counter), self.host("watched_s")
-        return None if part is None or not whole else (min(1.0, part / whole), f"{part:.2f} of {whole:.2f} s")
-
-    def sample_share(self, counter: str) -> tuple[float, str] | None:
-        """Share of the samples at the ends of the stretches, and a description of both values."""
-        part, whole = self.device(counter), self.device("samples")
-        return None if part is None or not whole else (part / whole, f"{part:.0f} of {whole:.0f} samples")
+    def shares(self, time_counter: str, sample_counter: str) -> list[tuple[float, str]]:
+        """Shares of the watched time by a time counter of the GPU, and of the samples at the ends of the stretches;
+        each with a description, if it was measured."""
+        parts = (
+            (self.device(time_counter), self.host("watched_s"), ".2f", "s"),
+            (self.device(sample_counter), self.device("samples"), ".0f", "samples"),
+        )
+        return [
+            (min(1.0, part / whole), f"{part:{digits}} of {whole:{digits}} {unit}")
+            for part, whole, digits, unit in parts
+            if part is not None and whole
+        ]
 
 
 def _throttled(values: _PhaseValues) -> Iterator[Disturbance]:
-    shares = values.time_share("thermal_slowdown_s"), values.sample_share("throttled_samples")
-    share, words = max((one for one in shares if one is not None), default=(0.0, ""))  # the supply has samples only
+    shares = values.shares("thermal_slowdown_s", "throttled_samples")
+    share, words = max(shares, default=(0.0, ""))  # the power supply has samples only
     if share > NOTICED:
         yield Disturbance(
             code="throttled",
@@ -135,13 +138,14 @@ def _throttled(values: _PhaseValues) -> Iterator[Disturbance]:
 
 
 def _power_capped(values: _PhaseValues) -> Iterator[Disturbance]:
-    found = values.time_share("power_slowdown_s") or values.sample_share("power_capped_samples")
-    if found is not None and found[0] > NOTICED:
+    shares = values.shares("power_slowdown_s", "power_capped_samples")
+    share, words = shares[0] if shares else (0.0, "")
+    if share > NOTICED:
         yield Disturbance(
             code="power-capped",
-            message=f"the power limit set the clock in {found[1]} ({found[0]:.0%}; a notice from {NOTICED:.0%})",
+            message=f"the power limit set the clock in {words} ({share:.0%}; a notice from {NOTICED:.0%})",
             remedy="Times are those of this limit (nvidia-smi -q -d POWER); compare them under the same one.",
-            weight=found[0] / NOTICED,
+            weight=share / NOTICED,
         )
 
 
