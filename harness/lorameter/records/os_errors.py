@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.records.record import Failure, PartialRecord, Status
@@ -88,19 +87,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def mentions_out_of_memory(text: str) -> bool:
     """Whether the last output of a program says that memory ran out."""
     return any(words in text for words in _OUT_OF_MEMORY)
-
-
-@contextlib.contextmanager
-def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Add the path to a system error of a library that writes the file, since libraries omit it."""
-    try:
-        yield
-    except Exception as error:
-        unnamed = {format_os_error(OSError(number, os.strerror(number))): number for number in MACHINE_ERRORS}
-        number = unnamed.get(find_system_error(error) or "")
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ def _prepare_tokens(workload: dict[str, Any], folder: str) -> object:
         return prepare(codec.from_json(Workload, workload, "token request"), Path(folder))
     except Exception as error:
         if refusal := find_system_error(error):
-            raise InvalidRunError(f"the tokens could not be prepared: {refusal}.") from None
+            raise InvalidRunError(f"the tokens could not be prepared in {folder}: {refusal}.") from None
         raise
 
 

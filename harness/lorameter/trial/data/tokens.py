@@ -28,7 +28,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from lorameter.errors import format_error, refused_value, require
 from lorameter.models import catalogue, shapes
 from lorameter.models.catalogue import ModelSource
-from lorameter.records.os_errors import add_path_to_errors
 from lorameter.records.record import Example, TokenSummary
 from lorameter.records.units import format_count
 from lorameter.studies.workload import SYNTHETIC, PromptFormat, Workload
@@ -89,8 +88,7 @@ def prepare(workload: Workload, folder: Path) -> TokenSummary:
         hashed.update(tensors[name].tobytes())
     digest = hashed.hexdigest()
     path = folder / f"tokens-{digest[:16]}.safetensors"
-    with add_path_to_errors(path):
-        save_file(tensors, path)
+    save_file(tensors, path)
     mask = tensors["train.attention_mask"]
     return TokenSummary(
         path=str(path),
