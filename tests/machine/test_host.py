@@ -16,14 +16,8 @@ import sys
 import pytest
 
 from lorameter.machine.disturbances import judge
-from lorameter.machine.host import (
-    HostTelemetry,
-    cpu_quota,
-    host_counters,
-    memory_available_bytes,
-    memory_bytes,
-    system_facts,
-)
+from lorameter.machine.host import cpu_quota, host_counters, memory_available_bytes, memory_bytes, system_facts
+from lorameter.machine.telemetry import Telemetry
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -63,7 +57,7 @@ def test_counters_add_up_over_two_periods(root):
     """Seconds, bytes and counts add up over two periods, without the events between them."""
     cpus = len(os.sched_getaffinity(0))
     place = root(files())
-    watch = HostTelemetry(place)
+    watch = Telemetry("train", root=place)
     watch.begin()
     root(files(stall_us=2_000_000, steal=TICK, busy=3 * TICK, swapped=3, withheld_us=500_000, used_us=1_000_005))
     watch.end()
@@ -71,20 +65,21 @@ def test_counters_add_up_over_two_periods(root):
     watch.begin()
     root(files(stall_us=9_500_000, steal=9 * TICK, busy=10 * TICK, swapped=91, withheld_us=900_000, used_us=7_500_000))
     totals = watch.end()
-    assert totals["cpu_stall_s"] == pytest.approx(2.5)
-    assert totals["steal_s"] == pytest.approx(cpus)
-    assert totals["busy_s"] == pytest.approx(4 * cpus)
-    assert totals["swap_in_bytes"] == 4 * PAGE
-    assert totals["swap_out_bytes"] == 8 * PAGE
-    assert (totals["quota_stall_s"], totals["quota_used_s"]) == (pytest.approx(0.5), pytest.approx(1.5))
+    assert totals["host_cpu_stall_train_s"] == pytest.approx(2.5)
+    assert totals["host_steal_train_s"] == pytest.approx(cpus)
+    assert totals["host_busy_train_s"] == pytest.approx(4 * cpus)
+    assert totals["host_swap_in_train_bytes"] == 4 * PAGE
+    assert totals["host_swap_out_train_bytes"] == 8 * PAGE
+    assert totals["host_quota_stall_train_s"] == pytest.approx(0.5)
+    assert totals["host_quota_used_train_s"] == pytest.approx(1.5)
     assert not watch.missing
 
 
 def test_unreadable_machine_counters_have_reasons_and_are_not_zero(root):
     """Only the process's own counters remain."""
-    watch = HostTelemetry(root({}))
+    watch = Telemetry("train", root=root({}))
     watch.begin()
-    assert set(watch.end()) == {"watched_s", "involuntary_switches"}
+    assert set(watch.end()) == {"host_watched_train_s", "host_involuntary_switches_train"}
     assert "CONFIG_PSI" in watch.missing["cpu_stall_s"]
     assert all(watch.missing.values())
     assert set(watch.missing) == host_counters(root({})).keys() - {"involuntary_switches"}
@@ -92,10 +87,10 @@ def test_unreadable_machine_counters_have_reasons_and_are_not_zero(root):
 
 def test_a_counter_that_goes_back_is_missing(root):
     """Steal time is known to decrease; a negative difference is no measurement."""
-    watch = HostTelemetry(root(files(steal=500)))
+    watch = Telemetry("train", root=root(files(steal=500)))
     watch.begin()
     root(files(steal=100))
-    assert "steal_s" not in watch.end()
+    assert "host_steal_train_s" not in watch.end()
     assert "went back" in watch.missing["steal_s"]
 
 

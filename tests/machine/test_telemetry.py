@@ -20,8 +20,8 @@ WATCH = """
 
 
 def watched(nvml, answers, *stretches, energy=True, **options):
-    """The values of the GPU after each stretch, from its begin to its end in seconds, and the missing values."""
-    times = [time for stretch in stretches for time in stretch]
+    """The values of the GPU after each stretch, from its begin to its end in seconds, and the missing GPU values."""
+    times = [time for begin, end in stretches for time in (begin, begin, end)]  # energy and host are timed separately
     found, missing = nvml(WATCH.format(energy=energy, times=times, stretches=len(stretches)), answers, **options)
     return found, missing
 

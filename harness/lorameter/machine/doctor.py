@@ -91,7 +91,7 @@ def survey(runs: Path) -> Survey:
         system=system,
         packages={name: library_version(name) for name in (*REQUIRED, *OPTIONAL)},
         telemetry=telemetry,
-        missing=meter.host.missing | meter.missing,
+        missing=meter.missing,
         no_peaks="" if os.access("/proc/self/clear_refs", os.W_OK) else "the kernel lets no process reset its peak",
         gpu=gpu,
         runs=folder,

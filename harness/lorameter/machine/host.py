@@ -24,21 +24,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorameter.machine.nvml import device_session
 from lorameter.machine.processes import holds_any
-from lorameter.machine.reading import (
-    Reading,
-    counter_increase,
-    missing_reading,
-    parse_fields,
-    read_file,
-    unavailable,
-)
+from lorameter.machine.reading import Reading, missing_reading, parse_fields, read_file, unavailable
 
 ROOT = Path("/")
 NO_PRESSURE = "the kernel does not record pressure stall information (CONFIG_PSI, or psi=1 on its command line)"
@@ -65,39 +57,6 @@ def host_counters(root: Path = ROOT) -> dict[str, Reading[float]]:
         "quota_stall_s": quota.then(lambda both: both[0]),
         "quota_used_s": quota.then(lambda both: both[1]),
     }
-
-
-class HostTelemetry:
-    """Counters of the machine, summed over the stretches between `begin` and `end`.
-
-    Both take a fraction of a millisecond and belong outside the timed stretch. Not thread-safe.
-    """
-
-    def __init__(self, root: Path = ROOT) -> None:
-        self._root = root
-        self._begun: tuple[float, dict[str, Reading[float]]] | None = None
-        self._sums = {"watched_s": 0.0}
-        self.missing: dict[str, str] = {}
-        """Names of counters that this machine does not provide, with the reason."""
-
-    def begin(self) -> None:
-        """Mark the start of a timed stretch."""
-        self._begun = time.monotonic(), host_counters(self._root)
-
-    def end(self) -> dict[str, float]:
-        """Mark the end of the stretch and return the seconds, bytes and counts so far, by the names of `host_counters`,
-        and `watched_s`."""
-        assert self._begun is not None, "end() without begin()"
-        (begun_s, first), self._begun = self._begun, None
-        last = host_counters(self._root)
-        self._sums["watched_s"] += time.monotonic() - begun_s
-        for name, reading in last.items():
-            grown = counter_increase(first[name], reading)  # steal can decrease when a guest moves to another machine
-            if grown.value is None:
-                self.missing[name] = grown.reason
-            else:
-                self._sums[name] = self._sums.get(name, 0.0) + grown.value
-        return {name: value for name, value in self._sums.items() if name not in self.missing}
 
 
 def _some_s(text: str) -> float:

@@ -23,9 +23,10 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from lorameter.machine.host import HostTelemetry
+from lorameter.machine.host import ROOT, host_counters
 from lorameter.machine.nvml import (
     GENERATIONS,
     IDLE,
@@ -85,6 +86,7 @@ class Telemetry:
         *,
         energy: bool = False,
         generations: int = GENERATIONS,
+        root: Path = ROOT,
     ) -> None:
         """Opens nothing yet.
 
@@ -93,23 +95,25 @@ class Telemetry:
             open_gpu: opens the GPU of the trial, at the first `begin`; None for a trial on a CPU.
             energy: whether only this trial uses the device's energy.
             generations: process generations up to the parent of the run, whose processes do not count as others.
+            root: folder that contains the kernel's file systems.
         """
         self._phase = phase
         self._open_gpu = open_gpu
         self._energy = energy
         self._generations = generations
-        self.host = HostTelemetry()
-        """The counters of the machine."""
+        self._root = root
         self._gpu: NvmlDevice | None = None
         self._first: tuple[float, Reading[float]] | None = None
         """Time and energy counter at the start of the first stretch."""
-        self._before: dict[str, Reading[Any]] = {}
-        """Readings at the start of the current stretch."""
+        self._begun_s = 0.0
+        self._counters: dict[str, Reading[float]] = {}
+        self._readings: dict[str, Reading[Any]] = {}
+        """Time, counters of the host and readings of the GPU at the start of the current stretch."""
         self._clock_sampled = False
         """Whether the clock was read during the current stretch."""
         self._samples: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
-        """Names of values that the GPU does not provide, with the reason; "all" if there is no GPU."""
+        """Names of values that host and GPU do not provide, with the reason; "all" if there is no GPU."""
 
     def begin(self) -> None:
         """Read before a timed stretch. The first call opens the device."""
@@ -120,11 +124,11 @@ class Telemetry:
                 self.missing["all"] = opened.reason
         if self._gpu is not None:
             now_s = time.monotonic()
-            self._before = self._gpu.sample()
-            self._add_events(self._before)
+            self._readings = self._gpu.sample()
+            self._add_events(self._readings)
             self._clock_sampled = False
-            self._first = self._first or (now_s, self._before["energy_j"])
-        self.host.begin()
+            self._first = self._first or (now_s, self._readings["energy_j"])
+        self._begun_s, self._counters = time.monotonic(), host_counters(self._root)
 
     def look(self) -> None:
         """Read the clocks while the timed work runs on the GPU and the host would only wait. Clocks of a GPU that is
@@ -139,20 +143,24 @@ class Telemetry:
 
     def end(self) -> dict[str, float]:
         """Read after a timed stretch; returns all values so far, by their names in the record."""
-        host = self.host.end()
-        gpu = {} if self._gpu is None else self._end_gpu(self._gpu)
+        counters, now_s = host_counters(self._root), time.monotonic()
+        self._add("watched_s", Reading(value=now_s - self._begun_s))
+        for name, reading in counters.items():  # steal can decrease when a guest moves to another machine
+            self._add(name, counter_increase(self._counters[name], reading))
+        host = {name: sum(self._samples[name]) for name in ("watched_s", *counters) if name not in self.missing}
+        gpu = {} if self._gpu is None else self._end_gpu(self._gpu, now_s)
         values = {telemetry_key("host", name, self._phase): value for name, value in host.items()}
         return values | {telemetry_key("device", name, self._phase): value for name, value in gpu.items()}
 
-    def _end_gpu(self, gpu: NvmlDevice) -> dict[str, float]:
-        now_s, last = time.monotonic(), gpu.sample()
+    def _end_gpu(self, gpu: NvmlDevice, now_s: float) -> dict[str, float]:
+        last = gpu.sample()
         self._add_events(last)
         if not self._clock_sampled and IDLE not in (last["events"].value or ()):
             self._add("sm_clock_hz", last["sm_clock_hz"])
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
             self._add(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
-            self._add(name, counter_increase(self._before[name], last[name]))
+            self._add(name, counter_increase(self._readings[name], last[name]))
         others = find_neighbours(gpu, generations=self._generations)
         self._add("others", others.others.then(lambda pids: float(len(pids))))
         for name in ("others_bytes", "hidden_bytes"):
@@ -186,7 +194,8 @@ class Telemetry:
 
     def notice(self) -> Notice | None:
         """A notice about the GPU's values that could not be measured; None if none is missing, and on a CPU."""
-        reasons = {name: why for name, why in self.missing.items() if name not in SUBSTITUTED}
+        left_out = {*SUBSTITUTED, *self._counters}
+        reasons = {name: why for name, why in self.missing.items() if name not in left_out}
         if not reasons:
             return None
         return Notice(
