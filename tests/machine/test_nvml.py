@@ -158,12 +158,12 @@ def test_sites_of_different_gpus_are_refused(nvml):
 
 GIB = 2**30
 FIND_NEIGHBOURS = """
-    import dataclasses, os
+    import os
     from lorameter.machine.nvml import find_neighbours, open_device
     with open(os.environ["FAKE_NVML"], "a") as file:
         file.write("0.processes=" + {listed} + "\\n")
     found = find_neighbours(open_device().value, generations={generations})
-    report({{one.name: dataclasses.astuple(getattr(found, one.name)) for one in dataclasses.fields(found)}})
+    report({{name: [reading.value, reading.reason] for name, reading in found.items()}})
 """
 THIS_PROCESS = 'f"{os.getpid()}:1073741824"'
 
@@ -176,22 +176,22 @@ def test_a_process_that_is_alone_has_no_neighbours(nvml):
     """No memory is hidden."""
     found = nvml(find_neighbours(THIS_PROCESS), {"0.used": GIB})
     assert found == {
-        "others": [[], ""], "others_bytes": [0, ""], "hidden_bytes": [0, ""],
+        "others": [0, ""], "others_bytes": [0, ""], "hidden_bytes": [0, ""],
     }  # fmt: skip
 
 
 def test_others_are_counted_and_their_memory_added(nvml):
     """Process 1 does not belong to the run."""
     found = nvml(find_neighbours(THIS_PROCESS + ' + ",1:5000"'), {"0.used": GIB + 5000})
-    assert found["others"] == [[1], ""]
+    assert found["others"] == [1, ""]
     assert found["others_bytes"] == [5000, ""]
 
 
 def test_processes_of_the_same_run_are_not_neighbours(nvml):
     """Trials that take turns run concurrently and share an ancestor two generations up."""
     sibling = 'f"{os.getppid()}:7,{os.getpid()}:1073741824"'
-    assert nvml(find_neighbours(sibling, generations=0))["others"][0] != []
-    assert nvml(find_neighbours(sibling, generations=1))["others"][0] == []
+    assert nvml(find_neighbours(sibling, generations=0))["others"][0] == 1
+    assert nvml(find_neighbours(sibling, generations=1))["others"][0] == 0
 
 
 def test_process_numbers_of_another_container_are_unknown(nvml):

@@ -382,20 +382,10 @@ GENERATIONS = 2
 """Process generations from a trial up to the parent of its run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Neighbours:
-    """Processes on the device, in bytes of device memory."""
-
-    others: Reading[tuple[int, ...]]
-    """PIDs of processes outside this run."""
-    others_bytes: Reading[int]
-    """Memory of `others`."""
-    hidden_bytes: Reading[int]
-    """Memory in use without a listed process."""
-
-
-def find_neighbours(device: NvmlDevice, *, generations: int = GENERATIONS) -> Neighbours:
-    """The processes that share the device with the run that this process belongs to.
+def find_neighbours(device: NvmlDevice, *, generations: int = GENERATIONS) -> dict[str, Reading[int]]:
+    """The processes that share the device with the run that this process belongs to: `others`, the number of listed
+    processes outside the run, `others_bytes`, their device memory, and `hidden_bytes`, memory in use without a listed
+    process.
 
     Args:
         device: an open device.
@@ -417,11 +407,11 @@ def find_neighbours(device: NvmlDevice, *, generations: int = GENERATIONS) -> Ne
         if used.value is None
         else total.then(lambda size: max(0, (used.value or 0) - size))
     )
-    return Neighbours(
-        others=missing_reading(unclear) if unclear else Reading(value=tuple(int(one.pid) for one in others)),
-        others_bytes=missing_reading(unclear) if unclear else _sum_memory(others),
-        hidden_bytes=hidden,
-    )
+    return {
+        "others": missing_reading(unclear) if unclear else Reading(value=len(others)),
+        "others_bytes": missing_reading(unclear) if unclear else _sum_memory(others),
+        "hidden_bytes": hidden,
+    }
 
 
 def _sum_memory(processes: Iterable[Any]) -> Reading[int]:

@@ -161,10 +161,8 @@ class Telemetry:
             self._add(name, last[name])
         for name in ("thermal_slowdown_s", "power_slowdown_s"):
             self._add(name, counter_increase(self._readings[name], last[name]))
-        others = find_neighbours(gpu, generations=self._generations)
-        self._add("others", others.others.then(lambda pids: float(len(pids))))
-        for name in ("others_bytes", "hidden_bytes"):
-            self._add(name, getattr(others, name).then(float))
+        for name, reading in find_neighbours(gpu, generations=self._generations).items():
+            self._add(name, reading)
         totals = {
             name: combine(self._samples[source])
             for name, (source, combine) in _COMBINED.items()
@@ -190,7 +188,7 @@ class Telemetry:
         if reading.value is None:
             self.missing[name] = reading.reason
         else:
-            self._samples.setdefault(name, []).append(reading.value)
+            self._samples.setdefault(name, []).append(float(reading.value))
 
     def notice(self) -> Notice | None:
         """A notice about the GPU's values that could not be measured; None if none is missing, and on a CPU."""
