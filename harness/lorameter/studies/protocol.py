@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorameter.errors import UsageError, refused_value, require, shorten
+from lorameter.errors import require, shorten
 from lorameter.records.metrics import PHASES, Phase
 
 PRECISION_REPLICATES = 40
@@ -164,7 +164,7 @@ class Protocol:
         return self.on == HERE and not self.sites
 
     @property
-    def said(self) -> str:
+    def place_option(self) -> str:
         """The option that selects the place, for messages."""
         return format_sites(self.sites) if self.on == HERE else format_on(self.on)
 
@@ -242,22 +242,20 @@ TEXT_CHARACTERS = 4096
 
 def check_minimum(where: str, owner: object, minimum: Mapping[str, float], *, positive: Collection[str] = ()) -> None:
     """Raise `UsageError` for a field below its minimum, or not above zero; None is a field that is not given."""
-    for key, bound in minimum.items():
-        value = getattr(owner, key)
-        fits = value is None or bound <= value < float("inf")
-        require(fits, f"{where}: {key} = {value!r}: too small, or not a finite number. Use {bound:g} or more.")
-    for key in positive:
-        value = getattr(owner, key)
-        fits = value is None or 0 < value < float("inf")
-        require(fits, f"{where}: {key} = {value!r}: must be positive and finite. Use a number above 0.")
+    for key in (*minimum, *positive):
+        value, least = getattr(owner, key), minimum.get(key)
+        fits = value is None or ((value > 0 if least is None else value >= least) and value < float("inf"))
+        allowed = "a number above 0" if least is None else f"{least:g} or more"
+        require(fits, f"{where}: {key} = {value!r}: too small, or not a finite number. Use {allowed}.")
 
 
 def check_fraction(where: str, key: str, value: float | None, *, zero: bool = False) -> None:
     """Raise `UsageError` for a tolerance, margin or precision that is not a fraction up to 0.5; `zero` allows 0."""
-    if value is None or 0 < value <= MAX_FRACTION or (zero and value == 0):
-        return
-    remedy = f"Use a fraction {'of 0 or more' if zero else 'above 0'}, up to {MAX_FRACTION}; 0.05 is 5 %."
-    raise refused_value(where, key, value, "not a fraction that two results can be judged by", remedy)
+    require(
+        value is None or 0 < value <= MAX_FRACTION or (zero and value == 0),
+        f"{where}: {key} = {value!r}: not a fraction that two results can be judged by. Use a fraction "
+        f"{'of 0 or more' if zero else 'above 0'}, up to {MAX_FRACTION}; 0.05 is 5 %.",
+    )
 
 
 def check_name(what: str, name: str, forbidden: str = "/") -> None:
@@ -278,6 +276,8 @@ def check_word(where: str, key: str, text: str, *, lines: bool = False) -> None:
     """Raise `UsageError` for a text that is not UTF-8 (bytes of a command line), too long, or has control characters;
     `lines` allows line breaks and tabs."""
     control = "[\0\ud800-\udfff]" if lines else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
-    if len(text) > TEXT_CHARACTERS or re.search(control, text):
-        why = "too long, no UTF-8, or with control characters in it"
-        raise UsageError(f"{where}: {key} = {shorten(ascii(text), 80)}: {why}. Correct it.")
+    require(
+        len(text) <= TEXT_CHARACTERS and not re.search(control, text),
+        f"{where}: {key} = {shorten(ascii(text), 80)}: too long, no UTF-8, or with control characters in it. Correct "
+        "it.",
+    )

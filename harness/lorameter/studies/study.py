@@ -26,7 +26,7 @@ from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 OF_WORKLOAD = "workload."
 """Prefix of an axis that is a field of the workload: `workload.batch_size`."""
-RESERVED = {"-control": "the A/A control", "-isolated": "isolated trials"}
+RESERVED = ("-control", "-isolated")
 """Suffixes that distinguish the trials of one variant in a run; trials of the same name would overwrite each other."""
 
 
@@ -62,13 +62,17 @@ class Study:
     def __post_init__(self) -> None:
         protocol.check_name("study", self.name)
         where, names = f"study {self.name}", [variant.name for variant in self.variants]
-        most = f"{len(names)} variants. Use {protocol.MAX_VARIANTS} or fewer."
-        require(len(names) <= protocol.MAX_VARIANTS, f"{where}: {most}")
+        require(
+            len(names) <= protocol.MAX_VARIANTS,
+            f"{where}: {len(names)} variants. Use {protocol.MAX_VARIANTS} or fewer.",
+        )
         require(names, f"{where}: no variants. Add [axes] or [[variant]].")
         for name in names:
-            for ending, named in RESERVED.items():
-                remedy = f"{ending} is reserved for {named}. Choose another ending."
-                require(not name.endswith(ending), f"{where}: variant name {name!r}: {remedy}")
+            require(
+                not name.endswith(RESERVED),
+                f"{where}: variant name {name!r}: -control is reserved for the A/A control, and -isolated for isolated "
+                "trials. Choose another ending.",
+            )
             protocol.check_name(f"{where}: variant name", name, " /\\[]:")
             require(names.count(name) == 1, f"{where}: variant name {name!r} is used twice. Rename one.")
         require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
@@ -84,8 +88,9 @@ class Study:
         if self.engine is not None:
             engine = f"{where}, [engine]: variant = {self.engine.variant!r}"
             require_known(engine, self.engine.variant, names)
-            remedy = "Name the one with the engine."
-            require(self.engine.variant != self.reference, f"{engine}: the reference. {remedy}")
+            require(
+                self.engine.variant != self.reference, f"{engine}: the reference. Name the one with the engine."
+            )
         self._check_workloads(names)
         self._check_claims()
 
