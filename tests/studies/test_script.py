@@ -228,8 +228,8 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
     [
         ({"engine": 'flags = "-x"'}, ["[engine]", "flags", "Did you mean flag?"]),
         ({"engine": 'needs = "tpu"'}, ["needs", "'tpu'"]),
-        ({"part": PART.replace("engine", "r")}, ["the rule compares two levels", 'axis = "engine"']),
-        ({"part": PART.replace("step_time_s", "tokens_per_s")}, ["not a time"]),
+        ({"part": PART.replace("engine", "r")}, ["2 expected", 'axis = "engine"']),
+        ({"part": PART.replace("step_time_s", "tokens_per_s")}, ["'tokens_per_s': not known for this rule"]),
         ({"part": PART.replace("step_time_s", "peak_memory")}, ["'peak_memory': not known for this rule"]),
         ({"part": PART.replace("faster", "lowers") + ", by = 1.0"}, ["by = 1.0"]),
         ({"part": PART + ", by = 0.0"}, ["by = 0.0"]),
