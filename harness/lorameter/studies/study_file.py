@@ -160,17 +160,18 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
         UsageError: the study or profile does not exist, is not TOML, or has an invalid value; the message names file,
             key, value and remedy.
     """
-    path, data = _read(name_or_path, ())
+    path, data = _read(name_or_path)
     where, file = path.name, codec.from_json(StudyFile, data, path.name, strict=True)
     written = _parse(path, data)
     for name, table in file.profile.items():
-        place = f"{where}, [profile.{name}]"
         for section in KEYS:
             check_keys(f"{where}, [profile.{name}.{section}]", section, getattr(table, section))
         for key in _OF_PLACE:
-            if key in table.protocol:
-                why = "a profile is chosen by the device, and which device there is hangs on it"
-                raise refused_value(place, f"protocol.{key}", table.protocol[key], why, "Write it in [protocol].")
+            require(
+                key not in table.protocol,
+                f"{where}, [profile.{name}]: protocol.{key} = {table.protocol.get(key)!r}: a profile is chosen by the "
+                "device, which depends on it. Write it in [protocol].",
+            )
     if profile is None:
         fitting = (name for name, table in file.profile.items() if device and _fits(table.devices, device))
         profile = next(fitting, None)
@@ -213,7 +214,7 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     return (study if own is None else dataclasses.replace(study, workload=own)), variant
 
 
-def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
+def _read(name_or_path: str) -> tuple[Path, Table]:
     """The file and its content, merged with the study that it extends."""
     known = builtin_studies()
     path = known.get(name_or_path, Path(name_or_path))
@@ -232,10 +233,10 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[Path, Table]:
             raise unknown_key(path.name, key, value, ("extends", *StudyFile.__struct_fields__))
     if base is None:
         return path, data
-    if not isinstance(base, str) or base not in known or base in seen:
-        why = "it extends itself" if base in seen else unknown_word_message(str(base), list(known))
+    if not isinstance(base, str) or base not in known:
+        why = unknown_word_message(str(base), list(known))
         raise refused_value(path.name, "extends", base, why, "Name a built-in study.")
-    merged = _read(base, (*seen, base))[1]
+    merged = _read(base)[1]
     if any(key in data for key in _LISTS):
         merged = {key: value for key, value in merged.items() if key not in _OF_VARIANTS}
     merged["profile"] = {name: _without(table, data) for name, table in merged.get("profile", {}).items()}
