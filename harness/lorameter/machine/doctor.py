@@ -14,7 +14,7 @@ import ctypes
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -365,22 +365,33 @@ def check_settings(found: Survey) -> list[DoctorCheck]:
     ]
 
 
-def check_limits(found: Survey) -> list[DoctorCheck]:
+def check_limits(found: Survey) -> Iterator[DoctorCheck]:
     """Too many threads, quotas, and a container."""
     quota, container, threads = found.system["quota_cpus"].value, found.system["container"].value, Workload().threads
     usable = min(found.machine.cpus, quota or found.machine.cpus)
-    words = f"{threads} a trial, {usable:g} CPUs' worth of time"
-    remedy = "Give the container at least one whole CPU: with less, each thread is paused in every scheduling period."
-    checks = [_check("spoils", "threads", words, "unfit" if threads > usable else "good", remedy)]
+    yield _check(
+        "spoils",
+        "threads",
+        f"{threads} a trial, {usable:g} CPUs' worth of time",
+        "unfit" if threads > usable else "good",
+        "Give the container at least one whole CPU: with less, each thread is paused in every scheduling period.",
+    )
     if quota is not None:
-        words = f"{quota:g} of {found.machine.cpus} CPUs: work beyond it is paused until the next scheduling period"
-        remedy = "Use a cpuset (docker run --cpuset-cpus) instead of a quota."
-        checks.append(_check("spoils", "CPU quota", words, "bad", remedy))
+        yield _check(
+            "spoils",
+            "CPU quota",
+            f"{quota:g} of {found.machine.cpus} CPUs: work beyond it is paused until the next scheduling period",
+            "bad",
+            "Use a cpuset (docker run --cpuset-cpus) instead of a quota.",
+        )
     if container is not None:
-        words = f"{container}: other processes of the machine are not visible"
-        remedy = "For important results, check the load of the machine outside the container."
-        checks.append(_check("spoils", "container", words, "note", remedy))
-    return checks
+        yield _check(
+            "spoils",
+            "container",
+            f"{container}: other processes of the machine are not visible",
+            "note",
+            "For important results, check the load of the machine outside the container.",
+        )
 
 
 def gpu_settings(found: Survey) -> list[DoctorCheck]:
