@@ -498,7 +498,7 @@ def test_a_study_names_columns_and_the_loss(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(STUDY)
     workload = load_study(str(path)).workload
-    assert workload.columns.given == {"instruction": "question", "response": "answer"}
+    assert workload.columns.parts == {"instruction": "question", "response": "answer"}
     data = codec.to_json(workload)
     assert (data["loss"], data["columns"]["instruction"]) == ("answer", "question")
     assert codec.from_json(Workload, data, "here") == workload

@@ -97,7 +97,7 @@ def call_nvml(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any]
         return missing_reading(f"{function}: {format_error(error)}")
 
 
-def by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
+def find_by_uuid(nvml: Any, uuid: str) -> Reading[Any]:
     """The device with this UUID, or the only device with this UUID prefix."""
     whole = call_nvml(nvml, "nvmlDeviceGetHandleByUUID", uuid)
     if whole.known:
@@ -116,7 +116,7 @@ def read_uuid(nvml: Any, handle: Any) -> Reading[str]:
 
 def get_handle(nvml: Any, entry: int | str) -> Reading[Any]:
     """The device of an entry of CUDA_VISIBLE_DEVICES: a bus index, or a UUID."""
-    return by_uuid(nvml, entry) if isinstance(entry, str) else call_nvml(nvml, "nvmlDeviceGetHandleByIndex", entry)
+    return find_by_uuid(nvml, entry) if isinstance(entry, str) else call_nvml(nvml, "nvmlDeviceGetHandleByIndex", entry)
 
 
 def read_board(nvml: Any, handle: Any) -> Reading[Any]:
@@ -146,7 +146,7 @@ PROTECTING = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdo
 """The GPU protects itself against heat or power-supply problems, which vary over time and between GPUs."""
 
 
-def reasons_in(mask: int) -> tuple[str, ...]:
+def decode_reasons(mask: int) -> tuple[str, ...]:
     """The reasons in a mask, in bit order."""
     return tuple(name for bit, name in REASONS.items() if mask & bit)
 
@@ -214,7 +214,7 @@ class NvmlDevice:
         queued."""
         return {
             "sm_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons", convert=reasons_in),
+            "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons", convert=decode_reasons),
         }
 
     def facts(self) -> dict[str, Reading[Any]]:
@@ -287,7 +287,7 @@ def _find_device(nvml: Reading[Any], uuid: str | None, environment: Mapping[str,
         return missing_reading(nvml.reason)
     visible = visible_devices(os.environ if environment is None else environment)
     if uuid is not None:
-        handle = by_uuid(nvml.value, uuid)
+        handle = find_by_uuid(nvml.value, uuid)
     elif visible == ():
         handle = missing_reading(f"{VARIABLE} hides every device")
     else:

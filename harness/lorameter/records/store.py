@@ -35,7 +35,7 @@ from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import hold_lock, is_locked, scratch_folder, write_document, write_whole
 from lorameter.records.os_errors import MACHINE_ERRORS, translate_os_errors, translate_write_errors
 from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
-from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, encode_record, read_trials, with_steps
+from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, add_steps, encode_record, read_trials
 from lorameter.records.trials import TRIALS as TRIALS
 
 RunStatus = Literal["running", "complete", "interrupted", "failed"]
@@ -309,7 +309,7 @@ def _read(path: Path, name: str, folder: Path) -> Run:
     return Run(
         path=path,
         manifest=manifest,
-        records=tuple(with_steps(record, path) if record.under_way else record for record in latest),
+        records=tuple(add_steps(record, path) if record.under_way else record for record in latest),
         damaged_lines=damaged_lines,
         measured_again=_measured_again(records),
         disturbed=tuple(record for record in records if record.disturbed and record != counted.get(record.trial)),

@@ -175,7 +175,7 @@ def encode_step(step: Step) -> bytes:
     return f"{json.dumps({'samples': step.samples, 'values': step.values, 'memory': step.memory})}\n".encode()
 
 
-def with_steps(record: TrialRecord, folder: Path) -> TrialRecord:
+def add_steps(record: TrialRecord, folder: Path) -> TrialRecord:
     """The record with the steps in the folder of its run, each as its own turn. A sample that one step lacks is left
     out for all steps, and so is a truncated line."""
     samples: dict[str, list[float | None]] = {}

@@ -22,8 +22,8 @@ from lorameter.stats import Comparison
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
-from lorameter.studies.variant import FORMS, KEYS, OF_4BIT, ScriptVariant, Variant
-from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_id
+from lorameter.studies.variant import FORMS, FOUR_BIT_FIELDS, KEYS, ScriptVariant, Variant
+from lorameter.studies.workload import PER_VARIANT_FIELDS, Workload, workload_variant_id
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
 from lorameter.verdicts.same_training import training_facts
@@ -77,7 +77,7 @@ class Settings:
             **self._describe_variant(record),
             **{
                 column.name: _plain(getattr(workload, column.name.removeprefix("workload_"), None), column)
-                for column in OF_WORKLOAD
+                for column in WORKLOAD_PREFIX
             },
             **self._describe_software(records),
         }
@@ -99,7 +99,7 @@ class Settings:
             return {"method": variant.method_name, "command": command}
         settings = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
         if isinstance(variant, Variant) and not variant.is_4bit:
-            settings |= dict.fromkeys(OF_4BIT)
+            settings |= dict.fromkeys(FOUR_BIT_FIELDS)
         peft = getattr(variant, "peft", None)
         return settings | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
 
@@ -289,11 +289,11 @@ OF_VARIANT = (
     FrameColumn("method", "text", "the training method: PEFT's name of it, `full fine-tuning` or `script`"),
     FrameColumn("peft_config", "text", "PEFT's configuration of the variant; missing if it has none"),
 )
-OF_WORKLOAD = tuple(
+WORKLOAD_PREFIX = tuple(
     FrameColumn(
         f"workload_{key}", _KINDS.get(_HINTS[key], "text"), f"`{key}` of the workload that the variant is measured on"
     )
-    for key in OF_VARIANTS
+    for key in PER_VARIANT_FIELDS
 )
 VALIDITY = (
     FrameColumn("valid", "flag", "whether the numbers of its variant count"),
@@ -302,7 +302,7 @@ VALIDITY = (
 )
 SETTINGS = (
     *OF_VARIANT,
-    *OF_WORKLOAD,
+    *WORKLOAD_PREFIX,
     FrameColumn(
         "commit", "text", "commit of the repository that it was measured in; of an A/B of revisions the side's"
     ),

@@ -71,7 +71,7 @@ _LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
     "lowers": "by",
     "costs-at-most": "by",
 }
-OF_PAIRS: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
+PAIR_RULES: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
 """Rules that compare two levels: the variant with the engine and the reference, or the second and the first of
 `levels`."""
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -111,9 +111,9 @@ class ClaimPart:
 
     def __post_init__(self) -> None:
         where = f"claim part {self.rule!r} on {self.axis!r}"
-        of_pair = self.rule in OF_PAIRS and self.axis != ENGINE
-        needed = 2 if of_pair else _LEVELS.get(self.rule, 0)
-        remedy = f', the base first, or write axis = "{ENGINE}"' if of_pair else ""
+        is_pair = self.rule in PAIR_RULES and self.axis != ENGINE
+        needed = 2 if is_pair else _LEVELS.get(self.rule, 0)
+        remedy = f', the base first, or write axis = "{ENGINE}"' if is_pair else ""
         listed = f"{where}: levels = {list(self.levels)}"
         require(len(self.levels) == needed, f"{listed}: {needed} expected. Name that many of the axis{remedy}.")
         require(len(set(self.levels)) == len(self.levels), f"{listed}: the same level twice. Name two different ones.")
@@ -128,14 +128,14 @@ class ClaimPart:
             f"{others}: needed by 'largest-effect', and by it only.",
         )
         require(self.axis not in self.against, f"{others}: contains the axis itself. Leave it out.")
-        of_memory = self.rule in ("lowers", "costs-at-most")
+        about_memory = self.rule in ("lowers", "costs-at-most")
         if self.rule == "faster":
             known: tuple[str, ...] = tuple(name for name, metric in METRICS.items() if metric.unit == "s")
         else:
-            known = COUNTED if self.rule == "rises" else (*METRICS, *([PEAK] if of_memory else []))
+            known = COUNTED if self.rule == "rises" else (*METRICS, *([PEAK] if about_memory else []))
         for name in self.metrics or (self.metric,):
             require(
-                name in known or (of_memory and name.endswith("_bytes")),
+                name in known or (about_memory and name.endswith("_bytes")),
                 f"{where}: metric {name!r}: not known for this rule. Known: {', '.join(known)}.",
             )
         name, limit = self.limit
@@ -148,9 +148,9 @@ class ClaimPart:
             )
 
     @property
-    def of_memory(self) -> bool:
+    def is_about_bytes(self) -> bool:
         """Whether it is about bytes, which are compared by their maximum instead of a test."""
-        return self.metric == PEAK or (self.rule in OF_PAIRS and self.metric.endswith("_bytes"))
+        return self.metric == PEAK or (self.rule in PAIR_RULES and self.metric.endswith("_bytes"))
 
     @property
     def limit(self) -> tuple[str, float]:

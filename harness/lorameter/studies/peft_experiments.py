@@ -22,7 +22,7 @@ from lorameter.studies.variant import FullVariant, PeftVariant, Variant
 from lorameter.studies.workload import DataColumns, Workload
 
 CONFIG_NAME = "adapter_config.json"
-_OF_SAVING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+_SAVING_KEYS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 """Keys of a saved configuration that describe the saving, not the method."""
 DEFAULTS, PARAMS = "default_training_params.json", "training_params.json"
 _STORED: Mapping[str, dict[str, Any]] = {
@@ -37,10 +37,10 @@ def read_config(where: str, path: Path) -> dict[str, Any]:
     default. Raises `UsageError`."""
     file = path / CONFIG_NAME if path.is_dir() else path
     data = _read(f"{where}: peft", file, f"Name an {CONFIG_NAME} or its folder.")
-    return {key: value for key, value in data.items() if key not in _OF_SAVING and value is not None}
+    return {key: value for key, value in data.items() if key not in _SAVING_KEYS and value is not None}
 
 
-def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bool = False) -> Study:
+def read_experiments(folder: str, select: Sequence[str] = (), *, quality: bool = False) -> Study:
     """The study of the experiments in a folder.
 
     Args:

@@ -214,9 +214,7 @@ def read_slurm(on: str) -> tuple[int, dict[str, str]]:
     found: dict[str, str] = {}
     for part in re.split(r",(?=[^,=]*=)", listed) if listed else ():
         key, equals, text = part.partition("=")
-        require(
-            key in known and equals, f"{format_on(on)}: {key!r} is not known. Use KEY=VALUE of {', '.join(known)}."
-        )
+        require(key in known and equals, f"{format_on(on)}: {key!r} is not known. Use KEY=VALUE of {', '.join(known)}.")
         require(key not in found, f"{format_on(on)}: {key} is given twice. Give it once.")
         require(text and text.isprintable(), f"{format_on(on)}: {key}={text!r}: a text on one line is expected.")
         found[key] = text

@@ -18,12 +18,12 @@ from typing import Any
 
 from lorameter.errors import UsageError, require, shorten
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.script import name_of_words, script_workload, split_command
+from lorameter.studies.script import name_command, script_workload, split_command
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 
 
-def study_of_command(
+def make_script_study(
     command: str,
     *,
     name: str = "",
@@ -45,7 +45,7 @@ def study_of_command(
     Raises:
         UsageError: the command is empty, or needs a shell.
     """
-    name = name or name_of_words(split_command("command", command))
+    name = name or name_command(split_command("command", command))
     variant = ScriptVariant(name=name, command=command, cwd=cwd)
     return Study(
         name=name,
@@ -82,7 +82,7 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
     return off, on
 
 
-def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
+def make_engine_study(study: Study, command: str, *, cwd: str = "") -> Study:
     """Make a study of an engine's claims with the user's own script.
 
     Args:

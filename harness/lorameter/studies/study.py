@@ -22,17 +22,17 @@ from lorameter.studies.engine import Engine
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts
 from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
-from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
+from lorameter.studies.workload import PER_VARIANT_FIELDS, TOKEN_FIELDS, Workload
 
-OF_WORKLOAD = "workload."
+WORKLOAD_PREFIX = "workload."
 """Prefix of an axis that is a field of the workload: `workload.batch_size`."""
 RESERVED = ("-control", "-isolated")
 """Suffixes that distinguish the trials of one variant in a run; trials of the same name would overwrite each other."""
 
 
-def is_of_tokens(axis: str) -> bool:
+def changes_tokens(axis: str) -> bool:
     """Whether the levels of this axis have losses over different tokens."""
-    return axis.startswith(OF_WORKLOAD) and axis.removeprefix(OF_WORKLOAD) in OF_TOKENS
+    return axis.startswith(WORKLOAD_PREFIX) and axis.removeprefix(WORKLOAD_PREFIX) in TOKEN_FIELDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +88,14 @@ class Study:
         if self.engine is not None:
             engine = f"{where}, [engine]: variant = {self.engine.variant!r}"
             require_known(engine, self.engine.variant, names)
-            require(
-                self.engine.variant != self.reference, f"{engine}: the reference. Name the one with the engine."
-            )
+            require(self.engine.variant != self.reference, f"{engine}: the reference. Name the one with the engine.")
         self._check_workloads(names)
         self._check_claims()
 
     @property
-    def claims_peaks(self) -> bool:
+    def has_memory_claims(self) -> bool:
         """Whether a claim is about peak memory."""
-        return any(part.of_memory for claim in self.claims for part in claim.parts)
+        return any(part.is_about_bytes for claim in self.claims for part in claim.parts)
 
     @property
     def of_scripts(self) -> bool:
@@ -156,7 +154,7 @@ class Study:
                 f"{where}: commands and variants of several ranks cannot have their own workload. Remove it.",
             )
             for key in fields:
-                require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
+                require_known(f"{where}: {key}: equal for all variants, or", key, PER_VARIANT_FIELDS)
         self.own_workloads  # noqa: B018 # raises for an invalid workload
 
     def _check_claims(self) -> None:
@@ -204,7 +202,7 @@ class Study:
         if axis == ENGINE:
             return () if self.engine is None else ((0.0, self.reference), (1.0, self.engine.variant))
         centre, own = self.variant(self.reference), self.own_workloads
-        of_workload, name = axis.startswith(OF_WORKLOAD), axis.removeprefix(OF_WORKLOAD)
+        of_workload, name = axis.startswith(WORKLOAD_PREFIX), axis.removeprefix(WORKLOAD_PREFIX)
         if name not in (
             {one.name for one in dataclasses.fields(Workload)} if of_workload else {"method", *centre.settings}
         ):
@@ -232,7 +230,7 @@ class Study:
         """The fields in which a variant, or its workload, differs from the reference."""
         own = workloads.get(variant.name, self.workload)
         others = (
-            f"{OF_WORKLOAD}{one.name}"
+            f"{WORKLOAD_PREFIX}{one.name}"
             for one in dataclasses.fields(own)
             if getattr(own, one.name) != getattr(self.workload, one.name)
         )

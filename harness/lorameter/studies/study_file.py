@@ -44,7 +44,7 @@ from lorameter.studies.engine import Engine
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
-from lorameter.studies.study import OF_WORKLOAD, Study, unknown_word_message
+from lorameter.studies.study import WORKLOAD_PREFIX, Study, unknown_word_message
 from lorameter.studies.variant import KEYS as VARIANT_KEYS
 from lorameter.studies.variant import (
     AnyVariant,
@@ -55,7 +55,7 @@ from lorameter.studies.variant import (
     Variant,
     form_keys,
 )
-from lorameter.studies.workload import OF_VARIANTS, Workload
+from lorameter.studies.workload import PER_VARIANT_FIELDS, Workload
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "workload": tuple(field.name for field in dataclasses.fields(Workload)),
@@ -105,9 +105,9 @@ _FORMS: Mapping[type[AnyVariant], str] = {
 """Why a variant of a form has no other keys."""
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
 _LISTS = ("axes", "sweeps", "variant")
-_OF_VARIANTS = (*_LISTS, "claim", "engine", "reference")
+_KEYS_ABOUT_VARIANTS = (*_LISTS, "claim", "engine", "reference")
 """Keys about variants, which are dropped when an extending study replaces the variants."""
-_OF_PLACE = ("on", "sites", "mixed")
+_PLACE_KEYS = ("on", "sites", "mixed")
 _OWN_RANDOM = "random:"
 Table = dict[str, Any]
 
@@ -166,7 +166,7 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
     for name, table in file.profile.items():
         for section in KEYS:
             check_keys(f"{where}, [profile.{name}.{section}]", section, getattr(table, section))
-        for key in _OF_PLACE:
+        for key in _PLACE_KEYS:
             require(
                 key not in table.protocol,
                 f"{where}, [profile.{name}]: protocol.{key} = {table.protocol.get(key)!r}: a profile is chosen by the "
@@ -238,7 +238,7 @@ def _read(name_or_path: str) -> tuple[Path, Table]:
         raise refused_value(path.name, "extends", base, why, "Name a built-in study.")
     merged = _read(base)[1]
     if any(key in data for key in _LISTS):
-        merged = {key: value for key, value in merged.items() if key not in _OF_VARIANTS}
+        merged = {key: value for key, value in merged.items() if key not in _KEYS_ABOUT_VARIANTS}
     merged["profile"] = {name: _without(table, data) for name, table in merged.get("profile", {}).items()}
     return path, _merged(merged, data)
 
@@ -353,7 +353,7 @@ def expand_rows(where: str, file: StudyFile) -> list[Table]:
                 )
     if sweeps:
         common = codec.to_json(Workload()) | file.workload
-        controls = {**file.controls, **{f"{OF_WORKLOAD}{key}": value for key, value in common.items()}}
+        controls = {**file.controls, **{f"{WORKLOAD_PREFIX}{key}": value for key, value in common.items()}}
         return list(_sweep(f"{where}, [sweeps]", controls, sweeps, file.reference or "centre"))
     if not axes:
         return [_flat(row) for row in file.variant]
@@ -370,7 +370,7 @@ def _flat(table: Table) -> Table:
     if not isinstance(own, Mapping):
         return table
     others = {key: value for key, value in table.items() if key != "workload"}
-    return others | {f"{OF_WORKLOAD}{key}": value for key, value in own.items()}
+    return others | {f"{WORKLOAD_PREFIX}{key}": value for key, value in own.items()}
 
 
 def _sweep(where: str, controls: Table, sweeps: Table, centre: str) -> Iterator[Table]:
@@ -395,8 +395,11 @@ def _own_workloads(rows: Sequence[Table], workload: Workload) -> dict[str, Table
     """The workload fields in which a variant differs from the study, by the variant's name."""
     common, found = codec.to_json(workload), dict[str, Table]()
     for row in rows:
-        own = {key.removeprefix(OF_WORKLOAD): value for key, value in row.items() if key.startswith(OF_WORKLOAD)}
-        own = {key: value for key, value in own.items() if key not in common or common[key] != value}
+        own = {
+            key.removeprefix(WORKLOAD_PREFIX): value
+            for key, value in row.items()
+            if key.startswith(WORKLOAD_PREFIX) and common.get(key.removeprefix(WORKLOAD_PREFIX)) != value
+        }
         if own:
             found[row["name"]] = own
     return found
@@ -407,7 +410,7 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
     where = f"{where}, variant {row.get('name', f'number {index + 1}')!r}"
     require(isinstance(row.get("name"), str) and row["name"], f'{where}: name is missing. Add name = "...".')
     check_axes(where, row)
-    own = {key: value for key, value in row.items() if not key.startswith(OF_WORKLOAD)}
+    own = {key: value for key, value in row.items() if not key.startswith(WORKLOAD_PREFIX)}
     content = {**controls, **own}
     form = AnyVariant.class_for(content)
     known = form_keys(form)
@@ -433,12 +436,12 @@ def check_keys(where: str, table: str, content: Mapping[str, Any]) -> None:
 def check_axes(where: str, content: Mapping[str, Any]) -> None:
     """Raise `UsageError` for a key of [axes], [sweeps] or a variant that neither variants nor workloads have."""
     for key, value in content.items():
-        name = key.removeprefix(OF_WORKLOAD)
+        name = key.removeprefix(WORKLOAD_PREFIX)
         if name == key:
             check_keys(where, "controls", {key: value})
         elif name not in KEYS["workload"]:
-            raise unknown_key(where, name, value, OF_VARIANTS, shown=key)
-        elif name not in OF_VARIANTS:
+            raise unknown_key(where, name, value, PER_VARIANT_FIELDS, shown=key)
+        elif name not in PER_VARIANT_FIELDS:
             raise refused_value(where, key, value, "equal for all variants", "Write one value in [workload].")
 
 

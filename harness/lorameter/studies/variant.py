@@ -32,7 +32,7 @@ ADAPTER_FIELDS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
 )
 """Fields in which variants on one base may differ: they affect only the adapter, not the base."""
-OF_4BIT = ("double_quant", "compute_dtype")
+FOUR_BIT_FIELDS = ("double_quant", "compute_dtype")
 """Fields that only have an effect if the base is stored in 4 bits."""
 ADAMW = ("adamw", "adamw_fused")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
@@ -218,7 +218,7 @@ class Variant(AnyVariant):
 
     @property
     def _unread(self) -> tuple[str, ...]:
-        return (*(() if self.is_4bit else OF_4BIT), *(() if self.optimizer_args else ("optimizer_args",)))
+        return (*(() if self.is_4bit else FOUR_BIT_FIELDS), *(() if self.optimizer_args else ("optimizer_args",)))
 
     @property
     def rewrites_base(self) -> bool:

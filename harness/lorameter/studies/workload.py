@@ -36,12 +36,12 @@ Repair = Literal["", "quant_state"]
 
 SYNTHETIC = "synthetic"
 """Name of the embedded data source: seeded instruction records, no download."""
-OF_VARIANTS = (
+PER_VARIANT_FIELDS = (
     "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
     "new_tokens", "request_batch", "adapters", "threads",
 )  # fmt: skip
 """Fields for which variants of one study may have their own value: the same records in another form."""
-OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
+TOKEN_FIELDS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Fields that determine the tokens in the loss (sequences of another length contain other records): losses that differ
 in one of them are not compared."""
 MIN_LENGTH = 8
@@ -87,22 +87,22 @@ class DataColumns:
     """The whole record, if it has no parts."""
 
     def __post_init__(self) -> None:
-        parts = ", ".join(f"{part} = {shorten(repr(name), 60)}" for part, name in self.given.items())
+        parts = ", ".join(f"{part} = {shorten(repr(column), 60)}" for part, column in self.parts.items())
         kinds = "; or ".join(", ".join(family) for family in FAMILIES)
-        why = f"columns: {parts}: parts of different records. Name those of one: {kinds}."
-        require(not self.given or self.family, why)
+        require(
+            not self.parts or self.family,
+            f"columns: {parts}: parts of different records. Name those of one: {kinds}.",
+        )
 
     @property
-    def given(self) -> dict[str, str]:
-        """The parts whose columns are given, with their columns."""
-        parts = ((one.name, getattr(self, one.name)) for one in dataclasses.fields(self))
-        return {part: name for part, name in parts if name is not None}
+    def parts(self) -> dict[str, str]:
+        """The column of each part whose column is set."""
+        return {part: column for part, column in dataclasses.asdict(self).items() if column is not None}
 
     @property
     def family(self) -> tuple[str, ...] | None:
-        """The parts of the records that these columns form; None if no column is given, or they do not form records."""
-        given = set(self.given)
-        return next((family for family in FAMILIES if given and given <= set(family)), None)
+        """The parts of the records that these columns form; None if no column is set, or they do not form records."""
+        return next((family for family in FAMILIES if self.parts and self.parts.keys() <= set(family)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,8 +138,8 @@ def recognise(names: Sequence[str], columns: DataColumns, place: str) -> RecordF
     available = f"There are {shorten(', '.join(map(repr, names)), 200) or 'none'}."
     remedy = _MAP_THEM
     if columns.family is not None:
-        parts = {part: columns.given.get(part, part) for part in columns.family}
-        needed = [column for part, column in parts.items() if part != OPTIONAL or part in columns.given]
+        parts = {part: columns.parts.get(part, part) for part in columns.family}
+        needed = [column for part, column in parts.items() if part != OPTIONAL or part in columns.parts]
         remedy = "Correct [workload] columns."
     else:
         fitting = [one for one in _KNOWN if all(name in names for part, name in one.items() if part != OPTIONAL)]
