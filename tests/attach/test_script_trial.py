@@ -35,7 +35,7 @@ from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, make_script_request
 from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.script import TOKENS
-from lorameter.studies.script_study import make_script_study
+from lorameter.studies.study import make_script_study
 
 URL = "https://me:hf_abc@example.org/data?token=xyz"
 

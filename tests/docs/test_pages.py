@@ -29,8 +29,7 @@ import pytest
 from lorameter.cli import main
 from lorameter.commands.parser import build_parser
 from lorameter.commands.reference import field_docstrings, write_reference
-from lorameter.studies.claim import Claim, ClaimPart
-from lorameter.studies.engine import Engine
+from lorameter.studies.claim import Claim, ClaimPart, Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant, PeftVariant, ScriptVariant

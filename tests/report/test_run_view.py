@@ -36,7 +36,7 @@ from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run_view import make_run_view
-from lorameter.studies.script_study import make_script_study
+from lorameter.studies.study import make_script_study
 from tests.constructed import RUNS
 
 

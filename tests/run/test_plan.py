@@ -29,8 +29,8 @@ from lorameter.records import store
 from lorameter.run.build_plan import MEMORY_SHARE, build_plan, choose_interleaving, shared_base_obstacle
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import build_arms, make_plan
-from lorameter.studies.engine import Engine
-from lorameter.studies.script_study import make_engine_study
+from lorameter.studies.claim import Engine
+from lorameter.studies.study import make_engine_study
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import method_probe

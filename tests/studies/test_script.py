@@ -18,8 +18,7 @@ from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.claim import ENGINE
 from lorameter.studies.script import name_command, split_command
-from lorameter.studies.script_study import make_engine_study, make_script_study, split_braces
-from lorameter.studies.study import Study
+from lorameter.studies.study import Study, make_engine_study, make_script_study, split_braces
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import Workload

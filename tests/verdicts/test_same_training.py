@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from lorameter.records.record import TrialRecord
-from lorameter.studies.script_study import make_script_study
+from lorameter.studies.study import make_script_study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.compare import ComparisonReport
 from lorameter.verdicts.gate import Policy, judge

@@ -60,8 +60,7 @@ from lorameter.records.units import format_bytes, format_count
 from lorameter.stats import is_steady, is_warm
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_command
-from lorameter.studies.script_study import make_script_study
-from lorameter.studies.study import Study
+from lorameter.studies.study import Study, make_script_study
 
 PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, allow_disturbed=True)
 """A training is measured while it runs; its number of steps is known only at its end."""

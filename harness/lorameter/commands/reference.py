@@ -20,8 +20,7 @@ from typing import Any
 from kernels_check import REQUIREMENTS
 from lorameter.results.rows import DTYPES, SETTINGS, TABLES, FrameColumn
 from lorameter.studies import claim, study_file
-from lorameter.studies.claim import Claim, ClaimPart
-from lorameter.studies.engine import Engine
+from lorameter.studies.claim import Claim, ClaimPart, Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
 from lorameter.studies.workload import PER_VARIANT_FIELDS, DataColumns, Workload

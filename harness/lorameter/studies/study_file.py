@@ -15,7 +15,7 @@ notes = ["..."]                 # facts for readers of the results that no field
 workload.batch_size = 8         # a field of the workload for this variant only; also allowed in [axes] and [sweeps]
 [requirements]                  # kernels_check paths with required values, in addition to those that variants imply
 [[claim]]                       # see lorameter.studies.claim
-[engine]                        # the feature that the claims are about, see lorameter.studies.engine
+[engine]                        # the feature that the claims are about, see lorameter.studies.claim
 [profile.NAME]                  # all of the above except variants, for one kind of machine
 devices = ["A100"]              # parts of the names of devices that use this profile; "cpu" is any CPU
 workload.model = "random:"      # the model of the study with random weights
@@ -39,8 +39,7 @@ from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.store import Run
 from lorameter.studies import protocol
-from lorameter.studies.claim import Claim, check_limits
-from lorameter.studies.engine import Engine
+from lorameter.studies.claim import Claim, Engine, check_limits
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN

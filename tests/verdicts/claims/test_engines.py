@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from lorameter.studies.engine import Engine
+from lorameter.studies.claim import Engine
 from lorameter.verdicts.claims import judge_claims
 
 COMPILED = Engine(title="the compiler", variant="r16", proof={"compile": True})

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
-from lorameter.studies.claim import ClaimPart
-from lorameter.studies.engine import ANY, LESS, SAFE
+from lorameter.studies.claim import ANY, LESS, SAFE, ClaimPart
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.claims.parts import NotJudgedError, require_data
@@ -39,7 +38,7 @@ class PathEvidence:
 
     path: str
     wanted: Any
-    """The required value (`lorameter.studies.engine`)."""
+    """The required value (`lorameter.studies.claim`)."""
     found: Literal["active", "absent", "unknown"]
     """active: as required, with and without the engine · absent: not as required · unknown: not observable."""
     with_engine: Any
