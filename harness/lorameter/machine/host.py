@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from lorameter.machine.nvml import device_session
-from lorameter.machine.processes import holds_any
 from lorameter.machine.reading import Reading, missing_reading, parse_fields, read_file, unavailable
 
 ROOT = Path("/")
@@ -252,9 +251,9 @@ def _turbo(root: Path) -> Reading[bool]:
 
 
 def _nodes(root: Path, cpus: set[int]) -> Reading[int]:
-    lists = (root / "sys/devices/system/node").glob("node[0-9]*/cpulist")
-    used = [path for path in lists if read_file(path, lambda text: holds_any(text, cpus), "").value]
-    return Reading(value=len(used)) if used else missing_reading("the kernel reports no memory nodes")
+    """The memory nodes of these CPUs; the kernel links each CPU to its node."""
+    nodes = {link.name for cpu in cpus for link in (root / f"{_CPU}/cpu{cpu}").glob("node[0-9]*")}
+    return Reading(value=len(nodes)) if nodes else missing_reading("the kernel reports no memory nodes")
 
 
 def _meminfo(root: Path, pick: Callable[[dict[str, int]], int]) -> Reading[int]:

@@ -220,10 +220,3 @@ def physical_cores(cpus: Iterable[int]) -> list[tuple[int, ...]]:
             threads = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
         found.setdefault(threads, []).append(cpu)
     return [tuple(threads) for threads in found.values()]
-
-
-def holds_any(listed: str, cpus: Collection[int]) -> bool:
-    """Whether a list such as 0-3,8 (cpuset(7)) contains one of these CPUs. Raises `ValueError` for an invalid list."""
-    parts = (part.partition("-") for part in listed.strip().split(",") if part)
-    spans = [range(int(first), int(last or first) + 1) for first, _, last in parts]
-    return any(cpu in span for cpu in cpus for span in spans)

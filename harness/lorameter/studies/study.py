@@ -1,7 +1,7 @@
 """A study: a named set of variants, their common settings, the protocol of the measurement, and the claims.
 
-`lorameter.studies.study_file` reads it from TOML. A study of commands is also made of one command line, or of one with and
-without an engine.
+`lorameter.studies.study_file` reads it from TOML. A study of commands is also made of one command line, or of one
+with and without an engine.
 """
 
 from __future__ import annotations
