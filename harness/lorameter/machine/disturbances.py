@@ -103,11 +103,11 @@ class _PhaseValues:
     values: Mapping[str, float]
     phase: str
 
-    def device(self, what: str) -> float | None:
-        return self.values.get(telemetry_key("device", what, self.phase))
+    def device(self, name: str) -> float | None:
+        return self.values.get(telemetry_key("device", name, self.phase))
 
-    def host(self, what: str) -> float | None:
-        return self.values.get(telemetry_key("host", what, self.phase))
+    def host(self, name: str) -> float | None:
+        return self.values.get(telemetry_key("host", name, self.phase))
 
     def shares(self, time_counter: str, sample_counter: str) -> list[tuple[float, str]]:
         """Shares of the watched time by a time counter of the GPU, and of the samples at the ends of the stretches;
@@ -202,7 +202,7 @@ def _swapped(values: _PhaseValues) -> Iterator[Disturbance]:
 
 def _retrying(memory: Mapping[str, int], phase: str) -> Iterator[Disturbance]:
     """Never invalid: a variant that barely fits will always retry, and its times include that cost."""
-    retries, failures = (memory.get(f"device_{what}_{phase}", 0) for what in ("alloc_retries", "ooms"))
+    retries, failures = (memory.get(f"device_{name}_{phase}", 0) for name in ("alloc_retries", "ooms"))
     if retries or failures:
         yield Disturbance(
             code="memory-retrying",

@@ -58,7 +58,7 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int | str, ...] | N
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
@@ -82,7 +82,7 @@ def _initialise() -> Reading[Any]:
     return call_nvml(pynvml, "nvmlInit").then(lambda _: pynvml)
 
 
-def call_nvml(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
+def call_nvml(nvml: Any, function: str, *arguments: Any, convert: Callable[[Any], Any] = _identity) -> Reading[Any]:
     """Call an NVML function; returns True if it returns nothing, and a missing value for an error. Text arguments with
     the prefix NVML_ are constants of the binding.
 
@@ -164,7 +164,7 @@ class NvmlDevice:
         self._handle = handle
         board = read_board(nvml, handle)
         self._board = handle if board.value is None else board.value  # clocks, power and heat are the whole GPU's
-        self._mig = self._of_board("nvmlDeviceGetMigMode", convert=_current)
+        self._mig = self._of_board("nvmlDeviceGetMigMode", convert=_current_mode)
         self._slowdown_c = self._of_board(
             "nvmlDeviceGetTemperatureThreshold", "NVML_TEMPERATURE_THRESHOLD_SLOWDOWN", convert=float
         )
@@ -185,7 +185,7 @@ class NvmlDevice:
         """The energy counter, in joules since the driver was loaded."""
         if self.sliced:
             return missing_reading(SLICED)
-        return self._of_board("nvmlDeviceGetTotalEnergyConsumption", convert=_thousandth)
+        return self._of_board("nvmlDeviceGetTotalEnergyConsumption", convert=_from_milli)
 
     def sample(self) -> dict[str, Reading[Any]]:
         """Momentary readings, and counters since the driver was loaded. Energy is read first, closest to the end of the
@@ -201,7 +201,7 @@ class NvmlDevice:
             "energy_j": energy,
             "power_w": missing_reading(SLICED)
             if self.sliced
-            else self._of_board("nvmlDeviceGetPowerUsage", convert=_thousandth),
+            else self._of_board("nvmlDeviceGetPowerUsage", convert=_from_milli),
             **self.clocks(),
             "temperature_c": temperature,
             "temperature_margin_c": self._margin(temperature),
@@ -225,12 +225,12 @@ class NvmlDevice:
             "name": self._of_device("nvmlDeviceGetName"),
             "uuid": read_uuid(self._nvml, self._handle),
             "driver": call_nvml(self._nvml, "nvmlSystemGetDriverVersion"),
-            "power_limit_w": board("nvmlDeviceGetEnforcedPowerLimit", convert=_thousandth),
-            "default_power_limit_w": board("nvmlDeviceGetPowerManagementDefaultLimit", convert=_thousandth),
+            "power_limit_w": board("nvmlDeviceGetEnforcedPowerLimit", convert=_from_milli),
+            "default_power_limit_w": board("nvmlDeviceGetPowerManagementDefaultLimit", convert=_from_milli),
             "max_sm_clock_hz": self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
             "max_memory_clock_hz": self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_MEM"),
             "slowdown_temperature_c": self._slowdown_c,
-            "ecc": board("nvmlDeviceGetEccMode", convert=_current),
+            "ecc": board("nvmlDeviceGetEccMode", convert=_current_mode),
             "corrected_errors": self._ecc_errors("NVML_MEMORY_ERROR_TYPE_CORRECTED"),
             "uncorrected_errors": self._ecc_errors("NVML_MEMORY_ERROR_TYPE_UNCORRECTED"),
             "mig": self._mig,
@@ -259,7 +259,7 @@ class NvmlDevice:
     def _of_device(self, function: str, *arguments: Any) -> Reading[Any]:
         return call_nvml(self._nvml, function, self._handle, *arguments)
 
-    def _of_board(self, function: str, *arguments: Any, convert: Callable[[Any], Any] = _same) -> Reading[Any]:
+    def _of_board(self, function: str, *arguments: Any, convert: Callable[[Any], Any] = _identity) -> Reading[Any]:
         return call_nvml(self._nvml, function, self._board, *arguments, convert=convert)
 
 
@@ -304,11 +304,11 @@ def compute_capability(index: int) -> Reading[tuple[int, int]]:
         return call_nvml(nvml.value, "nvmlDeviceGetCudaComputeCapability", handle, convert=tuple)
 
 
-def _thousandth(value: int) -> float:
+def _from_milli(value: int) -> float:
     return value / 1e3
 
 
-def _current(modes: list[int]) -> bool:
+def _current_mode(modes: list[int]) -> bool:
     """The mode in force; the second entry is the mode after the next reset."""
     return bool(modes[0])
 
@@ -370,7 +370,7 @@ def _describe(nvml: Any, entry: int | str) -> VisibleGpu:
         entry=entry,
         name=call_nvml(nvml, "nvmlDeviceGetName", handle.value),
         board=read_uuid(nvml, board),
-        power_limit_w=call_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", board, convert=_thousandth),
+        power_limit_w=call_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", board, convert=_from_milli),
     )
 
 

@@ -45,10 +45,10 @@ SUBSTITUTED = ("thermal_slowdown_s", "power_slowdown_s", "temperature_margin_c")
 the same information."""
 
 
-def telemetry_key(owner: str, what: str, phase: str) -> str:
+def telemetry_key(owner: str, name: str, phase: str) -> str:
     """The name of a value in the record: the phase precedes the unit, if there is one."""
-    stem, _, unit = what.rpartition("_")
-    return f"{owner}_{stem}_{phase}_{unit}" if unit in UNITS else f"{owner}_{what}_{phase}"
+    stem, _, unit = name.rpartition("_")
+    return f"{owner}_{stem}_{phase}_{unit}" if unit in UNITS else f"{owner}_{name}_{phase}"
 
 
 _COMBINED: dict[str, tuple[str, Callable[[list[float]], float]]] = {

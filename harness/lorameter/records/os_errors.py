@@ -48,8 +48,8 @@ class SystemLimitError(Exception):
 
 def format_os_error(error: OSError) -> str:
     """The error message with its remedy."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    return f"{what}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
+    cause = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return f"{cause}. {REMEDIES.get(error.errno or 0, 'Check the disk')}"
 
 
 def find_system_error(error: BaseException | None) -> str | None:

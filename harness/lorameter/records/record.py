@@ -189,18 +189,20 @@ def find_unmet(checks: Iterable[Mapping[str, Any]], required: Mapping[str, Any])
         checks: checks of the judged paths, as plain data.
         required: values by path.
     """
-    seen = {str(check["path"]): check for check in checks}
+    by_path = {str(check["path"]): check for check in checks}
     failed = {
-        path: value for path, value in required.items() if path not in seen or seen[path].get("status") != "active"
+        path: value
+        for path, value in required.items()
+        if path not in by_path or by_path[path].get("status") != "active"
     }
     if not failed:
         return None
-    unseen = "no row of the watched step is about it" if seen else "no step was watched"
+    missing = "no row of the watched step is about it" if by_path else "no step was watched"
     message = "; ".join(
-        f"{path}: required {value!r}, {seen[path].get('reason') if path in seen else unseen}"
+        f"{path}: required {value!r}, {by_path[path].get('reason') if path in by_path else missing}"
         for path, value in failed.items()
     )
-    kind = "RequiredPathNotSeen" if seen.keys().isdisjoint(failed) else "RequiredPathNotActive"
+    kind = "RequiredPathNotSeen" if by_path.keys().isdisjoint(failed) else "RequiredPathNotActive"
     return Failure(phase="verify", kind=kind, message=message)
 
 

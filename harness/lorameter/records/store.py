@@ -145,9 +145,9 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def runs_dir(given: str | Path | None, *, make: bool = False) -> Path:
+def runs_dir(folder: str | Path | None, *, make: bool = False) -> Path:
     """`--runs-dir`, else $LORAMETER_RUNS, else ./.lorameter/runs; created if missing and `make` is set."""
-    named = given or os.environ.get(ENV_RUNS)
+    named = folder or os.environ.get(ENV_RUNS)
     path = Path(named or Path(".lorameter") / "runs")
     if not make and (fileio.is_folder(path) or not fileio.is_there(path)):
         return path

@@ -67,7 +67,7 @@ class EvidenceFile:
     def add(self, checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         """The hashes of these checks; new checks are on disk afterwards. Checks are redacted, because they may repeat
         an error's text. Raises OSError if writing failed."""
-        hashed = [(_hash_of(check), check) for check in map(_redacted, checks)]
+        hashed = [(_hash_of(check), check) for check in map(_redact_texts, checks)]
         new = {name: check for name, check in hashed if name not in self._checks}
         if new:
             lines = [f'{{"hash": "{name}", "check": {codec.dumps(check)}}}\n' for name, check in new.items()]
@@ -85,12 +85,12 @@ _redact = functools.lru_cache(maxsize=4096)(redact)
 """Checks are nearly the same in all trials, so redaction is cached."""
 
 
-def _redacted(value: Any) -> Any:
+def _redact_texts(value: Any) -> Any:
     if isinstance(value, str):
         return _redact(value)
     if isinstance(value, Mapping):
-        return {key: _redacted(item) for key, item in value.items()}
-    return [_redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _redact_texts(item) for key, item in value.items()}
+    return [_redact_texts(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _hash_of(check: Mapping[str, Any]) -> str:

@@ -256,17 +256,17 @@ def check_fraction(where: str, key: str, value: float | None, *, zero: bool = Fa
     )
 
 
-def check_name(what: str, name: str, forbidden: str = "/") -> None:
+def check_name(label: str, name: str, forbidden: str = "/") -> None:
     """Raise `UsageError` for a name that cannot be a part of a file name."""
     size = len(name.encode("utf-8", errors="replace"))
     require(
         size <= NAME_BYTES,
-        f"{what} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of the names of files. Use {NAME_BYTES} "
+        f"{label} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of the names of files. Use {NAME_BYTES} "
         "or fewer.",
     )
     require(
         name and name.isprintable() and not set(forbidden) & set(name),
-        f"{what} {name!r}: a name is part of test ids and file names. Use letters, digits, '-', '_', '.', '='.",
+        f"{label} {name!r}: a name is part of test ids and file names. Use letters, digits, '-', '_', '.', '='.",
     )
 
 

@@ -189,7 +189,7 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     own = dataclasses.replace(variant, merge_adapter=False)
     if isinstance(own, LoraVariant):
         own = dataclasses.replace(own, init_lora_weights="default")
-    name = _stored(own)
+    name = _storage_format(own)
     reference = ServingMode(name=f"unmerged, {name}", variant=own)
     groups: list[tuple[ServingMode, ...]] = [
         (
@@ -207,13 +207,13 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     others = [dataclasses.replace(plain, dtype=own.dtype if own.dtype != "float32" else "bfloat16")]
     if not own.is_4bit:
         others.append(dataclasses.replace(plain, quantization="nf4"))
-    for other in (one for one in others if _stored(one) != name):
-        unmerged = ServingMode(name=f"unmerged, {_stored(other)}", variant=other)
-        groups.append((unmerged, dataclasses.replace(unmerged, name=f"merged into {_stored(other)}", merged=True)))
+    for other in (one for one in others if _storage_format(one) != name):
+        unmerged = ServingMode(name=f"unmerged, {_storage_format(other)}", variant=other)
+        groups.append((unmerged, dataclasses.replace(unmerged, name=f"merged into {_storage_format(other)}", merged=True)))
     return tuple(groups)
 
 
-def _stored(variant: Variant) -> str:
+def _storage_format(variant: Variant) -> str:
     """The storage format of the base's linear layers, in one word."""
     return variant.dtype if variant.quantization == "none" else variant.quantization
 

@@ -114,8 +114,8 @@ def split_command(label: str, command: str) -> list[str]:
     for word in words:
         require(
             word not in _SHELL,
-            f"{named}: {word!r} is for a shell, and there is none. Name the one command that trains; what comes before "
-            "it belongs into a script or is done beforehand.",
+            f"{named}: {word!r} is for a shell, and there is none. Name the one command that trains, and put the others "
+            "into a script.",
         )
     require(
         not _ASSIGNMENT.fullmatch(words[0]),

@@ -243,7 +243,7 @@ class Study:
         """The differences from the original study, one line each."""
         current = {key: self._value_of_field(key) for key in self.replaced}
         return tuple(
-            f"{key} = {_shown(current[key])} in place of {_shown(original)}"
+            f"{key} = {_format_value(current[key])} in place of {_format_value(original)}"
             for key, original in self.replaced.items()
             if current[key] != original
         )
@@ -331,7 +331,7 @@ def _level(value: Any) -> Level:
     return "+".join(words)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as text; for a file its name, since its folder is specific to one machine."""
     return repr(PurePath(value).name) if isinstance(value, str) and PurePath(value).is_absolute() else repr(value)
 

@@ -96,7 +96,7 @@ OTHER_NAMES: Mapping[str, str] = {
 }
 """Keys of a study by other names in PEFT, transformers and TRL."""
 _FORMS: Mapping[type[AnyVariant], str] = {
-    ScriptVariant: "a command, and its script says what is trained",
+    ScriptVariant: "a command, whose script defines the training",
     PeftVariant: "a method of PEFT, whose own fields are written as peft.KEY",
     FullVariant: "full fine-tuning, which has no adapter",
     LoraVariant: "LoRA in its short form, and neither a command nor in the form of PEFT",
@@ -172,20 +172,20 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
                 "device, which depends on it. Write it in [protocol].",
             )
     if profile is None:
-        fitting = (name for name, table in file.profile.items() if device and _fits(table.devices, device))
+        fitting = (name for name, table in file.profile.items() if device and _matches(table.devices, device))
         profile = next(fitting, None)
     if profile is None:
         return written
     known = unknown_word_message(profile, list(file.profile)) if file.profile else "this study has none."
     require(profile in file.profile, f"{where}: profile = {profile!r}: {known}")
     changes = {key: value for key, value in data["profile"][profile].items() if key != "devices"}
-    fitted = _merged(data, {**changes, "notes": [*file.notes, *file.profile[profile].notes]})
+    fitted = _merge(data, {**changes, "notes": [*file.notes, *file.profile[profile].notes]})
     workload = fitted.get("workload", {})
     if workload.get("model") == _OWN_RANDOM:
         own = written.workload.model.removeprefix(_OWN_RANDOM)
         fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own}"}
     study = _parse(path, fitted)
-    return dataclasses.replace(study, profile=profile, replaced=_replaced(written, study))
+    return dataclasses.replace(study, profile=profile, replaced=_find_replaced(written, study))
 
 
 def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> tuple[Study, Variant]:
@@ -238,37 +238,37 @@ def _read(name_or_path: str) -> tuple[Path, Table]:
     merged = _read(base)[1]
     if any(key in data for key in _LISTS):
         merged = {key: value for key, value in merged.items() if key not in _KEYS_ABOUT_VARIANTS}
-    merged["profile"] = {name: _without(table, data) for name, table in merged.get("profile", {}).items()}
-    return path, _merged(merged, data)
+    merged["profile"] = {name: _drop_overridden(table, data) for name, table in merged.get("profile", {}).items()}
+    return path, _merge(merged, data)
 
 
-def _without(table: Table, over: Table) -> Table:
-    """A profile of an extended study, without the fields that `over`, the extending study, sets itself.
-
-    A profile of the extended study must not silently replace what the extending study sets.
-    """
-    kept = {key: value for key, value in table.items() if key != "allow_fallback" or key not in over}
+def _drop_overridden(profile: Table, study: Table) -> Table:
+    """A profile of an extended study, without the fields that the extending study sets: the profile must not silently
+    replace them."""
+    result = {key: value for key, value in profile.items() if key != "allow_fallback" or key not in study}
     for section in _SECTIONS:
-        own, overriding = kept.get(section, {}), over.get(section)
+        fields, overriding = result.get(section, {}), study.get(section)
         if isinstance(overriding, Mapping):
-            kept[section] = {key: value for key, value in own.items() if key not in overriding or value == _OWN_RANDOM}
-    return kept
+            result[section] = {
+                key: value for key, value in fields.items() if key not in overriding or value == _OWN_RANDOM
+            }
+    return result
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     """`base` with the values of `over` in place of its own, table by table."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if both else value
+        result[key] = _merge(result[key], value) if both else value
     return result
 
 
-def _fits(devices: Sequence[str], device: str) -> bool:
+def _matches(devices: Sequence[str], device: str) -> bool:
     return device in devices if device == "cpu" else any(word in device for word in devices if word != "cpu")
 
 
-def _replaced(written: Study, fitted: Study) -> Table:
+def _find_replaced(written: Study, fitted: Study) -> Table:
     """Fields that the profile changes, with their original values."""
     pairs = (
         ("workload", written.workload, fitted.workload),
@@ -338,10 +338,10 @@ def _claim(where: str, written: Table) -> Claim:
 def expand_rows(where: str, file: StudyFile) -> list[Table]:
     """The differences of each variant from the controls, and its name: as listed, combined by [axes], or one field at a
     time by [sweeps]. A field of the workload is written `workload.FIELD`."""
-    axes, sweeps = _flat(file.axes), _flat(file.sweeps)
+    axes, sweeps = _flatten(file.axes), _flatten(file.sweeps)
     tables = {"[axes]": axes, "[sweeps]": sweeps, "[[variant]]": file.variant}
-    given = [name for name, value in tables.items() if value]
-    require(len(given) < 2, f"{where}: both {' and '.join(given)} are given. Keep one.")
+    forms = [name for name, value in tables.items() if value]
+    require(len(forms) < 2, f"{where}: both {' and '.join(forms)} are given. Keep one.")
     check_keys(f"{where}, [controls]", "controls", file.controls)
     for name, content in (("[axes]", axes), ("[sweeps]", sweeps)):
         check_axes(f"{where}, {name}", content)
@@ -355,7 +355,7 @@ def expand_rows(where: str, file: StudyFile) -> list[Table]:
         controls = {**file.controls, **{f"{WORKLOAD_PREFIX}{key}": value for key, value in common.items()}}
         return list(_sweep(f"{where}, [sweeps]", controls, sweeps, file.reference or "centre"))
     if not axes:
-        return [_flat(row) for row in file.variant]
+        return [_flatten(row) for row in file.variant]
     count = math.prod(map(len, axes.values()))
     most = f"Use {protocol.MAX_VARIANTS} variants or fewer."
     require(count <= protocol.MAX_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
@@ -363,7 +363,7 @@ def expand_rows(where: str, file: StudyFile) -> list[Table]:
     return [{"name": "-".join(_label(axis, value) for axis, value in row.items()), **row} for row in rows]
 
 
-def _flat(table: Table) -> Table:
+def _flatten(table: Table) -> Table:
     """A table in which `workload.batch_size` is a key, like the name of an axis."""
     own = table.get("workload")
     if not isinstance(own, Mapping):

@@ -198,8 +198,7 @@ class Workload:
             f"workload: adapters = {self.adapters}, {ranks}: several adapters are measured in requests, and of several "
             "ranks training is measured and nothing else. Leave one of them out.",
         )
-        how = 'how they train together is not said. Write strategy = "ddp" or "fsdp2".'
-        require(self.strategy, f"workload: {ranks}: {how}")
+        require(self.strategy, f'workload: {ranks}: no strategy. Write strategy = "ddp" or "fsdp2".')
         require(
             self.batch_size % self.ranks == 0,
             f"workload: batch_size = {self.batch_size}, {ranks}: the batch is that of all ranks and does not divide "
