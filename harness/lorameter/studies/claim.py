@@ -263,7 +263,7 @@ class Engine:
         for path, value in self.proof.items():
             require(
                 value is True or (isinstance(value, str) and value),
-                f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: kernels_check reports no such value. Use "
+                f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: no observable value. Use "
                 f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".',
             )
 
