@@ -28,7 +28,6 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +142,7 @@ class StudyFile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 def builtin_studies() -> dict[str, Path]:
     """Names and files of the studies in the package."""
-    folder = Path(str(resources.files("lorameter") / "studies"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
 
 def load_study(name_or_path: str, *, profile: str | None = None, device: str = "") -> Study:
