@@ -58,10 +58,11 @@ def read_experiments(folder: str, select: Sequence[str] = (), *, quality: bool =
         for path in sorted((root / "experiments").glob("*/*"))
         if (path / CONFIG_NAME).is_file() or (path / PARAMS).is_file()
     }
-    if not paths:
-        why = f"no experiments/METHOD/NAME/{CONFIG_NAME} in it"
-        remedy = "Name method_comparison/MetaMathQA of a checkout of huggingface/peft."
-        raise refused_value("run", "--peft-experiments", folder, why, remedy)
+    require(
+        paths,
+        f"run: --peft-experiments = {folder!r}: no experiments/METHOD/NAME/{CONFIG_NAME} in it. Name "
+        "method_comparison/MetaMathQA of a checkout of huggingface/peft.",
+    )
     included, excluded = set[str](), set[str]()
     for glob in select:
         matching = fnmatch.filter(paths, glob.removeprefix("!"))

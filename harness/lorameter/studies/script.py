@@ -109,8 +109,10 @@ def split_command(label: str, command: str) -> list[str]:
         words = shlex.split(command)
     except ValueError as error:
         raise UsageError(f"{named}: {error}. Close the quote.") from None
-    program = 'no program in it. Write one, as "python train.py --r 64".'
-    require(words and words[0], f"{label}: command = {command!r}: {program}")
+    require(
+        words and words[0],
+        f'{label}: command = {command!r}: no program in it. Write one, as "python train.py --r 64".',
+    )
     for word in words:
         require(
             word not in _SHELL,

@@ -355,8 +355,10 @@ def expand_rows(where: str, file: StudyFile) -> list[Table]:
     if not axes:
         return [_flatten(row) for row in file.variant]
     count = math.prod(map(len, axes.values()))
-    most = f"Use {protocol.MAX_VARIANTS} variants or fewer."
-    require(count <= protocol.MAX_VARIANTS, f"{where}, [axes]: {count} combinations. {most}")
+    require(
+        count <= protocol.MAX_VARIANTS,
+        f"{where}, [axes]: {count} combinations. Use {protocol.MAX_VARIANTS} variants or fewer.",
+    )
     rows = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return [{"name": "-".join(_label(axis, value) for axis, value in row.items()), **row} for row in rows]
 
@@ -375,10 +377,11 @@ def _sweep(where: str, controls: Table, sweeps: Table, centre: str) -> Iterator[
     row."""
     yield {"name": centre}
     for key, values in sweeps.items():
-        if controls.get(key) not in values:
-            why = f"the controls' {key} = {controls.get(key)!r} is not among them"
-            remedy = "Every sweep goes through the controls: add the value to one of the two."
-            raise refused_value(where, key, values, why, remedy)
+        require(
+            controls.get(key) in values,
+            f"{where}: {key} = {values!r}: the controls' {key} = {controls.get(key)!r} is not among them. Every sweep "
+            "goes through the controls: add the value to one of the two.",
+        )
         yield from ({"name": _label(key, value), key: value} for value in values if value != controls[key])
 
 

@@ -313,9 +313,10 @@ class PeftVariant(Variant):
     """Text that initialises the keys and values of a prefix (PEFT's `initialize_kv_prefix_from_text`)."""
 
     def __post_init__(self) -> None:
-        label = _label(self.name)
-        named = isinstance(self.peft.get("peft_type"), str)
-        require(named, f'{label}: peft: no peft_type in it. Write peft = {{ peft_type = "LORA", … }}.')
+        require(
+            isinstance(self.peft.get("peft_type"), str),
+            f'{_label(self.name)}: peft: no peft_type in it. Write peft = {{ peft_type = "LORA", … }}.',
+        )
         Variant.__post_init__(self)
 
     @property

@@ -270,8 +270,10 @@ def resolve(data: str) -> DataSource:
     if fileio.is_there(name):
         require(not split, f"{where}: a file has no splits. Leave [{split}] out.")
         require(fileio.is_file(name), f"{where}: it is not a regular file. {REMEDY}")  # a pipe would block
-        ends = f"its name ends in none of {', '.join(ENDINGS)}"
-        require(name.endswith(ENDINGS), f"{where}: a file of no known kind: {ends}. {REMEDY}")
+        require(
+            name.endswith(ENDINGS),
+            f"{where}: a file of no known kind: its name ends in none of {', '.join(ENDINGS)}. {REMEDY}",
+        )
         return DataSource(kind="file", name=name, files=(Path(name),))
     hub = None if name.endswith(ENDINGS) or name.startswith((".", "/", "~")) else _HUB.fullmatch(name)
     if hub is None:
@@ -313,6 +315,8 @@ def _folder(path: Path, split: str, where: str) -> DataSource:
         f"{where}: files of {listed} are in it. Name the split, as in FOLDER[{DEFAULT_SPLIT}], or a file.",
     )
     kinds = sorted({Path(file.name.removesuffix(PACKED)).suffix for file in files[chosen]})
-    different = f"files of different kinds are in it: {', '.join(kinds)}"
-    require(len(kinds) == 1, f"{where}: {different}. Name one file, or separate them.")
+    require(
+        len(kinds) == 1,
+        f"{where}: files of different kinds are in it: {', '.join(kinds)}. Name one file, or separate them.",
+    )
     return DataSource(kind="saved" if saved else "folder", name=str(path), split=chosen, files=tuple(files[chosen]))
