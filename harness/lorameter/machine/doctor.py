@@ -1,8 +1,8 @@
 """Surveys a machine before a measurement, and judges what it can run and measure, and what would disturb a measurement.
 
-The survey computes for a second and watches the machine meanwhile as during a trial (`lorameter.machine.telemetry`),
-because steal and quotas have an effect only on a busy CPU; disturbances are judged by the rules for trials. Everything
-else is read once. Neither torch nor a CUDA context is loaded.
+The survey computes for a second and reads the telemetry of a trial around it, because steal and quotas have an effect
+only on a busy CPU; the rules for trials judge the disturbances. Everything else is read once. Neither torch nor a CUDA
+context is loaded.
 
 Most disturbances only reduce precision: trials take turns, and intervals include the noise. A machine is unfit if no
 trial can run, or if numbers would be wrong because of other processes, a GPU that throttles itself, or faulty memory.
@@ -102,11 +102,11 @@ def survey(runs: Path) -> Survey:
 
 
 def _try_lock(folder: Path) -> Reading[bool]:
-    """Whether a lock that this process holds there is seen by another attempt, tried in a temporary folder."""
+    """Whether a lock that this process holds is visible to another attempt, tried in a temporary folder."""
+    prefix = ".lorameter-lock-"
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".lorameter-lock-") as name:
-            with hold_lock(Path(name) / "target", "", print):
-                return Reading(value=is_locked(Path(name) / "target"))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as name, hold_lock(Path(name) / "target", "", print):
+            return Reading(value=is_locked(Path(name) / "target"))
     except (OSError, NotImplementedError) as error:
         return missing_reading(f"no lock can be tried in {folder}: {error}")
 
