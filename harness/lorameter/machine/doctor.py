@@ -103,9 +103,11 @@ def survey(runs: Path) -> Survey:
 
 def _try_lock(folder: Path) -> Reading[bool]:
     """Whether a lock that this process holds is visible to another attempt, tried in a temporary folder."""
-    prefix = ".lorameter-lock-"
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix) as name, hold_lock(Path(name) / "target", "", print):
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".lorameter-lock-") as name,
+            hold_lock(Path(name) / "target", "", print),
+        ):
             return Reading(value=is_locked(Path(name) / "target"))
     except (OSError, NotImplementedError) as error:
         return missing_reading(f"no lock can be tried in {folder}: {error}")
