@@ -209,7 +209,8 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
         others.append(dataclasses.replace(plain, quantization="nf4"))
     for other in (one for one in others if _storage_format(one) != name):
         unmerged = ServingMode(name=f"unmerged, {_storage_format(other)}", variant=other)
-        groups.append((unmerged, dataclasses.replace(unmerged, name=f"merged into {_storage_format(other)}", merged=True)))
+        merged = dataclasses.replace(unmerged, name=f"merged into {_storage_format(other)}", merged=True)
+        groups.append((unmerged, merged))
     return tuple(groups)
 
 

@@ -116,7 +116,7 @@ def split_command(label: str, command: str) -> list[str]:
     for word in words:
         require(
             word not in _SHELL,
-            f"{named}: {word!r} is for a shell, and there is none. Name the one command that trains, and put the others "
+            f"{named}: {word!r} is for a shell, and there is none. Name the one command that trains, and put others "
             "into a script.",
         )
     require(
