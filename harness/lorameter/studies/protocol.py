@@ -261,7 +261,7 @@ def check_name(label: str, name: str, forbidden: str = "/") -> None:
     size = len(name.encode("utf-8", errors="replace"))
     require(
         size <= NAME_BYTES,
-        f"{label} {shorten(name, 60)!r}: {size} bytes long, and it becomes part of file names. Use {NAME_BYTES} or fewer.",
+        f"{label} {shorten(name, 60)!r}: {size} bytes long, and part of file names. Use {NAME_BYTES} or fewer.",
     )
     require(
         name and name.isprintable() and not set(forbidden) & set(name),
