@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorameter import cli
-from lorameter.machine.doctor import OPTIONAL, REQUIRED, GpuSurvey, Survey, examine, is_fit
+from lorameter.machine.doctor import OPTIONAL, REQUIRED, Survey, examine, is_fit
 from lorameter.machine.reading import Reading, missing_reading
 
 GIB = 2**30
@@ -27,16 +27,14 @@ SYSTEM = {
     "memory_available_bytes": given(60 * GIB), "swap_bytes": given(0), "swap_used_bytes": given(0),
     "container": missing_reading("none"),
 }  # fmt: skip
-FACTS = {
+GPU = {
     "name": given("Card"), "power_limit_w": given(700.0), "default_power_limit_w": given(700.0), "ecc": given(True),
     "corrected_errors": given(0), "uncorrected_errors": given(0), "persistence": given(True),
     "clocks_need_root": given(False),
-}  # fmt: skip
-SAMPLE = {
     "energy_j": given(5.0), "temperature_margin_c": given(52.0), "events": given(("gpu_idle",)),
     "thermal_slowdown_s": given(0.0),
+    "sliced": given(False),
 }  # fmt: skip
-GPU = GpuSurvey(facts=FACTS, sample=SAMPLE, sliced=False)
 TELEMETRY = {
     "host_watched_survey_s": 1.0, "host_cpu_stall_survey_s": 0.0, "host_steal_survey_s": 0.0, "host_busy_survey_s": 1.0,
     "host_quota_stall_survey_s": 0.0, "host_quota_used_survey_s": 1.0,
@@ -55,8 +53,7 @@ def quiet_machine(machine):
 
 def on_gpu(survey, **changes):
     """A function that returns the facts of the same machine with a GPU and the given changes."""
-    facts, sample = ({name: changes.get(name, value) for name, value in known.items()} for known in (FACTS, SAMPLE))
-    gpu = dataclasses.replace(GPU, facts=facts, sample=sample, sliced=changes.get("sliced", False))
+    gpu = {name: changes.get(name, value) for name, value in GPU.items()}
     machine = dataclasses.replace(
         survey.machine, device="cuda", device_name="Card", device_memory_bytes=80 * GIB, cuda="13.0", driver="580"
     )
@@ -156,7 +153,7 @@ def test_disturbances_during_the_survey_are_judged_as_in_a_trial(quiet_machine, 
         ("persistence", "bad", {"persistence": given(False)}),
         ("power limit", "bad", {"power_limit_w": given(400.0)}),
         ("clock lock", "note", {"clocks_need_root": given(True)}),
-        ("MIG", "note", {"sliced": True}),
+        ("MIG", "note", {"sliced": given(True)}),
         ("heat", "bad", {"temperature_margin_c": given(2.0)}),
         ("ECC", "unfit", {"uncorrected_errors": given(3)}),
     ],

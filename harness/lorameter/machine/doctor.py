@@ -41,15 +41,6 @@ OPTIONAL = {"flash-attn": "variants with attention = flash_attention_2", "gguf":
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuSurvey:
-    """The first visible device."""
-
-    facts: Mapping[str, Reading[Any]]
-    sample: Mapping[str, Reading[Any]]
-    sliced: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """All facts of a survey."""
 
@@ -63,7 +54,8 @@ class Survey:
     """Counters of the kernel and the GPU that could not be read, with the reason."""
     no_peaks: str
     """Why the peak of a process's resident memory cannot be measured; empty if it can."""
-    gpu: Reading[GpuSurvey]
+    gpu: Reading[Mapping[str, Reading[Any]]]
+    """Facts about the first visible GPU, and a sample of it."""
     runs: Path
     """Folder for runs, or its nearest existing ancestor."""
     locks: Reading[bool]
@@ -84,7 +76,7 @@ def survey(runs: Path) -> Survey:
         while time.monotonic() < end:
             pass
         telemetry = meter.end()
-        gpu = device.then(lambda one: GpuSurvey(facts=one.facts(), sample=one.sample(), sliced=one.sliced))
+        gpu = device.then(lambda one: one.facts() | one.sample() | {"sliced": Reading(value=one.sliced)})
     folder = next(path for path in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(path))  # noqa: PTH112 no error
     return Survey(
         machine=probe_machine(),
@@ -218,7 +210,7 @@ def device(found: Survey) -> DoctorCheck:
                 "Start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install all of the driver."
             )
     elif gpu is not None:
-        words = f"{gpu.facts['name'].value_or_reason()} was found, but torch is built for CPUs: trials run on the CPU"
+        words = f"{gpu['name'].value_or_reason()} was found, but torch is built for CPUs: trials run on the CPU"
         grade = "bad"
         remedy = "Install torch for CUDA (pytorch.org, Get Started), or set CUDA_VISIBLE_DEVICES= to use the CPU."
     elif machine.cuda is not None:
@@ -264,16 +256,16 @@ def check_counters(found: Survey) -> list[DoctorCheck]:
         ("host peaks", found.no_peaks, "Run where /proc/self/clear_refs can be written."),
     ]
     if found.gpu.value is not None:
-        sample = found.gpu.value.sample
+        gpu = found.gpu.value
         counters += [
-            ("energy", sample["energy_j"].reason, "Energy is left out of the results."),
+            ("energy", gpu["energy_j"].reason, "Energy is left out of the results."),
             (
                 "clock reasons",
-                sample["events"].reason,
+                gpu["events"].reason,
                 "A newer driver may report them; clocks are recorded all the same.",
             ),
-            ("throttled time", sample["thermal_slowdown_s"].reason, "Samples at the ends of turns replace it."),
-            ("heat margin", sample["temperature_margin_c"].reason, "Watch the temperature with nvidia-smi."),
+            ("throttled time", gpu["thermal_slowdown_s"].reason, "Samples at the ends of turns replace it."),
+            ("heat margin", gpu["temperature_margin_c"].reason, "Watch the temperature with nvidia-smi."),
             (
                 "neighbours",
                 found.missing.get("others"),
@@ -401,49 +393,52 @@ def gpu_settings(found: Survey) -> list[DoctorCheck]:
     gpu = found.gpu.value
     if gpu is None:
         return []
-    facts, default = gpu.facts, gpu.facts["default_power_limit_w"].value
-    broken, corrected = facts["uncorrected_errors"].value or 0, facts["corrected_errors"].value or 0
+    default = gpu["default_power_limit_w"].value
+    broken, corrected = gpu["uncorrected_errors"].value or 0, gpu["corrected_errors"].value or 0
     counts = f"; {broken} uncorrected and {corrected} corrected errors since the driver was loaded"
     reset_advice = "Reset the GPU (nvidia-smi -r) and look at its remapped rows (nvidia-smi -q)."
-    sliced = "the device is a part of a GPU: others share its power, its heat and some of its bandwidth"
+    part_of_gpu = "the device is a part of a GPU: others share its power, its heat and some of its bandwidth"
     return [
         _value(
             "persistence",
-            facts["persistence"],
+            gpu["persistence"],
             lambda on: "on" if on else "off: the driver unloads between two processes",
             wrong=lambda on: not on,
             remedy="sudo nvidia-smi -pm 1",
         ),
         _value(
             "power limit",
-            facts["power_limit_w"],
+            gpu["power_limit_w"],
             lambda watts: f"{watts:.0f} W" + ("" if default is None else f" of {default:.0f} W by default"),
             wrong=lambda watts: default is not None and watts < default,
             remedy=f"sudo nvidia-smi -pl {default or 0:.0f}, or measure everything under this limit",
         ),
         _value(
             "clock lock",
-            facts["clocks_need_root"],
+            gpu["clocks_need_root"],
             lambda need: "only root may lock the clocks" if need else "any user may",
             wrong=lambda need: need and not found.root,
             grade="note",
             remedy="Ask the administrator for nvidia-smi -lgc; otherwise the clock is recorded and not fixed.",
         ),
-        *(
-            [_check("spoils", "MIG", sliced, "note", "Use a whole GPU for results that describe one.")]
-            if gpu.sliced
-            else []
+        _value(
+            "MIG",
+            gpu["sliced"],
+            lambda sliced: part_of_gpu if sliced else "a whole GPU",
+            wrong=bool,
+            grade="note",
+            remedy="Use a whole GPU for results that describe one.",
         ),
         _value(
             "heat",
-            gpu.sample["temperature_margin_c"],
+            gpu["temperature_margin_c"],
             lambda degrees: f"{degrees:.0f} °C below the slow-down (less than {HOT_MARGIN_C:.0f} °C is too close)",
             wrong=lambda degrees: degrees < HOT_MARGIN_C,
             remedy="Improve its cooling, or let it cool down.",
         ),
         _value(
             "ECC",
-            facts["ecc"],
+            gpu["ecc"],
             lambda on: (
                 ("on" if on else "off: a memory error would not be noticed") + (counts if broken or corrected else "")
             ),
