@@ -298,15 +298,14 @@ class Study:
                 replaced.setdefault(f"workload.{key}", getattr(workload, key))
                 workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
         protocol = self.protocol if on is None else dataclasses.replace(self.protocol, on=on, sites=(), mixed=False)
-        if effort is not None:
-            known = ", ".join(EFFORT_REPLICATES)
-            require(effort in EFFORT_REPLICATES, f"effort = {effort!r}: unknown. Use one of {known}.")
-            protocol = dataclasses.replace(protocol, replicates=EFFORT_REPLICATES[effort])
-        cap = protocol.replicates if replicates is None else replicates
-        if replicates is None and effort is None and precision is not None:
+        if replicates is not None:
+            cap = replicates
+        elif effort is not None:
+            cap = EFFORT_REPLICATES[effort]
+        elif precision is not None:
             cap = PRECISION_REPLICATES
-        elif replicates is None and effort is None and max_minutes is not None:
-            cap = max(cap, LIMITED_REPLICATES)
+        else:
+            cap = protocol.replicates if max_minutes is None else max(protocol.replicates, LIMITED_REPLICATES)
         protocol = dataclasses.replace(
             protocol,
             replicates=cap,
