@@ -35,7 +35,7 @@ from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, make_script_request
 from lorameter.run.workers import TrialFiles
 from lorameter.run.workers.script import TOKENS
-from lorameter.studies.study import make_script_study
+from lorameter.studies.study import study_of_command
 
 URL = "https://me:hf_abc@example.org/data?token=xyz"
 
@@ -57,7 +57,7 @@ def parent(listener, monkeypatch, tmp_path):
     """The parent of a trial that runs the given script in a thread; `ask` sends a command, and `join` ends the
     thread."""
     monkeypatch.setattr(os, "_exit", sys.exit)  # a script exits when its parent has exited
-    study = make_script_study("python train.py")
+    study = study_of_command("python train.py")
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
     files = TrialFiles(scratch=str(tmp_path), log_path=str(tmp_path / "log"))
     request = make_script_request(plan, plan.slots[0], RunContext(device="cpu", tokens={study.workload: TOKENS}), files)
@@ -164,7 +164,7 @@ def test_a_training_that_cannot_be_measured_is_answered_with_its_reason(parent, 
 
 def test_a_training_with_too_few_steps_is_refused_before_the_first(parent):
     """The number of steps that a Trainer plans is known."""
-    protocol = make_script_study("python train.py").protocol
+    protocol = study_of_command("python train.py").protocol
     least = 2 + protocol.warmup_steps_min + protocol.turns * protocol.steps_per_turn
     trial_parent = parent(lambda: ScriptTrial().begin(training(planned_steps=4)))
     record = trial_parent.ask("build")

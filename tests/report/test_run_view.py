@@ -36,7 +36,7 @@ from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run_view import make_run_view
-from lorameter.studies.study import make_script_study
+from lorameter.studies.study import study_of_command
 from tests.constructed import RUNS
 
 
@@ -126,7 +126,7 @@ def report_of(path, capsys, code=0):
 
 def test_a_wrapped_run_is_valid_without_ratios_and_control(write_run, capsys):
     """A run of `lorameter wrap` has no column of ratios and no control, and is valid without them."""
-    study = make_script_study("python train.py")
+    study = study_of_command("python train.py")
     text, data = report_of(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)
     (table,) = data["tables"]
     assert (table["alone"], table["control"], data["valid"]) == (True, None, True)

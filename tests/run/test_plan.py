@@ -30,7 +30,7 @@ from lorameter.run.build_plan import MEMORY_SHARE, build_plan, choose_interleavi
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import build_arms, make_plan
 from lorameter.studies.claim import Engine
-from lorameter.studies.study import make_engine_study
+from lorameter.studies.study import study_of_engine
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import method_probe
@@ -220,7 +220,7 @@ def test_attention_that_this_device_lacks_is_refused(small_study, machine, atten
 def test_an_engine_that_needs_a_gpu_is_refused_on_a_cpu(machine, name):
     """The error is one sentence, also for a script; a dry run gives a notice instead."""
     study = load_study(name)
-    script = make_engine_study(study, "python train.py {--flag}", cwd=str(Path(__file__).parent))
+    script = study_of_engine(study, "python train.py {--flag}", cwd=str(Path(__file__).parent))
     for one in (study, script):
         with pytest.raises(UsageError) as caught:
             check_feasible(one, machine)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.studies.peft_experiments import read_experiments
+from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.variant import FullVariant, PeftVariant
 
 DEFAULTS = {
@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 def test_every_experiment_is_a_variant_with_its_own_parameters(folder):
     """Parameters of the experiment override the defaults, and torch's own default of AdamW is kept."""
-    study = read_experiments(str(folder))
+    study = study_of_experiments(str(folder))
     assert [one.name for one in study.variants] == ["full--lr", "ia3--default", "lora--rank32", "lora--rank32-fa"]
     assert study.reference == "lora--rank32"
     full, ia3, plain, fa = study.variants
@@ -56,13 +56,13 @@ def test_every_experiment_is_a_variant_with_its_own_parameters(folder):
 
 def test_globs_select_and_quality_trains_all_steps(folder):
     """Without `quality` the study times a few tens of steps."""
-    assert len(read_experiments(str(folder), ["lora/*"]).variants) == 2
-    every = read_experiments(str(folder)).variants
-    assert len(read_experiments(str(folder), ["!lora/*"]).variants) == len(every) - 2
-    assert len(read_experiments(str(folder), ["lora/*", "!*/rank32"]).variants) == 1
-    study = read_experiments(str(folder), ["*/rank32"], quality=True)
+    assert len(study_of_experiments(str(folder), ["lora/*"]).variants) == 2
+    every = study_of_experiments(str(folder)).variants
+    assert len(study_of_experiments(str(folder), ["!lora/*"]).variants) == len(every) - 2
+    assert len(study_of_experiments(str(folder), ["lora/*", "!*/rank32"]).variants) == 1
+    study = study_of_experiments(str(folder), ["*/rank32"], quality=True)
     assert study.protocol.all_steps(study.workload.train_sequences, study.workload.batch_size) == 50
-    assert read_experiments(str(folder)).protocol.epochs == 0
+    assert study_of_experiments(str(folder)).protocol.epochs == 0
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_unknown_names_and_settings_are_refused(folder, select, params, expected
     """An unknown name, an unknown key and an unsupported setting are refused."""
     (folder / "experiments/lora/rank32/training_params.json").write_text(json.dumps(params))
     with pytest.raises(UsageError, match=expected.replace("?", r"\?")):
-        read_experiments(str(folder), [select])
+        study_of_experiments(str(folder), [select])

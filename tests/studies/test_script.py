@@ -17,8 +17,8 @@ from lorameter.records import codec
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.claim import ENGINE
-from lorameter.studies.script import name_command, split_command
-from lorameter.studies.study import Study, make_engine_study, make_script_study, split_braces
+from lorameter.studies.script import name_of_words, split_command
+from lorameter.studies.study import Study, study_of_engine, study_of_command, split_braces
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import Workload
@@ -120,8 +120,8 @@ def test_a_study_of_commands_refuses_settings_of_the_scripts(tmp_path, text, mes
 )
 def test_a_command_is_named_by_its_script(command, name):
     """The name is valid in file names."""
-    assert name_command(split_command("command", command)) == name
-    assert make_script_study(command).variants[0].name == name
+    assert name_of_words(split_command("command", command)) == name
+    assert study_of_command(command).variants[0].name == name
 
 
 ENGINES = ("compile", "flash-attention", "fused-optimizer", "gradient-checkpointing", "liger-kernel", "packing")
@@ -206,7 +206,7 @@ def test_an_invalid_pair_of_commands_is_refused(command, words):
 
 def test_a_script_takes_the_place_of_both_variants(read):
     """Names, claims and engine stay; model, data and requirements are the script's."""
-    study = make_engine_study(read(), "python train.py {--compile}", cwd="/data")
+    study = study_of_engine(read(), "python train.py {--compile}", cwd="/data")
     assert [(one.name, one.command, one.cwd) for one in study.variants] == [
         ("eager", "python train.py", "/data"), ("compiled", "python train.py --compile", "/data"),
     ]  # fmt: skip
@@ -219,7 +219,7 @@ def test_a_study_without_an_engine_has_nothing_to_ask_a_script():
     """The error lists the studies about engines and the command for two scripts."""
     for name in ("training-step", "llama2-lora-parameters"):
         with pytest.raises(UsageError, match=r"it has no claim about an engine.*lorameter ab"):
-            make_engine_study(load_study(name), "python train.py {--flag}")
+            study_of_engine(load_study(name), "python train.py {--flag}")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from lorameter.records.record import TrialRecord
-from lorameter.studies.study import make_script_study
+from lorameter.studies.study import study_of_command
 from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.compare import ComparisonReport
 from lorameter.verdicts.gate import Policy, judge
@@ -54,7 +54,7 @@ def record(name, replicate, *, losses=LOSSES, tokens=100.0, side="", **values):
 
 def run_of(base, candidate, replicates=4):
     """Return a run of two variants and its study; each argument has the differing fields of its records."""
-    study = make_script_study("python train.py", name="base")
+    study = study_of_command("python train.py", name="base")
     import dataclasses
 
     study = dataclasses.replace(study, variants=(*study.variants, ScriptVariant(name="other", command="python o.py")))

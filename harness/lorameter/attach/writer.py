@@ -59,8 +59,8 @@ from lorameter.records.trials import STEPS, Step, encode_step
 from lorameter.records.units import format_bytes, format_count
 from lorameter.stats import is_steady, is_warm
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.script import name_command
-from lorameter.studies.study import Study, make_script_study
+from lorameter.studies.script import name_of_words
+from lorameter.studies.study import Study, study_of_command
 
 PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, allow_disturbed=True)
 """A training is measured while it runs; its number of steps is known only at its end."""
@@ -139,9 +139,9 @@ def make_study(command: str, requirements: dict[str, object]) -> Study:
     to its program."""
     options: dict[str, Any] = {"threads": torch.get_num_threads(), "protocol": PROTOCOL, "requirements": requirements}
     try:
-        return make_script_study(command, **options)
+        return study_of_command(command, **options)
     except UsageError:
-        return make_script_study(shlex.join(shlex.split(command)[:1]), **options)
+        return study_of_command(shlex.join(shlex.split(command)[:1]), **options)
 
 
 def describe_provenance(study: Study, device: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Writer:
         if named := os.environ.get(RUN):
             return Path(named)
         runs = store.runs_dir(self._runs_dir, make=True).absolute()
-        return runs / store.new_run_id(name_command(shlex.split(read_command())), runs)
+        return runs / store.new_run_id(name_of_words(shlex.split(read_command())), runs)
 
     def step(self, reading: StepReading) -> ObserverReply:
         """Add a step; request a check of the first step after the warm-up."""

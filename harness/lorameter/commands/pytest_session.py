@@ -112,7 +112,7 @@ class Session:
         self._study = self._load_study(open_executor().machine().kind if is_here else "")
         require(
             not self._study.protocol.mixed,
-            f"{self._study.protocol.place_option}, mixed: pytest-benchmark has one row for a variant, but "
+            f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, but "
             "each site needs its own row. Use `lorameter run`.",
         )
         require(

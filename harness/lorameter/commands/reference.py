@@ -23,7 +23,7 @@ from lorameter.studies import claim, study_file
 from lorameter.studies.claim import Claim, ClaimPart, Engine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
-from lorameter.studies.workload import PER_VARIANT_FIELDS, DataColumns, Workload
+from lorameter.studies.workload import OF_VARIANTS, DataColumns, Workload
 from lorameter.verdicts import gate
 from lorameter.verdicts.gate import LimitRule, Policy
 
@@ -46,7 +46,7 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
         "## [controls], [axes], [sweeps], [[variant]]",
         "A variant; it is a LoRA variant unless it has keys of the next three sections. `[controls]` apply to all "
         "variants that have the key. `workload.KEY` sets the workload of one variant, for "
-        f"{', '.join(f'`{key}`' for key in PER_VARIANT_FIELDS)}; it is refused in `[controls]` and for the reference.",
+        f"{', '.join(f'`{key}`' for key in OF_VARIANTS)}; it is refused in `[controls]` and for the reference.",
         LoraVariant,
     ),
     ("## Another method of PEFT", "These keys replace LoRA's own keys, from `r` to `init_lora_weights`.", PeftVariant),

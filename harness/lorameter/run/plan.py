@@ -296,7 +296,7 @@ def make_plan(
     # Arms that are compared with each other: all of a study, or the sides of a variant in an A/B.
     panels = [list(panel) for _, panel in itertools.groupby(arms, lambda arm: arm.side and arm.variant.name)]
     isolates_peaks_only = set(alone) == {"peaks"}
-    isolated = [one for one in arms if one.role == "variant" or study.has_memory_claims or not isolates_peaks_only]
+    isolated = [one for one in arms if one.role == "variant" or study.claims_peaks or not isolates_peaks_only]
     for replicate in range(protocol.replicates):
         live_measures = tuple(one for one in together if one != "cold" or replicate < cold)
         for panel in _shuffle(panels, shuffler) if arms[0].side else panels:
@@ -389,7 +389,7 @@ def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str],
     Isolated trials of the first replicate measure peaks. On a CPU the peak of a process does not depend on other
     processes, so the trials that take turns measure it there, in the second replicate, since the first is profiled.
     """
-    once, without = not plan.study.has_memory_claims, set(skipped)
+    once, without = not plan.study.claims_peaks, set(skipped)
     live = once and on_cpu and plan.interleaving == "lockstep" and plan.study.protocol.replicates > 1
     measured = []
     for group in groups:

@@ -18,7 +18,7 @@ from lorameter.records.record import BaseSummary, Notice, Status, TokenSummary, 
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
-from lorameter.studies.request import BaseKey, BaseRequest, ScriptRequest, TrialRequest, base_key, describe_base
+from lorameter.studies.request import BaseKey, BaseRequest, ScriptRequest, TrialRequest, base_key, base_words
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
@@ -143,7 +143,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, di
         except WorkerLostError as lost:
             notices[key] = Notice(
                 code="base-not-prepared",
-                message=f"the base {describe_base(slot.arm.built, slot.workload)} could not be prepared "
+                message=f"the base {base_words(slot.arm.built, slot.workload)} could not be prepared "
                 f"({lost.status}: {lost.failure.message.rstrip('.')}), so each process reads, converts and quantises "
                 "it itself.",
                 remedy="See logs/base.log of the run, and the records of its trials.",

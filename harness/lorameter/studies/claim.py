@@ -85,7 +85,7 @@ _LIMITED: dict[Rule, Literal["tolerance", "margin", "by"]] = {
     "lowers": "by",
     "costs-at-most": "by",
 }
-PAIR_RULES: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
+OF_PAIRS: tuple[Rule, ...] = ("faster", "lowers", "costs-at-most")
 """Rules that compare two levels: the variant with the engine and the reference, or the second and the first of
 `levels`."""
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -125,7 +125,7 @@ class ClaimPart:
 
     def __post_init__(self) -> None:
         where = f"claim part {self.rule!r} on {self.axis!r}"
-        is_pair = self.rule in PAIR_RULES and self.axis != ENGINE
+        is_pair = self.rule in OF_PAIRS and self.axis != ENGINE
         needed = 2 if is_pair else _LEVELS.get(self.rule, 0)
         remedy = f', the base first, or write axis = "{ENGINE}"' if is_pair else ""
         listed = f"{where}: levels = {list(self.levels)}"
@@ -162,9 +162,9 @@ class ClaimPart:
             )
 
     @property
-    def is_about_bytes(self) -> bool:
+    def of_memory(self) -> bool:
         """Whether it is about bytes, which are compared by their maximum instead of a test."""
-        return self.metric == PEAK or (self.rule in PAIR_RULES and self.metric.endswith("_bytes"))
+        return self.metric == PEAK or (self.rule in OF_PAIRS and self.metric.endswith("_bytes"))
 
     @property
     def limit(self) -> tuple[str, float]:

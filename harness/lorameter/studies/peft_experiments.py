@@ -40,7 +40,7 @@ def read_config(where: str, path: Path) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in _SAVING_KEYS and value is not None}
 
 
-def read_experiments(folder: str, select: Sequence[str] = (), *, quality: bool = False) -> Study:
+def study_of_experiments(folder: str, select: Sequence[str] = (), *, quality: bool = False) -> Study:
     """The study of the experiments in a folder.
 
     Args:

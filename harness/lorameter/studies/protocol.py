@@ -164,7 +164,7 @@ class Protocol:
         return self.on == HERE and not self.sites
 
     @property
-    def place_option(self) -> str:
+    def said(self) -> str:
         """The option that selects the place, for messages."""
         return format_sites(self.sites) if self.on == HERE else format_on(self.on)
 

@@ -92,7 +92,7 @@ def base_key(variant: Variant, workload: Workload) -> BaseKey:
     return workload.model, workload.data_seed, variant.dtype, variant.quantization, nested
 
 
-def describe_base(variant: Variant, workload: Workload) -> str:
+def base_words(variant: Variant, workload: Workload) -> str:
     """A description of the base."""
     quantised = "" if variant.quantization == "none" else f", {variant.quantization}"
     nested = " with double quantisation" if variant.is_4bit and variant.double_quant else ""

@@ -127,7 +127,7 @@ def split_command(label: str, command: str) -> list[str]:
     return words
 
 
-def name_command(words: Sequence[str]) -> str:
+def name_of_words(words: Sequence[str]) -> str:
     """A name for the program of a command: the script's name without suffix, a module's, or the program's. It becomes
     part of the run's folder name, so it contains no credential."""
     words = hide_credentials(words)

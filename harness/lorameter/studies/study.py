@@ -22,9 +22,9 @@ from lorameter.records.record import Line
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
-from lorameter.studies.script import check_scripts, name_command, script_workload, split_command
+from lorameter.studies.script import check_scripts, name_of_words, script_workload, split_command
 from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
-from lorameter.studies.workload import PER_VARIANT_FIELDS, TOKEN_FIELDS, Workload
+from lorameter.studies.workload import OF_VARIANTS, OF_TOKENS, Workload
 
 WORKLOAD_PREFIX = "workload."
 """Prefix of an axis that is a field of the workload: `workload.batch_size`."""
@@ -32,9 +32,9 @@ RESERVED = ("-control", "-isolated")
 """Suffixes that distinguish the trials of one variant in a run; trials of the same name would overwrite each other."""
 
 
-def changes_tokens(axis: str) -> bool:
+def is_of_tokens(axis: str) -> bool:
     """Whether the levels of this axis have losses over different tokens."""
-    return axis.startswith(WORKLOAD_PREFIX) and axis.removeprefix(WORKLOAD_PREFIX) in TOKEN_FIELDS
+    return axis.startswith(WORKLOAD_PREFIX) and axis.removeprefix(WORKLOAD_PREFIX) in OF_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +95,9 @@ class Study:
         self._check_claims()
 
     @property
-    def has_memory_claims(self) -> bool:
+    def claims_peaks(self) -> bool:
         """Whether a claim is about peak memory."""
-        return any(part.is_about_bytes for claim in self.claims for part in claim.parts)
+        return any(part.of_memory for claim in self.claims for part in claim.parts)
 
     @property
     def of_scripts(self) -> bool:
@@ -156,7 +156,7 @@ class Study:
                 f"{where}: commands and variants of several ranks cannot have their own workload. Remove it.",
             )
             for key in fields:
-                require_known(f"{where}: {key}: equal for all variants, or", key, PER_VARIANT_FIELDS)
+                require_known(f"{where}: {key}: equal for all variants, or", key, OF_VARIANTS)
         self.own_workloads  # noqa: B018 # raises for an invalid workload
 
     def _check_claims(self) -> None:
@@ -362,7 +362,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 # Several braces are switched together. The result is two ordinary commands.
 
 
-def make_script_study(
+def study_of_command(
     command: str,
     *,
     name: str = "",
@@ -384,7 +384,7 @@ def make_script_study(
     Raises:
         UsageError: the command is empty, or needs a shell.
     """
-    name = name or name_command(split_command("command", command))
+    name = name or name_of_words(split_command("command", command))
     variant = ScriptVariant(name=name, command=command, cwd=cwd)
     return Study(
         name=name,
@@ -421,7 +421,7 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
     return off, on
 
 
-def make_engine_study(study: Study, command: str, *, cwd: str = "") -> Study:
+def study_of_engine(study: Study, command: str, *, cwd: str = "") -> Study:
     """Make a study of an engine's claims with the user's own script.
 
     Args:

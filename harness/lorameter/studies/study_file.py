@@ -53,7 +53,7 @@ from lorameter.studies.variant import (
     Variant,
     form_keys,
 )
-from lorameter.studies.workload import PER_VARIANT_FIELDS, Workload
+from lorameter.studies.workload import OF_VARIANTS, Workload
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "workload": tuple(field.name for field in dataclasses.fields(Workload)),
@@ -440,8 +440,8 @@ def check_axes(where: str, content: Mapping[str, Any]) -> None:
         if name == key:
             check_keys(where, "controls", {key: value})
         elif name not in KEYS["workload"]:
-            raise unknown_key(where, name, value, PER_VARIANT_FIELDS, shown=key)
-        elif name not in PER_VARIANT_FIELDS:
+            raise unknown_key(where, name, value, OF_VARIANTS, shown=key)
+        elif name not in OF_VARIANTS:
             raise refused_value(where, key, value, "equal for all variants", "Write one value in [workload].")
 
 

@@ -36,12 +36,12 @@ Repair = Literal["", "quant_state"]
 
 SYNTHETIC = "synthetic"
 """Name of the embedded data source: seeded instruction records, no download."""
-PER_VARIANT_FIELDS = (
+OF_VARIANTS = (
     "model", "sequence_length", "batch_size", "layout", "loss", "prompt_format", "train_sequences", "prompt_tokens",
     "new_tokens", "request_batch", "adapters", "threads",
 )  # fmt: skip
 """Fields for which variants of one study may have their own value: the same records in another form."""
-TOKEN_FIELDS = ("model", "prompt_format", "loss", "sequence_length", "layout")
+OF_TOKENS = ("model", "prompt_format", "loss", "sequence_length", "layout")
 """Fields that determine the tokens in the loss (sequences of another length contain other records): losses that differ
 in one of them are not compared."""
 MIN_LENGTH = 8

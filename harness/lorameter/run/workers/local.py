@@ -24,7 +24,7 @@ from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, TokenSummary, WorkerInfo
 from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError, timeout_error
 from lorameter.run.workers.environment import Host
-from lorameter.studies.request import BaseRequest, TrialRequest, describe_base
+from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.workload import Workload
 
 T = TypeVar("T")
@@ -239,7 +239,7 @@ class LocalExecutor(Executor):
         if fragment.failure is not None:
             if fragment.failure.kind == REFUSED:
                 raise SystemLimitError(
-                    f"the base {describe_base(request.variant, request.workload)}: {fragment.failure.message}"
+                    f"the base {base_words(request.variant, request.workload)}: {fragment.failure.message}"
                 )
             raise WorkerLostError(fragment.status, fragment.failure)
         return codec.from_json(BaseSummary, fragment.tokens["base"], "summary of a base")

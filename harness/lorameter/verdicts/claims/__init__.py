@@ -184,7 +184,7 @@ def _judge_parts(
                     check_comparable(part, run, study, engine)
                 if part.rule == "rises":
                     results[key] = judge_counts(part, groups, study)
-                elif part.is_about_bytes:
+                elif part.of_memory:
                     results[key] = judge_peaks(part, groups, study)
                 else:
                     questions[key] = make_question(part, groups, study)
