@@ -222,6 +222,22 @@ def harness_identity() -> str:
     return f"{library_version('lorameter') or 'not installed'} sha256:{digest.hexdigest()[:12]}"
 
 
+def differing_packages(
+    base: Mapping[str, Any], candidate: Mapping[str, Any]
+) -> dict[str, tuple[str | None, str | None]]:
+    """The distributions whose versions differ, to which an effect can be attributed, with both versions (None: not
+    installed).
+
+    `base` and `candidate` are descriptions of two hosts (`lorameter.run.workers.environment.describe`).
+    """
+    ours, theirs = base["packages"], candidate["packages"]
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    }
+
+
 def _content_of_workloads(common: Workload, own: Mapping[str, Workload]) -> dict[str, Any]:
     """The study's workload, and under `own` the workloads of variants that use another one."""
     data = {"data": _content_of(common.data)}

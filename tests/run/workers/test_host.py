@@ -11,6 +11,9 @@ import pytest
 import kernels_check
 import lorameter
 from lorameter.errors import InvalidRunError, UsageError
+from lorameter.machine.provenance import (
+    differing_packages,
+)
 from lorameter.records.record import SCHEMA
 from lorameter.run.workers.environment import Host, describe, inspect
 from lorameter.run.workers.local import LocalExecutor
@@ -32,8 +35,7 @@ def test_a_package_installed_from_a_commit_is_identified_by_it(tmp_path):
         source = {"url": "https://example.org/widget", "vcs_info": {"vcs": "git", "commit_id": commit}}
         (folder / "direct_url.json").write_text(json.dumps(source))
     one, two = (describe(Host(path=(str(tmp_path / name),))) for name in ("one", "two"))
-    assert one["packages"]["widget"] == "1.0 (commit aaaaaaaaaaaa)"
-    assert two["packages"]["widget"] == "1.0 (commit bbbbbbbbbbbb)"
+    assert differing_packages(one, two) == {"widget": ("1.0 (commit aaaaaaaaaaaa)", "1.0 (commit bbbbbbbbbbbb)")}
 
 
 def copy_of_the_packages(folder):

@@ -15,7 +15,7 @@ import pytest
 
 import lorameter
 from lorameter.errors import UsageError, redact
-from lorameter.machine.provenance import harness_identity
+from lorameter.machine.provenance import differing_packages, harness_identity
 from lorameter.run.workers.environment import (
     describe,
     inspect,
@@ -298,8 +298,7 @@ def test_requirements_take_precedence_over_installed_packages(index, opened, cac
         base, candidate = describe(side.host), {"packages": {}}
         with opened(sys.executable) as other:
             candidate = describe(other.host)
-        assert candidate["packages"] | {"packaging": "24.2"} == base["packages"]
-        assert candidate["packages"]["packaging"] == present
+        assert differing_packages(base, candidate) == {"packaging": ("24.2", present)}
         assert run(side.host, "import lorameter; print(lorameter.__file__)")
     check = [sys.executable, "-c", "import importlib.metadata as m; print(m.version('packaging'))"]
     assert subprocess.run(check, capture_output=True, text=True, check=True).stdout.strip() == present
