@@ -128,18 +128,20 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
         "max_grad_norm": params["grad_norm_clip"],
         "gradient_checkpointing": params["use_gc"],
         "compile": params["compile"],
+        "attention": params["attn_implementation"],
         **_STORED.get(params["dtype"], {"dtype": params["dtype"]}),
     }
-    if params["attn_implementation"]:
-        fields["attention"] = params["attn_implementation"]
-    if not (path / CONFIG_NAME).is_file():
-        return codec.from_json(FullVariant, fields | {"method": "full"}, where)
-    if not params["autocast_adapter_dtype"]:
-        fields["adapter_dtype"] = fields["dtype"]
-    fields["peft"] = read_config(name, path)
-    if params["init_kv_cache_prefix"]:
-        fields["prefix_text"] = params["init_kv_cache_prefix"]
-    return codec.from_json(PeftVariant, fields, where)
+    form: type[Variant] = FullVariant
+    if (path / CONFIG_NAME).is_file():
+        form = PeftVariant
+        fields |= {
+            "peft": read_config(name, path),
+            "adapter_dtype": None if params["autocast_adapter_dtype"] else fields["dtype"],
+            "prefix_text": params["init_kv_cache_prefix"],
+        }
+    else:
+        fields["method"] = "full"
+    return codec.from_json(form, {key: value for key, value in fields.items() if value is not None}, where)
 
 
 def _workload(params: Mapping[str, Any], *, quality: bool) -> Workload:
