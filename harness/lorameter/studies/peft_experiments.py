@@ -128,20 +128,21 @@ def _variant(path: Path, params: Mapping[str, Any], default: Mapping[str, Any]) 
         "max_grad_norm": params["grad_norm_clip"],
         "gradient_checkpointing": params["use_gc"],
         "compile": params["compile"],
-        "attention": params["attn_implementation"],
         **_STORED.get(params["dtype"], {"dtype": params["dtype"]}),
     }
+    optional = {"attention": params["attn_implementation"]}
     form: type[Variant] = FullVariant
     if (path / CONFIG_NAME).is_file():
         form = PeftVariant
-        fields |= {
-            "peft": read_config(name, path),
+        fields["peft"] = read_config(name, path)
+        optional |= {
             "adapter_dtype": None if params["autocast_adapter_dtype"] else fields["dtype"],
             "prefix_text": params["init_kv_cache_prefix"],
         }
     else:
         fields["method"] = "full"
-    return codec.from_json(form, {key: value for key, value in fields.items() if value is not None}, where)
+    fields |= {key: value for key, value in optional.items() if value is not None}
+    return codec.from_json(form, fields, where)
 
 
 def _workload(params: Mapping[str, Any], *, quality: bool) -> Workload:
