@@ -443,8 +443,7 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
     if sum(entries[name].file_size for name in files) > MAX_PACKED_BYTES:  # reading stops at the stated size
         raise UsageError(f"{path}: it holds more than the {MAX_PACKED_BYTES >> 30} GiB that are read. {_ASK_AGAIN}")
     for name in files:
-        with archive.open(entries[name]) as source, (folder / name).open("wb") as target:
-            shutil.copyfileobj(source, target)
+        archive.extract(entries[name], folder)
 
 
 def write_packed(target: Path, folder: Path) -> None:
