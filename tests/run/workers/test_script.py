@@ -12,6 +12,7 @@ import os
 import secrets
 import shlex
 import shutil
+import subprocess
 import sys
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 
 from lorameter import wire
 from lorameter.attach.launch import HOOKED, SOCKET, socket_address
+from lorameter.machine.processes import find_marked
 from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec
 from lorameter.run.build_plan import build_plan
@@ -231,6 +233,23 @@ def test_a_python_without_the_hook_differs_from_one_that_never_trains(tmp_path, 
     finally:
         process.close()
     assert (caught.value.status, caught.value.failure.kind) == ("invalid", kind)
+
+
+def test_a_script_whose_start_is_interrupted_is_killed(start, monkeypatch):
+    """A signal may arrive when the process exists and is not registered yet."""
+    popen = subprocess.Popen
+
+    def interrupted(words, **options):
+        process = popen(words, **options)
+        if words[0] == "sleep":
+            raise KeyboardInterrupt
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    turns = f"@lorameter-test-{secrets.token_hex(8)}"
+    with pytest.raises(KeyboardInterrupt):
+        start("sleep", "60", turns=turns)
+    assert not find_marked(f"{SOCKET}={turns}".encode())
 
 
 def test_another_users_connection_is_closed_and_the_next_accepted(start, monkeypatch):
