@@ -31,7 +31,7 @@ GPU = {
     "name": given("Card"), "power_limit_w": given(700.0), "default_power_limit_w": given(700.0), "ecc": given(True),
     "corrected_errors": given(0), "uncorrected_errors": given(0), "persistence": given(True),
     "clocks_need_root": given(False),
-    "energy_j": given(5.0), "temperature_margin_c": given(52.0), "events": given(("gpu_idle",)),
+    "energy_j": given(5.0), "temperature_margin_c": given(52.0), "events": given(1),
     "thermal_slowdown_s": given(0.0),
     "sliced": given(False),
 }  # fmt: skip

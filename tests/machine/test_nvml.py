@@ -45,7 +45,7 @@ def test_a_gpu_reports_everything_in_base_units(nvml):
         "slowdown_temperature_c": 87.0, "ecc": True, "corrected_errors": 0, "uncorrected_errors": 2, "mig": False,
         "persistence": False, "clocks_need_root": True, "energy_j": 12345.678, "power_w": 421.5,
         "sm_clock_hz": 1.41e9, "temperature_c": 71.0, "temperature_margin_c": 16.0,
-        "events": ["sw_power_cap", "sw_thermal_slowdown"], "thermal_slowdown_s": 1.5, "power_slowdown_s": 0.25,
+        "events": 0x24, "thermal_slowdown_s": 1.5, "power_slowdown_s": 0.25,
     }  # fmt: skip
     assert not any(reason for _, reason in found.values())
 

@@ -125,30 +125,16 @@ def read_board(nvml: Any, handle: Any) -> Reading[Any]:
 
 
 # --- clocks -----------------------------------------------------------------------------------------------------------
+# Bits of nvmlClocksEventReason* (nvml.h).
 
-REASONS: dict[int, str] = {
-    0x1: "gpu_idle",
-    0x2: "applications_clocks_setting",
-    0x4: "sw_power_cap",
-    0x8: "hw_slowdown",
-    0x10: "sync_boost",
-    0x20: "sw_thermal_slowdown",
-    0x40: "hw_thermal_slowdown",
-    0x80: "hw_power_brake_slowdown",
-    0x100: "display_clock_setting",
-}
-"""Bits of nvmlClocksEventReason* (nvml.h), with the names in nvidia-smi."""
-IDLE = "gpu_idle"
+IDLE = 0x1
 """The GPU is idle, so the clocks are not those of a step."""
-POWER_CAPPED = frozenset({"sw_power_cap"})
-"""The normal state of a GPU under heavy load, and the same for every trial, so no trial is rejected for it."""
-PROTECTING = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
-"""The GPU protects itself against heat or power-supply problems, which vary over time and between GPUs."""
-
-
-def decode_reasons(mask: int) -> tuple[str, ...]:
-    """The reasons in a mask, in bit order."""
-    return tuple(name for bit, name in REASONS.items() if mask & bit)
+POWER_CAPPED = 0x4
+"""The power limit sets the clock: the normal state of a GPU under heavy load, and the same for every trial, so no trial
+is rejected for it."""
+PROTECTING = 0x8 | 0x20 | 0x40 | 0x80
+"""The GPU slows down to protect itself against heat or power-supply problems, which vary over time and between GPUs:
+hardware slow-down, software and hardware thermal slow-down, power brake."""
 
 
 # --- readings ---------------------------------------------------------------------------------------------------------
@@ -210,11 +196,11 @@ class NvmlDevice:
         }
 
     def clocks(self) -> dict[str, Reading[Any]]:
-        """The current clock, and as `events` the reasons for it (`REASONS`): two calls, for use while work is
+        """The current clock, and as `events` the bits of the reasons for it: two calls, for use while work is
         queued."""
         return {
             "sm_clock_hz": self._clock("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons", convert=decode_reasons),
+            "events": self._of_board("nvmlDeviceGetCurrentClocksEventReasons"),
         }
 
     def facts(self) -> dict[str, Reading[Any]]:

@@ -136,7 +136,7 @@ class Telemetry:
         if self._gpu is None:
             return
         clocks = self._gpu.clocks()
-        if IDLE not in (clocks["events"].value or ()):
+        if not IDLE & (clocks["events"].value or 0):
             self._add_events(clocks)
             self._add("sm_clock_hz", clocks["sm_clock_hz"])
             self._clock_sampled = self._clock_sampled or clocks["sm_clock_hz"].known
@@ -155,7 +155,7 @@ class Telemetry:
     def _end_gpu(self, gpu: NvmlDevice, now_s: float) -> dict[str, float]:
         last = gpu.sample()
         self._add_events(last)
-        if not self._clock_sampled and IDLE not in (last["events"].value or ()):
+        if not self._clock_sampled and not IDLE & (last["events"].value or 0):
             self._add("sm_clock_hz", last["sm_clock_hz"])
         for name in ("power_w", "temperature_c", "temperature_margin_c"):
             self._add(name, last[name])
@@ -180,9 +180,9 @@ class Telemetry:
 
     def _add_events(self, readings: Mapping[str, Reading[Any]]) -> None:
         events = readings["events"]
-        self._add("samples", events.then(lambda words: 1.0))
-        self._add("throttled_samples", events.then(lambda words: float(bool(PROTECTING & set(words)))))
-        self._add("power_capped_samples", events.then(lambda words: float(bool(POWER_CAPPED & set(words)))))
+        self._add("samples", events.then(lambda bits: 1.0))
+        self._add("throttled_samples", events.then(lambda bits: float(bool(bits & PROTECTING))))
+        self._add("power_capped_samples", events.then(lambda bits: float(bool(bits & POWER_CAPPED))))
 
     def _add(self, name: str, reading: Reading[float]) -> None:
         if reading.value is None:
