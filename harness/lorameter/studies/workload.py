@@ -266,7 +266,7 @@ def resolve(data: str) -> DataSource:
     if not fileio.is_there(data) and (found := _SPLIT.fullmatch(data)):
         name, split = found["name"], found["split"]
     if fileio.is_folder(name):
-        return _folder(Path(name), split, where)
+        return _resolve_folder(Path(name), split, where)
     if fileio.is_there(name):
         require(not split, f"{where}: a file has no splits. Leave [{split}] out.")
         require(fileio.is_file(name), f"{where}: it is not a regular file. {REMEDY}")  # a pipe would block
@@ -288,7 +288,7 @@ def make_absolute(data: str) -> str:
     return f"{Path(name).absolute()}{behind}" if data != SYNTHETIC and fileio.is_there(name) else data
 
 
-def _folder(path: Path, split: str, where: str) -> DataSource:
+def _resolve_folder(path: Path, split: str, where: str) -> DataSource:
     try:
         names = sorted(entry.name for entry in os.scandir(path))
     except OSError as error:
