@@ -18,7 +18,7 @@ from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.claim import ENGINE
 from lorameter.studies.script import name_of_words, split_command
-from lorameter.studies.study import Study, study_of_engine, study_of_command, split_braces
+from lorameter.studies.study import Study, split_braces, study_of_command, study_of_engine
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import Workload

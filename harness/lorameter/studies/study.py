@@ -24,7 +24,7 @@ from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level,
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts, name_of_words, script_workload, split_command
 from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
-from lorameter.studies.workload import OF_VARIANTS, OF_TOKENS, Workload
+from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 WORKLOAD_PREFIX = "workload."
 """Prefix of an axis that is a field of the workload: `workload.batch_size`."""
