@@ -354,7 +354,7 @@ def test_resident_memory_does_not_support_a_small_cost(judged):
     ("claim", "words"),
     [
         ('{ rule = "trend-up", axis = "quantization", metric = "step_time_s" }', ["not numbers", "fits a line"]),
-        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory" }', ["compares two levels", "two levels"]),
+        ('{ rule = "lowers", axis = "quantization", metric = "peak_memory" }', ["2 expected", "the base first"]),
         ('{ rule = "lowers", axis = "quantization", metric = "peak_memory", levels = ["none", "fp4"] }',
          ["level fp4", "none, nf4"]),
         ('{ rule = "lowers", axis = "no_field", metric = "peak_memory", levels = ["a", "b"] }', ["fewer than two"]),
