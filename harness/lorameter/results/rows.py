@@ -77,7 +77,7 @@ class Settings:
             **self._describe_variant(record),
             **{
                 column.name: _plain(getattr(workload, column.name.removeprefix("workload_"), None), column)
-                for column in WORKLOAD_PREFIX
+                for column in OF_WORKLOAD
             },
             **self._describe_software(records),
         }
@@ -289,7 +289,7 @@ OF_VARIANT = (
     FrameColumn("method", "text", "the training method: PEFT's name of it, `full fine-tuning` or `script`"),
     FrameColumn("peft_config", "text", "PEFT's configuration of the variant; missing if it has none"),
 )
-WORKLOAD_PREFIX = tuple(
+OF_WORKLOAD = tuple(
     FrameColumn(
         f"workload_{key}", _KINDS.get(_HINTS[key], "text"), f"`{key}` of the workload that the variant is measured on"
     )
@@ -302,7 +302,7 @@ VALIDITY = (
 )
 SETTINGS = (
     *OF_VARIANT,
-    *WORKLOAD_PREFIX,
+    *OF_WORKLOAD,
     FrameColumn(
         "commit", "text", "commit of the repository that it was measured in; of an A/B of revisions the side's"
     ),
