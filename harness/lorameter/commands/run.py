@@ -41,11 +41,10 @@ from lorameter.run.sites.driver import read_interrupted_run
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
 from lorameter.run.workers.sides import command_sides, name_sides
-from lorameter.studies.peft_experiments import read_experiments
+from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import HERE, Protocol
-from lorameter.studies.script import OWN, name_command, split_command, time_steps
-from lorameter.studies.script_study import make_engine_study, make_script_study
-from lorameter.studies.study import Study
+from lorameter.studies.script import OWN, name_of_words, split_command, time_steps
+from lorameter.studies.study import Study, study_of_command, study_of_engine
 from lorameter.studies.study_file import load_study, read_study
 from lorameter.studies.workload import LOSSES, SYNTHETIC
 from lorameter.verdicts.calibrate import MAX_ROWS
@@ -233,7 +232,7 @@ def load_requested_study(options: argparse.Namespace, device: str = "") -> Study
             not options.study and options.script is None,
             "--peft-experiments: it is a study of its own. Leave the study and --command out.",
         )
-        return read_experiments(options.peft_experiments, options.select or (), quality=options.quality)
+        return study_of_experiments(options.peft_experiments, options.select or (), quality=options.quality)
     _refuse_without("--peft-experiments", options, "select", "quality")
     if options.script is None:
         _refuse_without("--command", options, "cwd", "steps")
@@ -243,7 +242,7 @@ def load_requested_study(options: argparse.Namespace, device: str = "") -> Study
         f"--profile {options.profile}: a script has no profile, since it brings its own model and data. Leave it out.",
     )
     require(not options.variant, "--variant: both are needed, with the engine and without it. Leave it out.")
-    study = make_engine_study(load_study(options.study), options.script, cwd=options.cwd or "")
+    study = study_of_engine(load_study(options.study), options.script, cwd=options.cwd or "")
     if options.steps is None:
         return study
     return dataclasses.replace(study, protocol=time_steps(study.protocol, options.steps))
@@ -355,7 +354,7 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
         require(not refused, message)
     protocol = time_steps(Protocol(phases=("train",)), 16 if options.steps is None else options.steps)
     command = one if one is not None else base
-    study = make_script_study(command, cwd=options.cwd or "", protocol=protocol)
+    study = study_of_command(command, cwd=options.cwd or "", protocol=protocol)
     if candidate is None:
         return study
     split_command("--candidate-command", candidate)
@@ -368,7 +367,7 @@ def run_wrap(options: argparse.Namespace) -> int:
     require(words, "wrap: no command. Write it after --, as in `lorameter wrap -- python train.py`.")
     required = read_requirements(options.require)
     runs = store.runs_dir(options.runs_dir, make=True).absolute()
-    path, invalid = runs / store.new_run_id(name_command(words), runs), True
+    path, invalid = runs / store.new_run_id(name_of_words(words), runs), True
     with scratch_folder() as folder:
         code = run_command(words, path, required, folder)
         with _report_errors():

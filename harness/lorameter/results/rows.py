@@ -23,7 +23,7 @@ from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.studies.variant import FORMS, FOUR_BIT_FIELDS, KEYS, ScriptVariant, Variant
-from lorameter.studies.workload import PER_VARIANT_FIELDS, Workload, workload_variant_id
+from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_id
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
 from lorameter.verdicts.same_training import training_facts
@@ -293,7 +293,7 @@ OF_WORKLOAD = tuple(
     FrameColumn(
         f"workload_{key}", _KINDS.get(_HINTS[key], "text"), f"`{key}` of the workload that the variant is measured on"
     )
-    for key in PER_VARIANT_FIELDS
+    for key in OF_VARIANTS
 )
 VALIDITY = (
     FrameColumn("valid", "flag", "whether the numbers of its variant count"),
