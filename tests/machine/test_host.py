@@ -1,6 +1,6 @@
 """Tests of host telemetry: kernel counters over a period, on a constructed file tree and on this machine.
 
-Tests of the end of a process.
+Tests of the handling of signals and of the end of a process.
 
 Tests of the disturbances of a trial: value, limit and remedy; only a value past its limit makes the trial
 invalid.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ import pytest
 
 from lorameter.machine.disturbances import judge
 from lorameter.machine.host import cpu_quota, host_counters, memory_available_bytes, memory_bytes, system_facts
+from lorameter.machine.processes import handle_signals
 from lorameter.machine.telemetry import Telemetry
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -143,6 +145,20 @@ def test_settings_are_read_where_the_kernel_keeps_them(root):
     assert not facts["quota_cpus"].known
     (root({}) / f"{cpu}/intel_pstate/no_turbo").unlink()
     assert system_facts(root({f"{cpu}/cpufreq/boost": "0\n"}))["turbo"].value is False
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_signal_that_is_ignored_stays_ignored(before):
+    """An ignored signal stays ignored, as SIGHUP under nohup; another one has the handler until the block ends."""
+    received = []
+    original = signal.signal(signal.SIGUSR1, before)
+    try:
+        with handle_signals([signal.SIGUSR1], lambda number, frame: received.append(number)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert received == ([] if before is signal.SIG_IGN else [signal.SIGUSR1])
+        assert signal.getsignal(signal.SIGUSR1) is before
+    finally:
+        signal.signal(signal.SIGUSR1, original)
 
 
 @pytest.mark.parametrize("code", [0, 3])
