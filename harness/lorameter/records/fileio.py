@@ -229,7 +229,7 @@ def sync_folder(folder: Path) -> None:
 DRAFT_SUFFIX = ".partial"
 
 
-@contextmanager
+@contextlib.contextmanager
 def draft_folder(folder: Path) -> Iterator[Path]:
     """Make a folder to be filled, which replaces `folder` at the end; after an exception nothing remains. The caller
     holds the lock of `folder`.
