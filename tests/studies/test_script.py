@@ -165,10 +165,15 @@ def read(tmp_path):
         ("python train.py --optim {one|two}", "python train.py --optim one", "python train.py --optim two"),
         ("python 'my train.py' {--flag}", "python 'my train.py'", "python 'my train.py' --flag"),
         ("python {train|faster}.py", "python train.py", "python faster.py"),
+        (
+            """python t.py --c '{{"r": 8}}' {--f}""",
+            """python t.py --c '{"r": 8}'""",
+            """python t.py --c '{"r": 8}' --f""",
+        ),
     ],
 )
 def test_braces_give_the_difference_of_two_commands(command, without, with_it):
-    """The test covers several braces, two alternatives, and quoted words."""
+    """The test covers several braces, two alternatives, quoted words, and doubled braces of the script."""
     assert split_braces(command) == (without, with_it)
 
 
@@ -187,9 +192,9 @@ OTHER_BRACES = "braces that hold neither {text} nor {without|with}"
         ("python train.py {--a {--b}}", [OTHER_BRACES]),
         ("python train.py {a|}", [OTHER_BRACES]),
         ("python train.py {a|b|c}", [OTHER_BRACES]),
-        ("""python train.py --cfg '{"r": 8}' {--flag}""", [OTHER_BRACES, "into a script"]),
+        ("""python train.py --cfg '{"r": 8}' {--flag}""", [OTHER_BRACES, "{{ and }}"]),
         ("python train.py --out ${HOME}/out {--flag}", [OTHER_BRACES]),
-        ("python train.py {{--flag}}", [OTHER_BRACES]),
+        ("python train.py {{--flag}}", ["nothing differs"]),
         ("python train.py 'x {--flag}", ["Close the quote"]),
         ("python train.py | tee {log}", ["for a shell"]),
         ("{python train.py}", ["no program in it"]),

@@ -399,7 +399,7 @@ def study_of_command(
 
 _LABEL = "--command"
 _CHOICE = re.compile(r"(?<!\$)\{(?P<off>[^{}|\"'][^{}|]*)(?:\|(?P<on>[^{}|]+))?\}")
-"""Text in braces, or two alternatives; ${...} and {"..."} belong to the shell or the script."""
+"""Text in braces, or two alternatives; ${...} and {"..."} belong to the shell or the script, and are refused."""
 
 
 def split_braces(command: str, example: str = "'python train.py {--flag}'") -> tuple[str, str]:
@@ -409,14 +409,16 @@ def split_braces(command: str, example: str = "'python train.py {--flag}'") -> t
         UsageError: the text in braces makes no difference, there are other braces, or there is no program.
     """
     named = f"{_LABEL} = {shorten(repr(command), 120)}"
+    escaped = command.replace("{{", "\0").replace("}}", "\1")
     require(
-        not set("{}") & set(_CHOICE.sub("", command)),
-        f"{named}: braces that hold neither {{text}} nor {{without|with}}. Remove them, or put a command that needs "
-        "them into a script.",
+        not set("{}") & set(_CHOICE.sub("", escaped)),
+        f"{named}: braces that hold neither {{text}} nor {{without|with}}. Double those that belong to the script: "
+        "{{ and }}.",
     )
-    without = _CHOICE.sub(lambda choice: choice["off"] if choice["on"] else "", command)
-    with_it = _CHOICE.sub(lambda choice: choice["on"] or choice["off"], command)
-    off, on = (shlex.join(split_command(_LABEL, line)) for line in (without, with_it))
+    without = _CHOICE.sub(lambda choice: choice["off"] if choice["on"] else "", escaped)
+    with_it = _CHOICE.sub(lambda choice: choice["on"] or choice["off"], escaped)
+    lines = [line.replace("\0", "{").replace("\1", "}") for line in (without, with_it)]
+    off, on = (shlex.join(split_command(_LABEL, line)) for line in lines)
     require(off != on, f"{named}: nothing differs. Put the text that turns the engine on into braces: {example}.")
     return off, on
 
