@@ -113,7 +113,7 @@ def build_report(
                 pairs[key] = pair
     judged = judge(pairs, limits_of)
     if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
-        why = "the base against itself is not equivalent, so the candidate cannot be"
+        why = "but the base against itself is not equivalent, so the candidate cannot be"
         judged |= without_equality({key: one for key, one in judged.items() if not is_memory(key[1])}, why)
     return ComparisonReport(
         base=str(run.manifest.sides["base"]["label"]),

@@ -373,7 +373,7 @@ def compare(
     if not machine:  # across machines (--force) a shift is expected
         found |= _shifted(found)
     if force and differing:
-        found = without_equality(found, "but the sides are not comparable", appended=True)
+        found = without_equality(found, "but the sides are not comparable")
     return ComparisonReport(
         base=base.name,
         candidate=candidate.name,

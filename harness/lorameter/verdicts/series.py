@@ -412,7 +412,7 @@ def list_ratios(
     names = [variant.name for variant in study.variants if (variant.name, "variant") in pairs]
     found = judge({(name, metric): pairs[name, "variant"] for name in names}, limits_of)
     if not is_memory(metric) and (control is None or control.verdict != "equivalent"):
-        found = without_equality(found, "A/A control inconclusive: equivalence cannot be claimed")
+        found = without_equality(found, "but the control is not equivalent to itself, so nothing is called equivalent")
     return {name: found[name, metric] for name in names}
 
 
@@ -421,14 +421,14 @@ def is_difference(comparison: Comparison) -> bool:
     return comparison.verdict in ("improved", "regressed")
 
 
-def without_equality(found: Mapping[Key, Comparison], reason: str, *, appended: bool = False) -> dict[Key, Comparison]:
+def without_equality(found: Mapping[Key, Comparison], reason: str) -> dict[Key, Comparison]:
     """Replace equality verdicts, because the control does not support them or because the sides differ in more than
-    their times. The reason replaces that of each comparison, or is `appended` to it."""
+    their times; the reason is appended to that of each comparison."""
     downgraded = {
         key: dataclasses.replace(
             comparison,
             verdict="inconclusive",
-            reason=f"{comparison.reason}; {reason}" if appended else reason,
+            reason=f"{comparison.reason}; {reason}",
             replicates_needed=None,  # more replicates of this pair do not help: the control must be measured better
         )
         for key, comparison in found.items()
