@@ -263,9 +263,11 @@ def test_exit_codes_of_an_ab(change, code, compared, lorameter, tmp_path):
 
 
 def test_a_script_with_a_meter(tmp_path):
-    """The script leaves a run in the current folder, like that of a wrapped script."""
+    """The script prints its report and leaves a run in the current folder, like that of a wrapped script."""
     lines = LOOP.replace("for _ in range(24):", "meter = Meter(model)\nfor _ in meter.steps(range(24)):")
     (tmp_path / "metered.py").write_text(f"{doors.METER_IMPORT}\n{lines}", encoding="utf-8")
     outcome = doors.start("python", tmp_path / "metered.py", LORAMETER_RUNS=str(tmp_path / "runs"))
     assert outcome.code == 0, outcome.err
+    assert "Training" in outcome.out
+    assert "steps are those that the loop names" in " ".join(outcome.out.split())
     check_run("meter", only_run(tmp_path / "runs"))

@@ -368,7 +368,8 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
     """Each method has a learning adapter and a frozen base; in full fine-tuning the base learns."""
     saved = tmp_path / "adapter_config.json"
     saved.write_text(json.dumps({"peft_type": "VERA", "r": 16, "inference_mode": True, "peft_version": "0.1"}))
-    assert run(tmp_path, STUDY.replace('"VERA"', f'"{tmp_path}"'), "--interleave", "replicates") == 0
+    options = ("--interleave", "replicates", "--phase", "train")
+    assert run(tmp_path, STUDY.replace('"VERA"', f'"{tmp_path}"'), *options) == 0
     (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     records = {one.name: one for one in store.read_run(str(folder), tmp_path / "runs").records if one.checks}
     assert set(records) == {"lora", "ia3", "prompt", "vera", "full"}
