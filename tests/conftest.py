@@ -26,6 +26,8 @@ from lorameter.studies.workload import Workload
 pytest_plugins = ["pytester"]
 HERE = Path(__file__).parent
 OLD_PACKAGING = "packaging==24.2"
+QUICK = ("stats", "studies", "records", "verdicts", "results")
+"""Folders of tests that are distributed to the processes last, so that none of them ends much later than the others."""
 
 gc.disable()  # until all tests are collected: garbage collection would take half of that time
 
@@ -49,12 +51,13 @@ hypothesis.settings.load_profile("any machine")
 
 def pytest_collection_modifyitems(config, items):
     """GPU tests give the reason of their skip; slow tests are deselected unless `-m selftest` or `-m faults` selects
-    them (make proof-long)."""
+    them (make proof-long); quick tests come last."""
     for marker in ("selftest", "faults"):
         if marker not in config.option.markexpr:
             long = {item for item in items if item.get_closest_marker(marker) and HERE in item.path.parents}
             config.hook.pytest_deselected(items=list(long))
             items[:] = [item for item in items if item not in long]
+    items.sort(key=lambda item: HERE in item.path.parents and item.path.relative_to(HERE).parts[0] in QUICK)
 
     for_gpus = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpus and not _has_gpu():

@@ -234,7 +234,7 @@ def test_studies_of_the_engines_page_are_read(page, name, title):
 @pytest.mark.selftest
 @pytest.mark.parametrize("place", [0, 1], ids=["trainer", "loop"])
 def test_a_script_of_the_own_script_page_prints_its_output(tmp_path, place):
-    """The script also leaves a run. tests/contract/test_measured.py has a meter in a loop on every call of the tests."""
+    """The script also leaves a run; tests/contract/test_measured.py measures such a loop quickly."""
     (tmp_path / "train.py").write_text(blocks("own-script.md", "python")[place])
     done = start("train.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr

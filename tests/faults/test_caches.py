@@ -24,6 +24,7 @@ import zipfile
 
 import pytest
 
+from lorameter.cli import main
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.models import bases
 from lorameter.records import store
@@ -159,14 +160,14 @@ def whole(command, only_run):
 
 
 @pytest.fixture
-def reported(runs):
-    """A function that prints the report of a run as text."""
+def report(runs, capsys):
+    """A function that prints the report of a run, and returns the exit code, standard output and standard error."""
 
-    def report(name):
-        words = [sys.executable, "-m", "lorameter.cli", "report", name, "--runs-dir", str(runs)]
-        return subprocess.run(words, capture_output=True, text=True, check=False)
+    def call(name):
+        code = main(["report", name, "--runs-dir", str(runs)])
+        return code, *capsys.readouterr()
 
-    return report
+    return call
 
 
 def flipped(line):
@@ -179,7 +180,7 @@ def swallowed(line):
     return line[: len(line) // 2]
 
 
-def test_records_that_are_corrupt_are_measured_again(whole, reported, only_run, resumed):
+def test_records_that_are_corrupt_are_measured_again(whole, report, only_run, resumed):
     """With corrupt lines in the middle the report exits with 4, neighbouring records are unchanged, and their trials
     are measured again with their whole groups."""
     run, lines = whole
@@ -189,9 +190,9 @@ def test_records_that_are_corrupt_are_measured_again(whole, reported, only_run, 
         place = next(i for i, line in enumerate(lines) if all(mark in line.replace(b" ", b"") for mark in marks))
         lines[place] = spoil(lines[place])
     (run.path / TRIALS).write_bytes(b"".join(lines))
-    done = reported(run.manifest.run)
-    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stdout + done.stderr
-    assert "damaged" in done.stdout
+    code, out, err = report(run.manifest.run)
+    assert (code, "Traceback" in err) == (4, False), out + err
+    assert "damaged" in out
     found = only_run()
     assert found.damaged_lines == 2
     before = {record.trial: record for record in run.records}
@@ -200,7 +201,7 @@ def test_records_that_are_corrupt_are_measured_again(whole, reported, only_run, 
     assert (mended.state, mended.damaged_lines, len(mended.records)) == ("complete", 0, len(run.records))
     again = {record.trial for record in mended.records if record != before[record.trial]}
     assert {trial.partition("-")[0] for trial in again} == {"r0", "r1"}
-    assert reported(run.manifest.run).returncode == 0
+    assert report(run.manifest.run)[0] == 0
 
 
 TOO_LARGE = r"File too large\. Raise the limit of file sizes \(ulimit -f\), or "

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from lorameter.cli import main
 from lorameter.records import store
 from lorameter.records.os_errors import REFUSED
+from tests.constructed import RUNS
 
 
 def limited(**limits):
@@ -132,13 +135,14 @@ def test_a_full_disk_during_a_trial_ends_the_run(command_word, tmp_path, command
 # --- other documents --------------------------------------------------------------------------------------------------
 
 
-def test_a_baseline_that_cannot_be_written_keeps_the_previous_one(command, runs, only_run, tmp_path):
+def test_a_baseline_that_cannot_be_written_keeps_the_previous_one(runs):
     """If `accept` cannot write its document, the accepted run stays the previous one."""
-    assert subprocess.run(command(), capture_output=True, check=False).returncode == 0
-    words = [sys.executable, "-m", "lorameter.cli", "accept", only_run().manifest.run, "--runs-dir", str(runs)]
-    assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    shutil.copytree(RUNS / "sound", runs / "sound")
+    words = ["accept", "sound", "--runs-dir", str(runs)]
+    assert main(words) == 0
     before = (runs / "baselines.json").read_bytes()
-    done = subprocess.run(words, preexec_fn=limited(FSIZE=10), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "lorameter.cli", *words]
+    done = subprocess.run(command, preexec_fn=limited(FSIZE=10), capture_output=True, text=True, check=False)
     assert (done.returncode, "File too large. Raise" in done.stderr) == (4, True), done.stderr
     assert "Traceback" not in done.stderr
     assert (runs / "baselines.json").read_bytes() == before

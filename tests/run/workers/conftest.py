@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from lorameter.run.workers.local import LocalExecutor
@@ -24,13 +26,8 @@ def executor(folder):
 
 
 @pytest.fixture(scope="session")
-def tokens_of(executor):
-    """A function that returns the tokens of a workload, which are made once in a separate process."""
-    prepared = {}
+def tokens_of(folder):
+    """A function that returns the tokens of a workload, which are prepared once."""
+    from lorameter.trial.data.tokens import prepare
 
-    def tokens(workload):
-        if workload not in prepared:
-            prepared[workload] = executor.prepare_tokens(workload)
-        return prepared[workload]
-
-    return tokens
+    return functools.cache(lambda workload: prepare(workload, folder))

@@ -292,7 +292,7 @@ def test_a_trial_that_fails_leaves_its_neighbours_on_the_base_alone(small_study,
     wild = dataclasses.replace(RANKS[1], name="wild", learning_rate=1e30, lora_alpha=10**12, max_grad_norm=0)
     losses = {}
     protocol = dataclasses.replace(small_study.protocol, replicates=1)
-    for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS)):
+    for name, variants in (("with", (RANKS[0], wild)), ("without", RANKS[:1])):
         study = dataclasses.replace(small_study, variants=variants, reference="r4", protocol=protocol)
         plan = make_plan(study, interleaving="shared-base", phases=["train"])
         site = RunContext(device="cpu", tokens={study.workload: tokens_of(study.workload)})
