@@ -1,15 +1,15 @@
-"""The campaign on a GPU: one command takes every step, resumes where it was stopped, and judges the claims.
+"""The campaign on a GPU: one command runs every step, resumes where it was stopped, and judges the claims.
 
-    make gpu                                  all steps that are left; without a GPU, a rehearsal of all
-    make gpu GPU_OPTIONS='--minutes 9.5'      no longer than that, for machines that are lent by the call
-    make gpu GPU_OPTIONS='--again study'      take a step again (`all` for every one)
+    make gpu                                  all remaining steps; without a GPU, a rehearsal of all
+    make gpu GPU_OPTIONS='--minutes 9.5'      at most 9.5 minutes, for machines with a time limit per command
+    make gpu GPU_OPTIONS='--again study'      repeat a step (`all`: every step)
 
 The journal and the outputs are in a folder (--state, default .gpu/state), the report is under reports/ with the device
 in its name, and docs/gpu.md is updated. If $OUT names a folder, all of it is also packed into OUT/campaign.tar.gz, for
 a machine that keeps no files; `python -m benchmarks.gpu.pack` packs the libraries for such a machine.
 
-Exit code 0: all steps are done and no claim is refuted (without a GPU: all were rehearsed) · 3: steps are left, call
-again · 4: a step failed or a claim is refuted · 2: the state belongs to another device.
+Exit code 0: all steps are done and no claim is refuted (without a GPU: all were rehearsed) · 3: steps remain, run the
+command again · 4: a step failed or a claim is refuted · 2: the state belongs to another device.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from benchmarks.gpu import page, report
 from benchmarks.gpu.claims import CLAIMS
 from benchmarks.gpu.evidence import Evidence, newest_run
 from benchmarks.gpu.journal import Entry, Journal, Outcome
-from benchmarks.gpu.loop import REPORT_S, is_left, run_process, take_steps
+from benchmarks.gpu.loop import REPORT_S, is_pending, run_process, run_steps
 from benchmarks.gpu.pack import pack_results
-from benchmarks.gpu.steps import STEPS, Step, command
+from benchmarks.gpu.steps import STEPS, Step, build_command
 from lorameter.machine.provenance import describe_origin, device_id, harness_identity, probe_machine
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".gpu" / "state"
 REHEARSAL_S = 300.0
 """Limit of a rehearsed step: on a machine without a GPU nothing is measured, but libraries are imported."""
-EXIT_LEFT, EXIT_FAILED, EXIT_OTHER = 3, 4, 2
+EXIT_REMAINING, EXIT_FAILED, EXIT_OTHER_DEVICE = 3, 4, 2
 ALL = "all"
 
 
@@ -43,7 +43,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
     options = _options(arguments)
     if options.list:
         for one in STEPS:
-            print(f"{one.name:22} {one.expected_s:5.0f} s expected, at most {one.limit_s:.0f} s  {one.asks}")
+            print(f"{one.name:22} {one.expected_s:5.0f} s expected, at most {one.limit_s:.0f} s  {one.question}")
         return 0
     begin = time.monotonic()
     machine, state = probe_machine(), Path(options.state)
@@ -54,9 +54,9 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
     if others := {entry.device for entry in journal.entries} - {machine.device_name}:
         here = f"this is {machine.device_name}: give another folder with --state"
         print(f"campaign: {state} is of {', '.join(others)}, and {here}", file=sys.stderr)
-        return EXIT_OTHER
-    everything = rehearsing or ALL in options.again
-    journal.forget([one.name for one in STEPS] if everything else options.again)
+        return EXIT_OTHER_DEVICE
+    repeats_all = rehearsing or ALL in options.again
+    journal.forget([one.name for one in STEPS] if repeats_all else options.again)
     unit, sources = device_id(), harness_identity()
     chosen = [one for one in STEPS if not options.only or one.name in options.only]
 
@@ -65,8 +65,8 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
 
     def run(step: Step, limit_s: float) -> Entry:
         last, started = journal.last(step.name), time.time()
-        stopped = last is not None and last.outcome == "stopped" and bool(step.resumes)
-        words = command(
+        stopped = last is not None and last.outcome == "stopped" and bool(step.resume_command)
+        words = build_command(
             step, python=sys.executable, state=state, rehearsing=rehearsing,
             resumed_run=newest_run(step.name, state) if stopped else None, newest=newest_run("sweep", state),
         )  # fmt: skip
@@ -80,13 +80,13 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
             last_line=last_line,
         )  # fmt: skip
 
-    take_steps(chosen, journal, left_s=left_s, run=run)
+    run_steps(chosen, journal, left_s=left_s, run=run)
     decisions = report.decide(CLAIMS, Evidence(state, journal), rehearsed=rehearsing)
-    document = report.document(machine, describe_origin(ROOT), journal, decisions)
-    print(report.text(document, rehearsed=rehearsing), end="")
+    document = report.build_document(machine, describe_origin(ROOT), journal, decisions)
+    print(report.format_text(document, rehearsed=rehearsing), end="")
     if not rehearsing:
         print(f"written to {report.write(document, page.REPORTS, state)}", file=sys.stderr)
-        text = page.rewritten(page.PAGE.read_text(encoding="utf-8"), CLAIMS, page.campaigns(page.REPORTS))
+        text = page.update_page(page.PAGE.read_text(encoding="utf-8"), CLAIMS, page.read_campaigns(page.REPORTS))
         page.PAGE.write_text(text, encoding="utf-8")
     if out := os.environ.get("OUT"):
         print(f"packed into {pack_results(Path(out), state, page.REPORTS, page.PAGE)}", file=sys.stderr)
@@ -97,16 +97,16 @@ def exit_code(steps: Sequence[Step], journal: Journal, verdicts: Sequence[str]) 
     """Return the exit code of the call: a failure takes precedence over remaining steps."""
     if "refuted" in verdicts or any(last.outcome == "failed" for one in steps if (last := journal.last(one.name))):
         return EXIT_FAILED
-    left = [one.name for one in steps if is_left(one, journal)]
-    if left:
-        print(f"{len(left)} steps are left ({', '.join(left)}): the same command resumes them", file=sys.stderr)
-    return EXIT_LEFT if left else 0
+    remaining = [one.name for one in steps if is_pending(one, journal)]
+    if remaining:
+        print(f"{len(remaining)} steps remain ({', '.join(remaining)}): the same command resumes them", file=sys.stderr)
+    return EXIT_REMAINING if remaining else 0
 
 
 def _outcome(step: Step, code: int | None, *, rehearsing: bool) -> Outcome:
     if code is None:
         return "stopped"
-    if code not in ((0,) if rehearsing and step.rehearsal else step.answers):
+    if code not in ((0,) if rehearsing and step.rehearsal else step.result_codes):
         return "failed"
     return "rehearsed" if rehearsing else "done"
 
@@ -117,7 +117,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     names = [one.name for one in STEPS]
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), metavar="M", help="of this call; default: no limit"
+        "--minutes", type=float, default=float("inf"), metavar="M", help="time limit of this call; default: none"
     )
     parser.add_argument("--only", action="append", default=[], metavar="STEP", choices=names)
     parser.add_argument("--again", action="append", default=[], metavar="STEP", choices=[*names, ALL])

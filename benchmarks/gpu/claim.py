@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.gpu.evidence import Evidence, NotSeenError
+from benchmarks.gpu.evidence import Evidence, MissingEvidenceError
 
 Verdict = Literal["confirmed", "refuted", "not decided"]
 
@@ -30,27 +30,27 @@ class Claim:
     says: str
     judge: Judge
     steps: tuple[str, ...]
-    """The steps that it needs to be decided."""
+    """The steps whose results the judge reads."""
 
     def decide(self, evidence: Evidence) -> Decision:
         """Judge by the evidence; missing evidence leaves the claim undecided."""
         try:
             return self.judge(evidence)
-        except NotSeenError as error:
+        except MissingEvidenceError as error:
             return Decision(verdict="not decided", evidence=str(error))
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            # A document of another form than expected is no evidence, and the other claims are judged all the same.
+            # An unreadable document is no evidence, and the other claims are still judged.
             return Decision(verdict="not decided", evidence=f"cannot be read: {type(error).__name__}: {error}")
 
 
-def decided(holds: bool, evidence: str) -> Decision:
+def make_decision(holds: bool, evidence: str) -> Decision:
     """Return confirmed if the claim holds, else refuted."""
     return Decision(verdict="confirmed" if holds else "refuted", evidence=evidence)
 
 
-def undecided(why: str) -> Decision:
-    """Return a decision that is neither."""
-    return Decision(verdict="not decided", evidence=why)
+def leave_undecided(reason: str) -> Decision:
+    """Return a decision that neither confirms nor refutes the claim."""
+    return Decision(verdict="not decided", evidence=reason)
 
 
 def by_tests(*names: str) -> Judge:
@@ -63,13 +63,13 @@ def by_tests(*names: str) -> Judge:
     def judge(evidence: Evidence) -> Decision:
         found = [evidence.tests(name) for name in names]
         cases = [(case, test) for group in found for case, test in group.items()]
-        failed = [f"{case}: {test.why}" for case, test in cases if test.outcome == "failed"]
+        failed = [f"{case}: {test.reason}" for case, test in cases if test.outcome == "failed"]
         if failed:
-            return decided(False, "; ".join(failed))
-        skipped = "; ".join(sorted({test.why for _, test in cases if test.outcome == "skipped"}))
+            return make_decision(False, "; ".join(failed))
+        skipped = "; ".join(sorted({test.reason for _, test in cases if test.outcome == "skipped"}))
         if not all(any(test.outcome == "passed" for test in group.values()) for group in found):
-            return undecided(f"skipped: {skipped}")
+            return leave_undecided(f"skipped: {skipped}")
         passed = sum(test.outcome == "passed" for _, test in cases)
-        return decided(True, f"{passed} tests passed" + (f"; skipped: {skipped}" if skipped else ""))
+        return make_decision(True, f"{passed} tests passed" + (f"; skipped: {skipped}" if skipped else ""))
 
     return judge

@@ -14,8 +14,8 @@ WORKERS = "tests/run/workers/test_gpu.py"
 PROFILING = "tests/trial/profiling/test_trial.py"
 
 
-def _claims(steps: tuple[str, ...], of: Mapping[str, tuple[str, Judge]]) -> tuple[Claim, ...]:
-    return tuple(Claim(name=name, says=says, judge=judge, steps=steps) for name, (says, judge) in of.items())
+def _claims(steps: tuple[str, ...], claims: Mapping[str, tuple[str, Judge]]) -> tuple[Claim, ...]:
+    return tuple(Claim(name=name, says=says, judge=judge, steps=steps) for name, (says, judge) in claims.items())
 
 
 TITLES = dict(zip(BASES, ("bf16", "NF4"), strict=True))
@@ -102,17 +102,17 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "the study": (
                 "Llama-2-7B in bf16 and in NF4: every trial is ok and every required path active",
-                partial(judges.study_is_valid, step="study"),
+                partial(judges.judge_study, step="study"),
             ),
             "warm requests": (
                 "a warm request has a first token and an end, on either base",
-                judges.warm_requests_are_timed,
+                judges.judge_warm_requests,
             ),
-            "cold start": ("a cold start has its parts, each a number", judges.cold_has_its_parts),
-            "device start": ("isolated trials record how long CUDA takes to start", judges.device_start_is_recorded),
+            "cold start": ("a cold start has its parts, each a number", judges.judge_cold_start),
+            "device start": ("isolated trials record how long CUDA takes to start", judges.judge_device_start),
             "energy of steps": (
                 "an isolated trial records clocks and the energy of its steps",
-                judges.energy_is_recorded,
+                judges.judge_energy,
             ),
         },
     ),
@@ -120,29 +120,29 @@ CLAIMS: tuple[Claim, ...] = (
         Claim(
             name=f"estimate, {title}",
             says=f"the measured peak of training in {title} is within -11 % to +34 % of the estimated one",
-            judge=partial(judges.estimate_is_near, variant=base),
+            judge=partial(judges.judge_estimate, variant=base),
             steps=("study", f"estimate-{base}"),
         )
         for base, title in TITLES.items()
     ),
     *_claims(
         ("sweep",),
-        {"shared base": ("all settings of a sweep at 7B take turns on one base", judges.all_settings_share_a_base)},
+        {"shared base": ("all settings of a sweep at 7B take turns on one base", judges.judge_shared_base)},
     ),
     *_claims(
         ("sweep", "claims"),
         {
             "LoRA parameters": (
                 "every claim of time about alpha, dropout and r is decided on Llama-2-7B",
-                judges.claims_are_decided,
+                judges.judge_study_claims,
             ),
         },
     ),
     *_claims(
         ("twins",),
         {
-            "A/A": ("an A/B of identical code sees no difference", judges.same_is_same),
-            "A/B": ("an injected slow-down is called regressed", judges.slowdown_is_found),
+            "A/A": ("an A/B of identical code sees no difference", judges.judge_identical_code),
+            "A/B": ("an injected slow-down is called regressed", judges.judge_slowdown),
         },
     ),
     *_claims(
@@ -175,7 +175,7 @@ CLAIMS: tuple[Claim, ...] = (
         Claim(
             name=f"phases, {title}",
             says=f"phases between events explain a step of Llama-2-7B in {title} within 2 %",
-            judge=partial(judges.step_is_explained, variant=base),
+            judge=partial(judges.judge_step_phases, variant=base),
             steps=(f"profile-{base}",),
         )
         for base, title in TITLES.items()
@@ -185,20 +185,20 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "kernels of a step": (
                 "a profile of a 7B step records kernels, and at most 1 % of their time is in unknown ones",
-                judges.kernels_are_known,
+                judges.judge_kernels,
             ),
-            "MFU": ("no step uses more than the stated peak", judges.peak_is_not_exceeded),
+            "MFU": ("no step uses more than the stated peak", judges.judge_peak_share),
         },
     ),
     *_claims(
         ("wrap",),
-        {"wrapped script": ("a script under `lorameter wrap` is measured on the GPU", judges.script_is_measured)},
+        {"wrapped script": ("a script under `lorameter wrap` is measured on the GPU", judges.judge_wrapped_script)},
     ),
     *_claims(
         ("compile",),
-        {"compile": ("compiled trials run compiled steps", partial(judges.study_is_valid, step="compile"))},
+        {"compile": ("compiled trials run compiled steps", partial(judges.judge_study, step="compile"))},
     ),
     *_claims(
-        ("liger",), {"Liger": ("trials with Liger run its kernels", partial(judges.study_is_valid, step="liger"))}
+        ("liger",), {"Liger": ("trials with Liger run its kernels", partial(judges.judge_study, step="liger"))}
     ),
 )

@@ -12,69 +12,69 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.steps import runs_of
+from benchmarks.gpu.steps import run_folder
 from lorameter.errors import LorameterError
 from lorameter.records import store
 from lorameter.records.store import Run
 
 
-class NotSeenError(Exception):
+class MissingEvidenceError(Exception):
     """The evidence of a claim is missing; the message gives the reason."""
 
 
-class Tested(NamedTuple):
+class TestResult(NamedTuple):
     """The outcome of a test: passed, failed or skipped, and the first line of the reason."""
 
     outcome: str
-    why: str
+    reason: str
 
 
 class Evidence:
-    """The results of a campaign so far. Every method raises `NotSeenError` for a missing result."""
+    """The results of a campaign so far. Every method raises `MissingEvidenceError` for a missing result."""
 
     def __init__(self, state: Path, journal: Journal) -> None:
         self._state = state
         self._journal = journal
 
-    def tests(self, name: str) -> dict[str, Tested]:
+    def tests(self, name: str) -> dict[str, TestResult]:
         """Return all cases of the test `FILE::NAME`."""
         found = {case: test for case, test in self._tests.items() if case == name or case.startswith(f"{name}[")}
         if not found:
-            raise NotSeenError(f"{name} has not been run")
+            raise MissingEvidenceError(f"{name} has not been run")
         return found
 
     def document(self, step: str, key: str) -> Any:
-        """Return the value of a key in the JSON document that a step printed; that of a rehearsal may lack it."""
+        """Return the value of a key in the JSON document that a step printed; a rehearsal may print other keys."""
         if self._journal.last(step) is None:
-            raise NotSeenError(f"{step}: not begun")
+            raise MissingEvidenceError(f"{step}: not begun")
         path = self._state / "outputs" / f"{step}.out"
         try:
             found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
         except (OSError, ValueError):
-            raise NotSeenError(f"{step}: no document ({self._state_of(step)})") from None
+            raise MissingEvidenceError(f"{step}: no document ({self._describe_state(step)})") from None
         if key not in found:
-            raise NotSeenError(f"{step}: its document has no {key}")
+            raise MissingEvidenceError(f"{step}: its document has no {key}")
         return found[key]
 
     def run(self, step: str) -> Run:
         """Return the newest run of a step, which may be incomplete."""
         run = newest_run(step, self._state)
         if run is None:
-            raise NotSeenError(f"{step}: no run ({self._state_of(step)})")
+            raise MissingEvidenceError(f"{step}: no run ({self._describe_state(step)})")
         try:
-            return store.read_run(run, runs_of(step, self._state))
+            return store.read_run(run, run_folder(step, self._state))
         except LorameterError as error:
-            raise NotSeenError(f"{step}: {error}") from None
+            raise MissingEvidenceError(f"{step}: {error}") from None
 
     @cached_property
-    def _tests(self) -> dict[str, Tested]:
-        found: dict[str, Tested] = {}
+    def _tests(self) -> dict[str, TestResult]:
+        found: dict[str, TestResult] = {}
         for path in sorted((self._state / "outputs").glob("tests-*.xml")):
             if self._journal.last(path.stem) is not None:
-                found |= read_tests(path)
+                found |= read_test_results(path)
         return found
 
-    def _state_of(self, step: str) -> str:
+    def _describe_state(self, step: str) -> str:
         last = self._journal.last(step)
         if last is None:
             return "not begun"
@@ -83,17 +83,18 @@ class Evidence:
 
 def newest_run(step: str, state: Path) -> str | None:
     """Return the id of a step's newest run, or None."""
-    return max((path.parent.name for path in runs_of(step, state).glob(f"*/{store.MANIFEST}")), default=None)
+    return max((path.parent.name for path in run_folder(step, state).glob(f"*/{store.MANIFEST}")), default=None)
 
 
-def read_tests(path: Path) -> dict[str, Tested]:
+def read_test_results(path: Path) -> dict[str, TestResult]:
     """Return pytest's results by `FILE::NAME`; a test whose fixture raised has failed."""
     found = {}
     for case in ElementTree.parse(path).iter("testcase"):
         file = str(case.get("classname", "")).replace(".", "/") + ".py"
-        test = Tested("passed", "")
+        test = TestResult("passed", "")
         for kind, outcome in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
             if (element := case.find(kind)) is not None:
-                test = Tested(outcome, (element.get("message") or element.text or "").strip().partition("\n")[0][:200])
+                message = (element.get("message") or element.text or "").strip()
+                test = TestResult(outcome, message.partition("\n")[0][:200])
         found[f"{file}::{case.get('name')}"] = test
     return found

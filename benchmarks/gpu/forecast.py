@@ -11,14 +11,14 @@ from pathlib import Path
 
 from benchmarks.gpu.claim import Claim
 from benchmarks.gpu.journal import Entry, Journal
-from benchmarks.gpu.loop import REPORT_S, is_left, spent_s, take_steps
+from benchmarks.gpu.loop import REPORT_S, is_pending, attempts_s, run_steps
 from benchmarks.gpu.steps import Step
 
 FACTORS = (1.0, 1.5)
 CALL_MINUTES = 9.5
 """Minutes of a call on a machine that allows ten minutes for a command."""
-AGAIN_S = 30.0
-"""The repeated time of a resumed run: the replicate in which it was stopped."""
+REPEATED_S = 30.0
+"""The time that a resumed run repeats: that of the interrupted replicate."""
 
 
 def simulate(
@@ -29,13 +29,13 @@ def simulate(
     with tempfile.TemporaryDirectory() as folder:
         journal, decided = Journal(Path(folder)), set[str]()
         whole_s = CALL_MINUTES * 60 - REPORT_S
-        while any(is_left(step, journal) for step in steps):
+        while any(is_pending(step, journal) for step in steps):
             left_s, before = whole_s, len(journal.entries)
 
             def run(step: Step, limit_s: float) -> Entry:
                 nonlocal left_s
-                resumed = AGAIN_S * len(journal.attempts(step.name))
-                needed_s = factor * step.expected_s + resumed - spent_s(step, journal)
+                resumed = REPEATED_S * len(journal.attempts(step.name))
+                needed_s = factor * step.expected_s + resumed - attempts_s(step, journal)
                 took_s = min(needed_s, limit_s)
                 left_s -= took_s
                 return Entry(
@@ -44,7 +44,7 @@ def simulate(
                 )  # fmt: skip
 
             with contextlib.redirect_stderr(io.StringIO()):
-                take_steps(steps, journal, left_s=lambda: left_s, run=run)  # noqa: B023
+                run_steps(steps, journal, left_s=lambda: left_s, run=run)  # noqa: B023
             if len(journal.entries) == before:
                 return
             ended = {entry.step for entry in journal.entries if entry.outcome == "done"}
@@ -53,7 +53,7 @@ def simulate(
             yield whole_s - left_s, [one.step for one in journal.entries[before:] if one.outcome == "done"], new
 
 
-def table(steps: Sequence[Step], claims: Sequence[Claim]) -> str:
+def write_table(steps: Sequence[Step], claims: Sequence[Claim]) -> str:
     """Return the calls at each factor as a Markdown table."""
     lines = [
         "| steps take | call | minutes | steps that end | claims that it decides |",

@@ -1,6 +1,6 @@
 """The journal of a campaign, written after each step, from which the next call resumes.
 
-Each attempt at a step adds a line; the last line of a step counts. Calls on borrowed machines share only this folder.
+Each attempt at a step adds a line; the last line of a step counts. Calls on different machines share only this folder.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Entry:
     step: str
     outcome: Outcome
     code: int | None
-    """Exit code of the process; None where its limit ended it."""
+    """Exit code of the process; None if it reached its limit."""
     took_s: float
     begun_unix_s: float
     device: str
-    """Name of the GPU, or of the CPU."""
+    """Name of the GPU or CPU."""
     unit: str
-    """The UUID of a GPU, to distinguish GPUs of one name."""
+    """The UUID of the GPU, which distinguishes GPUs with the same name."""
     sources: str
     """Version and hash of the harness that ran."""
     last_line: str = ""
-    """The last line of the process on standard error, where it has no result."""
+    """The last line of the process on standard error, if it has no result."""
 
 
 class Journal:
@@ -58,7 +58,7 @@ class Journal:
         return next(reversed(self.attempts(step)), None)
 
     def forget(self, steps: Iterable[str]) -> None:
-        """Remove the entries of steps, so that they are taken again; their output files stay until then."""
+        """Remove the entries of steps, so that they run again; their output files stay until then."""
         names = set(steps)
         self._write([entry for entry in self.entries if entry.step not in names])
 

@@ -1,4 +1,4 @@
-"""Takes the steps of a campaign in order, each in its own process, as far as they fit into the time of the call.
+"""Runs the steps of a campaign in order, each in its own process, as long as they fit into the time of the call.
 
 At its limit a process gets SIGINT, upon which a run saves its trials and pytest writes its results; a process that
 ignores it is killed with its children.
@@ -18,51 +18,51 @@ from benchmarks.gpu.journal import Entry, Journal
 from benchmarks.gpu.steps import Step
 
 GRACE_S = 25.0
-"""The time to save the results and exit."""
+"""The time that an interrupted process has to save its results and exit."""
 REPORT_S = 20.0
 """The time of a call that is reserved for judging and writing."""
 MAX_ATTEMPTS = 2
-"""For a step that cannot be resumed and reached its limit."""
+"""Maximum attempts at a step that reached its time limit and cannot be resumed."""
 MAX_CHARACTERS = 300
 
 
-def spent_s(step: Step, journal: Journal) -> float:
+def attempts_s(step: Step, journal: Journal) -> float:
     """Return the seconds that all attempts at a step have taken."""
     return sum(entry.took_s for entry in journal.attempts(step.name))
 
 
-def is_left(step: Step, journal: Journal) -> bool:
-    """Return whether a step is to be started or resumed; a step that failed or has used its time is not."""
+def is_pending(step: Step, journal: Journal) -> bool:
+    """Return whether a step must still be started or resumed: it has not failed and has time left."""
     last = journal.last(step.name)
     if last is None or last.outcome != "stopped":
         return last is None
-    if step.resumes:
-        return step.total_s - spent_s(step, journal) >= step.least_s
+    if step.resume_command:
+        return step.total_s - attempts_s(step, journal) >= step.min_start_s
     return len(journal.attempts(step.name)) < MAX_ATTEMPTS
 
 
-def take_steps(
+def run_steps(
     steps: Sequence[Step],
     journal: Journal,
     *,
     left_s: Callable[[], float],
     run: Callable[[Step, float], Entry],
 ) -> None:
-    """Take each remaining step that fits into the time that is left of the call, and add it to the journal.
+    """Run each pending step that fits into the remaining time of the call, and add it to the journal.
 
     Args:
         steps: the steps, in order.
         journal: the journal of the campaign.
         left_s: returns the remaining seconds of the call.
-        run: takes one step within the given seconds.
+        run: runs one step within the given seconds.
     """
     for step in steps:
-        if not is_left(step, journal) or step.least_s + GRACE_S > left_s():
+        if not is_pending(step, journal) or step.min_start_s + GRACE_S > left_s():
             continue
         limit_s = min(step.limit_s, left_s() - GRACE_S)
-        if step.resumes:
-            limit_s = min(limit_s, step.total_s - spent_s(step, journal))
-        print(f"{step.name}: {step.asks} (at most {limit_s:.0f} s)", file=sys.stderr, flush=True)
+        if step.resume_command:
+            limit_s = min(limit_s, step.total_s - attempts_s(step, journal))
+        print(f"{step.name}: {step.question} (at most {limit_s:.0f} s)", file=sys.stderr, flush=True)
         entry = run(step, limit_s)
         journal.add(entry)
         reason = f": {entry.last_line}" if entry.outcome in ("failed", "stopped") and entry.last_line else ""
@@ -75,8 +75,8 @@ def run_process(
     """Run a command to its end or to its limit; its output goes to NAME.out and NAME.err in `outputs`.
 
     Returns:
-        The exit code, or None where the limit ended the process; and the last line of its standard error, or of its
-        output if standard error is empty.
+        The exit code, or None if the process reached the limit; and the last line of its standard error, or of its
+        standard output if standard error is empty.
     """
     outputs.mkdir(parents=True, exist_ok=True)
     written = [outputs / f"{name}.{stream}" for stream in ("out", "err")]

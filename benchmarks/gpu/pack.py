@@ -3,12 +3,13 @@
     python -m benchmarks.gpu.pack                     fills .gpu/site; copy .gpu, with .gpu/state, to the GPU machine
     python -m benchmarks.gpu.pack --take FILE         unpacks the results of a call for the next call
 
-There, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or without make
+On the GPU machine, in the root of the checkout: `make gpu GPU_OPTIONS='--minutes 9.5'`, or without make
 `python3 -m benchmarks.gpu --minutes 9.5`.
-Here, after each call: `--take` its campaign.tar.gz, and call again until no step is left.
+Here, after each call: `--take` its campaign.tar.gz, and call again until no step remains.
 
-The packages are those of `carried.txt`, as wheels for the other machine's Python; bitsandbytes has only the libraries
-for its CUDA and for CPUs. The project itself is the checkout, with metadata next to it, since nothing is built there.
+The packages are those of `carried.txt`, as wheels for the GPU machine's Python; bitsandbytes has only the libraries
+for that CUDA version and for CPUs. The project itself is the checkout, with metadata next to it, since the GPU machine
+builds nothing.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ MAX_PACKED_BYTES = 8 * 2**20
 def main(arguments: list[str] | None = None) -> int:
     """Pack the libraries, or unpack results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python-version", default="3.12", metavar="V", help="of the other machine; default: 3.12")
-    parser.add_argument("--cuda", default="130", metavar="V", help="that its torch is built for; default: 130")
-    parser.add_argument("--take", type=Path, metavar="FILE", help="campaign.tar.gz of a call")
+    parser.add_argument("--python-version", default="3.12", metavar="V", help="Python of the GPU machine; default: 3.12")
+    parser.add_argument("--cuda", default="130", metavar="V", help="CUDA of its torch; default: 130")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="unpack this campaign.tar.gz of a call")
     options = parser.parse_args(arguments)
     if options.take:
-        print(*take(options.take, ROOT), sep="\n")
+        print(*unpack_results(options.take, ROOT), sep="\n")
         return 0
     pack(PACKED, python_version=options.python_version, cuda=options.cuda)
-    print(f"packed into {PACKED}: carry it with the checkout")
+    print(f"packed into {PACKED}: copy it with the checkout")
     return 0
 
 
@@ -68,10 +69,10 @@ def pack(folder: Path, *, python_version: str, cuda: str) -> None:
             library.unlink()
     for tests in sorted(site.rglob("tests"), reverse=True):
         shutil.rmtree(tests)
-    describe(site)
+    write_metadata(site)
 
 
-def describe(site: Path) -> None:
+def write_metadata(site: Path) -> None:
     """Write the project's metadata and entry points without its code, so that pytest finds the plugin."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folder = site / f"{project['name']}-{project['version']}.dist-info"
@@ -87,7 +88,7 @@ def describe(site: Path) -> None:
 
 
 def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
-    """Pack the results of a call, which resume the campaign and are kept; return the archive."""
+    """Pack the state, the reports and the page of a call; return the archive."""
     archive = out / "campaign.tar.gz"
     places = {".gpu/state": state, f"docs/{page.name}": page}
     places |= {f"reports/{folder.name}": folder for folder in reports.glob("*_gpu")}
@@ -97,7 +98,7 @@ def pack_results(out: Path, state: Path, reports: Path, page: Path) -> Path:
     return archive
 
 
-def take(archive: Path, root: Path) -> list[str]:
+def unpack_results(archive: Path, root: Path) -> list[str]:
     """Unpack an archive of `pack_results` into a checkout and return the names of its files."""
     with tarfile.open(archive) as file:
         file.extractall(root, filter="data")

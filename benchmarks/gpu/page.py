@@ -17,12 +17,12 @@ REPORTS = ROOT / "reports"
 BEGIN, END = "<!-- written by `make gpu` from here -->", "<!-- up to here -->"
 FORECAST = """## What each call decides
 
-A simulation without a GPU: each step takes what is expected of it on an H100, or 1.5 times that. What is expected is
-assumed; `make gpu GPU_OPTIONS=--list` prints it."""
+A simulation without a GPU: each step takes its expected time on an H100, or 1.5 times that. The expected times are
+assumptions; `make gpu GPU_OPTIONS=--list` prints them."""
 WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
 
 
-def campaigns(reports: Path) -> list[dict[str, Any]]:
+def read_campaigns(reports: Path) -> list[dict[str, Any]]:
     """Return the documents of all campaigns in a folder of reports, the oldest first, each with its folder's name and
     the `verdicts` on its claims by name."""
     found = []
@@ -33,22 +33,22 @@ def campaigns(reports: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["date"], one["folder"]))
 
 
-def table(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
+def write_table(claims: Sequence[Claim], campaigns: Sequence[dict[str, Any]]) -> str:
     """Return the table with a row for each claim and a column for each campaign."""
-    heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in found]
+    heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in campaigns]
     rows = [["claim", *(heads or ["no GPU yet"])]]
     rows.append(["---"] * len(rows[0]))
     for claim in claims:
-        verdicts = [WORDS.get(one["verdicts"].get(claim.name), "–") for one in found]
+        verdicts = [WORDS.get(one["verdicts"].get(claim.name), "–") for one in campaigns]
         rows.append([claim.says, *(verdicts or ["not decided"])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
+def summarise(claims: Sequence[Claim], campaigns: Sequence[dict[str, Any]]) -> str:
     """Summarise the table in one sentence."""
-    if not found:
+    if not campaigns:
         return f"No GPU has been measured: of {len(claims)} claims none is confirmed and none refuted."
-    verdicts = [{one["verdicts"].get(claim.name) for one in found} for claim in claims]
+    verdicts = [{one["verdicts"].get(claim.name) for one in campaigns} for claim in claims]
     refuted = sum("refuted" in one for one in verdicts)
     confirmed = sum("confirmed" in one and "refuted" not in one for one in verdicts)
     return (
@@ -57,9 +57,11 @@ def summary(claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def rewritten(page: str, claims: Sequence[Claim], found: Sequence[dict[str, Any]]) -> str:
-    """Return the page with its generated part replaced. Raises ValueError where the page has no place for it."""
+def update_page(page: str, claims: Sequence[Claim], campaigns: Sequence[dict[str, Any]]) -> str:
+    """Return the page with its generated part replaced. Raises ValueError if the page lacks the markers of that
+    part."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    parts = (BEGIN, summary(claims, found), table(claims, found), FORECAST, forecast.table(STEPS, claims), END)
+    simulated = forecast.write_table(STEPS, claims)
+    parts = (BEGIN, summarise(claims, campaigns), write_table(claims, campaigns), FORECAST, simulated, END)
     return before + "\n\n".join(parts) + after

@@ -18,12 +18,12 @@ from benchmarks.gpu.steps import STEPS
 from lorameter.machine.provenance import Machine
 
 SCHEMA = 1
-MAX_KEPT_BYTES = 2**20
-"""The largest stored file; larger files are recordings or tokens, which can be regenerated."""
-KEPT_OF_A_RUN = ("manifest.json", "trials.jsonl", "checks.jsonl")
+MAX_STORED_BYTES = 2**20
+"""Size of the largest stored file; larger files are recordings or tokens, which can be regenerated."""
+STORED_RUN_FILES = ("manifest.json", "trials.jsonl", "checks.jsonl")
 
 
-def document(
+def build_document(
     machine: Machine, origin: str, journal: Journal, decisions: Sequence[tuple[Claim, Decision]]
 ) -> dict[str, Any]:
     """Return the campaign as JSON data, from which the report and `docs/gpu.md` are generated.
@@ -46,7 +46,7 @@ def document(
     }
 
 
-def text(campaign: dict[str, Any], *, rehearsed: bool) -> str:
+def format_text(campaign: dict[str, Any], *, rehearsed: bool) -> str:
     """Return the report: the machine, each step with its time, and the table of claims at its end."""
     lines, entries = [campaign["origin"]], campaign["steps"]
     units, sources = (len({entry[name] for entry in entries}) for name in ("unit", "sources"))
@@ -60,16 +60,16 @@ def text(campaign: dict[str, Any], *, rehearsed: bool) -> str:
     if units > 1:
         lines.append(f"on {units} GPUs of this name, one after the other")
     if sources > 1:
-        lines.append(f"by {sources} states of the sources: steps from before a change were not repeated")
+        lines.append(f"by {sources} versions of the source code: steps before a change were not repeated")
     lines += ["", "Steps"]
     for one in STEPS:
         attempts = [entry for entry in entries if entry["step"] == one.name]
         if not attempts:
-            lines.append(f"  {'not begun':10} {'':>7}  {one.name}: {one.asks}")
+            lines.append(f"  {'not begun':10} {'':>7}  {one.name}: {one.question}")
             continue
         last, took = attempts[-1], sum(entry["took_s"] for entry in attempts)
         why = {"rehearsed": one.skipped, "done": ""}.get(last["outcome"], last["last_line"])
-        lines.append(f"  {last['outcome']:10} {took:6.0f} s  {one.name}: {one.asks}" + (f" – {why}" if why else ""))
+        lines.append(f"  {last['outcome']:10} {took:6.0f} s  {one.name}: {one.question}" + (f" – {why}" if why else ""))
     lines += ["", "Claims"]
     for claim in campaign["claims"]:
         lines.append(f"  {claim['verdict']:12} {claim['name']}: {claim['says']}\n               {claim['evidence']}")
@@ -83,11 +83,11 @@ def write(campaign: dict[str, Any], reports: Path, state: Path) -> Path:
     device = re.sub(r"[^a-z0-9]+", "-", campaign["device"].lower()).strip("-")
     folder = reports / f"{campaign['date']}_{device}_gpu"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.txt").write_text(text(campaign, rehearsed=False), encoding="utf-8")
+    (folder / "report.txt").write_text(format_text(campaign, rehearsed=False), encoding="utf-8")
     (folder / "campaign.json").write_text(json.dumps(campaign, indent=1) + "\n", encoding="utf-8")
-    runs = [path for path in (state / "runs").glob("*/*/*") if path.name in KEPT_OF_A_RUN]
+    runs = [path for path in (state / "runs").glob("*/*/*") if path.name in STORED_RUN_FILES]
     for path in [*(state / "outputs").glob("*"), *runs]:
-        if 0 < path.stat().st_size <= MAX_KEPT_BYTES:
+        if 0 < path.stat().st_size <= MAX_STORED_BYTES:
             place = folder / path.relative_to(state)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
@@ -96,5 +96,5 @@ def write(campaign: dict[str, Any], reports: Path, state: Path) -> Path:
 
 def decide(claims: Sequence[Claim], evidence: Any, *, rehearsed: bool) -> tuple[tuple[Claim, Decision], ...]:
     """Return the decision on each claim; a rehearsal decides none."""
-    nothing = Decision(verdict="not decided", evidence="no GPU: this was a rehearsal")
-    return tuple((claim, nothing if rehearsed else claim.decide(evidence)) for claim in claims)
+    undecided = Decision(verdict="not decided", evidence="no GPU: this was a rehearsal")
+    return tuple((claim, undecided if rehearsed else claim.decide(evidence)) for claim in claims)

@@ -1,9 +1,9 @@
 """The steps of the campaign: the question that each answers on a GPU, its command, and its time limit.
 
-The steps are ordered by how much they decide in a minute: facts of the GPU and its fast paths, Llama-2-7B on both
-bases, the claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. Each step is a
-separate process: a step that hangs or blocks the GPU costs only its own time. On a machine without a GPU each step is
-rehearsed: by the same command if that reports its own skips, else by the part that reads studies, options and files.
+Steps that decide more claims per minute come first: the GPU's counters and fast paths, Llama-2-7B on both bases, the
+claims of the study of LoRA parameters, an A/B with an injected slow-down, and then the rest. Each step is a separate
+process: a step that hangs or blocks the GPU costs only its own time. A machine without a GPU rehearses each step: by
+the same command if that skips its GPU parts, else by a command that only reads the study, options and files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ RUNS, XML = "{runs}", "{xml}"
 """Placeholders in a command for the folder of the step's runs and for the file of its test results."""
 LORAMETER = ("-m", "lorameter.cli")
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs", "-p", "no:cacheprovider", f"--junitxml={XML}")
-VERDICTS = (0, 1, 3, 4)
-"""Exit codes of a command that measured and reports its result; other codes mean that it could not measure."""
-MIN_S = 60.0
-"""The minimum time for which a resumable run is started: building a 7B model takes that long."""
-CALL_S = 545.0
-"""The longest step, so that it fits in a call of ten minutes."""
+MEASURED_CODES = (0, 1, 3, 4)
+"""Exit codes of a command that has measured; other codes mean that it could not measure."""
+MIN_RUN_S = 60.0
+"""The minimum remaining time for which a resumable run is started: building a 7B model takes that long."""
+MAX_STEP_S = 545.0
+"""The time limit of the longest step, so that it fits into a call of ten minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,87 +36,87 @@ class Step:
     """One question and the command that answers it, run by the campaign's interpreter."""
 
     name: str
-    asks: str
+    question: str
     words: tuple[str, ...]
-    """The arguments after the interpreter."""
+    """The arguments of the interpreter."""
     expected_s: float
-    """The expected time on an H100, which is assumed and not measured."""
+    """The expected time on an H100: an assumption, not a measurement."""
     limit_s: float
     """The longest time of one attempt."""
     rehearsal: tuple[str, ...] = ()
     """The command on a machine without a GPU; empty for the same command as `words`."""
     skipped: str
-    """The part of the step that a rehearsal skips, and why."""
-    answers: tuple[int, ...] = (0,)
-    """Exit codes of a command with a result; a separate rehearsal command succeeds with 0."""
-    resumes: tuple[str, ...] = ()
+    """What a rehearsal leaves out, and why."""
+    result_codes: tuple[int, ...] = (0,)
+    """Exit codes with which the command has a result; a separate rehearsal command must exit with 0."""
+    resume_command: tuple[str, ...] = ()
     """The command that resumes a stopped run, without the run's id; empty if none exists."""
     total_s: float = 0.0
-    """The longest time of all attempts at such a run."""
+    """Time limit of all attempts together, for a step that can be resumed."""
 
     @property
-    def least_s(self) -> float:
-        """The remaining time of a call that the step needs to be started."""
-        return min(self.limit_s, MIN_S) if self.resumes else self.limit_s
+    def min_start_s(self) -> float:
+        """The remaining time of a call that is needed to start the step."""
+        return min(self.limit_s, MIN_RUN_S) if self.resume_command else self.limit_s
 
 
-def measures(name: str, asks: str, study: str, *options: str, expected_s: float, total_s: float) -> Step:
+def make_study_step(name: str, question: str, study: str, *options: str, expected_s: float, total_s: float) -> Step:
     """Return a step that runs a study; a rehearsal plans it and does not measure."""
     run = (*LORAMETER, "run", study, *options, "--runs-dir", RUNS, "--json")
     return Step(
         name=name,
-        asks=asks,
+        question=question,
         words=run,
         expected_s=expected_s,
-        limit_s=min(CALL_S, total_s),
+        limit_s=min(MAX_STEP_S, total_s),
         rehearsal=(*run, "--dry-run"),
         skipped="planned, not measured",
-        answers=VERDICTS,
-        resumes=(*LORAMETER, "run", "--runs-dir", RUNS, "--json", "--resume"),
+        result_codes=MEASURED_CODES,
+        resume_command=(*LORAMETER, "run", "--runs-dir", RUNS, "--json", "--resume"),
         total_s=total_s,
     )
 
 
-def tests(name: str, asks: str, *files: str, expected_s: float) -> Step:
-    """Return a step that runs tests marked `gpu`, which give their own reasons of skipping."""
+def make_test_step(name: str, question: str, *files: str, expected_s: float) -> Step:
+    """Return a step that runs tests marked `gpu`; on a machine without a GPU each is skipped."""
     return Step(
         name=f"tests-{name}",
-        asks=asks,
+        question=question,
         words=(*PYTEST, "--timeout=120", *files),
         expected_s=expected_s,
         limit_s=2 * expected_s,
         skipped="all skipped, since each needs a GPU",
-        answers=(0, 1),
+        result_codes=(0, 1),
     )
 
 
-def of_variant(command: str, variant: str, asks: str, *options: str, expected_s: float) -> Step:
+def make_variant_step(command: str, variant: str, question: str, *options: str, expected_s: float) -> Step:
     """Return a step that runs `lorameter estimate` or `profile` for one variant of the study; a rehearsal estimates it
     for this CPU."""
     named = (f"{STUDY}:{variant}", PROFILE)
     return Step(
         name=f"{command}-{variant}",
-        asks=asks,
+        question=question,
         words=(*LORAMETER, command, *named, *(options or ("--runs-dir", RUNS)), "--json"),
         expected_s=expected_s,
         limit_s=2 * expected_s,
         rehearsal=(*LORAMETER, "estimate", *named, "--runs-dir", RUNS, "--json"),
         skipped="estimated for this CPU",
-        answers=VERDICTS,
+        result_codes=MEASURED_CODES,
     )
 
 
 STEPS: tuple[Step, ...] = (
-    tests(
+    make_test_step(
         "paths",
         "flash, 4-bit and paged paths by their kernels; events, clocks, energy and memory against each other",
         "tests/kernels_check/test_gpu.py",
         "tests/machine/test_gpu.py",
         expected_s=130,
     ),
-    measures(
+    make_study_step(
         "study",
-        "Llama-2-7B in bf16 and in NF4: does all that is claimed run, how fast, warm and cold, with which peak",
+        "Llama-2-7B in bf16 and in NF4: required paths, times of steps, requests and cold starts, memory peaks",
         STUDY,
         PROFILE,
         *(f"--variant={variant}" for variant in BASES),
@@ -128,7 +128,7 @@ STEPS: tuple[Step, ...] = (
         total_s=900,
     ),
     *(
-        of_variant(
+        make_variant_step(
             "estimate",
             variant,
             "how far the estimated peak is from the measured one",
@@ -138,7 +138,7 @@ STEPS: tuple[Step, ...] = (
         )
         for variant in BASES
     ),
-    measures(
+    make_study_step(
         "sweep",
         "the claims of time about alpha, dropout and r on Llama-2-7B, all settings on one base",
         SWEEP,
@@ -149,17 +149,17 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         name="claims",
-        asks="what the sweep says of the claims",
+        question="which claims the sweep supports",
         words=(*LORAMETER, "claims", "{newest of sweep}", "--runs-dir", "{runs of sweep}", "--json"),
         expected_s=10,
         limit_s=40,
         rehearsal=(*LORAMETER, "run", SWEEP, "--runs-dir", RUNS, "--json", "--dry-run"),
         skipped="there is no run to judge",
-        answers=VERDICTS,
+        result_codes=MEASURED_CODES,
     ),
     Step(
         name="twins",
-        asks="the same code against itself, and against itself with 5 % more work",
+        question="whether identical code is equivalent and 5 % more work is detected",
         words=(
             *LORAMETER, "ab", TWINS, "--base", "{python}", "--candidate", "{python}", "--phase", "train",
             "--inject-rows", str(INJECTED_ROWS), "--runs-dir", RUNS, "--json",
@@ -168,48 +168,48 @@ STEPS: tuple[Step, ...] = (
         limit_s=300,
         rehearsal=(*LORAMETER, "run", TWINS, "--runs-dir", RUNS, "--json", "--dry-run"),
         skipped="planned, not measured",
-        answers=VERDICTS,
-        resumes=(*LORAMETER, "ab", "--runs-dir", RUNS, "--json", "--resume"),
+        result_codes=MEASURED_CODES,
+        resume_command=(*LORAMETER, "ab", "--runs-dir", RUNS, "--json", "--resume"),
         total_s=500,
     ),
-    tests(
+    make_test_step(
         "controls",
-        "are faults that only a GPU shows found, and do their healthy controls pass",
+        "whether faults that only a GPU shows are found, and their healthy controls pass",
         "tests/kernels_check/test_verification.py",
         expected_s=90,
     ),
-    tests(
+    make_test_step(
         "trial",
-        "a step after the check, measured peaks, an account of memory",
+        "a step after the check, measured peaks, the memory breakdown of a step",
         "tests/run/workers/test_gpu.py",
         "tests/trial/profiling/test_trial.py",
         expected_s=75,
     ),
     *(
-        of_variant(
+        make_variant_step(
             "profile",
             variant,
-            "do the phases explain the step, are its kernels known, which share of the peak is reached",
+            "whether the phases explain the step, whether its kernels are known, its share of the peak",
             expected_s=80,
         )
         for variant in reversed(BASES)
     ),
     Step(
         name="wrap",
-        asks="is a script measured on the GPU that knows nothing of it",
+        question="whether an unmodified script is measured on the GPU",
         words=(*LORAMETER, "wrap", "--runs-dir", RUNS, "--", "{python}", "docs/examples/accelerate_loop.py"),
         expected_s=30,
         limit_s=90,
         skipped="measured on this CPU",
     ),
-    measures(
-        "compile", "do compiled steps run compiled", "compile", "--replicates=2", expected_s=90, total_s=300
+    make_study_step(
+        "compile", "whether compiled steps run compiled", "compile", "--replicates=2", expected_s=90, total_s=300
     ),
-    measures("liger", "do Liger's kernels run", "liger-kernel", "--replicates=2", expected_s=90, total_s=300),
+    make_study_step("liger", "whether Liger's kernels run", "liger-kernel", "--replicates=2", expected_s=90, total_s=300),
 )  # fmt: skip
 
 
-def command(
+def build_command(
     chosen: Step, *, python: str, state: Path, rehearsing: bool = False, resumed_run: str | None = None,
     newest: str | None = None,
 ) -> list[str]:  # fmt: skip
@@ -225,18 +225,18 @@ def command(
     """
     words = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.words
     if resumed_run is not None:
-        words = (*chosen.resumes, resumed_run)
-    stand_ins = {
-        RUNS: str(runs_of(chosen.name, state)),
+        words = (*chosen.resume_command, resumed_run)
+    placeholders = {
+        RUNS: str(run_folder(chosen.name, state)),
         XML: str(state / "outputs" / f"{chosen.name}.xml"),
-        "{runs of study}": str(runs_of("study", state)),
-        "{runs of sweep}": str(runs_of("sweep", state)),
+        "{runs of study}": str(run_folder("study", state)),
+        "{runs of sweep}": str(run_folder("sweep", state)),
         "{newest of sweep}": newest or "no-run",
         "{python}": python,
     }
-    return [python, *(re.sub(r"{[a-z ]+}", lambda found: stand_ins[found[0]], word) for word in words)]
+    return [python, *(re.sub(r"{[a-z ]+}", lambda found: placeholders[found[0]], word) for word in words)]
 
 
-def runs_of(name: str, state: Path) -> Path:
+def run_folder(name: str, state: Path) -> Path:
     """Return the folder of a step's runs."""
     return state / "runs" / name

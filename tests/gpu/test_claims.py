@@ -43,7 +43,7 @@ class Found:
         self.documents = copy.deepcopy(DOCUMENTS)
         self.tests = "".join(
             f'<testcase classname="{file.removesuffix(".py").replace("/", ".")}" name="{name}"/>'
-            for file, name in sorted(deciding_tests())
+            for file, name in sorted(cited_tests())
         )
 
     def decide(self, name):
@@ -61,7 +61,7 @@ class Found:
         return BY_NAME[name].decide(Evidence(self.folder, journal))
 
 
-def deciding_tests():
+def cited_tests():
     """Return the pytest names in the sources of the claims."""
     names = {
         cell.cell_contents
@@ -77,24 +77,24 @@ def found(tmp_path):
     return Found(tmp_path)
 
 
-def test_names_are_unique_and_every_test_that_decides_exists():
+def test_claims_have_unique_names_and_cite_existing_tests():
     """Claim names are unique, and every test that a claim cites exists."""
     assert len(BY_NAME) == len(CLAIMS)
-    assert deciding_tests()
-    for file, name in deciding_tests():
+    assert cited_tests()
+    for file, name in cited_tests():
         assert f"def {name}(" in (ROOT / file).read_text(), name
 
 
-SOUND = sorted(
+DECIDED_WITHOUT_RUNS = sorted(
     claim.name
     for claim in CLAIMS
     if set(claim.steps).isdisjoint({"sweep", "wrap", "compile", "liger"}) and (claim.steps != ("study",))
 )
-"""Those that need no run."""
+"""Claims whose judges read no run."""
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_evidence_as_expected_confirms(found, name):
+@pytest.mark.parametrize("name", DECIDED_WITHOUT_RUNS)
+def test_expected_evidence_confirms_a_claim(found, name):
     """The expected evidence confirms the claim and is quoted."""
     decision = found.decide(name)
     assert decision.verdict == "confirmed", decision
@@ -119,7 +119,7 @@ def test_a_document_outside_the_limits_refutes_the_claim(found, name, step, chan
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil"),
+    ("name", "remove_evidence"),
     [
         ("device start", lambda found: None),
         ("phases, bf16", lambda found: found.documents["profile-lora-r16"]["step"].update(explained=None)),
@@ -138,9 +138,9 @@ def test_a_document_outside_the_limits_refutes_the_claim(found, name, step, chan
         ("wall", lambda found: setattr(found, "tests", "")),
     ],
 )
-def test_missing_evidence_decides_nothing(found, name, spoil):
+def test_missing_evidence_decides_nothing(found, name, remove_evidence):
     """Evidence that is missing, broken, skipped or malformed leaves the claim undecided and gives the reason."""
-    spoil(found)
+    remove_evidence(found)
     decision = found.decide(name)
     assert decision.verdict == "not decided", decision
     assert decision.evidence

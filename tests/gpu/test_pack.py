@@ -13,7 +13,7 @@ from benchmarks.gpu import pack
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASSUMED = frozenset(
+PREINSTALLED = frozenset(
     "torch transformers accelerate safetensors tokenizers numpy scipy pandas pyarrow pytest pytest-benchmark "
     "pytest-timeout hypothesis psutil nvidia-ml-py filelock rich threadpoolctl packaging jinja2 pip".split()
 )
@@ -25,22 +25,22 @@ def name(requirement):
     return re.sub(r"[-_.]+", "-", Requirement(requirement).name).lower()
 
 
-def carried():
+def packed_requirements():
     lines = [line for line in pack.CARRIED.read_text().splitlines() if not line.startswith("#")]
     return {name(line): Requirement(line) for line in lines}
 
 
-def test_every_dependency_is_carried_or_there():
+def test_every_dependency_is_packed_or_assumed():
     """Packed or assumed packages cover all dependencies and the additional imports of tests marked `gpu`."""
     needed = {name(one) for one in PROJECT["dependencies"]} | {"hypothesis", "pytest-timeout", "psutil", "gguf"}
-    assert needed <= set(carried()) | ASSUMED
-    assert not set(carried()) & ASSUMED
+    assert needed <= set(packed_requirements()) | PREINSTALLED
+    assert not set(packed_requirements()) & PREINSTALLED
 
 
 def test_packed_packages_are_pinned_within_the_allowed_versions():
     """Each package has a single version, so that the packed versions are the tested ones."""
     allowed = {name(one): Requirement(one).specifier for one in PROJECT["dependencies"]}
-    for one, requirement in carried().items():
+    for one, requirement in packed_requirements().items():
         version = re.fullmatch(r"==([\w.]+)", str(requirement.specifier))
         assert version, one
         assert version[1] in allowed.get(one, requirement.specifier), one
@@ -59,7 +59,7 @@ def test_results_of_a_call_are_unpacked_into_their_places(tmp_path, monkeypatch)
         (there / file).write_text(text)
     archive = pack.pack_results(tmp_path, there / ".gpu" / "elsewhere", there / "reports", there / "docs" / "gpu.md")
     here.mkdir()
-    assert sorted(pack.take(archive, here)) == [
+    assert sorted(pack.unpack_results(archive, here)) == [
         ".gpu/state/journal.jsonl", "docs/gpu.md", "reports/2027_card_gpu/report.txt",
     ]  # fmt: skip
     assert (here / "docs" / "gpu.md").read_text() == "p"

@@ -29,15 +29,15 @@ def campaign(tmp_path, machine):
             ))  # fmt: skip
         described = dataclasses.replace(machine, device="cuda", device_name=device, driver="580")
         decisions = [(claim, Decision(verdict=verdict, evidence="seen")) for claim in CLAIMS]
-        return report.document(described, "machine: here", journal, decisions)
+        return report.build_document(described, "machine: here", journal, decisions)
 
     return make
 
 
 def test_the_page_is_generated_from_the_reports():
-    """The committed page equals the output of `python -m benchmarks.gpu`."""
+    """The committed page equals the one that `python -m benchmarks.gpu` would write."""
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.rewritten(text, CLAIMS, page.campaigns(page.REPORTS)) == text
+    assert page.update_page(text, CLAIMS, page.read_campaigns(page.REPORTS)) == text
 
 
 def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
@@ -45,22 +45,22 @@ def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
     reports = tmp_path / "reports"
     for verdict, device in (("confirmed", "NVIDIA H100"), ("refuted", "NVIDIA L4")):
         report.write(campaign(verdict, device=device), reports, tmp_path / "state")
-    found = page.campaigns(reports)
+    found = page.read_campaigns(reports)
     assert [one["folder"] for one in found] == ["2027-01-15_nvidia-h100_gpu", "2027-01-15_nvidia-l4_gpu"]
-    text = page.rewritten(f"a\n{page.BEGIN}\nwhat was there\n{page.END}\nz", CLAIMS, found)
-    assert "what was there" not in text
+    text = page.update_page(f"a\n{page.BEGIN}\nearlier text\n{page.END}\nz", CLAIMS, found)
+    assert "earlier text" not in text
     assert f"0 are confirmed and nowhere refuted, {len(CLAIMS)} refuted somewhere" in text
     row = next(line for line in text.splitlines() if line.startswith(f"| {CLAIMS[0].says}"))
     assert row.endswith("| confirmed | **refuted** |")
     found[0]["verdicts"] = {}
-    assert "| – | **refuted** |" in page.table(CLAIMS, found)
-    assert "none is confirmed and none refuted" in page.summary(CLAIMS, [])
+    assert "| – | **refuted** |" in page.write_table(CLAIMS, found)
+    assert "none is confirmed and none refuted" in page.summarise(CLAIMS, [])
 
 
 def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
     """The report names both GPUs of a machine, a rehearsal decides no claim, and the document holds all claims."""
     found = campaign("confirmed", units=("u", "v"))
-    text = report.text(found, rehearsed=False)
+    text = report.format_text(found, rehearsed=False)
     assert "on 2 GPUs of this name" in text
     assert text.rstrip().splitlines()[-1] == f"{len(CLAIMS)} confirmed; 0 refuted; 0 not decided"
     assert "done           24 s  wrap" in text
@@ -69,4 +69,4 @@ def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
     kept = json.loads((folder / "campaign.json").read_text())
     assert (kept["device"], len(kept["claims"]), len(kept["steps"])) == ("NVIDIA H100", len(CLAIMS), 2)
     rehearsal = campaign("not decided", device="cpu", rehearsed=True)
-    assert "nothing is claimed" in report.text(rehearsal, rehearsed=True)
+    assert "nothing is claimed" in report.format_text(rehearsal, rehearsed=True)
