@@ -35,7 +35,7 @@ DOCUMENTS = {
 }  # fmt: skip
 
 
-class Found:
+class CampaignFolder:
     """The folder of a campaign with the files that its steps write."""
 
     def __init__(self, folder):
@@ -73,8 +73,8 @@ def cited_tests():
 
 
 @pytest.fixture
-def found(tmp_path):
-    return Found(tmp_path)
+def campaign(tmp_path):
+    return CampaignFolder(tmp_path)
 
 
 def test_claims_have_unique_names_and_cite_existing_tests():
@@ -94,9 +94,9 @@ DECIDED_WITHOUT_RUNS = sorted(
 
 
 @pytest.mark.parametrize("name", DECIDED_WITHOUT_RUNS)
-def test_expected_evidence_confirms_a_claim(found, name):
+def test_expected_evidence_confirms_a_claim(campaign, name):
     """The expected evidence confirms the claim and is quoted."""
-    decision = found.decide(name)
+    decision = campaign.decide(name)
     assert decision.verdict == "confirmed", decision
     assert decision.evidence
 
@@ -112,41 +112,41 @@ def test_expected_evidence_confirms_a_claim(found, name):
         ("A/B", "twins", {"comparisons": [SLOWER | {"verdict": "inconclusive"}]}),
     ],
 )  # fmt: skip
-def test_a_document_outside_the_limits_refutes_the_claim(found, name, step, change):
+def test_a_document_outside_the_limits_refutes_the_claim(campaign, name, step, change):
     """A document whose values are outside the limits of the claim refutes it."""
-    found.documents[step] |= change
-    assert found.decide(name).verdict == "refuted"
+    campaign.documents[step] |= change
+    assert campaign.decide(name).verdict == "refuted"
 
 
 @pytest.mark.parametrize(
     ("name", "remove_evidence"),
     [
-        ("device start", lambda found: None),
-        ("phases, bf16", lambda found: found.documents["profile-lora-r16"]["step"].update(explained=None)),
-        ("MFU", lambda found: found.documents["profile-lora-r16"].update(ceilings={})),
-        ("estimate, NF4", lambda found: found.documents["estimate-qlora-nf4-r16"]["train"].update(measured_bytes=None)),
-        ("estimate, NF4", lambda found: found.documents.update({"estimate-qlora-nf4-r16": ["another form"]})),
-        ("A/A", lambda found: found.documents["twins"].update(control={})),
+        ("device start", lambda campaign: None),
+        ("phases, bf16", lambda campaign: campaign.documents["profile-lora-r16"]["step"].update(explained=None)),
+        ("MFU", lambda campaign: campaign.documents["profile-lora-r16"].update(ceilings={})),
+        ("estimate, NF4", lambda campaign: campaign.documents["estimate-qlora-nf4-r16"]["train"].update(measured_bytes=None)),
+        ("estimate, NF4", lambda campaign: campaign.documents.update({"estimate-qlora-nf4-r16": ["another form"]})),
+        ("A/A", lambda campaign: campaign.documents["twins"].update(control={})),
         (
             "A/B",
-            lambda found: found.documents["twins"].update(
+            lambda campaign: campaign.documents["twins"].update(
                 comparisons=[SLOWER | {"ratio": 1.01, "verdict": "equivalent"}]
             ),
         ),
-        ("LoRA parameters", lambda found: found.documents["claims"]["claims"][0].update(verdict="inconclusive")),
-        ("the study", lambda found: None),
-        ("wall", lambda found: setattr(found, "tests", "")),
+        ("LoRA parameters", lambda campaign: campaign.documents["claims"]["claims"][0].update(verdict="inconclusive")),
+        ("the study", lambda campaign: None),
+        ("wall", lambda campaign: setattr(campaign, "tests", "")),
     ],
 )
-def test_missing_evidence_decides_nothing(found, name, remove_evidence):
+def test_missing_evidence_decides_nothing(campaign, name, remove_evidence):
     """Evidence that is missing, broken, skipped or malformed leaves the claim undecided and gives the reason."""
-    remove_evidence(found)
-    decision = found.decide(name)
+    remove_evidence(campaign)
+    decision = campaign.decide(name)
     assert decision.verdict == "not decided", decision
     assert decision.evidence
 
 
-def test_a_failed_test_refutes_and_a_skipped_test_leaves_undecided(found):
+def test_a_failed_test_refutes_and_a_skipped_test_leaves_undecided(campaign):
     """One failed test refutes a claim, and one skipped test leaves it undecided, whatever the other tests' results
     are."""
     case = '<testcase classname="tests.machine.test_gpu" name="test_device_events_agree_with_the_wall"'
@@ -154,14 +154,14 @@ def test_a_failed_test_refutes_and_a_skipped_test_leaves_undecided(found):
         ("<failure message='off by 2 %'/>", "refuted"),
         ("<skipped message='no GPU'/>", "not decided"),
     ):
-        found.tests = f"{case}>{inner}</testcase>"
-        decision = found.decide("wall")
+        campaign.tests = f"{case}>{inner}</testcase>"
+        decision = campaign.decide("wall")
         assert decision.verdict == verdict
         assert ("off by 2 %" if verdict == "refuted" else "no GPU") in decision.evidence
 
 
 @pytest.mark.parametrize(("status", "verdict"), [("ok", "confirmed"), ("oom", "refuted")])
-def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
+def test_the_study_is_judged_by_its_records(campaign, write_run, status, verdict):
     """The claim is confirmed when every trial is ok and every check is active on both bases; any other trial refutes it
     by name."""
 
@@ -169,14 +169,14 @@ def test_the_study_is_judged_by_its_records(found, write_run, status, verdict):
         return msgspec.structs.replace(record, status=status) if record.trial == "r0-plain" else record
 
     run = write_run("kept", {"plain": [0.1, 0.1], "nf4": [0.1, 0.1]}, control=0.0, change=change)
-    (found.folder / "runs" / "study").mkdir(parents=True, exist_ok=True)
-    run.rename(found.folder / "runs" / "study" / "kept")
-    decision = found.decide("the study")
+    (campaign.folder / "runs" / "study").mkdir(parents=True, exist_ok=True)
+    run.rename(campaign.folder / "runs" / "study" / "kept")
+    decision = campaign.decide("the study")
     assert decision.verdict == verdict, decision
     assert ("r0-plain oom" if status == "oom" else "nf4, plain ok") in decision.evidence
 
 
-def test_a_rehearsal_decides_nothing(found):
+def test_a_rehearsal_decides_nothing(campaign):
     """In a rehearsal every claim is undecided, whatever files exist."""
     decisions = report.decide(CLAIMS, None, rehearsed=True)
     assert {decision.verdict for _, decision in decisions} == {"not decided"}
