@@ -2,9 +2,9 @@
 
     python bare_loop.py SEED TURNS
 
-All loops use the same model, adapter, optimizer and stream of batches; the order is shuffled in each turn. The harness
-takes the trial's own turn, with and without telemetry, and its step alone. Prints JSON: the step times of each, the
-wall time of the whole turn, the bare loop, and bare loops with one addition of a step.
+All loops use the same model, adapter, optimizer and stream of batches; their order is shuffled in each turn. The
+harness takes the trial's own turn, with and without telemetry, and its step alone. The program prints the times of each
+step as JSON, with the names of `harness_overhead.STEPS`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from lorameter.trial.building.build import SharedBase
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
-EXTRAS = ("", "scheduled", "freed")
-"""Additions of a bare loop to forward, backward, clipping and update."""
+VARIATIONS = ("", "scheduled", "freed")
+"""Variations of the bare loop, which runs forward, backward, clipping and update: none, a step of the schedule, and
+freeing the loss and graph within the step."""
 
 
 def main(seed: int, turns: int) -> None:
@@ -45,50 +46,50 @@ def main(seed: int, turns: int) -> None:
             ),
             SharedBase(),
         )  # fmt: skip
-        for command in ("build", "verify", "warm_up"):  # leftovers of the check would be visible
+        for command in ("build", "verify", "warm_up"):  # with the check, whose leftovers would slow down later steps
             trial.run(command)
         trainee, stream = trial._trainee, trial._stream
     model, optimizer = trainee.model, trainee.optimizer
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     times: dict[str, list[float]] = defaultdict(list)
 
-    def bare(extra: str, name: str) -> None:
+    def time_bare(variation: str, name: str) -> None:
         begin = time.perf_counter()
         loss = model(**stream.take(), use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        if extra == "scheduled":
+        if variation == "scheduled":
             trainee.schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if extra == "freed":
+        if variation == "freed":
             del loss
         if machine.device == "cuda":
             torch.cuda.synchronize()
         times[name].append(time.perf_counter() - begin)
 
-    def take(way: str) -> None:
-        if way == "switched":
+    def time_step(name: str) -> None:
+        if name == "switched":
             with trial._active():
-                bare("", way)
-        elif way == "unmetered":
+                time_bare("", name)
+        elif name == "unmetered":
             with trial._active():
-                times[way] += trial.turn(1).samples["step_time_s"]
-        elif way == "alone":
-            times[way].append(trial._take_step()[1].time_s)
-        elif way == "turn":
+                times[name] += trial.turn(1).samples["step_time_s"]
+        elif name == "alone":
+            times[name].append(trial._take_step()[1].time_s)
+        elif name == "turn":
             begin = time.perf_counter()
             fragment = trial.run("turn", steps=1)
-            times[way].append(time.perf_counter() - begin)
+            times[name].append(time.perf_counter() - begin)
             times["metered"] += fragment.samples["step_time_s"]
         else:
-            bare(way, way or "bare")
+            time_bare(name, name or "bare")
 
-    ways = (*EXTRAS, "switched", "alone", "unmetered", "turn")
+    names = (*VARIATIONS, "switched", "alone", "unmetered", "turn")
     shuffler = random.Random(seed)
     for _ in range(turns):
-        for way in shuffler.sample(ways, len(ways)):
-            take(way)
+        for name in shuffler.sample(names, len(names)):
+            time_step(name)
     print(json.dumps(times))
 
 

@@ -1,11 +1,11 @@
-"""Estimates of memory against the peaks of real trials, and the unexplained part of a peak.
+"""Compares memory estimates with the peaks of real trials, and measures the unexplained part of a peak.
 
     python benchmarks/selftest/memory_estimate.py [--model smollm2-135m]
 
-Each variant is a trial in a process forked from one that has only imported the libraries. Its peaks of training and of
-generation are the trial's own; the estimate uses only the shape. One step and one request are accounted for. Constants
-of the estimate were chosen on the variants marked with *; the other six were held out. Bounds: an estimate is within 10
-% of the peak, and an account leaves at most 5 % of the peak unexplained.
+Each variant is a trial in a process forked from one that has only imported the libraries. The trial records its peaks
+of training and of generation; the estimate uses only the shape of the model. The memory of one step and of one request
+is broken down. The constants of the estimate were chosen on the variants marked with *; the other six were held out.
+Bounds: an estimate is within 10 % of the peak, and a breakdown leaves at most 5 % of the peak unexplained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import exit_code, print_origin
+from shared import report_violations, print_origin
 
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory, stored_dtype
@@ -38,7 +38,7 @@ from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.zygote import import_libraries
 
-LIMIT, UNEXPLAINED = 0.10, 0.05
+MAX_ERROR, MAX_UNEXPLAINED = 0.10, 0.05
 WORKLOAD: dict[str, Any] = {
     "sequence_length": 128, "batch_size": 2, "train_sequences": 16, "held_out_records": 4, "held_out_sequences": 1,
     "prompt_tokens": 32, "new_tokens": 6,
@@ -64,33 +64,34 @@ def main() -> int:
     model = parser.parse_args().model
     import_libraries()  # a child must have the same imports as a trial
     print_origin()
-    return exit_code(compare_measured(model))
+    return report_violations(compare_with_peaks(model))
 
 
-def compare_measured(model: str) -> Iterator[str]:
-    """Print estimates next to the peaks of real trials; yield the values out of bounds."""
+def compare_with_peaks(model: str) -> Iterator[str]:
+    """Print the estimates next to the peaks of real trials; yield the rows that are out of bounds."""
     source = catalogue.resolve(model)
-    shape, stored = shapes.shape(source), stored_dtype(source)
+    shape, dtype = shapes.shape(source), stored_dtype(source)
     print(f"{model}, CPU, one thread; MiB of the process's peak resident set; * constants were chosen on these")
     print(f"{'variant':26}{'phase':10}{'estimate':>10}{'measured':>10}{'error':>8}{'unexplained':>13}  of that peak")
-    for name, changes, lengths in VARIANTS:
-        variant, workload = LoraVariant(name=name, **changes), Workload(model=model, **(WORKLOAD | lengths))
+    for name, fields, sizes in VARIANTS:
+        variant, workload = LoraVariant(name=name, **fields), Workload(model=model, **(WORKLOAD | sizes))
         with tempfile.TemporaryDirectory() as folder:
-            found = in_child(run_trial, variant, workload, in_child(prepare_tokens, workload, folder), folder)
+            tokens = run_in_child(prepare_tokens, workload, folder)
+            measured = run_in_child(run_trial, variant, workload, tokens, folder)
         for phase in ("train", "generate"):
-            expected = estimate_memory(variant, workload, shape, phase=phase, stored=stored).total_bytes
-            peak, share = found[phase]["peak"], found[phase]["share"]
+            expected = estimate_memory(variant, workload, shape, phase=phase, stored=dtype).total_bytes
+            peak, unexplained = measured[phase]["peak"], measured[phase]["unexplained"]
             error = expected / peak - 1
-            line = f"{name:26}{phase:10}{expected / 2**20:10.0f}{peak / 2**20:10.0f}{error:+8.1%}{share:+13.1%}"
+            line = f"{name:26}{phase:10}{expected / 2**20:10.0f}{peak / 2**20:10.0f}{error:+8.1%}{unexplained:+13.1%}"
             print(line, flush=True)
-            if abs(error) > LIMIT or abs(share) > UNEXPLAINED:
+            if abs(error) > MAX_ERROR or abs(unexplained) > MAX_UNEXPLAINED:
                 yield " ".join(line.split())
 
 
-def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of a function that runs in a process forked from this one."""
+def run_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process forked from this one, and return its result."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(work, arguments)
+        return pool.apply(function, arguments)
 
 
 def prepare_tokens(workload: Workload, folder: str) -> str:
@@ -101,7 +102,7 @@ def prepare_tokens(workload: Workload, folder: str) -> str:
 
 
 def run_trial(variant: Variant, workload: Workload, tokens: str, folder: str) -> dict[str, Any]:
-    """Return the peaks of an isolated trial, and the account of one step and one request."""
+    """Run an isolated trial; return its peak in bytes and the unexplained share of that peak, by phase."""
     from lorameter.trial.building.build import SharedBase
     from lorameter.trial.process import prepare_process
     from lorameter.trial.profiling.trial import ProfiledTrial
@@ -112,18 +113,18 @@ def run_trial(variant: Variant, workload: Workload, tokens: str, folder: str) ->
         tokens_path=tokens, scratch=folder, log_path="",
     )  # fmt: skip
     prepare_process(request)
-    one = ProfiledTrial(request, SharedBase())
+    trial = ProfiledTrial(request, SharedBase())
     memory: dict[str, int] = {}
     for command in ("build", "verify", "warm_up", "finish_training"):
-        memory |= one.run(command).memory
-    one.run("memory_breakdown", phase="train")
+        memory |= trial.run(command).memory
+    trial.run("memory_breakdown", phase="train")
     for command in ("begin_generate", "request", "end_generate"):
-        memory |= one.run(command).memory
-    one.run("memory_breakdown", phase="generate")
+        memory |= trial.run(command).memory
+    trial.run("memory_breakdown", phase="generate")
     return {
         phase: {
             "peak": memory[f"host_peak_{phase}_bytes"],
-            "share": codec.from_json(MemoryAccount, json.loads((Path(folder) / name).read_text()), name).share,
+            "unexplained": codec.from_json(MemoryAccount, json.loads((Path(folder) / name).read_text()), name).share,
         }
         for phase, name in ACCOUNTS.items()
     }

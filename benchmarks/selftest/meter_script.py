@@ -1,10 +1,10 @@
-"""A Trainer on a small model, or on one in a directory, whose meter is switched on and off between turns.
+"""Trains a small model, or one in a directory, with a Trainer whose meter is switched on and off between turns.
 
     python meter_script.py MODEL STEPS OUTPUT
 
 It prints "ready" and reads a turn from standard input: whether the meter is on, and the number of steps ("on 20", "off
-20"). After the turn it prints the number of steps that the meter has observed and reported, the wall and CPU time of
-the reports, and the wall and CPU time at the start of each step, on clocks that stop during a report.
+20"). After the turn it prints "took", the number of steps that the meter has observed and reported, the wall and CPU
+time of the reports, and the wall and CPU time at the start of each step, on clocks that stop during a report.
 """
 
 import functools
@@ -30,7 +30,7 @@ SMALL = {
 }  # fmt: skip
 
 
-class Switch:
+class MeterSwitch:
     """Removes the meter from a training and restores it; an unwrapped process has no meter."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -41,15 +41,15 @@ class Switch:
         self.on = self.meter is not None
         self.reported, self.wall, self.cpu = 0, 0.0, 0.0
 
-    def turn(self, on: bool) -> None:
+    def set(self, on: bool) -> None:
         """Switch the meter on or off."""
         if self.meter is None or on == self.on:
             return
         self.on = on
         if on:
             self.callbacks.append(self.meter)
-            for hooks, found in self.hooks:
-                hooks.update(found)
+            for hooks, original in self.hooks:
+                hooks.update(original)
             self.meter._steps.add_hooks()
             self.meter._steps.restart()
         else:
@@ -76,29 +76,29 @@ class Switch:
         return time.perf_counter() - self.wall, time.process_time() - self.cpu
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
+class TurnCallback(TrainerCallback):  # type: ignore[misc]
     """Waits for a turn and prints the times of its steps."""
 
-    switch: Switch
+    switch: MeterSwitch
     steps = 0
     starts: list[tuple[float, float]] = []  # noqa: RUF012
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Record the start of a step, whose batch is loaded."""
+        """Record the start of a step; its batch has been loaded."""
         switch = self.switch
         if self.starts:
             self.starts.append(switch.now())
             if len(self.starts) <= self.steps:
                 return
-            seen = 0 if switch.meter is None else switch.meter._steps._number
-            numbers = (seen, switch.reported, switch.wall, switch.cpu, *(clock for one in self.starts for clock in one))
-            print("took", *numbers, flush=True)
+            observed = 0 if switch.meter is None else switch.meter._steps._number
+            clocks = (clock for start in self.starts for clock in start)
+            print("took", observed, switch.reported, switch.wall, switch.cpu, *clocks, flush=True)
         else:
             switch.time_reports()
             print("ready", flush=True)
         word, steps = sys.stdin.readline().split()
         self.steps = int(steps)
-        switch.turn(word == "on")
+        switch.set(word == "on")
         self.starts = [switch.now()]
 
 
@@ -117,9 +117,9 @@ def main(name: str, steps: int, output: str) -> None:
         output_dir=output, use_cpu=True, max_steps=steps, report_to=[], save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=1, logging_strategy="no",
     )  # fmt: skip
-    turns = Turns()
+    turns = TurnCallback()
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[turns])
-    turns.switch = Switch(trainer)
+    turns.switch = MeterSwitch(trainer)
     trainer.train()
 
 

@@ -42,7 +42,7 @@ import pandas as pd
 import simulated_claims
 from numpy.typing import NDArray
 from scipy import signal, stats
-from shared import Share, exit_code, print_origin
+from shared import Share, report_violations, print_origin
 
 from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, estimate_effect, share_scatter
 from lorameter.stats.effect import paired_effect
@@ -136,7 +136,7 @@ def families(draws: int) -> Iterator[Share]:
             }
             alarms += _called_different(effects, tolerance=0.0)
         what = f"{FAMILY} comparisons, {name}, {size} replicates: any is called different"
-        yield Share(what, alarms, count, most=0.05)
+        yield Share(what, alarms, count, maximum=0.05)
 
 
 def _called_different(effects: dict[int, Effect], *, tolerance: float) -> bool:
@@ -175,7 +175,7 @@ def scatter(draws: int) -> Iterator[Share]:
         narrower = float(np.median(widths[1]) / np.median(widths[0]))
         what = f"{size} replicates, {variants} variants, {name}, half-width {narrower:.2f} of own"
         yield Share(f"{what}: all intervals hold", held, count, 0.95 if name == "equal" else 0.94)
-        yield Share(f"{what}: any called different", alarms, count, most=0.05)
+        yield Share(f"{what}: any called different", alarms, count, maximum=0.05)
 
 
 def _half_width(effect: Effect, rule: VerdictRule) -> float:
@@ -293,9 +293,9 @@ def recorded_noise(draws: int) -> Iterator[Share]:
             if number == 0 and pairing == "none":
                 yield from other_rules(*times[:2], size)
         drawn = rounds * CHUNK
-        yield Share(f"{where}: identical code is called regressed", same["regressed"], drawn, most=0.025)
+        yield Share(f"{where}: identical code is called regressed", same["regressed"], drawn, maximum=0.025)
         equivalent = 0.0 if pairing == "none" else None
-        yield Share(f"{where}: identical code is called equivalent", same["equivalent"], drawn, most=equivalent)
+        yield Share(f"{where}: identical code is called equivalent", same["equivalent"], drawn, maximum=equivalent)
         least = 0.95 if pairing == "turn" and size == max(SIZES) else None
         yield Share(f"{where}: 5 % slower code is found", slower, drawn, least)
 
@@ -331,15 +331,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=list(parts), default=list(parts))
     options = parser.parse_args(arguments)
     print_origin()
-    broken = []
+    violations = []
     for part in options.part:
         if part == "noise" and not os.environ.get("LORAMETER_NOISE"):
             print("noise: skipped, LORAMETER_NOISE is not set")
             continue
         for share in parts[part](options.draws):
             print(share, flush=True)
-            broken += [] if share.holds else [str(share)]
-    return exit_code(broken)
+            violations += [] if share.holds else [str(share)]
+    return report_violations(violations)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Verdicts of `lorameter ab` on two scripts, and the overhead of the meter in a measured training.
+"""Tests the verdicts of `lorameter ab` on two scripts, and measures the overhead of the meter in a training.
 
     python benchmarks/selftest/own_scripts.py [--tries N] [--replicates N] [--model DIRECTORY]
 
-Verdicts, on `work_script.py`: a script against itself is called different in at most one of eight tries, and against
-one whose step has 104 products instead of 100 it is called slower in at least nine of ten. A comparison with a script
-without products measures their share of a step.
+Verdicts, on `work_script.py`: a script against itself is called different in at most one of eight A/Bs, and a script
+whose step has 104 products instead of 100 is called slower in at least nine of ten. A comparison with a script without
+products measures their share of a step.
 
 Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % more, or 100 µs of a shorter step. The bound
 applies to the upper end of the 95 % interval, of wall time and of CPU time, against the same process with the meter
 removed (its callback, hooks and patches) and against a process that was never wrapped. The processes
 take turns of a few steps, since other load changes within a second. A step is timed from its start to the start of the
-next step; the first step of a turn, whose caches are those of the other process, is left out, unless a turn is one
-step. Work of the meter for many steps at once is timed separately and added to each step by its share. A replicate is
-the median over rounds, whose order is shuffled, in new processes. A step takes about 10 ms, or that of the model in
-DIRECTORY.
+next step; the first step of a turn, whose caches hold data of the other process, is dropped, unless a turn is one step.
+Reports of the meter, which cover many steps, are timed separately and divided evenly among the steps. A replicate is
+the median over rounds in shuffled order, in new processes. A step of the default model takes about 10 ms; --model names
+another one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared import exit_code, print_origin, ratio_text, run_ab
+from shared import report_violations, print_origin, format_comparison, run_ab
 
 from lorameter.attach.launch import RUN, child_environment
 from lorameter.machine.processes import allowed_cpus, pin_to_cpus
@@ -42,19 +42,20 @@ from lorameter.stats import mean_interval
 SCRIPT = Path(__file__).with_name("work_script.py")
 PRODUCTS, INJECTED = 100, 104
 REPLICATES, STEPS = "8", "40"
-MAX_ALARMS, MIN_FOUND = 1 / 8, 9 / 10
-LIMIT_S, LIMIT_SHARE = 100e-6, 0.005
+MAX_FALSE_ALARMS, MIN_DETECTED = 1 / 8, 9 / 10
+MAX_OVERHEAD_S, MAX_OVERHEAD_SHARE = 100e-6, 0.005
 ALONE, OFF, AGAIN, ON = "a process that was never wrapped", "off", "off again", "on"
-TURNS = (ALONE, OFF, AGAIN, ON)
+CONDITIONS = (ALONE, OFF, AGAIN, ON)
+"""Where the meter is during a turn: in no process, switched off, switched off a second time, switched on."""
 DIFFERENCES = ((AGAIN, OFF), (ON, OFF), (ON, ALONE))
-KINDS = ("wall", "CPU")
+CLOCKS = ("wall", "CPU")
 WARM_UP = 20
 """Steps before the rounds: the meter's own warm-up of up to 13 steps, and the watched steps."""
 METER_SCRIPT = Path(__file__).with_name("meter_script.py")
 
 
 def compare_scripts(products: int, folder: Path) -> dict[str, Any]:
-    """Return the document of an A/B of the script against one with the given products."""
+    """Run an A/B of the script against one with this number of products, and return its document."""
     base, candidate = (f"python {SCRIPT.name} --products {count}" for count in (PRODUCTS, products))
     words = ["--base-command", base, "--candidate-command", candidate, "--replicates", REPLICATES, "--steps", STEPS]
     return run_ab([*words, "--runs-dir", str(folder / "runs")], cwd=folder)
@@ -76,17 +77,18 @@ def judge_verdicts(tries: int) -> Iterator[str]:
                 step, verdicts = document["step"], [row["verdict"] for row in document["comparisons"]]
                 counts[part][step["verdict"]] += 1
                 counts[part]["any"] += bool({"regressed", "improved"} & {*verdicts})
-                print(f"{part} {number}: {step['verdict']} {ratio_text(step)}, {document['interleaving']}", flush=True)
-    alarms, found = counts["identical"]["any"], counts["injected"]["regressed"]
-    print(f"identical: {alarms} of {tries} are called different; injected: {found} of {tries} are called slower")
-    if alarms > MAX_ALARMS * tries:
-        yield f"identical: {alarms} of {tries} are called different, at most {MAX_ALARMS:.1%} are allowed"
-    if found < MIN_FOUND * tries:
-        yield f"injected: {found} of {tries} are called slower, {MIN_FOUND:.0%} are required"
+                text = f"{step['verdict']} {format_comparison(step)}, {document['interleaving']}"
+                print(f"{part} {number}: {text}", flush=True)
+    alarms, detected = counts["identical"]["any"], counts["injected"]["regressed"]
+    print(f"identical: {alarms} of {tries} are called different; injected: {detected} of {tries} are called slower")
+    if alarms > MAX_FALSE_ALARMS * tries:
+        yield f"identical: {alarms} of {tries} are called different, at most {MAX_FALSE_ALARMS:.1%} are allowed"
+    if detected < MIN_DETECTED * tries:
+        yield f"injected: {detected} of {tries} are called slower, {MIN_DETECTED:.0%} are required"
 
 
-class Process:
-    """One process of the script."""
+class TrainingProcess:
+    """A process that runs `meter_script.py`."""
 
     def __init__(self, folder: Path, steps: int, model: str, *, wrapped: bool) -> None:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -103,34 +105,35 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
         self.counts = [0.0] * 4
-        """Steps that the meter has observed, steps that it has reported, and the wall and CPU time of that."""
+        """The number of steps that the meter has observed and reported, and the wall and CPU time of the reports."""
 
     def wait(self) -> list[float]:
-        """Return the numbers of the next message."""
+        """Wait for the next message and return its numbers."""
         for line in self.process.stdout or ():
             if line.startswith(("ready", "took")):
                 return [*map(float, line.split()[1:])]
         raise SystemExit(f"a process ended with {self.process.wait()} before its turns")
 
-    def turn(self, name: str, steps: int) -> dict[str, float]:
-        """Take steps and return their mean time of each kind."""
+    def take_turn(self, condition: str, steps: int) -> dict[str, float]:
+        """Take steps and return their mean time in seconds, by clock."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{'on' if name == ON else 'off'} {steps}\n")
+        self.process.stdin.write(f"{'on' if condition == ON else 'off'} {steps}\n")
         self.process.stdin.flush()
         numbers = self.wait()
-        if numbers[0] - self.counts[0] != (steps if name == ON else 0):
-            raise SystemExit(f"the meter has seen {numbers[0] - self.counts[0]:.0f} steps of a turn with it {name}")
+        observed = numbers[0] - self.counts[0]
+        if observed != (steps if condition == ON else 0):
+            raise SystemExit(f"the meter has observed {observed:.0f} steps of a turn with it {condition}")
         self.counts, starts = numbers[:4], (numbers[4::2], numbers[5::2])
-        spent = [[later - earlier for earlier, later in itertools.pairwise(one)] for one in starts]
-        return {kind: statistics.fmean(one[1:] or one) for kind, one in zip(KINDS, spent, strict=True)}
+        durations = [[later - earlier for earlier, later in itertools.pairwise(one)] for one in starts]
+        return {clock: statistics.fmean(one[1:] or one) for clock, one in zip(CLOCKS, durations, strict=True)}
 
 
 def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tuple[str, ...], float]:
     """Start both processes on one CPU and let them take turns.
 
     Returns:
-        Medians over the rounds in seconds a step: of steps without the meter, by kind of time and `ALONE`, and of the
-        paired `DIFFERENCES`, by kind of time and both kinds of turn.
+        Medians over the rounds in seconds per step: of steps without the meter, by clock and `ALONE`, and of the paired
+        `DIFFERENCES`, by clock and both conditions.
 
     Raises:
         SystemExit: the meter has reported no step, or the wrapped process has left no run.
@@ -138,18 +141,18 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tup
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "runs").mkdir()
-        length = WARM_UP + (rounds + 1) * turn * len(TURNS) + 2
-        plain, wrapped = processes = [Process(folder, length, model, wrapped=one) for one in (False, True)]
+        steps = WARM_UP + (rounds + 1) * turn * len(CONDITIONS) + 2
+        plain, wrapped = processes = [TrainingProcess(folder, steps, model, wrapped=one) for one in (False, True)]
         cpus = allowed_cpus(os.getpid())
         for one in processes:
             one.wait()
             pin_to_cpus(one.process.pid, {cpus[seed % len(cpus)]})
-        plain.turn(ALONE, WARM_UP)
-        wrapped.turn(ON, WARM_UP)
-        before, shuffler, found = wrapped.counts, random.Random(seed), []
+        plain.take_turn(ALONE, WARM_UP)
+        wrapped.take_turn(ON, WARM_UP)
+        before, shuffler, times = wrapped.counts, random.Random(seed), []
         for _ in range(1 + rounds):
-            order = shuffler.sample(TURNS, len(TURNS))
-            found.append({name: (plain if name == ALONE else wrapped).turn(name, turn) for name in order})
+            order = shuffler.sample(CONDITIONS, len(CONDITIONS))
+            times.append({name: (plain if name == ALONE else wrapped).take_turn(name, turn) for name in order})
         for one in processes:
             one.process.kill()
             one.process.wait()
@@ -157,51 +160,52 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tup
             raise SystemExit("a wrapped process has left no run")
     _, reported, *seconds = (now - then for now, then in zip(wrapped.counts, before, strict=True))
     if not reported:
-        raise SystemExit("--rounds: the meter has reported no step in so few; make more")
+        raise SystemExit("--rounds: the meter has not reported a step in so few rounds; use more")
     medians: dict[tuple[str, ...], float] = {}
-    for kind, reports_s in zip(KINDS, seconds, strict=True):
+    for clock, reports_s in zip(CLOCKS, seconds, strict=True):
         # the first round reads files and fills caches
-        alone, off, again, on = (np.array([one[name][kind] for one in found[1:]]) for name in TURNS)
+        alone, off, again, on = (np.array([one[name][clock] for one in times[1:]]) for name in CONDITIONS)
         on += reports_s / reported
-        medians[kind, ALONE] = float(np.median(alone))
-        medians[kind, AGAIN, OFF] = float(np.median(again - off))
-        medians[kind, ON, OFF] = float(np.median(on - (off + again) / 2))
-        medians[kind, ON, ALONE] = float(np.median(on - alone))
+        medians[clock, ALONE] = float(np.median(alone))
+        medians[clock, AGAIN, OFF] = float(np.median(again - off))
+        medians[clock, ON, OFF] = float(np.median(on - (off + again) / 2))
+        medians[clock, ON, ALONE] = float(np.median(on - alone))
     return medians
 
 
 def judge_overhead(replicates: list[dict[tuple[str, ...], float]]) -> Iterator[str]:
     """Print the differences between the processes; yield the bounds that do not hold."""
-    for kind in KINDS:
-        step = statistics.fmean(one[kind, ALONE] for one in replicates)
-        limit = max(LIMIT_S, LIMIT_SHARE * step)
-        print(f"{kind} time of a step without the meter: {step * 1e3:.3f} ms")
+    for clock in CLOCKS:
+        step_s = statistics.fmean(one[clock, ALONE] for one in replicates)
+        limit_s = max(MAX_OVERHEAD_S, MAX_OVERHEAD_SHARE * step_s)
+        print(f"{clock} time of a step without the meter: {step_s * 1e3:.3f} ms")
         for name, base in DIFFERENCES:
-            found = mean_interval([one[kind, name, base] for one in replicates])
-            mean, low, high = found.value, found.low, found.high
+            difference = mean_interval([one[clock, name, base] for one in replicates])
+            mean, low, high = difference.value, difference.low, difference.high
             if low is None or high is None:
-                raise SystemExit("--replicates: one has no interval; make two at least")
+                raise SystemExit("--replicates: one replicate has no interval; use at least two")
             microseconds = f"{mean * 1e6:.1f} µs [{low * 1e6:.1f}, {high * 1e6:.1f}]"
-            print(f"  {name} against {base}: {microseconds}, {mean / step:.3%} [{low / step:.3%}, {high / step:.3%}]")
-            if name == ON and high > limit:
-                yield f"{kind} time against {base}: up to {high * 1e6:.1f} µs a step, {limit * 1e6:.0f} are allowed"
+            shares = f"{mean / step_s:.3%} [{low / step_s:.3%}, {high / step_s:.3%}]"
+            print(f"  {name} against {base}: {microseconds}, {shares}")
+            if name == ON and high > limit_s:
+                yield f"{clock} time against {base}: up to {high * 1e6:.1f} µs a step, {limit_s * 1e6:.0f} are allowed"
 
 
 def main() -> int:
-    """Measure and print both; return 1 where a bound does not hold."""
+    """Measure and print the verdicts and the overhead; return 1 where a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=10, help="A/Bs of identical and of slower scripts")
     parser.add_argument("--replicates", type=int, default=12, help="pairs of processes with and without the meter")
-    parser.add_argument("--rounds", type=int, default=130, help="in each of which every kind of step has a turn")
+    parser.add_argument("--rounds", type=int, default=130, help="rounds of a replicate, with a turn of each condition")
     parser.add_argument("--turn", type=int, default=3, help="steps of a turn")
     parser.add_argument("--model", default="small", metavar="DIRECTORY", help="default: a step of about 10 ms")
     options = parser.parse_args()
     print_origin()
-    broken = [*judge_verdicts(options.tries)] if options.tries else []
-    measured = (options.rounds, options.turn, options.model)
-    found = [measure_replicate(*measured, seed) for seed in range(options.replicates)]
+    violations = [*judge_verdicts(options.tries)] if options.tries else []
+    settings = (options.rounds, options.turn, options.model)
+    replicates = [measure_replicate(*settings, seed) for seed in range(options.replicates)]
     print(f"meter: {options.replicates} replicates of {options.rounds} rounds of {options.turn} steps")
-    return exit_code([*broken, *judge_overhead(found)])
+    return report_violations([*violations, *judge_overhead(replicates)])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import oracle
 import torch
 from drawn_models import SHARES, Truth
 from drawn_steps import DrawnRun
-from shared import exit_code, print_origin
+from shared import report_violations, print_origin
 
 import kernels_check
 
@@ -139,18 +139,18 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     print_origin()
     seeds = range(options.first, options.first + options.many)
-    features, broken = Counter[str](), list[str]()
+    features, violations = Counter[str](), list[str]()
     for seed in seeds:
         try:
             faults, about = examine(seed)
         except Exception:
             faults, about = [f"raised: the run itself: {traceback.format_exc(limit=-3)}"], []
         features.update({*about})
-        broken += [f"seed {seed}: {fault} [{'; '.join(about)}]" for fault in faults]
+        violations += [f"seed {seed}: {fault} [{'; '.join(about)}]" for fault in faults]
     print(f"{len(seeds)} random runs: " + ", ".join(f"{runs} {one}" for one, runs in sorted(features.items())))
     if options.families != ["none"]:
-        broken += oracle.faults_of_families(options.families)
-    return exit_code(broken)
+        violations += oracle.faults_of_families(options.families)
+    return report_violations(violations)
 
 
 if __name__ == "__main__":

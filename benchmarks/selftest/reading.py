@@ -1,10 +1,11 @@
-"""Time and memory of reading a run of 100,000 trials, of its report, and of its comparison to another run.
+"""Measures time and memory of reading a run of 100,000 trials, of its report, and of comparing it with another run.
 
     python benchmarks/selftest/reading.py [--trials N]
 
 The runs are synthetic: checks, single values and manifest are those of a committed run, and every sample is a random
-number with all digits. Each command runs in a new process. Times are CPU time, which other load hardly affects. Memory
-is the growth of the peak resident set over the size of the files. A run of 100 variants is also written as a page.
+number with all digits. Each command runs in a new process. Times are CPU times, which other load hardly affects. Memory
+is the growth of the peak resident set as a multiple of the size of the files. A run of 100 variants is also written as
+a page.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from shared import ROOT, command_output, exit_code, print_origin
+from shared import ROOT, run_lorameter, report_violations, print_origin
 
 from lorameter.records import codec, store
 from lorameter.records.record import TrialRecord
@@ -34,7 +35,7 @@ from lorameter.studies.study_file import load_study
 
 COMMITTED = ROOT / "reports" / "2026-11-30_amd-epyc-2cpu_lora-or-qlora"
 VARIANTS, SAMPLES = 99, 50
-"""Size of the large run: with the control, a replicate has a hundred trials."""
+"""Variants, and samples per trial, of the large run: with the control, a replicate has 100 trials."""
 MAX_READ_S, MAX_MEMORY = 10.0, 4.0
 MAX_REPORT_S, MAX_LARGE_REPORT_S, MAX_PAGE_S, MAX_PAGE_BYTES = 3.0, 60.0, 10.0, 3_000_000
 READ = """
@@ -56,7 +57,7 @@ print(json.dumps([seconds, resident("VmHWM") - before]))
 
 
 def write_run(folder: Path, variants: int, replicates: int, samples: int) -> Path:
-    """Write a run of a study with the given number of variants, their control, and timed steps in each trial."""
+    """Write a run with these numbers of variants, replicates and timed steps per trial, and return its folder."""
     path = folder / f"{variants}x{replicates}"
     path.mkdir()
     study = load_study("lora-or-qlora")
@@ -66,34 +67,35 @@ def write_run(folder: Path, variants: int, replicates: int, samples: int) -> Pat
         reference="r1",
         protocol=dataclasses.replace(study.protocol, replicates=replicates, turns=samples // 10, steps_per_turn=10),
     )
-    given = store.read_run(str(COMMITTED), COMMITTED.parent)
-    template = next(record for record in given.records if record.settled and "step_time_s" in record.samples)
+    committed = store.read_run(str(COMMITTED), COMMITTED.parent)
+    template = next(record for record in committed.records if record.settled and "step_time_s" in record.samples)
     evidence, order = EvidenceFile(path), []
-    names = functools.cache(lambda checks: evidence.add(_checks(template, *checks)))
+    add_checks = functools.cache(lambda arguments: evidence.add(_make_checks(template, *arguments)))
     with (path / TRIALS).open("w", encoding="utf-8") as file:
-        for record, checks in _records(template, study, samples, random.Random(1)):
+        for record, arguments in _make_records(template, study, samples, random.Random(1)):
             order.append(record.trial)
-            file.write(encode_record(record, names(checks)))
+            file.write(encode_record(record, add_checks(arguments)))
     manifest = msgspec.structs.replace(
-        given.manifest, run=path.name, study=codec.to_json(study), order=tuple(order), phases=("train",),
+        committed.manifest, run=path.name, study=codec.to_json(study), order=tuple(order), phases=("train",),
         interleaving="replicates", selection=(), resumed=(), stopped=None, status="complete",
     )  # fmt: skip
     (path / "manifest.json").write_text(codec.dumps(manifest) + "\n", encoding="utf-8")
     return path
 
 
-def _checks(template: TrialRecord, rank: int, replicate: int) -> list[dict[str, Any]]:
-    """Return checks that are equal in all trials except one for each variant and one that varies."""
+def _make_checks(template: TrialRecord, rank: int, replicate: int) -> list[dict[str, Any]]:
+    """Return the checks of a trial: one depends on the variant, one on the replicate, and all others are equal in every
+    trial."""
     checks = [dict(check) for check in template.checks]
     checks[0]["reason"] += f"; adapter of rank {rank}"
     checks[1]["reason"] += f"; {replicate} of another type"
     return checks
 
 
-def _records(
+def _make_records(
     template: TrialRecord, study: Study, samples: int, rng: random.Random
 ) -> Iterator[tuple[TrialRecord, tuple[int, int]]]:
-    """Yield records without their checks, and the arguments of `_checks`."""
+    """Yield records without their checks, each with the arguments of `_make_checks`."""
     members = [(variant, "variant") for variant in study.variants] + [(study.variants[0], "control")]
     turns = samples // 10
     for replicate in range(study.protocol.replicates):
@@ -116,7 +118,7 @@ def _records(
 
 
 def copy_run(path: Path) -> Path:
-    """Copy the trials to another run."""
+    """Make another run with the same trials, and return its folder."""
     copy = path.with_name(path.name + "-again")
     copy.mkdir()
     for file in path.glob("*.jsonl"):
@@ -127,10 +129,10 @@ def copy_run(path: Path) -> Path:
 
 
 def command_cpu_s(path: Path, *words: str) -> float:
-    """Return the CPU seconds of a command that reads the runs in this folder."""
+    """Run a command that reads the runs in the folder of this run, and return its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if "step time" not in command_output([*words, "--runs-dir", str(path.parent)]):
-        raise SystemExit(f"{path}: lorameter {words[0]} has not compared step times")
+    if "step time" not in run_lorameter([*words, "--runs-dir", str(path.parent)]):
+        raise SystemExit(f"{path}: lorameter {words[0]} did not print step times")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -143,10 +145,10 @@ def judge(path: Path, max_report_s: float, *, page: bool) -> Iterator[str]:
     read = subprocess.run(
         [sys.executable, "-c", READ, str(path)], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
     )
-    seconds, grown = json.loads(read.stdout)
-    found = [
+    seconds, growth = json.loads(read.stdout)
+    measurements = [
         ("s of CPU to read", seconds, MAX_READ_S),
-        ("times the size of the files in memory", grown / size, MAX_MEMORY),
+        ("times the size of the files in memory", growth / size, MAX_MEMORY),
         ("s of CPU for lorameter report", command_cpu_s(path, "report", str(path)), max_report_s),
         (
             "s of CPU for lorameter compare",
@@ -156,15 +158,15 @@ def judge(path: Path, max_report_s: float, *, page: bool) -> Iterator[str]:
     ]
     if page:
         html = path.with_suffix(".html")
-        took = command_cpu_s(path, "report", str(path), "--html", str(html))
-        found += [
-            ("s of CPU for the page", took, MAX_PAGE_S),
+        page_s = command_cpu_s(path, "report", str(path), "--html", str(html))
+        measurements += [
+            ("s of CPU for the page", page_s, MAX_PAGE_S),
             ("MB of page", html.stat().st_size / 1e6, MAX_PAGE_BYTES / 1e6),
         ]
-    for what, value, most in found:
-        print(f"  {value:.2f} {what} (at most {most:g})", flush=True)
-        if value > most:
-            yield f"{trials} trials: {value:.2f} {what}, at most {most:g} are allowed"
+    for name, value, maximum in measurements:
+        print(f"  {value:.2f} {name} (at most {maximum:g})", flush=True)
+        if value > maximum:
+            yield f"{trials} trials: {value:.2f} {name}, at most {maximum:g} are allowed"
 
 
 def main() -> int:
@@ -173,15 +175,15 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=100_000, help="trials of the large run (default: %(default)s)")
     options = parser.parse_args()
     print_origin()
-    broken: list[str] = []
-    many = max(options.trials // (VARIANTS + 1), 2)
+    violations: list[str] = []
+    replicates = max(options.trials // (VARIANTS + 1), 2)
     for shape, max_report_s, page in (
-        ((VARIANTS, many, SAMPLES), MAX_LARGE_REPORT_S, False),
+        ((VARIANTS, replicates, SAMPLES), MAX_LARGE_REPORT_S, False),
         ((100, 12, 200), MAX_REPORT_S, True),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            broken += judge(write_run(Path(folder), *shape), max_report_s, page=page)
-    return exit_code(broken)
+            violations += judge(write_run(Path(folder), *shape), max_report_s, page=page)
+    return report_violations(violations)
 
 
 if __name__ == "__main__":

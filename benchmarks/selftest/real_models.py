@@ -1,4 +1,4 @@
-"""Real models within a time limit: six variants of SmolLM2-135M in 8 minutes, of Gemma 3 270M in 15.
+"""Measures real models within a time limit: six variants of SmolLM2-135M in 8 minutes, of Gemma 3 270M in 15.
 
     python benchmarks/selftest/real_models.py [--only smollm2|gemma3]
 
@@ -6,8 +6,8 @@ The variants are ranks 8 and 64 and DoRA, on a 16-bit and a 4-bit base, by `lora
 cores. Fetch smollm2-135m first; $LORAMETER_GEMMA names a GGUF file of Gemma 3 270M, without which that model is
 skipped.
 
-Bounds: the limit is exceeded by at most a tenth, or by one timed round of all measurements; five replicates; the 95 %
-interval of every ratio of training is at most ± 5 %; 60 % of the time is measurement.
+Bounds: the limit is exceeded by at most 10 %, or by one timed round of all measurements; at least five replicates are
+complete; the 95 % interval of every ratio of step times is at most ± 5 %; at least 60 % of the time is measurement.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared import command_output, exit_code, print_origin
+from shared import run_lorameter, report_violations, print_origin
 
 from lorameter.records import store
 from lorameter.records.units import format_duration
@@ -34,12 +34,12 @@ BASES = {"bf16": "", "nf4": 'quantization = "nf4"'}
 ADAPTERS = {"r8": "r = 8", "r64": "r = 64", "dora": "r = 8\nuse_dora = true"}
 
 
-def study_of(model: str) -> str:
-    """Return the study of six variants of a model."""
+def format_study(model: str) -> str:
+    """Return a study of six variants of a model, as TOML."""
     variants = [
-        f'[[variant]]\nname = "{base}-{adapter}"\n{stored}\n{trained}\n'
-        for base, stored in BASES.items()
-        for adapter, trained in ADAPTERS.items()
+        f'[[variant]]\nname = "{base}-{adapter}"\n{base_fields}\n{adapter_fields}\n'
+        for base, base_fields in BASES.items()
+        for adapter, adapter_fields in ADAPTERS.items()
     ]
     return f'title = "Ranks and DoRA"\nreference = "bf16-r8"\n[workload]\nmodel = "{model}"\n' + "".join(variants)
 
@@ -48,18 +48,18 @@ def judge(run: store.Run) -> Iterator[str]:
     """Print the time and the ratios of a run; yield the bounds that do not hold."""
     spending = run.manifest.spending
     if spending is None or spending.limit_s is None:
-        raise SystemExit(f"run {run.manifest.run} does not say how its time was spent: {run.state}")
-    trials: dict[int, set[str]] = {}
+        raise SystemExit(f"run {run.manifest.run} has no record of how its time was spent: {run.state}")
+    statuses: dict[int, set[str]] = {}
     for record in run.records:
-        trials.setdefault(record.replicate, set()).add(record.status)
-    replicates = sum(found == {"ok"} for found in trials.values())
-    took, limit = format_duration(spending.wall_s), format_duration(spending.limit_s)
-    print(f"  {took} of {limit}, {replicates} replicates, {spending.share:.1%} of the time is measurement")
-    late_s = max(MAX_LATE_SHARE * spending.limit_s, sum(_round_s(run)))
+        statuses.setdefault(record.replicate, set()).add(record.status)
+    replicates = sum(one == {"ok"} for one in statuses.values())
+    duration, limit = format_duration(spending.wall_s), format_duration(spending.limit_s)
+    print(f"  {duration} of {limit}, {replicates} replicates, {spending.share:.1%} of the time is measurement")
+    late_s = max(MAX_LATE_SHARE * spending.limit_s, sum(_round_times(run)))
     bounds = [
         (
             spending.wall_s <= spending.limit_s + late_s,
-            f"{took} of {limit}, {format_duration(late_s)} more are allowed",
+            f"{duration} of {limit}, {format_duration(late_s)} more are allowed",
         ),
         (replicates >= MIN_REPLICATES, f"{replicates} replicates, {MIN_REPLICATES} are required"),
         (
@@ -78,8 +78,8 @@ def judge(run: store.Run) -> Iterator[str]:
     yield from (reason for holds, reason in bounds if not holds)
 
 
-def _round_s(run: store.Run) -> Iterator[float]:
-    """Yield the times of a turn, a request and a merged request of each trial of the first replicate."""
+def _round_times(run: store.Run) -> Iterator[float]:
+    """Yield the seconds of a turn, a request and a merged request of each trial of the first replicate."""
     for record in (one for one in run.records if one.replicate == 0 and one.turn_lengths):
         yield record.turn_lengths[0] * statistics.median(record.samples["step_time_s"])
         for name in ("request_time_s", "merged_request_time_s"):
@@ -87,12 +87,12 @@ def _round_s(run: store.Run) -> Iterator[float]:
 
 
 def main() -> int:
-    """Measure the available models; return 1 where a bound does not hold."""
+    """Measure the available models; return 1 if a bound does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(MINUTES))
     only = parser.parse_args().only
     print_origin()
-    broken: list[str] = []
+    violations: list[str] = []
     for name in [only] if only else MINUTES:
         minutes = MINUTES[name]
         model = "smollm2-135m" if name == "smollm2" else os.environ.get("LORAMETER_GEMMA", "")
@@ -101,11 +101,11 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             study = Path(folder) / f"{name}.toml"
-            study.write_text(study_of(model), encoding="utf-8")
-            command_output(["run", str(study), "--max-minutes", str(minutes), "--runs-dir", folder, "--json"])
+            study.write_text(format_study(model), encoding="utf-8")
+            run_lorameter(["run", str(study), "--max-minutes", str(minutes), "--runs-dir", folder, "--json"])
             run = store.read_run(str(store.list_runs(Path(folder))[-1]), Path(folder))
-            broken += [f"{name}: {one}" for one in judge(run)]
-    return exit_code(broken)
+            violations += [f"{name}: {one}" for one in judge(run)]
+    return report_violations(violations)
 
 
 if __name__ == "__main__":

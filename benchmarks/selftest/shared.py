@@ -1,5 +1,5 @@
-"""Common functions of the programs: the line that names the machine, the verdict on the bounds, and a loaded
-machine."""
+"""Functions that the programs share: they print the machine, report violated bounds, run lorameter and load the
+CPUs."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def print_origin() -> None:
     print(describe_origin(ROOT), flush=True)
 
 
-def exit_code(broken: Iterable[str]) -> int:
-    """Print the bounds that do not hold; return 1 if there are any."""
-    reasons = list(broken)
+def report_violations(violations: Iterable[str]) -> int:
+    """Print the bounds that do not hold; return the exit code: 1 if there are any, else 0."""
+    reasons = list(violations)
     print("\n".join(f"does not hold: {reason}" for reason in reasons) or "holds: every bound", flush=True)
     return 1 if reasons else 0
 
 
-def command_output(words: list[str], **options: object) -> str:
-    """Return what `lorameter` with these arguments prints, whatever its exit code.
+def run_lorameter(words: list[str], **options: object) -> str:
+    """Run `lorameter` with these arguments and return its standard output, whatever its exit code is.
 
     Raises:
-        SystemExit: it prints nothing.
+        SystemExit: the command printed nothing.
     """
-    search = os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    python_path = os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, "-m", "lorameter.cli", *words], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": search}, **options,
+        env=os.environ | {"PYTHONPATH": python_path}, **options,
     )  # fmt: skip
     if not done.stdout.strip():
         raise SystemExit(f"lorameter {' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -49,27 +49,28 @@ def command_output(words: list[str], **options: object) -> str:
 
 
 def run_ab(words: list[str], **options: object) -> dict[str, Any]:
-    """Return the document of one `lorameter ab`, with its step time as `step` and its wall time as `seconds`."""
+    """Run one `lorameter ab` and return its document, with the comparison of the step time as `step` and the wall time
+    of the command as `seconds`."""
     begin = time.monotonic()
-    document: dict[str, Any] = json.loads(command_output(["ab", *words, "--json"], **options))
+    document: dict[str, Any] = json.loads(run_lorameter(["ab", *words, "--json"], **options))
     step = next(row for row in document["comparisons"] if row["metric"] == "step_time_s")
     return document | {"step": step, "seconds": time.monotonic() - begin}
 
 
-def ratio_text(row: dict[str, Any]) -> str:
-    """Return ratio and interval of a compared metric."""
+def format_comparison(row: dict[str, Any]) -> str:
+    """Format the ratio of a compared metric and its interval."""
     return format_ratio(row["ratio"], row["low"], row["high"])
 
 
 @dataclass(frozen=True)
 class Share:
-    """The number of draws with a property, and its lower and upper bound."""
+    """The number of draws that have a property, and the bounds of their share."""
 
-    what: str
+    description: str
     count: int
     draws: int
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -78,14 +79,14 @@ class Share:
 
         return all(
             bound is None or stats.binomtest(self.count, self.draws, bound, side).pvalue > 0.01
-            for bound, side in ((self.least, "less"), (self.most, "greater"))
+            for bound, side in ((self.minimum, "less"), (self.maximum, "greater"))
         )
 
     def __str__(self) -> str:
-        bounds = [f"at least {self.least:.1%}"] if self.least is not None else []
-        bounds += [f"at most {self.most:.1%}"] if self.most is not None else []
+        bounds = [f"at least {self.minimum:.1%}"] if self.minimum is not None else []
+        bounds += [f"at most {self.maximum:.1%}"] if self.maximum is not None else []
         required = f" ({', '.join(bounds)})" if bounds else ""
-        return f"{self.what}: {self.count / self.draws:.2%} of {self.draws}{required}"
+        return f"{self.description}: {self.count / self.draws:.2%} of {self.draws}{required}"
 
 
 @contextlib.contextmanager

@@ -141,8 +141,8 @@ def shares(draws: int) -> Iterator[Share]:
             else:
                 parts = [part for claim in report.claims for part in claim.parts if part.rule != "rises"]
                 wrong += any((part.rule in EFFECTS, part.verdict) in FALSE_STATEMENTS for part in parts)
-        yield Share(f"claims, {name}: a verdict is wrong", wrong, draws, most=0.05)
-        yield Share(f"claims, {name}: a control fails", invalid, draws, most=0.1)  # two families of controls
+        yield Share(f"claims, {name}: a verdict is wrong", wrong, draws, maximum=0.05)
+        yield Share(f"claims, {name}: a control fails", invalid, draws, maximum=0.1)  # two families of controls
     for claim in study.claims:
         least = 0.8 if RIGHT[claim.id] == "supported" else None
         yield Share(f"claims, injected: {claim.id} is {RIGHT[claim.id]} ({claim.says})", right[claim.id], draws, least)

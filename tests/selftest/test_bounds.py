@@ -1,4 +1,4 @@
-"""Tests of the bounds of the proof programs on injected results: a broken bound is reported, and a kept one is not.
+"""Tests of the bounds of the proof programs on injected results: a violated bound is reported, and one that holds is not.
 
 Tests of kernels_check on random models and small families: a part of the long program, with injected faults.
 """
@@ -18,7 +18,7 @@ def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, noti
 
 
 @pytest.mark.parametrize(
-    ("part", "documents", "broken"),
+    ("part", "documents", "violation"),
     [
         ("identical", [ab_document()] * 8, ""),
         ("identical", [ab_document()] * 7 + [ab_document("regressed")], "1 of 8 are called slower"),
@@ -30,47 +30,48 @@ def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, noti
             "injected: 7 of 8 are called slower",
         ),
         ("injected", [ab_document("regressed", 1.08, 1.09)] * 8, "0 of 8 intervals cover"),
-        ("loaded", [ab_document(seconds=95.0, notices=("contention",))] * 4, ""),
-        ("loaded", [ab_document(notices=("contention",)), ab_document()], "1 of 2 do not name the contention"),
+        ("loaded", [ab_document(seconds=95.0, notices=("cpu-contention",))] * 4, ""),
+        ("loaded", [ab_document(notices=("cpu-contention",)), ab_document()], "1 of 2 have no notice of the contention"),
     ],
 )
-def test_verdicts_are_judged_by_part(program, part, documents, broken):
-    """Identical commits are never slower, the interval of an injected slow-down covers it, and contention is named."""
-    found = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "injected" else 1.0)]
-    assert bool(found) == bool(broken)
-    assert broken in "".join(found)
+def test_verdicts_are_judged_by_part(program, part, documents, violation):
+    """Identical commits are never slower, the interval covers an injected slow-down, and contention has a notice."""
+    violations = [*program("verdicts_ab").judge(part, documents, 1.05 if part == "injected" else 1.0)]
+    assert bool(violations) == bool(violation)
+    assert violation in "".join(violations)
 
 
 @pytest.mark.parametrize(
-    ("step_s", "extra_us", "broken"),
+    ("step_s", "extra_us", "violation"),
     [(0.01, 99.0, False), (0.01, 101.0, True), (0.4, 1900.0, False), (0.4, 2100.0, True)],
 )
-def test_the_meter_may_cost_100_us_or_half_a_percent(program, step_s, extra_us, broken):
+def test_the_meter_may_cost_100_us_or_half_a_percent(program, step_s, extra_us, violation):
     """The bound applies to the upper end of the interval of each difference to a step without the meter."""
-    own = program("own_scripts")
+    scripts = program("own_scripts")
 
     def replicate(off_us):
-        found = {(kind, *pair): 0.0 for kind in own.KINDS for pair in own.DIFFERENCES}
-        found |= {(kind, own.ALONE): step_s for kind in own.KINDS}
-        return found | {("wall", own.ON, "off"): (extra_us + off_us) * 1e-6}
+        medians = {(clock, *pair): 0.0 for clock in scripts.CLOCKS for pair in scripts.DIFFERENCES}
+        medians |= {(clock, scripts.ALONE): step_s for clock in scripts.CLOCKS}
+        return medians | {("wall", scripts.ON, "off"): (extra_us + off_us) * 1e-6}
 
-    found = [*own.judge_overhead([replicate(off_us) for off_us in (-0.1, 0.1, -0.1, 0.1)])]
-    assert bool(found) is broken
+    violations = [*scripts.judge_overhead([replicate(off_us) for off_us in (-0.1, 0.1, -0.1, 0.1)])]
+    assert bool(violations) is violation
 
 
 @pytest.mark.selftest
 def test_the_meter_is_switched_off_and_on(program):
     """A wrapped training with the meter switched on and off takes turns with an unwrapped one and leaves a run."""
-    own = program("own_scripts")
-    found = own.measure_replicate(30, 3, "small", 0)
-    assert found["wall", own.ALONE] > 0
-    assert {(kind, *pair) for kind in own.KINDS for pair in own.DIFFERENCES} < set(found)
+    scripts = program("own_scripts")
+    medians = scripts.measure_replicate(30, 3, "small", 0)
+    assert medians["wall", scripts.ALONE] > 0
+    assert {(clock, *pair) for clock in scripts.CLOCKS for pair in scripts.DIFFERENCES} < set(medians)
 
 
 @pytest.mark.parametrize(
     ("count", "bounds", "holds"),
-    [(5, {"most": 0.05}, True), (9, {"most": 0.05}, True), (15, {"most": 0.05}, False), (75, {"least": 0.8}, True),
-     (60, {"least": 0.8}, False), (0, {}, True), (1, {"most": 0.0}, False), (0, {"most": 0.0}, True)],
+    [(5, {"maximum": 0.05}, True), (9, {"maximum": 0.05}, True), (15, {"maximum": 0.05}, False),
+     (75, {"minimum": 0.8}, True), (60, {"minimum": 0.8}, False), (0, {}, True), (1, {"maximum": 0.0}, False),
+     (0, {"maximum": 0.0}, True)],
 )  # fmt: skip
 def test_a_share_is_judged_by_a_binomial_test(program, count, bounds, holds):
     """A share within the chance variation of a hundred draws is within the bounds."""
@@ -109,8 +110,8 @@ def test_large_runs_are_read_within_their_bounds(program, tmp_path, monkeypatch,
     assert len([*reading.judge(path, 30.0, page=False)]) == 2
 
 
-@pytest.mark.parametrize(("late_s", "broken"), [(40.0, 0), (60.0, 1)])
-def test_a_real_model_is_judged_by_its_run(program, write_run, late_s, broken, capsys):
+@pytest.mark.parametrize(("late_s", "count"), [(40.0, 0), (60.0, 1)])
+def test_a_real_model_is_judged_by_its_run(program, write_run, late_s, count, capsys):
     """A run is judged by its time, replicates, share of measuring time and intervals; 60 s past the limit breaks a
     bound."""
     from lorameter.records import store
@@ -121,8 +122,8 @@ def test_a_real_model_is_judged_by_its_run(program, write_run, late_s, broken, c
     run = store.read_run(str(path), path.parent)
     spending = TimeBreakdown(wall_s=480.0 + late_s, limit_s=480.0, measured_s={"steps": 400.0})
     run = dataclasses.replace(run, manifest=msgspec.structs.replace(run.manifest, spending=spending))
-    found = [*real.judge(run)]
-    assert len(found) == broken, found
+    violations = [*real.judge(run)]
+    assert len(violations) == count, violations
     assert "step time of nf4: ± " in capsys.readouterr().out
 
 
