@@ -1,4 +1,4 @@
-"""Which methods PEFT's published comparison can separate, from the history of its result files.
+"""Finds out which methods PEFT's published comparison can separate, from the history of its result files.
 
     python benchmarks/evidence/peft_table.py CHECKOUT [--revision REVISION] [--out reports/peft-method-comparison]
 
@@ -158,22 +158,22 @@ def smallest_difference(differences: pd.Series) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values)) * math.sqrt((values**2).mean()))
 
 
-def limits(task: str, ranking: pd.DataFrame, runs: pd.DataFrame) -> dict[str, np.ndarray]:
+def compute_limits(task: str, ranking: pd.DataFrame, runs: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return by kind of noise the difference in quality that two experiments must exceed, (experiments,
     experiments)."""
     count = len(ranking)
-    found = {
+    limits = {
         "numerical": np.full((count, count), smallest_difference(pair_repeats(runs, same_versions=True).quality)),
         "versions": np.full((count, count), smallest_difference(pair_repeats(runs, same_versions=False).quality)),
     }
     if task in ITEMS:
         variance = (ranking.quality * (1 - ranking.quality) / ITEMS[task]).to_numpy()
         z = stats.norm.ppf((1 + CONFIDENCE) / 2)
-        found["test items"] = z * np.sqrt(variance[:, None] + variance[None, :])
-    return found
+        limits["test items"] = z * np.sqrt(variance[:, None] + variance[None, :])
+    return limits
 
 
-def rank(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def rank_experiments(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Return the current results, best first, and the limits of each kind of noise.
 
     Adds a column for each kind of noise, true if an experiment is separable from the next one, and `best` and `worst`,
@@ -181,22 +181,22 @@ def rank(task: str, runs: pd.DataFrame, current: set[str]) -> tuple[pd.DataFrame
     """
     ranking = runs[runs.path.isin(current)].drop_duplicates("path", keep="last")
     ranking = ranking.sort_values("quality", ascending=False, ignore_index=True)
-    found = limits(task, ranking, runs[~runs.rewrite])
+    limits = compute_limits(task, ranking, runs[~runs.rewrite])
     gap = ranking.quality.to_numpy()[:, None] - ranking.quality.to_numpy()[None, :]
-    for kind, limit in found.items():
+    for kind, limit in limits.items():
         ranking[kind] = [*(np.diagonal(gap, 1) > np.diagonal(limit, 1)), False]
-    widest = widest_limit(found)
+    widest = widest_limit(limits)
     ranking["best"] = 1 + (gap < -widest).sum(axis=1)
     ranking["worst"] = len(ranking) - (gap > widest).sum(axis=1)
-    return ranking, found
+    return ranking, limits
 
 
-def widest_limit(found: dict[str, np.ndarray]) -> np.ndarray:
+def widest_limit(limits: dict[str, np.ndarray]) -> np.ndarray:
     """Return the largest known limit of all kinds of noise for each pair; NaN without a known one."""
-    return np.fmax.reduce(list(found.values()))
+    return np.fmax.reduce(list(limits.values()))
 
 
-def pareto(ranking: pd.DataFrame, runs: pd.DataFrame, limit: np.ndarray) -> pd.DataFrame:
+def find_front(ranking: pd.DataFrame, runs: pd.DataFrame, limit: np.ndarray) -> pd.DataFrame:
     """Return the members of the front (more quality, less memory) with the number of experiments that could dominate
     each (`rivals`).
 
@@ -217,14 +217,14 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
     """Describe how much repeats of one configuration differ, with equal and with other versions."""
     rows: list[Row] = []
     for title, same in (("equal", True), ("other", False)):
-        for commits, found in pair_repeats(runs, same_versions=same).groupby("commits", sort=False):
-            if len(found) >= MIN_PAIRS:
-                longer = np.exp(found.step_time.abs())
+        for commits, pairs in pair_repeats(runs, same_versions=same).groupby("commits", sort=False):
+            if len(pairs) >= MIN_PAIRS:
+                longer = np.exp(pairs.step_time.abs())
                 rows.append(write_row(
-                    str(commits), title, str(len(found)), f"{found.days.max():.0f}",
+                    str(commits), title, str(len(pairs)), f"{pairs.days.max():.0f}",
                     f"{longer.min():.2f} to {longer.max():.2f}, median {longer.median():.2f}",
-                    f"{(found.step_time < 0).sum()}", f"{found.quality.abs().max():.3f}",
-                    f"{found.memory.abs().max():.1%}",
+                    f"{(pairs.step_time < 0).sum()}", f"{pairs.quality.abs().max():.3f}",
+                    f"{pairs.memory.abs().max():.1%}",
                 ))  # fmt: skip
     if not rows:
         return ()
@@ -238,15 +238,15 @@ def describe_repeats(task: str, runs: pd.DataFrame) -> Document:
     return (Table(title="The same configuration, run again", heads=heads, rows=tuple(rows), notes=(to_line(note),)),)
 
 
-def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Document:
+def describe_ranking(task: str, ranking: pd.DataFrame, limits: dict[str, np.ndarray], runs: pd.DataFrame) -> Document:
     """Describe the ranking with the noises that separate neighbours, the front, the share of steps, and the learning
     rates."""
-    known = {kind: limit for kind, limit in found.items() if not np.isnan(limit).any()}
-    fronts = {kind: pareto(ranking, runs, limit) for kind, limit in known.items()}
-    front = pareto(ranking, runs, widest_limit(found))
+    known = {kind: limit for kind, limit in limits.items() if not np.isnan(limit).any()}
+    fronts = {kind: find_front(ranking, runs, limit) for kind, limit in known.items()}
+    front = find_front(ranking, runs, widest_limit(limits))
     share = 1 - ranking.step_time / ranking.train_time
     rates = ranking.learning_rate.value_counts()
-    open_members = "; ".join(f"{kind}: {(one.rivals > 0).sum()}" for kind, one in fronts.items()) or "unknown"
+    open_counts = "; ".join(f"{kind}: {(one.rivals > 0).sum()}" for kind, one in fronts.items()) or "unknown"
     lines = [
         *(
             f"{kind} noise: {ranking[kind].sum()} of {len(ranking) - 1} pairs of neighbours are separable (they must "
@@ -254,7 +254,7 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
             for kind, limit in known.items()
         ),
         f"seed noise: unknown, because every run has seed {runs.seed.iloc[0]}" if runs.seed.nunique() == 1 else "",
-        f"Pareto front of quality and peak memory: {len(front)} members. Open under each kind of noise: {open_members}",
+        f"Pareto front of quality and peak memory: {len(front)} members. Open under each kind of noise: {open_counts}",
         f"{share.median():.0%} of train time is no training step (median of {len(ranking)}: evaluation, data loading, "
         "bookkeeping)",
         f"{rates.iloc[0]} of {len(ranking)} share the learning rate {rates.index[0]:g}",
@@ -280,14 +280,14 @@ def describe_ranking(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarr
     )
 
 
-def summarise(task: str, ranking: pd.DataFrame, found: dict[str, np.ndarray], runs: pd.DataFrame) -> Line:
+def summarise(task: str, ranking: pd.DataFrame, limits: dict[str, np.ndarray], runs: pd.DataFrame) -> Line:
     """Summarise how many neighbours are separable, how wide the ranks are, and how much of the front is open."""
-    counts = ", ".join(f"{ranking[kind].sum()} ({kind})" for kind, limit in found.items() if not np.isnan(limit).any())
+    counts = ", ".join(f"{ranking[kind].sum()} ({kind})" for kind, limit in limits.items() if not np.isnan(limit).any())
     if not counts:
         return replace(
             to_line("nothing was run again, so no two experiments are known to differ", label=task), last=True
         )
-    front, ranks = pareto(ranking, runs, widest_limit(found)), (ranking.worst - ranking.best + 1).median()
+    front, ranks = find_front(ranking, runs, widest_limit(limits)), (ranking.worst - ranking.best + 1).median()
     text = (
         f"separable pairs of neighbours, of {len(ranking) - 1}, by kind of noise: {counts}; ranks that an experiment "
         f"can have: {ranks:.0f} (median); open members of the Pareto front: {(front.rivals > 0).sum()} of {len(front)}"
@@ -327,19 +327,19 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
     runs = blobs[~blobs.rewrite]
     folder = f"method_comparison/{task}/results"
     names = git(checkout, "ls-tree", "-r", "--name-only", revision, folder).split()
-    ranking, found = rank(task, blobs, set(names))
+    ranking, limits = rank_experiments(task, blobs, set(names))
     repeats = runs.experiment.value_counts()
-    gone = {path: commit for path, commit in deleted.items() if path not in names}
+    removed = {path: commit for path, commit in deleted.items() if path not in names}
     lines = (
         f"{blobs.commit.nunique()} commits bring {len(blobs)} result files: {len(runs)} runs of {len(repeats)} "
         f"experiments, {(repeats > 1).sum()} repeated, up to {repeats.max()} times; {blobs.rewrite.sum()} files are "
         "rewrites of a run",
         f"{len(ranking)} are current at {revision[:9]}",
-        *describe_changes(runs, gone),
+        *describe_changes(runs, removed),
     )
     marks = tuple(
         Cell(name=row.experiment.replace(MODEL, ""), value=row.quality, low=row.quality - half, high=row.quality + half)
-        for row, half in zip(ranking.itertuples(), np.nan_to_num(np.diagonal(widest_limit(found))) / 2, strict=True)
+        for row, half in zip(ranking.itertuples(), np.nan_to_num(np.diagonal(widest_limit(limits))) / 2, strict=True)
     )
     figure = Figure(
         title=f"{task}: {QUALITY[task]}",
@@ -351,12 +351,12 @@ def describe_task(checkout: Path, revision: str, task: str) -> Task:
     document: Document = (
         Section(title=task, lines=to_lines(lines)),
         *describe_repeats(task, runs),
-        *describe_ranking(task, ranking, found, runs),
+        *describe_ranking(task, ranking, limits, runs),
     )
     return Task(
         document=document,
-        summary=summarise(task, ranking, found, blobs),
-        figures=(figure,) if not np.isnan(widest_limit(found)).any() else (),
+        summary=summarise(task, ranking, limits, blobs),
+        figures=(figure,) if not np.isnan(widest_limit(limits)).any() else (),
         runs=blobs.assign(task=task),
         ranking=ranking.assign(task=task),
     )
@@ -371,8 +371,8 @@ def main() -> int:
     options = parser.parse_args()
     revision = git(options.checkout, "rev-parse", options.revision).strip()
     folders = git(options.checkout, "ls-tree", "-d", "--name-only", revision, "method_comparison/").split()
-    found = [task for task in QUALITY if f"method_comparison/{task}" in folders]
-    tasks = [describe_task(options.checkout, revision, task) for task in found]
+    present = [task for task in QUALITY if f"method_comparison/{task}" in folders]
+    tasks = [describe_task(options.checkout, revision, task) for task in present]
     notes = (
         f"github.com/huggingface/peft at {revision}, method_comparison/*/results; the numbers are its authors'",
         "forgetting is not compared: its definition changed in #2986 and in #3419",

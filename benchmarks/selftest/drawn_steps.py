@@ -1,7 +1,7 @@
 """Random training steps around a drawn model for `random_models.py`, with the true value of each checked path.
 
 The choices are inputs, precision, modes, recomputation, the optimizer and compilation. Two runs with one seed are
-twins.
+equal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from drawn_models import DTYPES, EAGER, PAD, WORDS, Decoder, Truth, at_least, draw_model, true
+from drawn_models import DTYPES, EAGER, PAD, VOCABULARY, Decoder, Truth, at_least, draw_model, true
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,7 +24,7 @@ IN_COMPILED = (
     "attention.backend", "attention.dtype", "attention.mask", "optimizer.fused", "base.gemm_path", "base.compute_dtype",
     "peft.learning", "peft.dropout", "peft.attached", "checkpointing", "checkpointing.layers",
 )  # fmt: skip
-"""Paths that depend on operators or on calls inside blocks, which compiled code hides."""
+"""Paths that are judged by operators or by calls inside blocks, which compiled code hides."""
 OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | None]] = {
     "AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE), "torch.optim.AdamW", False),
     "fused AdamW": (lambda given: torch.optim.AdamW(given, lr=RATE, fused=True), "torch.optim.AdamW", True),
@@ -43,91 +43,91 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], str, bool | 
 
 
 class DrawnRun:
-    """One run, and its true values by path."""
+    """A model with a training step, and the truth by path."""
 
     def __init__(self, seed: int) -> None:
-        draw = random.Random(seed)
+        rng = random.Random(seed)
         torch.manual_seed(seed)
-        self.drawn = draw_model(draw)
+        self.drawn = draw_model(rng)
         self.model: Any = self.drawn.model
         self.truths: dict[str, Truth] = self.drawn.truths
-        self.about = self.drawn.about
+        self.properties = self.drawn.properties
         self.batch: dict[str, Any] | None = None
         self.schedule: Any = None
         self.reset: Callable[[], object] = lambda: None
         """Called on the model after each update."""
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.accumulate, self.training, self.evaluates = draw.choice([1, 1, 2, 3]), True, False
+        self.accumulate, self.training, self.evaluates = rng.choice([1, 1, 2, 3]), True, False
         for choose in (
             self._draw_inputs, self._draw_precision, self._draw_mode, self._draw_recomputation, self._draw_optimizer,
             self._draw_compilation,
         ):  # fmt: skip
-            choose(draw)
-        self.warm = draw.randint(0, 2)
+            choose(rng)
+        self.warm = rng.randint(0, 2)
         """Number of steps before the verified one."""
 
-    def _draw_inputs(self, draw: random.Random) -> None:
+    def _draw_inputs(self, rng: random.Random) -> None:
         """Draw full rows, padded rows, or packed records; no token repeats, so that padding is recognised."""
-        ids = 3 + torch.randperm(WORDS - 3)[: ROWS * LENGTH].view(ROWS, LENGTH)
+        ids = 3 + torch.randperm(VOCABULARY - 3)[: ROWS * LENGTH].view(ROWS, LENGTH)
         self.inputs, self.labels = {"input_ids": ids}, ids.clone()
         plain = self.drawn.plain
         self.truths["padding.share"] = true(0.0)
-        way = draw.choice(["whole", "whole", "padded", "packed" if plain else "padded"])
-        if way == "padded":
-            cut = draw.randint(2, LENGTH // 2)
+        layout = rng.choice(["whole", "whole", "padded", "packed" if plain else "padded"])
+        if layout == "padded":
+            padding = rng.randint(2, LENGTH // 2)
             mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
-            mask[0, LENGTH - cut :] = 0
-            ids[0, LENGTH - cut :], self.labels[0, LENGTH - cut :] = PAD, -100
-            honest = draw.random() < 0.8
-            self.inputs["attention_mask"] = mask if honest else torch.ones_like(mask)
-            self.truths["padding.share"] = true(cut / (ROWS * LENGTH))
-            if not plain and honest:
+            mask[0, LENGTH - padding :] = 0
+            ids[0, LENGTH - padding :], self.labels[0, LENGTH - padding :] = PAD, -100
+            masked = rng.random() < 0.8
+            self.inputs["attention_mask"] = mask if masked else torch.ones_like(mask)
+            self.truths["padding.share"] = true(padding / (ROWS * LENGTH))
+            if not plain and masked:
                 self.truths["attention.mask"] = true("explicit")
-            self.about.append("padded" if honest else "padded under a mask of ones")
-        elif way == "packed":
-            bounds = [0, *sorted(draw.sample(range(2, LENGTH - 1), draw.randint(1, 3))), LENGTH]
+            self.properties.append("padded" if masked else "padded under a mask of ones")
+        elif layout == "packed":
+            bounds = [0, *sorted(rng.sample(range(2, LENGTH - 1), rng.randint(1, 3))), LENGTH]
             positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
             self.inputs["position_ids"] = positions.expand(ROWS, -1).clone()
             self.batch = dict(self.inputs)
             decoder = next(module for module in self.model.modules() if isinstance(module, Decoder))
-            masked = all(layer.attention.how.mask not in ("none", "causal") for layer in self.drawn.layers)
-            if draw.random() < 0.4:
-                decoder.merges = draw.randint(1, len(bounds) - 2)
-            isolated = masked and decoder.merges is None
+            masked = all(layer.attention.spec.mask not in ("none", "causal") for layer in self.drawn.layers)
+            if rng.random() < 0.4:
+                decoder.dropped_boundary = rng.randint(1, len(bounds) - 2)
+            isolated = masked and decoder.dropped_boundary is None
             # one of several layers leaks between records if its own mixing is large enough
             self.truths["packing.isolated"] = true(isolated, hidden=not masked)
-            self.about.append("packed" if isolated else "packed, records leak")
+            self.properties.append("packed" if isolated else "packed, records leak")
 
-    def _draw_precision(self, draw: random.Random) -> None:
-        if draw.random() < 0.2:
+    def _draw_precision(self, rng: random.Random) -> None:
+        if rng.random() < 0.2:
             self.around = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-            written = any(kind in EAGER for kind in self.drawn.kinds)
-            self.truths["attention.dtype"] = true(free=DTYPES) if written else true("bfloat16")
-            small = self.drawn.stores(4, 8)
-            self.truths["base.compute_dtype"] = true(free={*DTYPES, "float16"}) if small else true("bfloat16")
-            self.about.append("autocast")
+            eager = any(kind in EAGER for kind in self.drawn.kinds)
+            self.truths["attention.dtype"] = true(free=DTYPES) if eager else true("bfloat16")
+            quantised = self.drawn.has_bits(4, 8)
+            self.truths["base.compute_dtype"] = true(free={*DTYPES, "float16"}) if quantised else true("bfloat16")
+            self.properties.append("autocast")
 
-    def _draw_mode(self, draw: random.Random) -> None:
+    def _draw_mode(self, rng: random.Random) -> None:
         """Draw train or eval mode; one eval forward repacks 4-bit layers on some processors and drops the scales of
         8-bit layers."""
-        way = 1.0 if self.drawn.stores(4, 8) else draw.random()
-        self.training, self.evaluates = way >= 0.08, 0.08 <= way < 0.2
+        draw = 1.0 if self.drawn.has_bits(4, 8) else rng.random()
+        self.training, self.evaluates = draw >= 0.08, 0.08 <= draw < 0.2
         self.truths["mode"] = true("train" if self.training else "eval")
         if not self.training:
-            dropped = self.truths["peft.dropout"]
-            self.truths["peft.dropout"] = true(free={0.0, *(dropped.free if not dropped.holds else ())})
-            self.about.append("eval mode")
+            dropout = self.truths["peft.dropout"]
+            self.truths["peft.dropout"] = true(free={0.0, *(dropout.free if not dropout.holds else ())})
+            self.properties.append("eval mode")
         elif self.evaluates:
-            self.about.append("evaluates in the step")
+            self.properties.append("evaluates in the step")
 
-    def _draw_recomputation(self, draw: random.Random) -> None:
+    def _draw_recomputation(self, rng: random.Random) -> None:
         """Draw the recomputed layers: all or the first of plain torch, or all by transformers, in training mode
         only."""
         layers, share = self.drawn.layers, 0.0
-        if draw.random() < 0.35:
-            reentrant = draw.random() < 0.4
+        if rng.random() < 0.35:
+            reentrant = rng.random() < 0.4
             if self.drawn.plain:
-                chosen = draw.choice([layers, layers[:1]])
+                chosen = rng.choice([layers, layers[:1]])
                 for layer in chosen:
                     layer.recomputes, layer.reentrant = True, reentrant
                 share = len(chosen) / len(layers)
@@ -135,63 +135,63 @@ class DrawnRun:
                 self.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
                 self.model.base_model.model.enable_input_require_grads()
                 share = float(self.training)
-            self.about.append("recomputes")
+            self.properties.append("recomputes")
         self.truths["checkpointing"] = true(share == 1.0) if share in (0.0, 1.0) else true()
         self.truths["checkpointing.layers"] = at_least(share)
 
-    def _draw_optimizer(self, draw: random.Random) -> None:
+    def _draw_optimizer(self, rng: random.Random) -> None:
         """Draw an optimizer of all or of all but one trainable parameters, with or without a fault."""
         trainable = [one for one in self.model.parameters() if one.requires_grad]
-        one, fault = draw.choice(trainable), "none"
-        if draw.random() < 0.2:
-            fault = draw.choice(["no rate", "reset", "base trains", *(["left out"] if len(trainable) > 1 else [])])
-            self.about.append(f"fault: {fault}")
+        one, fault = rng.choice(trainable), "none"
+        if rng.random() < 0.2:
+            fault = rng.choice(["no rate", "reset", "base trains", *(["left out"] if len(trainable) > 1 else [])])
+            self.properties.append(f"fault: {fault}")
         if fault == "base trains":
             names = ("norm", "between", "ln_")
             norms = [value for name, value in self.model.named_parameters() if any(part in name for part in names)]
-            trainable.append(draw.choice(norms).requires_grad_())
+            trainable.append(rng.choice(norms).requires_grad_())
             self.truths["base.frozen"] = true(free={False})
         elif fault != "none":
             self.truths["peft.learning"] = true(free={False})
-        name = "AdamW" if fault == "base trains" else draw.choice(list(OPTIMIZERS))
+        name = "AdamW" if fault == "base trains" else rng.choice(list(OPTIMIZERS))
         make, kind, fused = OPTIMIZERS[name]
         self.optimizer = make([value for value in trainable if fault != "left out" or value is not one])
         self.truths["optimizer.fused"] = true(free={True, False}) if fused is None else true(fused)
         self.truths["optimizer.class"] = true(kind)
-        self.about.append(f"optimizer {name}")
+        self.properties.append(f"optimizer {name}")
         if fault == "no rate":
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
         elif fault == "reset":
-            kept = one.detach().clone()
-            self.reset = lambda: one.data.copy_(kept)
-        elif draw.random() < 0.1 and "Adam" in name and fault == "none":
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: min(1.0, done / 5))
-            self.about.append("warms up from a rate of 0")
-        coarse = any(value.dtype == torch.bfloat16 for value in trainable)
-        if coarse and (self.schedule is not None or "Adam" not in name):
+            initial = one.detach().clone()
+            self.reset = lambda: one.data.copy_(initial)
+        elif rng.random() < 0.1 and "Adam" in name and fault == "none":
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, step / 5))
+            self.properties.append("warms up from a rate of 0")
+        in_bfloat16 = any(value.dtype == torch.bfloat16 for value in trainable)
+        if in_bfloat16 and (self.schedule is not None or "Adam" not in name):
             self.truths["peft.learning"] = true(free={True, False})  # updates may round away
 
-    def _draw_compilation(self, draw: random.Random) -> None:
+    def _draw_compilation(self, rng: random.Random) -> None:
         """Draw in-place compilation of blocks; code with known graph breaks is not compiled."""
         self.truths["compile"], self.truths["compile.share"] = true(False), at_least(0.0)
         plain = self.drawn.plain and self.training and not self.evaluates and self.batch is None
-        plain &= bool({"LoRA", "rank-stabilised LoRA"} & {*self.about}) and not self.drawn.stores(4, 8)
-        if not plain or "recomputes" in self.about or draw.random() < 0.5:
+        plain &= bool({"LoRA", "rank-stabilised LoRA"} & {*self.properties}) and not self.drawn.has_bits(4, 8)
+        if not plain or "recomputes" in self.properties or rng.random() < 0.5:
             return
         torch._dynamo.reset()  # runs of one class share the compiler's limit of recompilations
         layers = self.drawn.layers
-        chosen = layers if draw.random() < 0.5 else layers[1:]
+        chosen = layers if rng.random() < 0.5 else layers[1:]
         for layer in chosen:
             layer.compile(backend="eager", fullgraph=True)
         self.truths["compile"] = true(len(chosen) == len(layers)) if len(chosen) in (0, len(layers)) else true()
         self.truths["compile.share"] = at_least(len(chosen) / len(layers))
         if chosen:
             self.truths |= {path: replace(self.truths[path], hidden=True) for path in IN_COMPILED}
-            self.about.append("compiled" if len(chosen) == len(layers) else "compiled in part")
+            self.properties.append("compiled" if len(chosen) == len(layers) else "compiled in part")
 
     def step(self) -> float:
-        """Take forward and backward passes and an update, and return the loss."""
+        """Run forward and backward passes and an update, and return the loss."""
         if self.evaluates:
             self.model.eval()
             with torch.no_grad(), self.around():

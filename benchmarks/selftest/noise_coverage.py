@@ -1,4 +1,4 @@
-"""Coverage of the intervals and error rates of the verdicts, simulated and on noise recorded on a busy machine.
+"""Measures the coverage of the intervals and the error rates of the verdicts, on simulated and on recorded noise.
 
     python benchmarks/selftest/noise_coverage.py [--draws N] [--part coverage families scatter noise claims]
 
@@ -47,26 +47,26 @@ from shared import Share, report_violations, print_origin
 from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, estimate_effect, share_scatter
 from lorameter.stats.effect import paired_effect
 
-WARM_UP, MIN_TIMED = 20, 10
-"""Number of warm-up steps that are dropped, and the least number of steps that must remain."""
+WARM_UP, MIN_STEPS = 20, 10
+"""Number of warm-up steps that are dropped, and the minimum number of steps that must remain."""
 MIN_OCCUPANCY = 0.95
-RATIO = 1.05
+TRUE_RATIO = 1.05
 REPLICATES, TURNS = tuple(range(5, 13)), 10
 SD = 0.02
 """Standard deviation of a side's log time in a replicate."""
-CHUNK = 1000
-"""Runs that are drawn from the recording at a time."""
-FAMILY = 10
-SIZES = (5, 8)
-"""Replicates of a run that is drawn from the recording."""
+MAX_CHUNK = 1000
+"""Maximum number of runs that are drawn from the recording at once."""
+FAMILY_SIZE = 10
+RECORDED_REPLICATES = (5, 8)
+"""Numbers of replicates of the runs that are drawn from the recording."""
 
 Times = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, int, int], Times]
-"""A function of generator, draws and replicates that returns the log times of two identical sides, sides × draws ×
-replicates × turns."""
+"""A function of a generator and the numbers of draws and replicates; it returns the log times of two identical sides,
+sides × draws × replicates × turns."""
 Draw = Callable[[np.random.Generator, int, int], tuple[Times, Times, Times]]
-"""A function of generator, draws and replicates that returns the times of a base, of identical and of slower code, each
-draws × replicates × turns."""
+"""A function of a generator and the numbers of draws and replicates; it returns the times of a base, of identical code
+and of slower code, each draws × replicates × turns."""
 
 
 def gaussian(rng: np.random.Generator, draws: int, size: int) -> Times:
@@ -95,8 +95,8 @@ def drift(rng: np.random.Generator, draws: int, size: int) -> Times:
     """Draw times of a machine that slows by half and wanders; the sides of a turn run one after the other in random
     order."""
     moments = size * TURNS * 2
-    wander = signal.lfilter([1.0], [1.0, -0.95], rng.normal(0.0, SD, (draws, moments + 100)), axis=1)[:, 100:]
-    course = (wander + np.linspace(0.0, math.log(1.5), moments)).reshape(draws, size, TURNS, 2)
+    course_noise = signal.lfilter([1.0], [1.0, -0.95], rng.normal(0.0, SD, (draws, moments + 100)), axis=1)[:, 100:]
+    course = (course_noise + np.linspace(0.0, math.log(1.5), moments)).reshape(draws, size, TURNS, 2)
     first = rng.random((draws, size, TURNS, 1)) < 0.5
     course = np.where(first, course, course[..., ::-1])
     return rng.normal(0.0, SD, (2, draws, size, 1)) + np.moveaxis(course, -1, 0)
@@ -109,18 +109,20 @@ NOISES: tuple[tuple[str, Noise, Pairing, float, float, float], ...] = (
     ("lognormal bursts, by turn", bursts, "turn", 0.93, 0.98, 0.25),
     ("linear and AR(1) drift, by turn", drift, "turn", 0.93, 0.98, 0.25),
 )
-"""Name, noise, pairing, least and most coverage, and the share of the draws."""
+"""Name, noise, pairing, minimum and maximum coverage, and the share of the draws."""
 
 
 def coverage(draws: int) -> Iterator[Share]:
     """Yield how often the interval covers the true ratio, by noise and number of replicates."""
-    for name, simulate, pairing, least, most, part in NOISES:
+    for name, simulate, pairing, minimum, maximum, share in NOISES:
         for size in REPLICATES:
-            count = math.ceil(part * draws)
+            count = math.ceil(share * draws)
             times = np.exp(simulate(np.random.default_rng([2, size]), count, size))
-            found = [compare_trials(base, RATIO * other, pairing=pairing) for base, other in zip(*times, strict=True)]
-            inside = sum(one.low is not None and one.high is not None and one.low <= RATIO <= one.high for one in found)
-            yield Share(f"{name}, {size} replicates: the interval holds the ratio", inside, count, least, most)
+            covered = 0
+            for base, candidate in zip(*times, strict=True):
+                found = compare_trials(base, TRUE_RATIO * candidate, pairing=pairing)
+                covered += found.low is not None and found.high is not None and found.low <= TRUE_RATIO <= found.high
+            yield Share(f"{name}, {size} replicates: the interval holds the ratio", covered, count, minimum, maximum)
 
 
 def families(draws: int) -> Iterator[Share]:
@@ -128,15 +130,15 @@ def families(draws: int) -> Iterator[Share]:
     base."""
     for (one_reference, name), size in itertools.product(((False, "a base each"), (True, "one base")), (5, 12)):
         count, alarms = math.ceil(draws / 5), 0
-        times = np.exp(np.random.default_rng([3, size]).normal(0.0, SD, (2, count, FAMILY, size, 1)))
+        times = np.exp(np.random.default_rng([3, size]).normal(0.0, SD, (2, count, FAMILY_SIZE, size, 1)))
         for bases, others in zip(*times, strict=True):
             effects = {
                 index: estimate_effect(bases[0 if one_reference else index], others[index], "replicate")
-                for index in range(FAMILY)
+                for index in range(FAMILY_SIZE)
             }
             alarms += _called_different(effects, tolerance=0.0)
-        what = f"{FAMILY} comparisons, {name}, {size} replicates: any is called different"
-        yield Share(what, alarms, count, maximum=0.05)
+        description = f"{FAMILY_SIZE} comparisons, {name}, {size} replicates: any is called different"
+        yield Share(description, alarms, count, maximum=0.05)
 
 
 def _called_different(effects: dict[int, Effect], *, tolerance: float) -> bool:
@@ -148,15 +150,16 @@ SCATTERS: dict[str, tuple[float, ...]] = {
     "equal": (), "reference 2": (2.0, 2.0), "one 2": (1.0, 1.0, 2.0), "one 3": (1.0, 1.0, 3.0),
     "one 5": (1.0, 1.0, 5.0), "t with 4 df": (), "replicate shifted": (),
 }  # fmt: skip
-"""The standard deviation of the first arms in units of `SD`, that of the others is 1; the first two arms are the
-reference and its second measurement."""
+"""The standard deviations of the first arms in units of `SD`; those of the others are 1. The first two arms are the
+reference and its control."""
 
 
 def scatter(draws: int) -> Iterator[Share]:
-    """Yield coverage of the family, false alarms, and the width relative to that from each comparison's own scatter."""
+    """Yield the coverage of all intervals of a run and the false alarms, with the width relative to intervals from the
+    separate scatter of each comparison."""
     for size, variants, (name, first) in itertools.product((3, 5, 8), (3, 5, 14), SCATTERS.items()):
         rng, count = np.random.default_rng([4, size, variants]), math.ceil(draws / 2)
-        rule, held, alarms = VerdictRule(tolerance=0.0, family=variants), 0, 0
+        rule, covered, alarms = VerdictRule(tolerance=0.0, family=variants), 0, 0
         widths: tuple[list[float], list[float]] = ([], [])
         scales = SD * np.array([*first, *[1.0] * (variants + 1 - len(first))])[:, None]
         for _ in range(count):
@@ -166,16 +169,16 @@ def scatter(draws: int) -> Iterator[Share]:
             logs = scales * noise
             if name == "replicate shifted":
                 logs[:, 0] += math.log(1.5)
-            own = {arm: paired_effect(logs[arm] - logs[0], "turn") for arm in range(1, variants + 1)}
-            shared = share_scatter(own)
-            held += all(abs(effect.log_ratio) <= _half_width(effect, rule) for effect in shared.values())
+            separate = {arm: paired_effect(logs[arm] - logs[0], "turn") for arm in range(1, variants + 1)}
+            shared = share_scatter(separate)
+            covered += all(abs(effect.log_ratio) <= _half_width(effect, rule) for effect in shared.values())
             alarms += _called_different(shared, tolerance=0.01)
-            for kind, effects in zip(widths, (own, shared), strict=True):
-                kind += [_half_width(effect, rule) for effect in effects.values()]
-        narrower = float(np.median(widths[1]) / np.median(widths[0]))
-        what = f"{size} replicates, {variants} variants, {name}, half-width {narrower:.2f} of own"
-        yield Share(f"{what}: all intervals hold", held, count, 0.95 if name == "equal" else 0.94)
-        yield Share(f"{what}: any called different", alarms, count, maximum=0.05)
+            for half_widths, effects in zip(widths, (separate, shared), strict=True):
+                half_widths += [_half_width(effect, rule) for effect in effects.values()]
+        relative_width = float(np.median(widths[1]) / np.median(widths[0]))
+        description = f"{size} replicates, {variants} variants, {name}, half-width {relative_width:.2f} of own"
+        yield Share(f"{description}: all intervals hold", covered, count, 0.95 if name == "equal" else 0.94)
+        yield Share(f"{description}: any called different", alarms, count, maximum=0.05)
 
 
 def _half_width(effect: Effect, rule: VerdictRule) -> float:
@@ -183,8 +186,8 @@ def _half_width(effect: Effect, rule: VerdictRule) -> float:
 
 
 def read_times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[str, Times]:
-    """Return an array for each value of the first key, replicates × steps, without the warm-up."""
-    dropped = WARM_UP if frame[step].nunique() >= WARM_UP + MIN_TIMED else 0
+    """Return the step times by the value of the first key, each replicates × steps, without the warm-up."""
+    dropped = WARM_UP if frame[step].nunique() >= WARM_UP + MIN_STEPS else 0
     wide = frame[frame[step] >= dropped].pivot(index=keys, columns=step, values=value)
     return {str(name): group.to_numpy(dtype=float) for name, group in wide.groupby(level=0)}
 
@@ -194,14 +197,14 @@ def log_ratios(base: Times, candidate: Times) -> Times:
     return np.median(np.log(candidate) - np.log(base), axis=1)
 
 
-def _choose(rng: np.random.Generator, draws: int, population: int, size: int) -> NDArray[np.intp]:
+def _choose_indexes(rng: np.random.Generator, draws: int, population: int, size: int) -> NDArray[np.intp]:
     """Return draws × size indexes without repetition within a draw."""
     return rng.random((draws, population)).argsort(axis=1)[:, :size]
 
 
 def draw_paired(arms: dict[str, Times], rng: np.random.Generator, draws: int, size: int) -> tuple[Times, Times, Times]:
-    """Draw recorded replicates. Either identical arm may be the base, so that their true ratio is 1."""
-    chosen = _choose(rng, draws, len(arms["A1"]), size)
+    """Draw recorded replicates. Each identical arm is the base in half of them, so that their true ratio is 1."""
+    chosen = _choose_indexes(rng, draws, len(arms["A1"]), size)
     one, other = arms["A1"][chosen], arms["A2"][chosen]
     first = rng.random(one.shape[:2])[:, :, None] < 0.5
     return np.where(first, one, other), np.where(first, other, one), arms["B5"][chosen]
@@ -210,21 +213,21 @@ def draw_paired(arms: dict[str, Times], rng: np.random.Generator, draws: int, si
 def draw_separate(
     arms: dict[str, Times], rng: np.random.Generator, draws: int, size: int
 ) -> tuple[Times, Times, Times]:
-    """Draw processes of each side from the whole recording; the sides share nothing."""
+    """Draw the processes of each side independently from the whole recording."""
     identical = np.concatenate([arms["A1"], arms["A2"]])
-    chosen = identical[_choose(rng, draws, len(identical), 2 * size)]
-    return chosen[:, :size], chosen[:, size:], arms["B5"][_choose(rng, draws, len(arms["B5"]), size)]
+    chosen = identical[_choose_indexes(rng, draws, len(identical), 2 * size)]
+    return chosen[:, :size], chosen[:, size:], arms["B5"][_choose_indexes(rng, draws, len(arms["B5"]), size)]
 
 
 def draw_simulated(
     sd: float, turns: Times, rng: np.random.Generator, draws: int, size: int
 ) -> tuple[Times, Times, Times]:
-    """Draw normal replicates with the turns of a recorded replicate in either direction."""
+    """Draw normal replicates, each with the deviations of the turns of a recorded replicate, with a random sign."""
     shape = (2, draws, size)
     sign = rng.choice([-1.0, 1.0], size=(*shape, 1))
     replicates = rng.normal(0.0, sd, (*shape, 1)) + sign * turns[rng.integers(len(turns), size=shape)]
     same, slow = np.exp(replicates)
-    return np.ones_like(same), same, RATIO * slow
+    return np.ones_like(same), same, TRUE_RATIO * slow
 
 
 def designs(
@@ -245,11 +248,11 @@ def designs(
     yield f"unpaired (Welch), drawn from {2 * len(blocks['A1'])}", "none", partial(draw_separate, blocks)
 
 
-def facts(
+def describe_noise(
     arms: dict[str, Times], pairs: dict[str, tuple[Times, Times]], blocks: dict[str, Times], cpu: dict[str, Times]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the facts about the noise in docs/method.md; `cpu` are the CPU times of the blocks."""
-    walls, used = (np.concatenate([of["A1"], of["A2"]]) for of in (blocks, cpu))
+    """Yield the figures about the noise in docs/method.md; `cpu` are the CPU times of the blocks."""
+    walls, used = (np.concatenate([times["A1"], times["A2"]]) for times in (blocks, cpu))
     times, medians = np.log(walls), np.median(walls, axis=1)
     within = float(times.var(axis=1, ddof=1).mean())
     between = max(float(times.mean(axis=1).var(ddof=1)) - within / times.shape[1], 0.0)
@@ -271,7 +274,7 @@ def facts(
 
 
 def recorded_noise(draws: int) -> Iterator[Share]:
-    """Yield verdicts on identical and on slower code, by design and number of replicates."""
+    """Yield how often each verdict is reached on identical and on slower code, by design and number of replicates."""
     folder = Path(os.environ["LORAMETER_NOISE"])
     shared, lockstep, single = (
         pd.read_csv(folder / f"{name}.csv.gz") for name in ("one_process", "lockstep", "processes")
@@ -280,28 +283,29 @@ def recorded_noise(draws: int) -> Iterator[Share]:
     sides = {arm: read_times(side, ["kind", "pair"], "round", "ns") for arm, side in lockstep.groupby("arm")}
     pairs = {kind: (sides["a"][kind], sides["b"][kind]) for kind in ("AA", "AB5")}
     blocks, cpu = (read_times(single, ["arm", "block"], "it", value) for value in ("ns", "cpu_ns"))
-    for name, value in facts(arms, pairs, blocks, cpu):
+    for name, value in describe_noise(arms, pairs, blocks, cpu):
         print(f"{name:36} {value}")
-    for (name, pairing, draw), size in itertools.product(designs(arms, pairs, blocks), SIZES):
+    for (name, pairing, draw), size in itertools.product(designs(arms, pairs, blocks), RECORDED_REPLICATES):
         rng, where = np.random.default_rng([size, draws]), f"{name}, {size} replicates"
-        same, slower, rounds = Counter[str](), 0, math.ceil(draws / CHUNK)
+        same, slower, rounds = Counter[str](), 0, math.ceil(draws / MAX_CHUNK)
         for number in range(rounds):
-            times = draw(rng, CHUNK, size)
+            times = draw(rng, MAX_CHUNK, size)
             for base, identical, slow in zip(*times, strict=True):
                 same[compare_trials(base, identical, pairing=pairing).verdict] += 1
                 slower += compare_trials(base, slow, pairing=pairing).verdict == "regressed"
             if number == 0 and pairing == "none":
                 yield from other_rules(*times[:2], size)
-        drawn = rounds * CHUNK
+        drawn = rounds * MAX_CHUNK
         yield Share(f"{where}: identical code is called regressed", same["regressed"], drawn, maximum=0.025)
         equivalent = 0.0 if pairing == "none" else None
         yield Share(f"{where}: identical code is called equivalent", same["equivalent"], drawn, maximum=equivalent)
-        least = 0.95 if pairing == "turn" and size == max(SIZES) else None
-        yield Share(f"{where}: 5 % slower code is found", slower, drawn, least)
+        minimum = 0.95 if pairing == "turn" and size == max(RECORDED_REPLICATES) else None
+        yield Share(f"{where}: 5 % slower code is found", slower, drawn, minimum)
 
 
 def other_rules(base: Times, same: Times, size: int) -> Iterator[Share]:
-    """Yield the results of rules that use steps as the sample, on identical code measured at different times."""
+    """Yield the false alarms of rules that treat steps as independent samples, on identical code measured at different
+    times."""
     base, same = (times.reshape(len(times), -1) for times in (base, same))
     t_test, u_test = stats.ttest_ind(same, base, axis=1), stats.mannwhitneyu(same, base, axis=1)
     rules = {
@@ -322,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         "families": families,
         "scatter": scatter,
         "noise": lambda draws: recorded_noise(draws // 2),
-        "claims": lambda draws: simulated_claims.shares(math.ceil(draws / 40)),
+        "claims": lambda draws: simulated_claims.compute_shares(math.ceil(draws / 40)),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

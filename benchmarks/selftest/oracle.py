@@ -1,4 +1,4 @@
-"""The truth about a LoRA run of a small transformers family, found without the checks and compared with them.
+"""Determines the truth about a LoRA run of a small transformers family without the checks, and compares them with it.
 
 As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a call that
 succeeds under `sdpa_kernel(FLASH_ATTENTION)` runs on flash. A torch function mode counts the attention calls, both
@@ -38,10 +38,10 @@ from transformers.pytorch_utils import Conv1D
 
 import kernels_check
 
-PARAMETERS = 5_000_000
-"""The largest number of parameters of a small model."""
+MAX_PARAMETERS = 5_000_000
+"""Maximum number of parameters of a small model."""
 ROWS, LENGTH, IMAGE, FRAMES = 2, 8, 32, 64
-NUMBERS = (
+SMALL_NUMBERS = (
     (32, """hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size n_embed projection_dim d_embed emb_dim
         word_embed_proj_dim decoder_hidden_size encoder_hidden_size output_hidden_size out_hidden_size"""),
     (48, """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner ffn_hidden_size mlp_dim
@@ -60,13 +60,13 @@ NUMBERS = (
     (64, """max_position_embeddings n_positions max_target_positions max_source_positions n_ctx max_seq_len
         max_sequence_length sliding_window"""),
 )  # fmt: skip
-SMALL: dict[str, int] = {name: number for number, names in NUMBERS for name in names.split()} | {
+SMALL: dict[str, int] = {name: number for number, names in SMALL_NUMBERS for name in names.split()} | {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
-FILLED_IN = ("num_key_value_heads", "vocab_size")
-"""Numbers that some configurations leave open and their models need."""
-DROPPED = ("layerdrop", "layer_drop", "drop_path")
-"""Parts of the names of layer-drop rates, which would make every run different."""
+REQUIRED_NUMBERS = ("num_key_value_heads", "vocab_size")
+"""Numbers that are None in some configurations although their models need them."""
+DROP_RATES = ("layerdrop", "layer_drop", "drop_path")
+"""Parts of the names of layer-drop rates; a rate other than 0 would make every run different."""
 TASKS = tuple(f"AutoModelFor{task}" for task in (
     "CausalLM", "Seq2SeqLM", "MaskedLM", "ImageClassification", "AudioClassification", "CTC", "SpeechSeq2Seq",
     "ZeroShotImageClassification", "ImageTextToText",
@@ -81,33 +81,33 @@ HEALTHY: dict[str, Any] = {
 
 @cache
 def families() -> dict[str, str]:
-    """Return the class of the task of every model type that has one."""
+    """Return the name of the first suitable auto class of every model type that has one."""
     mappings = {task: getattr(modeling_auto, task)._model_mapping._model_mapping for task in TASKS}
     tasks = {name: [task for task in TASKS if name in mappings[task]] for name in sorted(CONFIG_MAPPING_NAMES)}
     return {name: found[0] for name, found in tasks.items() if found}
 
 
 def build(name: str) -> Any:
-    """Return a model of a family with random weights.
+    """Build a small model of a family with random weights.
 
     Raises:
-        ValueError: it is too large.
+        ValueError: the model is too large.
     """
-    make, config = getattr(transformers, families()[name]).from_config, _shrunk(CONFIG_MAPPING[name])
+    make, config = getattr(transformers, families()[name]).from_config, _shrink_config(CONFIG_MAPPING[name])
     config.architectures = config.architectures or []  # None stops the choice among several classes for a task
     with torch.device("meta"):
         size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
-    if size > PARAMETERS:
+    if size > MAX_PARAMETERS:
         raise ValueError("too large")
     torch.manual_seed(0)
     return make(config)
 
 
-def inputs_of(model: Any) -> dict[str, Tensor]:
-    """Return a batch for the model, by the names of its forward's arguments.
+def make_inputs(model: Any) -> dict[str, Tensor]:
+    """Make a batch for the model: tensors by the names of the arguments of its forward.
 
     Raises:
-        ValueError: its main input is unknown.
+        ValueError: the model's main input is of an unknown kind.
     """
     torch.manual_seed(1)
     configs = [model.config, getattr(model.config, "vision_config", None)]
@@ -121,122 +121,123 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     main = model.main_input_name
     if main not in known:
         raise ValueError("its input is of another kind")
-    taken = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     batch = {main: known[main]()}
-    if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
+    if model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
         batch["decoder_input_ids"] = known["input_ids"]()
     conditional = type(model).__name__.endswith("ForConditionalGeneration")
-    if main == "input_ids" and "pixel_values" in taken and not conditional:
+    if main == "input_ids" and "pixel_values" in parameters and not conditional:
         batch["pixel_values"] = known["pixel_values"]()
     return batch
 
 
-def _shrunk(kind: Any) -> Any:
+def _shrink_config(kind: Any) -> Any:
     """Return a configuration of this class with all known numbers small, including its sub-configurations."""
-    whole = kind()
-    names = {*whole.to_dict(), *getattr(kind, "attribute_map", {})}
-    given: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _counts(whole, name)}
-    given |= {name: 0.0 for name in names if any(part in name for part in DROPPED)}
-    given = {name: value for name, value in given.items() if getattr(kind, "attribute_map", {}).get(name) not in given}
+    default = kind()
+    names = {*default.to_dict(), *getattr(kind, "attribute_map", {})}
+    fields: dict[str, Any] = {name: SMALL[name] for name in names if name in SMALL and _is_number(default, name)}
+    fields |= {name: 0.0 for name in names if any(part in name for part in DROP_RATES)}
+    aliases = getattr(kind, "attribute_map", {})
+    fields = {name: value for name, value in fields.items() if aliases.get(name) not in fields}
     for name in getattr(kind, "sub_configs", {}):
-        part = getattr(whole, name, None)
+        part = getattr(default, name, None)
         if part is not None:
-            given[name] = _shrunk(type(part)).to_dict()
-    return kind(**given)
+            fields[name] = _shrink_config(type(part)).to_dict()
+    return kind(**fields)
 
 
-def _counts(config: Any, name: str) -> bool:
+def _is_number(config: Any, name: str) -> bool:
     value = getattr(config, name, None)
     number = isinstance(value, int) and not isinstance(value, bool)
-    return number or name.endswith("token_id") or (value is None and name in FILLED_IN)
+    return number or name.endswith("token_id") or (value is None and name in REQUIRED_NUMBERS)
 
 
-class Attentions(TorchFunctionMode):
-    """Counts attention calls: scaled dot products, those that flash refuses, and softmaxes over scores."""
+class AttentionCounter(TorchFunctionMode):
+    """Counts attention calls: scaled dot products, those of them that flash refuses, and softmaxes over scores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scaled = self.refused = self.written = 0
+        self.sdpa_calls = self.refused_calls = self.eager_calls = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and call."""
+        """Count the function if it is a call of attention, and call it."""
         kwargs = kwargs or {}
         multihead = function is multi_head_attention_forward  # the mode does not see the functions that it calls
         if multihead and kwargs.get("need_weights", True):
-            self.written += 1
+            self.eager_calls += 1
         elif multihead or function is scaled_dot_product_attention:
-            self.scaled += 1
+            self.sdpa_calls += 1
             try:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                     return function(*args, **kwargs)
             except RuntimeError:
-                self.refused += 1
+                self.refused_calls += 1
         elif function in SOFTMAXES:
             shape = (args[0] if args else kwargs["input"]).shape
             # scores have a row for each query and a column for each key, unlike those of a router
             square = len(shape) > 3 or (len(shape) == 3 and shape[-1] == shape[-2])
-            self.written += square and min(shape[-2:]) > 1
+            self.eager_calls += square and min(shape[-2:]) > 1
         return function(*args, **kwargs)
 
 
-class Run:
+class FamilyRun:
     """A LoRA run of one family: adapters on every linear layer that its forward calls.
 
     Raises:
-        ValueError: it is too large, or calls no linear layer.
+        ValueError: the model is too large, or its forward calls no linear layer.
     """
 
     def __init__(self, family: str) -> None:
         model = build(family).train()
-        self.inputs, self.around = inputs_of(model), nullcontext
-        names = _called_layers(model, self.inputs)
+        self.inputs, self.around = make_inputs(model), nullcontext
+        names = _find_called_layers(model, self.inputs)
         torch.manual_seed(2)
         pattern = "|".join(name.replace(".", r"\.") for name in names)
         self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.05, target_modules=f"({pattern})"))
         self.model.train()
-        self.trained = [value for value in self.model.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-2, weight_decay=0.0)
+        self.trainable = [value for value in self.model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-2, weight_decay=0.0)
         self.tuners = [one for one in self.model.modules() if isinstance(one, BaseTunerLayer)]
-        of_experts = any(isinstance(one, ParamWrapper) for one in self.model.modules())
+        has_experts = any(isinstance(one, ParamWrapper) for one in self.model.modules())
         layers = [self.model.base_model.model.get_submodule(name) for name in names]
-        self.complete = of_experts or all(layer in self.tuners for layer in layers)
+        self.adapts_all = has_experts or all(layer in self.tuners for layer in layers)
         """Whether PEFT adapted every layer; in a model with experts it adapts their parameters instead of some
         layers."""
 
-    def base(self) -> dict[str, Tensor]:
-        """Return a copy of the saved and untrained state of the model."""
-        trained = {value.data_ptr() for value in self.trained}
+    def copy_base(self) -> dict[str, Tensor]:
+        """Return a copy of the tensors of the model's state dict that do not train."""
+        trainable = {value.data_ptr() for value in self.trainable}
         saved = {name: one for name, one in self.model.state_dict().items() if torch.is_tensor(one)}
-        return {name: value.clone() for name, value in saved.items() if value.data_ptr() not in trained}
+        return {name: value.clone() for name, value in saved.items() if value.data_ptr() not in trainable}
 
     def step(self) -> None:
-        """Take a forward and a backward pass and an update."""
+        """Run a forward and a backward pass and an update."""
         with self.around():
             self.optimizer.zero_grad()
             output = self.model(**self.inputs)
-            found = [getattr(output, name, None) for name in ("logits", "logits_per_image", "logits_per_text")]
-            logits = next((one for one in found if torch.is_tensor(one)), None)
+            values = [getattr(output, name, None) for name in ("logits", "logits_per_image", "logits_per_text")]
+            logits = next((one for one in values if torch.is_tensor(one)), None)
             if logits is None:
                 raise ValueError("no logits")
             logits.float().pow(2).mean().backward()
             self.optimizer.step()
 
 
-def _calls(modules: Sequence[nn.Module], run: Any) -> list[nn.Module]:
-    """Return the modules that a function calls, in the order of their first call."""
+def _record_calls(modules: Sequence[nn.Module], function: Any) -> list[nn.Module]:
+    """Call a function and return the modules that it calls, in the order of their first call."""
     called = dict[nn.Module, None]()
     with ExitStack() as hooks:
         for one in modules:
             hooks.push(one.register_forward_hook(lambda module, *_: called.setdefault(module)))
-        run()
+        function()
     return list(called)
 
 
-def _called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+def _find_called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     """Return the names of the linear layers that a forward pass calls, without the head."""
     linears = {module: name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     with torch.no_grad():
-        called = _calls(list(linears), lambda: model(**inputs))
+        called = _record_calls(list(linears), lambda: model(**inputs))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = [linears[module] for module in called if module is not head]
     if not names:
@@ -245,36 +246,36 @@ def _called_layers(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """The truth about a family's run; None: undecided."""
+class FamilyTruth:
+    """The truth about the run of a family; None for what the oracle cannot decide."""
 
     backend: str | None
     has_math: bool
-    """Whether math runs where it is the only backend."""
+    """Whether attention runs on math if that is the only allowed backend."""
     attached: bool
     frozen: bool
     learning: bool | None
 
 
-def find(family: str) -> Found:
+def find_truth(family: str) -> FamilyTruth:
     """Take steps of a run of the family and return the truth about it. Raises any exception of a family that cannot be
     built small or does not train."""
-    run = Run(family)
-    before = run.base()
-    with Attentions() as seen:
-        attached = len(_calls(run.tuners, run.step)) == len(run.tuners) and run.complete
-    factors = [value.detach().clone() for value in run.trained]
+    run = FamilyRun(family)
+    before = run.copy_base()
+    with AttentionCounter() as counter:
+        attached = len(_record_calls(run.tuners, run.step)) == len(run.tuners) and run.adapts_all
+    factors = [value.detach().clone() for value in run.trainable]
     run.step()
-    changed = all(not torch.equal(old, new) for old, new in zip(factors, run.trained, strict=True))
-    reached = all(value.grad is not None and value.grad.any() for value in run.trained)
-    after = run.base()
-    still = before.keys() == after.keys() and all(_same(value, after[name]) for name, value in before.items())
-    backend = "eager" if seen.written and not seen.scaled else None
-    if seen.scaled and not seen.written and seen.refused in (0, seen.scaled):
-        backend = "math" if seen.refused else "flash"
-    return Found(
-        backend=backend, has_math=bool(seen.scaled and not seen.written), attached=attached, frozen=still,
-        learning=True if changed else None if reached else False,  # an update may be lost in rounding
+    changed = all(not torch.equal(old, new) for old, new in zip(factors, run.trainable, strict=True))
+    has_gradients = all(value.grad is not None and value.grad.any() for value in run.trainable)
+    after = run.copy_base()
+    frozen = before.keys() == after.keys() and all(_same(value, after[name]) for name, value in before.items())
+    backend = "eager" if counter.eager_calls and not counter.sdpa_calls else None
+    if counter.sdpa_calls and not counter.eager_calls and counter.refused_calls in (0, counter.sdpa_calls):
+        backend = "math" if counter.refused_calls else "flash"
+    return FamilyTruth(
+        backend=backend, has_math=bool(counter.sdpa_calls and not counter.eager_calls), attached=attached, frozen=frozen,
+        learning=True if changed else None if has_gradients else False,  # an update may be lost in rounding
     )  # fmt: skip
 
 
@@ -284,43 +285,43 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(left, right)
 
 
-def judge(family: str, found: Found, *, only_math: bool) -> Iterator[str]:
+def find_contradictions(family: str, truth: FamilyTruth, *, only_math: bool) -> Iterator[str]:
     """Verify a run of the family; yield the checks that contradict the truth."""
-    run = Run(family)
+    run = FamilyRun(family)
     if only_math:
         run.around = partial(sdpa_kernel, SDPBackend.MATH)
-    backend = "math" if only_math and found.has_math else found.backend
+    backend = "math" if only_math and truth.has_math else truth.backend
     required = HEALTHY | {"attention.backend": backend or "flash"}
     checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required)}
     truths = dict.fromkeys(required, True) | {
-        "attention.backend": backend is not None, "base.frozen": found.frozen, "peft.attached": found.attached,
-        "peft.dropout": found.attached or None,
-        "peft.learning": found.learning if found.attached else found.learning and None,
+        "attention.backend": backend is not None, "base.frozen": truth.frozen, "peft.attached": truth.attached,
+        "peft.dropout": truth.attached or None,
+        "peft.learning": truth.learning if truth.attached else truth.learning and None,
     }  # fmt: skip
     for path, value in required.items():
         holds, check = truths[path], checks.get(path)
         active = check is not None and check.status == "active"
         if holds is not None and holds != active and (holds or check is not None):
-            seen = "without a check" if check is None else f"{check.status}: {check.reason}"
-            yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, and is {seen}"
+            outcome = "without a check" if check is None else f"{check.status}: {check.reason}"
+            yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, and is {outcome}"
 
 
-def faults_of_families(names: Sequence[str]) -> Iterator[str]:
-    """Yield the faults of the named families, or of all; print how many were examined, by backend."""
+def find_family_faults(names: Sequence[str]) -> Iterator[str]:
+    """Yield the faults of the named families, or of all; print the number of examined families by backend."""
     backends, unbuildable = Counter[str](), 0
     for family in families():
         if family not in names and "all" not in names:
             continue
         try:
-            found = find(family)
+            truth = find_truth(family)
         except Exception:
             unbuildable += 1
             continue
-        backends[found.backend or "none or several"] += 1
+        backends[truth.backend or "none or several"] += 1
         for only_math in (False, True):
             where = f"family {family}{', only math' if only_math else ''}"
             try:
-                faults = [*judge(family, found, only_math=only_math)]
+                faults = [*find_contradictions(family, truth, only_math=only_math)]
             except Exception as error:
                 faults = [f"raised {error!r}"]
             yield from (f"{where}: {fault}" for fault in faults)

@@ -1,9 +1,9 @@
-"""Tests of kernels_check on random models and on transformers families: each check is compared with the truth.
+"""Tests kernels_check on random models and on transformers families: compares each check with the known truth.
 
     python benchmarks/selftest/random_models.py [--many N] [--first SEED] [--families NAME ... | all | none]
 
-Models and steps are drawn at random, and their truth is known from the draw (`drawn_models.py`, `drawn_steps.py`). Each
-is verified against drawn requirements, true ones and others. Faults are:
+Models and steps are drawn at random, so that their truth is known (`drawn_models.py`, `drawn_steps.py`). Each is
+verified against random requirements, some true and some false. Faults are:
 
 - wrong: a requirement that does not hold is active;
 - false alarm: a requirement that holds is not active, or has no check;
@@ -65,21 +65,21 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
 """Candidate requirements of each path."""
 
 
-def require(truths: Mapping[str, Truth], draw: random.Random) -> dict[str, Any]:
-    """Return a requirement for each path with a known truth, more often one that holds."""
+def draw_requirements(truths: Mapping[str, Truth], rng: random.Random) -> dict[str, Any]:
+    """Draw a requirement for each path with a known truth; more than half of them hold."""
     required = {}
     for path, candidates in CANDIDATES.items():
         if path in truths:
             holds = sorted(truths[path].holds, key=str)
-            required[path] = draw.choice(holds) if holds and draw.random() < 0.6 else draw.choice([*candidates, *holds])
+            required[path] = rng.choice(holds) if holds and rng.random() < 0.6 else rng.choice([*candidates, *holds])
     return required
 
 
-def faults_of(truths: Mapping[str, Truth], required: Mapping[str, Any], checks: Iterable[Any]) -> Iterator[str]:
+def find_faults(truths: Mapping[str, Truth], required: Mapping[str, Any], checks: Iterable[Any]) -> Iterator[str]:
     """Compare checks with the truth and yield the faults."""
-    judged = {check.path: check for check in checks}
+    by_path = {check.path: check for check in checks}
     for path, value in required.items():
-        truth, check = truths[path], judged.get(path)
+        truth, check = truths[path], by_path.get(path)
         if check is None:
             if value in truth.holds and not truth.hidden:
                 yield f"false alarm: {path} {value!r} has no check"
@@ -90,7 +90,7 @@ def faults_of(truths: Mapping[str, Truth], required: Mapping[str, Any], checks: 
             yield f"false alarm: {path} {value!r} is {check.status}: {check.reason}"
 
 
-def verify(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
+def verify_run(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
     """Verify a run and yield the faults of the checks."""
     objects = [id(one) for one in run.model.parameters() if one.requires_grad]  # DoRA replaces 4-bit parameters
     try:
@@ -102,35 +102,35 @@ def verify(run: DrawnRun, required: Mapping[str, Any]) -> Iterator[str]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         yield f"raised: {error!r} in {place.filename}, line {place.lineno}"
     else:
-        yield from faults_of(run.truths, required, checks)
+        yield from find_faults(run.truths, required, checks)
     if [id(one) for one in run.model.parameters() if one.requires_grad] != objects:
         yield "restored: other parameters than before"
 
 
 def examine(seed: int) -> tuple[list[str], list[str]]:
-    """Return the faults of the run of a seed, and the properties of the run."""
-    faults, ends, about = list[str](), list[Any](), list[str]()
+    """Return the faults in the run of a seed, and the properties of the run."""
+    faults, results, properties = list[str](), list[Any](), list[str]()
     for verified in (False, True):
         run = DrawnRun(seed)
         frozen = {name for name, value in run.model.named_parameters() if not value.requires_grad}
-        about = run.about
+        properties = run.properties
         for _ in range(run.warm):
             run.step()
         if verified:
-            faults += verify(run, require(run.truths, random.Random(seed)))
-        ends.append((run.state(), [run.step() for _ in range(2)]))
-    (state, losses), (after, losses_after) = ends
-    keys = sorted(key for key in {*state, *after} if key.removeprefix("parameter ") not in frozen)
-    faults += [f"restored: {key} differs" for key in keys if state.get(key) != after.get(key)]
-    if losses != losses_after:
-        faults.append(f"restored: next losses {losses} without, {losses_after} with")
-    return faults, about
+            faults += verify_run(run, draw_requirements(run.truths, random.Random(seed)))
+        results.append((run.state(), [run.step() for _ in range(2)]))
+    (state, losses), (verified_state, verified_losses) = results
+    keys = sorted(key for key in {*state, *verified_state} if key.removeprefix("parameter ") not in frozen)
+    faults += [f"restored: {key} differs" for key in keys if state.get(key) != verified_state.get(key)]
+    if losses != verified_losses:
+        faults.append(f"restored: next losses {losses} without, {verified_losses} with")
+    return faults, properties
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Examine seeds and families, print the faults and the properties of the runs; return 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--many", type=int, default=300, metavar="N", help="how many random runs")
+    parser.add_argument("--many", type=int, default=300, metavar="N", help="number of random runs")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed")
     parser.add_argument("--families", nargs="+", default=["all"], metavar="NAME", help="model types, all, or none")
     options = parser.parse_args(arguments)
@@ -142,14 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     features, violations = Counter[str](), list[str]()
     for seed in seeds:
         try:
-            faults, about = examine(seed)
+            faults, properties = examine(seed)
         except Exception:
-            faults, about = [f"raised: the run itself: {traceback.format_exc(limit=-3)}"], []
-        features.update({*about})
-        violations += [f"seed {seed}: {fault} [{'; '.join(about)}]" for fault in faults]
+            faults, properties = [f"raised: the run itself: {traceback.format_exc(limit=-3)}"], []
+        features.update({*properties})
+        violations += [f"seed {seed}: {fault} [{'; '.join(properties)}]" for fault in faults]
     print(f"{len(seeds)} random runs: " + ", ".join(f"{runs} {one}" for one, runs in sorted(features.items())))
     if options.families != ["none"]:
-        violations += oracle.faults_of_families(options.families)
+        violations += oracle.find_family_faults(options.families)
     return report_violations(violations)
 
 

@@ -142,8 +142,8 @@ def models(program):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_checks_of_a_random_model_are_true(models, seed):
     """There is no wrong verdict, false alarm or disagreement, and the run continues as its unverified twin does."""
-    faults, about = models.examine(seed)
-    assert faults == [], about
+    faults, properties = models.examine(seed)
+    assert faults == [], properties
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -152,7 +152,7 @@ def test_checks_of_a_family_agree_with_the_oracle(models, name, capsys):
     """The families cover encoder-decoders, vision, experts, observers, and each attention backend of a CPU."""
     if name not in models.oracle.families():
         pytest.skip(f"this transformers has no {name}")
-    assert [*models.oracle.faults_of_families([name])] == []
+    assert [*models.oracle.find_family_faults([name])] == []
     assert capsys.readouterr().out.startswith("1 families: 1 ")
 
 
@@ -176,7 +176,7 @@ def test_a_check_is_compared_with_the_truth(models, required, status, hidden, fa
     """A requirement must be active exactly if it holds; unknown is right for a path that cannot be observed."""
     truth = models.Truth(holds=frozenset({"flash"}), free=frozenset({"fused"}), hidden=hidden)
     checks = [SimpleNamespace(path="mode", status=status, observed=None, reason="")] if status else []
-    found = [*models.faults_of({"mode": truth}, {"mode": required}, checks)]
+    found = [*models.find_faults({"mode": truth}, {"mode": required}, checks)]
     assert [one.partition(":")[0] for one in found] == ([fault] if fault else [])
 
 
