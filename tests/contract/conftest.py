@@ -74,7 +74,7 @@ def elsewhere(manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest | {"fingerprint": "0123456789ab", "provenance": about}
 
 
-def fill(folder: Path) -> Path:
+def write_folder(folder: Path) -> Path:
     """Create a folder with the stored runs in runs/, runs derived from them in derived/, and small files."""
     shutil.copytree(doors.HERE / "runs", folder / "runs")
     shutil.copytree(doors.HERE / "files", folder, dirs_exist_ok=True)
@@ -95,15 +95,15 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shared folder of commands that write nothing."""
-    return fill(tmp_path_factory.mktemp("contract"))
+    return write_folder(tmp_path_factory.mktemp("contract"))
 
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a single test, for commands that write."""
-    monkeypatch.chdir(fill(tmp_path / "own"))
+    monkeypatch.chdir(write_folder(tmp_path / "own"))
     return Path.cwd()
 
 
@@ -116,13 +116,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def settled(filled: Path, monkeypatch: pytest.MonkeyPatch):
+def fixed_environment(shared_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Use relative paths and UTC, without a terminal and without CI variables."""
     for name in REMOVED:
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(filled)
+    monkeypatch.chdir(shared_folder)
     time.tzset()
     yield
     monkeypatch.undo()

@@ -22,7 +22,7 @@ NO_JSON = ("wrap", "model")
 """wrap leaves standard output to the command, and model only has subcommands."""
 
 
-def test_the_commands(lorameter, monkeypatch):
+def test_help_lists_all_commands(lorameter, monkeypatch):
     """`lorameter --help` lists exactly these commands."""
     monkeypatch.setenv("COLUMNS", "80")
     outcome = lorameter("--help")
@@ -32,7 +32,7 @@ def test_the_commands(lorameter, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_options_of_a_command(command, lorameter, monkeypatch):
+def test_help_of_a_command_names_every_option(command, lorameter, monkeypatch):
     """Help exits with 0 and names every option; all commands but two have --json and --runs-dir."""
     monkeypatch.setenv("COLUMNS", "80")
     outcome = lorameter(f"{command} --help")
@@ -41,7 +41,7 @@ def test_the_options_of_a_command(command, lorameter, monkeypatch):
     check_text(f"help/{command.replace(' ', '-')}.txt", outcome.out, ignore_space=True)
 
 
-def test_the_version(lorameter):
+def test_the_version_is_one_line(lorameter):
     """The output is one line with the name of the program."""
     outcome = lorameter("--version")
     assert (outcome.code, outcome.err) == (0, "")
@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy(command):
 
 
 @pytest.mark.parametrize("command", ["", "probe", "trace", "selftest"])
-def test_the_options_of_kernels_check(command, kernels_check, monkeypatch):
+def test_help_of_kernels_check_names_every_option(command, kernels_check, monkeypatch):
     """`python -m kernels_check COMMAND --help` exits with 0."""
     monkeypatch.setenv("COLUMNS", "80")
     outcome = kernels_check(f"{command} --help")
@@ -132,11 +132,11 @@ REFUSED = {
 }  # fmt: skip
 
 
-def of(codes):
+def make_cases(codes):
     return [pytest.param(line, code, id=line or "nothing") for code, lines in codes.items() for line in lines]
 
 
-@pytest.mark.parametrize(("line", "code"), of(CODES))
+@pytest.mark.parametrize(("line", "code"), make_cases(CODES))
 def test_exit_code_and_output_of_a_verdict(line, code, lorameter):
     """The exit code gives the verdict, and standard output has the answer."""
     outcome = lorameter(line)
@@ -144,8 +144,8 @@ def test_exit_code_and_output_of_a_verdict(line, code, lorameter):
     assert outcome.out
 
 
-@pytest.mark.parametrize(("line", "code"), of(REFUSED))
-def test_a_command_that_refuses(line, code, lorameter):
+@pytest.mark.parametrize(("line", "code"), make_cases(REFUSED))
+def test_a_refused_command_names_the_value(line, code, lorameter):
     """The exit code gives the reason, standard output is empty, standard error names the refused value, and nothing is
     measured."""
     outcome = lorameter(line)
@@ -156,7 +156,7 @@ def test_a_command_that_refuses(line, code, lorameter):
 
 
 @pytest.mark.parametrize("line", ["report no-such-run --json", "run no-such-study --json", "compare base --json"])
-def test_a_refusal_is_no_document(line, lorameter):
+def test_a_refusal_prints_no_document(line, lorameter):
     """With --json standard output stays empty as well."""
     outcome = lorameter(line)
     assert (outcome.code, outcome.out) == (2, "")
@@ -171,14 +171,14 @@ def test_baseline_is_the_accepted_run(lorameter, own_folder):
     assert lorameter(f"compare baseline elsewhere {derived}").code == 5
 
 
-def test_pruning(lorameter, own_folder):
+def test_pruning_keeps_the_newest_run(lorameter, own_folder):
     """The exit code is 0 whether or not a run is removed, and the newest run stays."""
     assert lorameter("prune --keep 1").code == 0
     assert lorameter("prune --keep 1").code == 0
     assert len([path for path in (own_folder / "runs").iterdir() if path.is_dir()]) == 1
 
 
-def test_packing(lorameter, own_folder):
+def test_a_packed_run_is_one_file(lorameter, own_folder):
     """The file is in the current folder unless --output sets another path."""
     assert lorameter("pack base").code == 0
     assert (own_folder / "base.lorameter.zip").is_file()
@@ -187,7 +187,7 @@ def test_packing(lorameter, own_folder):
 
 
 @pytest.mark.parametrize(("raised", "code"), [(RuntimeError("planted"), 70), (KeyboardInterrupt(), 4)])
-def test_a_defect_and_a_stop(raised, code, lorameter, monkeypatch):
+def test_a_defect_and_an_interrupt_have_exit_codes_of_their_own(raised, code, lorameter, monkeypatch):
     """An unexpected error exits with 70 and a traceback, and never as a regression; Ctrl-C exits with 4 and without a
     traceback."""
 
@@ -201,7 +201,7 @@ def test_a_defect_and_a_stop(raised, code, lorameter, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["trace.json", "trace.csv"])
-def test_trace(file, kernels_check):
+def test_a_recording_is_summarised(file, kernels_check):
     """The output has backends, 4-bit paths and shares of time, as text and as a document."""
     text, document = kernels_check(f"trace {file}"), kernels_check(f"trace {file} --json")
     assert (text.code, document.code) == (0, 0)
@@ -212,14 +212,14 @@ def test_trace(file, kernels_check):
 @pytest.mark.parametrize("line", [
     "no-such-command", "trace", "trace a b", "trace absent.json", "trace strict.toml", "rules", "probe --fast",
 ])  # fmt: skip
-def test_refusals(line, kernels_check):
+def test_a_bad_call_of_kernels_check_is_refused(line, kernels_check):
     """A bad call exits with 2, with the reason on standard error and nothing on standard output."""
     outcome = kernels_check(line)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err
 
 
-def test_probe(kernels_check, monkeypatch):
+def test_the_probe_tries_every_fast_path(kernels_check, monkeypatch):
     """The document has an entry for each fast path, whether it ran, and the evidence."""
 
     def refuse(*_, **__):
