@@ -12,7 +12,7 @@ import pytest
 
 from lorameter.records import store
 
-PRETENDED = Path(__file__).with_name("pretended.py")
+FAKE_WORKERS = Path(__file__).with_name("fake_workers.py")
 STUDY = """
 [workload]
 sequence_length = 32
@@ -33,13 +33,13 @@ r = 8
 CONFTEST = """
 import importlib.util, os
 import pytest
-spec = importlib.util.spec_from_file_location("pretended", os.environ["PRETENDED"])
-pretended = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pretended)
+spec = importlib.util.spec_from_file_location("fake_workers", os.environ["FAKE_WORKERS"])
+fake_workers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake_workers)
 from lorameter.pytest_plugin import attach
 
 def pytest_configure(config):
-    pretended.local.LocalExecutor = pretended.PretendedExecutor
+    fake_workers.local.LocalExecutor = fake_workers.InstantExecutor
     attach(config)
 """
 BENCHMARK = """
@@ -52,7 +52,7 @@ def test_train(variant_name, replay):
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path_factory, monkeypatch):
+def temporary_folder(tmp_path_factory, monkeypatch):
     """A temporary folder for this test, which must be empty afterwards."""
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -103,7 +103,7 @@ def command(tmp_path, runs):
             "env",
             f"STOP_AT={stop}",
             sys.executable,
-            str(PRETENDED),
+            str(FAKE_WORKERS),
             *words,
             "--runs-dir",
             str(runs),
@@ -113,11 +113,12 @@ def command(tmp_path, runs):
 
 
 @pytest.fixture
-def stopped():
-    """A function that starts a command line and returns its process once it has reached its stop."""
+def start_until_stop():
+    """A context manager that starts a command line, waits until it has reached the point in STOP_AT, and yields its
+    process."""
 
     @contextlib.contextmanager
-    def started(words, **options):
+    def start(words, **options):
         read, write = os.pipe()
         environment = os.environ | {"STOPPED": str(write)}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -131,11 +132,11 @@ def stopped():
             process.kill()
             process.communicate()
 
-    return started
+    return start
 
 
 @pytest.fixture
-def only_run(runs):
+def read_run(runs):
     """A function that reads the only run."""
 
     def read():
@@ -146,17 +147,17 @@ def only_run(runs):
 
 
 @pytest.fixture
-def resumed(command, only_run):
+def resume(command, read_run):
     """A function that resumes the only run and returns it."""
 
-    def go_on():
+    def resume_run():
         done = subprocess.run(
-            command("run", "--resume", only_run().manifest.run, "--json"), capture_output=True, text=True, check=False
+            command("run", "--resume", read_run().manifest.run, "--json"), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        return only_run()
+        return read_run()
 
-    return go_on
+    return resume_run
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def session(tmp_path, runs, command, monkeypatch):
     """A function that returns the command line of a pytest session on the same study, to be run in `tmp_path`."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_small.py").write_text(BENCHMARK)
-    monkeypatch.setenv("PRETENDED", str(PRETENDED))
+    monkeypatch.setenv("FAKE_WORKERS", str(FAKE_WORKERS))
 
     def made(*options, stop="-"):
         words = [sys.executable, "-m", "pytest", str(tmp_path), f"--lorameter-study={tmp_path / 'small.toml'}"]

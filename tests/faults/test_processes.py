@@ -126,83 +126,84 @@ PLACES_AND_SIGNALS = [
 
 
 @pytest.mark.parametrize(("place", "number"), PLACES_AND_SIGNALS)
-def test_a_run_that_is_stopped(number, place, tmp_path, command, stopped, only_run, resumed, temporary):
-    """The signal comes before, during or after the turns, or in a cold start."""
+def test_a_run_that_is_stopped_can_be_resumed(number, place, tmp_path, command, start_until_stop, read_run, resume, temporary_folder):
+    """The signal comes before, during or after the turns, or in a cold start; each trial has a record, and no result is
+    lost."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
-    with stopped(command(*words, stop=place)) as process:
+    with start_until_stop(command(*words, stop=place)) as process:
         process.send_signal(number)
         out, err = process.communicate()
     assert process.returncode == 4
     assert "This run is not complete (interrupted)" in out
     assert "Traceback" not in err
-    run = only_run()
+    run = read_run()
     statuses = {record.trial: record.status for record in run.records}
     assert list(statuses) == list(run.manifest.order)
     assert statuses[place.partition(":")[0]] == "interrupted"
     assert {record.status for record in run.records} <= {"ok", "interrupted", "not_run"}
     earlier = [record for record in run.records if record.replicate < int(place[1])]
     assert {record.status for record in earlier} <= {"ok"}
-    assert not list(temporary.iterdir())
-    whole = resumed()
+    assert not list(temporary_folder.iterdir())
+    whole = resume()
     assert {record.status for record in whole.records} == {"ok"}
     assert whole.records[: len(earlier)] == tuple(earlier)
 
 
 @pytest.mark.parametrize("number", ONE_SIGNAL)
-def test_a_run_stopped_while_workers_start_leaves_nothing(number, command, stopped, runs, temporary):
+def test_a_run_stopped_while_workers_start_leaves_nothing(number, command, start_until_stop, runs, temporary_folder):
     """A signal while the workers start leaves no run folder and no error message."""
-    with stopped(command(stop=":start")) as process:
+    with start_until_stop(command(stop=":start")) as process:
         process.send_signal(number)
         _, err = process.communicate()
     assert process.returncode == 4
     assert err.endswith("lorameter: stopped\n")
     assert not list(runs.iterdir())
-    assert not list(temporary.iterdir())
+    assert not list(temporary_folder.iterdir())
 
 
-def test_an_ignored_sighup_does_not_end_the_run(command, stopped, only_run):
+def test_an_ignored_sighup_does_not_end_the_run(command, start_until_stop, read_run):
     """With SIGHUP ignored, as under nohup, the run continues until another signal ends it."""
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    with stopped(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
+    with start_until_stop(command(stop="r1-a:turn"), preexec_fn=ignore) as process:
         process.send_signal(signal.SIGHUP)
-        assert "r1-a" not in {record.trial for record in only_run().records}
+        assert "r1-a" not in {record.trial for record in read_run().records}
         process.terminate()
         process.communicate()
     assert process.returncode == 4
 
 
-def test_a_killed_run_is_resumed(command, stopped, only_run, resumed, temporary, tmp_path):
+def test_a_killed_run_is_resumed(command, start_until_stop, read_run, resume, temporary_folder, tmp_path):
     """Trials before SIGKILL are kept, the group under way is measured again, and the rest is measured. SIGKILL prevents
     the cleanup: the next run removes the folder, but none of a live process and no foreign one."""
     foreign = temporary / "lorameter-foreign"
     foreign.mkdir()
-    with stopped(command(stop="r1-a:turn")) as process:
-        (left,) = set(temporary.iterdir()) - {foreign}
+    with start_until_stop(command(stop="r1-a:turn")) as process:
+        (left,) = set(temporary_folder.iterdir()) - {foreign}
         elsewhere = ["--if-busy", "share", "--runs-dir", str(tmp_path / "elsewhere")]
         subprocess.run([*command(), *elsewhere], check=True, capture_output=True)
         assert left.is_dir(), "its process lives"
         process.kill()
         process.communicate()
-    killed = only_run()
+    killed = read_run()
     assert (killed.state, {record.replicate for record in killed.records}) == ("killed", {0})
     assert left.is_dir()
-    whole = resumed()
+    whole = resume()
     assert (whole.state, len(whole.records)) == ("complete", len(whole.manifest.order))
     assert whole.records[: len(killed.records)] == killed.records
-    assert list(temporary.iterdir()) == [foreign]
+    assert list(temporary_folder.iterdir()) == [foreign]
 
 
 @pytest.mark.parametrize("number", ONE_SIGNAL)
-def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped, only_run, temporary):
-    """The run of the plugin is saved and marked as interrupted, and the session does not pass."""
-    with stopped(session(stop="r1-a:turn"), cwd=tmp_path) as process:
+def test_a_pytest_session_that_is_stopped_keeps_its_run(number, tmp_path, session, start_until_stop, read_run, temporary_folder):
+    """The run is saved and marked as interrupted, and the session does not pass."""
+    with start_until_stop(session(stop="r1-a:turn"), cwd=tmp_path) as process:
         process.send_signal(number)
         out, _ = process.communicate()
     assert process.returncode == 1, out
     assert "This run is not complete (interrupted)" in out
-    statuses = {record.trial: record.status for record in only_run().records}
+    statuses = {record.trial: record.status for record in read_run().records}
     assert (statuses["r0-a"], statuses["r1-a"], statuses["r2-a"]) == ("ok", "interrupted", "not_run")
-    assert not list(temporary.iterdir())
+    assert not list(temporary_folder.iterdir())
 
 
 # --- an A/B -----------------------------------------------------------------------------------------------------------
@@ -210,30 +211,30 @@ def test_a_session_of_pytest_that_is_stopped(number, tmp_path, session, stopped,
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, stopped, temporary, only_run):
+def test_a_stopped_ab_removes_its_worktrees(number, ab, repository, git, start_until_stop, temporary_folder, read_run):
     """The two worktrees and all folders are removed, and the earlier results are saved."""
-    with stopped(ab(stop="r1-a-base:turn")) as process:
+    with start_until_stop(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 3
         process.send_signal(number)
         process.send_signal(signal.SIGINT)  # a second signal changes nothing
         process.communicate()
     assert process.returncode == 4
     assert len(git(repository, "worktree", "list")) == 1
-    assert not list(temporary.iterdir())
-    records = only_run().records
+    assert not list(temporary_folder.iterdir())
+    records = read_run().records
     assert {record.status for record in records if record.replicate == 0} == {"ok"}
     assert next(record.status for record in records if record.trial == "r1-a-base") == "interrupted"
 
 
-def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, stopped, temporary):
+def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, start_until_stop, temporary_folder):
     """The next A/B removes its worktrees but not a user's worktree or those of a running A/B; a stopped A/B removes its
     own."""
-    git(repository, "worktree", "add", "--quiet", "--detach", str(temporary.parent / "mine"))
-    with stopped(ab(stop="r1-a-base:turn")) as process:
+    git(repository, "worktree", "add", "--quiet", "--detach", str(temporary_folder.parent / "mine"))
+    with start_until_stop(ab(stop="r1-a-base:turn")) as process:
         process.kill()
         process.communicate()
     assert len(git(repository, "worktree", "list")) == 4
-    with stopped(ab(stop="r1-a-base:turn")) as process:
+    with start_until_stop(ab(stop="r1-a-base:turn")) as process:
         assert len(git(repository, "worktree", "list")) == 4
         done = subprocess.run([*ab(), "--if-busy", "share"], check=False, capture_output=True)
         assert done.returncode in (0, 3)
@@ -242,14 +243,14 @@ def test_the_next_ab_removes_worktrees_of_a_killed_one(ab, repository, git, stop
         process.communicate()
     assert process.returncode == 4
     assert len(git(repository, "worktree", "list")) == 2
-    assert not list(temporary.iterdir())
+    assert not list(temporary_folder.iterdir())
 
 
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
+def test_no_process_outlives_a_run(number, tmp_path, command, temporary_folder, runs):
     """The signal comes as soon as the real processes exist, while the zygote imports and the tokens are made."""
     words = [sys.executable, "-m", "lorameter.cli", *command()[4:]]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -260,15 +261,15 @@ def test_no_process_outlives_a_run(number, tmp_path, command, temporary, runs):
     assert process.returncode == (-9 if number == signal.SIGKILL else 4)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    assert (number == signal.SIGKILL) is bool(list(temporary.iterdir()))
+    assert (number == signal.SIGKILL) is bool(list(temporary_folder.iterdir()))
 
 
 # --- two at once ------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_on_the_device_is_refused_or_waits(command, stopped, tmp_path):
+def test_a_second_run_on_the_device_is_refused_or_waits(command, start_until_stop, tmp_path):
     """The second run exits with 4, or waits for the first as requested; a signal ends the waiting as well."""
-    with stopped(command(stop="r1-a:turn")) as first:
+    with start_until_stop(command(stop="r1-a:turn")) as first:
         words = ["run", str(tmp_path / "small.toml"), "--phase", "train"]
         refused = subprocess.run(command(*words, "--if-busy", "refuse"), capture_output=True, text=True, check=False)
         assert refused.returncode == 4
@@ -289,7 +290,7 @@ import os, subprocess, sys
 started = "import os, time; open(os.environ['STARTED'], 'w').write('up'); time.sleep(300)"
 subprocess.Popen([sys.executable, "-c", started], start_new_session=True).wait()
 """
-"""Starts another process in its own session, as a launcher does, and waits for it."""
+"""A script that starts another process in its own session, as a launcher does, and waits for it."""
 
 
 @pytest.fixture
@@ -303,7 +304,7 @@ def launcher(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [*ONE_SIGNAL, signal.SIGKILL])
-def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary):
+def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, launcher, temporary_folder):
     """Processes that a launcher started are ended too; without results there is no verdict."""
     (tmp_path / "study.toml").write_text(
         f"[[variant]]\nname = 'a'\ncommand = '{sys.executable} launch.py'\ncwd = '{tmp_path}'\n"
@@ -321,4 +322,4 @@ def test_a_run_of_commands_that_is_stopped_leaves_no_process(number, tmp_path, l
     assert process.returncode == (4 if number in STOP_SIGNALS else -number), err
     _, alive = psutil.wait_procs(launched, timeout=60)
     assert not alive
-    assert number == signal.SIGKILL or not list(temporary.iterdir())
+    assert number == signal.SIGKILL or not list(temporary_folder.iterdir())

@@ -19,18 +19,19 @@ from lorameter.records.os_errors import REFUSED
 from tests.constructed import RUNS
 
 
-def limited(**limits):
-    """Return a function that sets resource limits between fork and exec: `limited(FSIZE=4096)`."""
+def resource_limits(**limits):
+    """Return a function that sets resource limits between fork and exec: `resource_limits(FSIZE=4096)`."""
 
     def limit():
-        for name, most in limits.items():
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        for name, maximum in limits.items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (maximum, maximum))
 
     return limit
 
 
-def check_kept(run, code, err):
-    """Assert that a run with an error of the system has complete lines, no internal error and no verdict."""
+def check_saved(run, code, err):
+    """Assert that a run that ended by an error of the system has complete lines, and that the error is not reported as
+    an internal one or as a verdict."""
     assert code == 4, err
     assert "Traceback" not in err
     assert "defect" not in err
@@ -48,42 +49,42 @@ def read_started_run(runs):
     return read
 
 
-def whole_replicates(run):
-    """Return the records of complete replicates; groups with an incomplete trial are measured again."""
-    lacking = set(run.manifest.order) - {record.trial for record in run.records if record.settled}
-    broken = {trial.partition("-")[0] for trial in lacking}
-    return [record for record in run.records if f"r{record.replicate}" not in broken]
+def complete_replicates(run):
+    """Return the records of the complete replicates; a replicate with a missing trial is measured again."""
+    missing = set(run.manifest.order) - {record.trial for record in run.records if record.settled}
+    incomplete = {trial.partition("-")[0] for trial in missing}
+    return [record for record in run.records if f"r{record.replicate}" not in incomplete]
 
 
 @pytest.mark.parametrize("free_kib", [4, 24])
-def test_a_disk_that_becomes_full_at_each_write(free_kib, command, runs, tiny_disk, read_started_run, resumed):
-    """At any write, written records are complete, and with free space the rest is measured."""
+def test_a_disk_that_becomes_full_loses_no_record(free_kib, command, runs, tiny_disk, read_started_run, resume):
+    """Records that were written before are complete, and with free space the rest is measured."""
     ballast = tiny_disk(runs, free_kib)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     run = read_started_run()
-    check_kept(run, done.returncode, done.stderr)
+    check_saved(run, done.returncode, done.stderr)
     assert "No space left on device. Free space there" in done.stderr
     ballast.unlink()
     if run is not None:
-        kept = whole_replicates(run)
-        whole = resumed()
-        assert whole.state == "complete"
-        assert [record for record in whole.records if record in kept] == kept
+        before = complete_replicates(run)
+        resumed = resume()
+        assert resumed.state == "complete"
+        assert [record for record in resumed.records if record in before] == before
 
 
-def test_a_disk_that_is_made_read_only_under_way(command, runs, tiny_disk, stopped, only_run, resumed):
-    """The disk may be remounted by another user, or by the kernel after an error."""
+def test_a_disk_that_becomes_read_only_ends_the_run(command, runs, tiny_disk, start_until_stop, read_run, resume):
+    """The error names the remedy, the records before it are kept, and the run can be resumed."""
     tiny_disk(runs, 200).unlink()
-    with stopped(command(stop="r1-a:turn")) as process:
+    with start_until_stop(command(stop="r1-a:turn")) as process:
         subprocess.run(["mount", "--bind", str(runs), str(runs)], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", str(runs)], check=True)
         process.send_signal(signal.SIGUSR1)
         _, err = process.communicate()
-    check_kept(only_run(), process.returncode, err)
+    check_saved(read_run(), process.returncode, err)
     assert "Read-only file system. Choose a folder that can be written, then resume: lorameter run --resume" in err
-    assert {record.replicate for record in only_run().records if record.settled} == {0}
+    assert {record.replicate for record in read_run().records if record.settled} == {0}
     subprocess.run(["umount", str(runs)], check=True)
-    assert resumed().state == "complete"
+    assert resume().state == "complete"
 
 
 def test_a_line_that_does_not_fit_is_removed_entirely(tmp_path):
@@ -94,13 +95,13 @@ def test_a_line_that_does_not_fit_is_removed_entirely(tmp_path):
         "try: fileio.append(path, 'y' * 99 + '\\n')\nexcept OSError as error: print(error.errno)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "trials.jsonl")]
-    done = subprocess.run(words, preexec_fn=limited(FSIZE=150), capture_output=True, text=True, check=True)
+    done = subprocess.run(words, preexec_fn=resource_limits(FSIZE=150), capture_output=True, text=True, check=True)
     assert int(done.stdout) == errno.EFBIG
     assert (tmp_path / "trials.jsonl").read_text() == "x" * 99 + "\n"
 
 
 def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs, tiny_disk):
-    """Nothing was measured, so that there is nothing to resume."""
+    """The error offers no way to resume, since nothing was measured."""
     tiny_disk(runs, 200)
     subprocess.run(["mount", "-o", "remount,ro", str(runs)], check=True)
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
@@ -113,7 +114,7 @@ def test_a_disk_that_cannot_be_written_from_the_start_is_a_refusal(command, runs
 
 
 @pytest.mark.parametrize("command_word", ["save_adapter", pytest.param("turn", marks=pytest.mark.faults)])
-def test_a_full_disk_during_a_trial_ends_the_run(command_word, tmp_path, command, only_run, resumed):
+def test_a_full_disk_during_a_trial_ends_the_run(command_word, tmp_path, command, read_run, resume):
     """The next trial would fail as well: the run ends with the trial and the remedy named, no trial is crashed, and
     with free space the run can be completed."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
@@ -121,15 +122,15 @@ def test_a_full_disk_during_a_trial_ends_the_run(command_word, tmp_path, command
     done = subprocess.run(
         command(*words, stop=f"{trial}:{command_word}:full"), capture_output=True, text=True, check=False
     )
-    run = only_run()
-    check_kept(run, done.returncode, done.stderr)
+    run = read_run()
+    check_saved(run, done.returncode, done.stderr)
     message = f"{trial} in {command_word}: No space left on device. Free space there, then resume: lorameter run --res"
     assert message in done.stderr
     record = next(one for one in run.records if one.trial == trial)
     assert (record.status, record.failure.kind) == ("interrupted", REFUSED)
     assert "Traceback" in record.failure.traceback
     assert {record.status for record in run.records} <= {"ok", "interrupted", "not_run"}
-    assert {record.status for record in resumed().records} == {"ok"}
+    assert {record.status for record in resume().records} == {"ok"}
 
 
 # --- other documents --------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_a_baseline_that_cannot_be_written_keeps_the_previous_one(runs):
     assert main(words) == 0
     before = (runs / "baselines.json").read_bytes()
     command = [sys.executable, "-m", "lorameter.cli", *words]
-    done = subprocess.run(command, preexec_fn=limited(FSIZE=10), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, preexec_fn=resource_limits(FSIZE=10), capture_output=True, text=True, check=False)
     assert (done.returncode, "File too large. Raise" in done.stderr) == (4, True), done.stderr
     assert "Traceback" not in done.stderr
     assert (runs / "baselines.json").read_bytes() == before
@@ -150,11 +151,11 @@ def test_a_baseline_that_cannot_be_written_keeps_the_previous_one(runs):
 
 
 @pytest.mark.faults
-def test_a_run_is_complete_if_pytest_cannot_save_its_file(session, only_run, tmp_path):
+def test_a_run_is_complete_if_pytest_cannot_save_its_file(session, read_run, tmp_path):
     """If pytest-benchmark's file does not fit, the session does not pass, and the measured run is complete."""
     (tmp_path / "full.json").symlink_to("/dev/full")
     done = subprocess.run(
         session(f"--benchmark-json={tmp_path / 'full.json'}"), capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode not in (0, 5), done.stdout
-    assert only_run().state == "complete"
+    assert read_run().state == "complete"

@@ -66,38 +66,38 @@ def test_a_full_disk_for_the_output_is_reported(program):
     assert done.stderr.count("\n") == 1
 
 
-def test_no_file_takes_the_number_of_a_closed_stream(tmp_path, command, only_run):
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path, command, read_run):
     """No file is opened under the number of a closed stream, so that nothing is printed into the run."""
     line = " ".join(f"'{word}'" for word in command())
     done = subprocess.run(f"{line} <&- >&- 2>&-", shell=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
-    run = only_run()
+    run = read_run()
     assert (run.state, run.damaged_lines, {record.status for record in run.records}) == ("complete", 0, {"ok"})
 
 
 @pytest.mark.parametrize("ends", ["stderr", "both"])
-def test_a_measurement_continues_after_its_reader_closes(ends, command, closed_pipe, only_run):
+def test_a_measurement_continues_after_its_reader_closes(ends, command, closed_pipe, read_run):
     """Every trial is measured and saved; a closed stderr does not change the exit code, and a closed stdout gives that
     of SIGPIPE."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     streams |= dict.fromkeys(("stdout", "stderr") if ends == "both" else ("stderr",), closed_pipe)
     done = subprocess.run(command(), check=False, **streams)
     assert done.returncode == (0 if ends == "stderr" else EXIT_CLOSED_PIPE)
-    run = only_run()
+    run = read_run()
     assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
     assert len(run.records) == len(run.manifest.order)
 
 
-def test_a_pytest_session_continues_after_its_reader_closes(session, closed_pipe, only_run, tmp_path):
+def test_a_pytest_session_continues_after_its_reader_closes(session, closed_pipe, read_run, tmp_path):
     """Every trial is measured and saved, and the exit code is 141, not pytest's 1, which means a regression."""
     done = subprocess.run(session(), stdout=closed_pipe, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
     assert done.returncode == EXIT_CLOSED_PIPE, done.stderr
     assert "Traceback" not in done.stderr
-    run = only_run()
+    run = read_run()
     assert (run.state, {record.status for record in run.records}) == ("complete", {"ok"})
 
 
-def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
+def test_a_terminal_that_is_closed_loses_nothing(command, read_run):
     """A terminal that closes before the first line of progress, so that reads and writes fail with EIO, does not stop
     the measurement, and the display is silent."""
     master, slave = os.openpty()
@@ -106,7 +106,7 @@ def test_a_terminal_that_is_closed_loses_nothing(command, only_run):
         os.close(master)
         process.communicate()
     assert process.returncode == 0
-    assert only_run().state == "complete"
+    assert read_run().state == "complete"
 
 
 def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
@@ -126,9 +126,8 @@ def test_an_output_that_knows_ascii_only_shows_all_text(tmp_path):
 STYLED = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def test_ctrl_c(command, stopped, only_run):
-    """Running trials are interrupted after the display was drawn, the run is reported, and the exit code says that it
-    is incomplete."""
+def test_ctrl_c_ends_the_run_with_its_report(command, start_until_stop, read_run):
+    """Running trials are interrupted, the run is reported, and the exit code says that it is incomplete."""
     master, slave = pty.openpty()
     shown = []
 
@@ -145,7 +144,7 @@ def test_ctrl_c(command, stopped, only_run):
         "stdin": slave, "stdout": slave, "stderr": slave, "text": False, "start_new_session": True,
         "preexec_fn": lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
     }  # fmt: skip
-    with stopped(command(stop="r1-a:turn"), **options) as process:
+    with start_until_stop(command(stop="r1-a:turn"), **options) as process:
         os.write(master, b"\x03")
         assert process.wait(timeout=120) == 4
     os.close(slave)
@@ -155,7 +154,7 @@ def test_ctrl_c(command, stopped, only_run):
     assert "trials last now" in text
     assert "This run is not complete (interrupted)" in text
     assert "Traceback" not in text
-    statuses = {record.trial: record.status for record in only_run().records}
+    statuses = {record.trial: record.status for record in read_run().records}
     assert {status for trial, status in statuses.items() if trial.startswith("r0-")} == {"ok"}
     assert {status for trial, status in statuses.items() if trial.startswith("r2-")} == {"not_run"}
     assert statuses["r1-a"] == statuses["r1-b"] == "interrupted"

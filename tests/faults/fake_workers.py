@@ -1,9 +1,9 @@
-"""`lorameter` with fake measuring processes, so that a fault of the parent is injected within a second.
+"""Runs `lorameter` with fake measuring processes, so that a fault of the parent is injected within a second.
 
-    STOP_AT=r1-a:turn python pretended.py run study.toml ...
+    STOP_AT=r1-a:turn python fake_workers.py run study.toml ...
 
-All else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a command.
-At that command the process writes a line to the descriptor in $STOPPED and waits for a signal; SIGUSR1 lets it
+Everything else is real: the command line, the loop, the files, the locks, the signals. $STOP_AT names a trial and a
+command. At that command the process writes a line to the descriptor in $STOPPED and waits for a signal; SIGUSR1 lets it
 continue. With "full" after another colon the trial fails as on a full disk instead.
 """
 
@@ -47,7 +47,7 @@ def stop(trial: str, command: str) -> None:
         pass
 
 
-class PretendedExecutor(FakeExecutor):
+class InstantExecutor(FakeExecutor):
     """Every step takes the same time."""
 
     make_place, clear_place, close = Executor.make_place, Executor.clear_place, Executor.close
@@ -69,7 +69,7 @@ class Worker:
     start_latency_s = 0.01
     prefix = ""
 
-    def __init__(self, executor: PretendedExecutor) -> None:
+    def __init__(self, executor: InstantExecutor) -> None:
         self.executor = executor
 
     def cpus(self):
@@ -97,5 +97,5 @@ class Worker:
 if __name__ == "__main__":
     from lorameter.cli import main
 
-    local.LocalExecutor = PretendedExecutor
+    local.LocalExecutor = InstantExecutor
     sys.exit(main(sys.argv[1:]))
