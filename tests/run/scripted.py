@@ -1,14 +1,49 @@
-"""A training script with steps but no model: it speaks the protocol of a real one, starts at once, and fails as its
-first argument says."""
+"""A training script with steps but no model: it speaks the protocol of a real one, starts at once since it does not
+load torch, and fails as its first argument says."""
 
 import os
 import signal
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-from lorameter.attach.observer import StepReading, TrainingInfo
-from lorameter.attach.script_trial import ScriptTrial
+
+class FakeTorch(ModuleType):
+    """A module of torch whose names are functions that return None, so that no GPU is available."""
+
+    version = SimpleNamespace(cuda=None)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return FakeTorch(name)
+
+    def __call__(self, *_, **__):
+        return None
+
+    def get_num_threads(self):
+        return 1
+
+
+class FakeTorchFinder:
+    """Finds and loads every module of torch as a fake."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torch" else None
+
+    def create_module(self, spec):
+        return FakeTorch(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+sys.meta_path.insert(0, FakeTorchFinder())
+
+from lorameter.attach.observer import StepReading, TrainingInfo  # noqa: E402
+from lorameter.attach.script_trial import ScriptTrial  # noqa: E402
 
 FAULT, STEPS = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
 STEP_TIME_S = float(os.environ.get("STEP_TIME_S", "1e-3"))
