@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 EXAMPLES = ROOT / "docs" / "examples"
-TWO_LINES = {
+METER_LINES = {
     "trainer_lora.py": ("eval_dataset=rows[:8])", "eval_dataset=rows[:8], callbacks=[Meter()])"),
     "accelerate_loop.py": ("in loader:", "in Meter(model).steps(loader, accumulation=2):"),
     "torch_loop.py": ("in loader:", "in Meter(model).steps(loader):"),
@@ -56,14 +56,14 @@ def start(*words, folder):
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
-def only_run(folder):
+def read_only_run(folder):
     (path,) = store.list_runs(folder)
     return store.read_run(str(path), path.parent)
 
 
-def with_meter(name, folder):
+def write_with_meter(name, folder):
     """Write the example with a meter."""
-    text, (line, metered) = (EXAMPLES / name).read_text(encoding="utf-8"), TWO_LINES[name]
+    text, (line, metered) = (EXAMPLES / name).read_text(encoding="utf-8"), METER_LINES[name]
     assert text.count(line) == 1
     (folder / name).write_text(text.replace(line, metered).replace("import torch\n", IMPORT, 1))
     return folder / name
@@ -89,17 +89,17 @@ def wrap(tmp_path):
         command = ["-m", "lorameter.cli", "wrap", "--no-report", "--runs-dir", str(tmp_path / "runs")]
         command += ["--require", *require] if require else []
         done = start(*command, "--", sys.executable, str(EXAMPLES / name), *words, folder=tmp_path)
-        return done, only_run(tmp_path / "runs")
+        return done, read_only_run(tmp_path / "runs")
 
     return run
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("name", "tokens", "least"),
+    ("name", "tokens", "minimum"),
     [("trainer_lora.py", 256, 8), ("accelerate_loop.py", 256, 5), ("torch_loop.py", 132, 20)],
 )
-def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_path, name, tokens, least):
+def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_path, name, tokens, minimum):
     """For a Trainer with accumulation, evaluation and saving, an Accelerate loop and a plain loop, both ways record the
     same steps and losses."""
     done, run = wrap(name)
@@ -107,17 +107,17 @@ def test_an_example_is_measured_wrapped_and_with_a_meter_in_two_lines(wrap, tmp_
     (record,) = run.records
     assert record.status == "ok", record.failure
     samples = record.samples
-    assert len(samples["step_time_s"]) >= least
+    assert len(samples["step_time_s"]) >= minimum
     every = zip(samples["turn_tokens"], samples["turn_padded_tokens"], strict=True)
     assert {real + padding for real, padding in every} == {tokens}
     assert len(samples["timed_loss"]) == len(samples["backward_time_s"]) == len(samples["step_time_s"])
     assert ("host_peak_evaluate_bytes" in record.memory) is (name == "trainer_lora.py")
     assert record.checks
 
-    done = start(with_meter(name, tmp_path), folder=tmp_path)
+    done = start(write_with_meter(name, tmp_path), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Training" in done.stdout
-    (metered,) = only_run(tmp_path / ".lorameter" / "runs").records
+    (metered,) = read_only_run(tmp_path / ".lorameter" / "runs").records
     assert metered.status == "ok", metered.failure
     first = 0 if name == "trainer_lora.py" else 1  # an observed optimizer begins its training at the first update
 
@@ -148,7 +148,7 @@ def test_two_commands_of_an_example_take_turns(tmp_path, name, base, candidate, 
         "2", "--steps", "4", "--allow-disturbed", "--runs-dir", "runs", "--json", folder=tmp_path,
     )  # fmt: skip
     found = json.loads(done.stdout)
-    statuses = [record.status for record in only_run(tmp_path / "runs").records]
+    statuses = [record.status for record in read_only_run(tmp_path / "runs").records]
     assert (found["interleaving"], statuses) == ("lockstep", ["ok"] * 6), done.stderr
     (row,) = [one for one in found["comparisons"] if one["metric"] == "step_time_s"]
     assert row["low"] < row["ratio"] < row["high"]
@@ -170,7 +170,7 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
         "--replicates", "2", "--steps", "4", "--allow-disturbed", "--runs-dir", "runs", "--json", folder=tmp_path,
     )  # fmt: skip
     found = json.loads(done.stdout)
-    records = only_run(tmp_path / "runs").records
+    records = read_only_run(tmp_path / "runs").records
     assert (found["interleaving"], [one.status for one in records]) == ("lockstep", ["ok"] * 6), done.stderr
     seen = {(one.side, check["path"]): (check["status"], check["observed"]) for one in records for check in one.checks}
     assert seen["base", "base.bits"] == ("active", 4)
@@ -187,7 +187,7 @@ def test_qlora_and_lora_of_trl_take_turns(sft_words, tmp_path):
     assert "tokens-differ" not in {notice["code"] for notice in found["notices"]}
 
 
-def blocks(page, kind):
+def read_blocks(page, kind):
     """Return the text of each block of a kind on a page of docs/."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     return [part.split("\n```", 1)[0] for part in text.split(f"```{kind}\n")[1:]]
@@ -210,7 +210,7 @@ def test_commands_of_the_engines_page_print_the_lines_below_them(page, monkeypat
     """The commands run as on a machine without a GPU, where not all variants of a large model fit concurrently."""
     monkeypatch.setattr("lorameter.machine.provenance._torch_cuda", lambda: None)
     monkeypatch.setattr("lorameter.machine.provenance.free_bytes", lambda machine, environment=None: 16 << 30)
-    lines = [line for block in blocks("engines.md", "console") for line in block.splitlines()]
+    lines = [line for block in read_blocks("engines.md", "console") for line in block.splitlines()]
     assert sum(line.startswith("$ ") for line in lines) == 4
     printed = ""
     for line in lines:
@@ -235,45 +235,45 @@ def test_studies_of_the_engines_page_are_read(page, name, title):
 @pytest.mark.parametrize("place", [0, 1], ids=["trainer", "loop"])
 def test_a_script_of_the_own_script_page_prints_its_output(tmp_path, place):
     """The script also leaves a run; tests/contract/test_measured.py measures such a loop quickly."""
-    (tmp_path / "train.py").write_text(blocks("own-script.md", "python")[place])
+    (tmp_path / "train.py").write_text(read_blocks("own-script.md", "python")[place])
     done = start("train.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = [line.strip() for line in done.stdout.splitlines()]
-    expected = blocks("own-script.md", "text")[place].splitlines()
+    expected = read_blocks("own-script.md", "text")[place].splitlines()
     assert not [line for line in expected if line not in printed], (done.stdout, done.stderr)
     assert list((tmp_path / ".lorameter" / "runs").glob("*/manifest.json"))
 
 
-TEXT = (ROOT / "docs" / "own-script-ab.md").read_text(encoding="utf-8")
+AB_PAGE = (ROOT / "docs" / "own-script-ab.md").read_text(encoding="utf-8")
 
 
-def section(title):
+def read_section(title):
     """Return the text below a title."""
-    return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+    return AB_PAGE.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def test_numbers_of_the_ab_page_are_those_of_the_code():
+def test_the_ab_page_states_the_numbers_of_the_code():
     """The page states the steps of a turn and of a process, the copied size, and the limits of a difference."""
     assert STEPS_PER_TURN == 2
     (arguments,) = (command.arguments for command in COMMANDS if command.name == "ab")
     (steps,) = (options["help"] for (name, *_), options in arguments if name == "--steps")
-    assert f"process ({steps.rpartition('default ')[2]})" in TEXT
-    assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in TEXT
-    assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in TEXT
-    agreement = section("Do both scripts train the same?")
+    assert f"process ({steps.rpartition('default ')[2]})" in AB_PAGE
+    assert f"Files above {script_sandbox.LARGE_BYTES >> 20} MiB" in AB_PAGE
+    assert f"more than {script_sandbox.MAX_BYTES >> 30} GiB" in AB_PAGE
+    agreement = read_section("Do both scripts train the same?")
     assert f"differ by more than {same_training.TOLERANCE:.0%}".replace("%", " %") in agreement
     assert f"lies within {same_training.MARGIN:.0%}".replace("%", " %") in agreement
 
 
-PAGE_OWN_STEP = ROOT / "docs" / "own_step.md"
-MARK = "-- the next block --"
+STEP_PAGE = ROOT / "docs" / "own_step.md"
+SEPARATOR = "-- the next block --"
 
 
-def blocks_own_step():
+def read_step_blocks():
     """Return each code block with the lines that it prints, if there are any."""
     found = []
     for kind, block in re.findall(
-        r"^```(python|text)\n(.*?)^```$", PAGE_OWN_STEP.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        r"^```(python|text)\n(.*?)^```$", STEP_PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     ):
         if kind == "python":
             found.append((block, []))
@@ -285,12 +285,12 @@ def blocks_own_step():
 @pytest.mark.selftest
 def test_the_own_step_page_prints_its_output(tmp_path):
     """All code runs in one separate process, since Accelerate keeps a state for each process."""
-    shown = blocks_own_step()
+    shown = read_step_blocks()
     assert sum(bool(printed) for _, printed in shown) >= 4
-    script = f"\nprint({MARK!r})\n".join(code for code, _ in shown)
+    script = f"\nprint({SEPARATOR!r})\n".join(code for code, _ in shown)
     done = start("-c", script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    printed = [part.strip().splitlines() for part in done.stdout.split(MARK)]
+    printed = [part.strip().splitlines() for part in done.stdout.split(SEPARATOR)]
     for (code, expected), lines in zip(shown, printed, strict=True):
         assert not [line for line in expected if line not in lines], (code, lines)
 
@@ -299,7 +299,7 @@ def test_the_own_step_page_prints_its_output(tmp_path):
 def test_the_script_of_several_ranks_prints_its_output(tmp_path):
     """The script runs under torchrun as on the page: the check at the end finds a fault that the first check cannot
     see."""
-    page = PAGE_OWN_STEP.read_text(encoding="utf-8")
+    page = STEP_PAGE.read_text(encoding="utf-8")
     assert "(examples/ddp.py)" in page
     (expected,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     shutil.copy(ROOT / "docs" / "examples" / "ddp.py", tmp_path)

@@ -53,8 +53,8 @@ PAGES = tuple(
 )
 FILE = re.compile(r"^`(?P<name>[\w.-]+)`:\n\n```\w+\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?P<path>[\w./-]+)\)")
-PARSED = ("concepts", "checks", "study", "engines", "machines", "own-script", "own-script-ab")
-WITHOUT_OUTPUT = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PARSED))
+PARSED_PAGES = ("concepts", "checks", "study", "engines", "machines", "own-script", "own-script-ab")
+WITHOUT_OUTPUT = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PARSED_PAGES))
 """Pages whose commands are parsed and not run."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -128,8 +128,8 @@ def test_messages_of_the_troubleshooting_are_those_of_the_program():
     page = PAGES[-1].read_text(encoding="utf-8")
     sources = "\n".join(
         path.read_text(encoding="utf-8")
-        for room in ("harness", "kernels_check")
-        for path in (ROOT / room).rglob("*.py")
+        for package in ("harness", "kernels_check")
+        for path in (ROOT / package).rglob("*.py")
     )
     joined = re.sub(r'"\n\s+f?"', "", sources).lower()
     for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE):
@@ -139,13 +139,13 @@ def test_messages_of_the_troubleshooting_are_those_of_the_program():
 
 PAGE = ROOT / "docs" / "json.md"
 EXPECTED = ROOT / "tests" / "contract" / "expected" / "json"
-SHOWN = {
+DOCUMENTS = {
     "report", "run", "run-dry-run", "compare", "gate", "ab", "claims", "history", "estimate-gpu", "list-runs", "prune",
     "sample", "pack", "doctor", "accept", "profile", "parity",
 }  # fmt: skip
-ADDED_TO = {"gate": "compare", "ab": "gate"}
+EXTENDED = {"gate": "compare", "ab": "gate"}
 """Documents that extend another one, whose keys are not shown again."""
-LONGEST = 60
+MAX_CHARACTERS = 60
 
 
 def shorten(value: Any) -> Any:
@@ -154,15 +154,15 @@ def shorten(value: Any) -> Any:
         return {key: shorten(item) for key, item in value.items()}
     if isinstance(value, list):
         return [shorten(value[0])] if value else []
-    if isinstance(value, str) and len(value) > LONGEST:
-        return f"{value[: LONGEST - 1]}…"
+    if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+        return f"{value[: MAX_CHARACTERS - 1]}…"
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def example_of(found: re.Match[str]) -> str:
+def make_example(found: re.Match[str]) -> str:
     """Return the example for a block of the page."""
     name = found["name"]
-    known = read(ADDED_TO[name]) if name in ADDED_TO else {}
+    known = read(EXTENDED[name]) if name in EXTENDED else {}
     document = {key: shorten(value) for key, value in read(name).items() if key not in known}
     return f"```json {name}\n{json.dumps(document, indent=1, ensure_ascii=False)}\n```\n"
 
@@ -176,8 +176,8 @@ def read(name: str) -> dict[str, Any]:
 def test_every_example_is_current():
     """`LORAMETER_CONTRACT=write pytest tests/docs/test_pages.py` updates them."""
     page, block = PAGE.read_text(encoding="utf-8"), re.compile(r"```json (?P<name>[\w-]+)\n.*?```\n", re.DOTALL)
-    assert {found["name"] for found in block.finditer(page)} == SHOWN
-    current = block.sub(example_of, page)
+    assert {found["name"] for found in block.finditer(page)} == DOCUMENTS
+    current = block.sub(make_example, page)
     if os.environ.get("LORAMETER_CONTRACT") == "write":
         PAGE.write_text(current, encoding="utf-8")
     else:
@@ -216,7 +216,7 @@ PAGE_RESULTS = Path(__file__).parents[2] / "docs" / "results.ipynb"
 
 
 @pytest.fixture
-def executed(tmp_path, monkeypatch):
+def notebooks(tmp_path, monkeypatch):
     """The stored notebook, and the notebook as executed in a new kernel with the code of this checkout."""
     monkeypatch.setenv(
         "PYTHONPATH",
@@ -226,17 +226,17 @@ def executed(tmp_path, monkeypatch):
     )
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    kept = nbformat.read(PAGE_RESULTS, as_version=4)
+    stored = nbformat.read(PAGE_RESULTS, as_version=4)
     fresh = nbformat.read(PAGE_RESULTS, as_version=4)
     nbclient.NotebookClient(
         fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(PAGE_RESULTS.parent)}}
     ).execute()
-    return kept, fresh
+    return stored, fresh
 
 
-def test_the_notebook_holds_the_output_of_its_cells(executed):
+def test_the_notebook_holds_the_output_of_its_cells(notebooks):
     """Every cell runs, and its output is the stored one; LORAMETER_CONTRACT=write updates it."""
-    kept, fresh = executed
+    stored, fresh = notebooks
     nbformat.validate(fresh)
     if os.environ.get("LORAMETER_CONTRACT") == "write":
         for cell in fresh.cells:
@@ -245,31 +245,31 @@ def test_the_notebook_holds_the_output_of_its_cells(executed):
         return
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert len(cells) >= 6
-    assert all(text_of(cell) for cell in cells)
-    assert [text_of(cell) for cell in cells] == [text_of(cell) for cell in kept.cells if cell.cell_type == "code"]
+    assert all(read_output(cell) for cell in cells)
+    assert [read_output(cell) for cell in cells] == [read_output(cell) for cell in stored.cells if cell.cell_type == "code"]
 
 
 def test_a_run_is_sent_to_a_tracker(monkeypatch):
     """The example sends settings and metrics of each variant as a run to a fake MLflow client."""
-    given = []
+    sent = []
     client = SimpleNamespace(
-        start_run=lambda run_name: given.append([run_name]) or contextlib.nullcontext(),
-        log_params=lambda settings: given[-1].append(settings),
-        log_metrics=lambda metrics: given[-1].append(metrics),
+        start_run=lambda run_name: sent.append([run_name]) or contextlib.nullcontext(),
+        log_params=lambda settings: sent[-1].append(settings),
+        log_metrics=lambda metrics: sent[-1].append(metrics),
     )
     monkeypatch.setitem(sys.modules, "mlflow", client)
     page = (PAGE_RESULTS.parent / "results.md").read_text(encoding="utf-8")
     (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mlflow" in code]
     exec(code.replace('"RUN"', repr(str(RUNS / "sound"))), {})
-    assert [name for name, *_ in given] == ["sound lora-r16", "sound qlora-nf4-r16", "sound qlora-nf4-r64-a256"]
-    for _, settings, metrics in given:
+    assert [name for name, *_ in sent] == ["sound lora-r16", "sound qlora-nf4-r16", "sound qlora-nf4-r64-a256"]
+    for _, settings, metrics in sent:
         assert settings["valid"]
         assert settings["r"] in (16, 64)
         assert metrics["step_time_s"] > 0
         assert not [value for value in metrics.values() if type(value) is not float]
 
 
-def text_of(cell) -> list[str]:
+def read_output(cell) -> list[str]:
     """Return what a cell shows as text, without pandas' table layout."""
     shown = [output["data"]["text/plain"] for output in cell.outputs if "data" in output]
     return [" ".join(text.split()) for text in shown]
