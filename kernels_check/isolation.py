@@ -60,12 +60,12 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
     return judge_safely("packing.isolated", True, lambda: _probe(model, calls))
 
 
-def judge_calls(seen: Observation) -> PathObservation:
+def judge_calls(observation: Observation) -> PathObservation:
     """Judge ``packing.isolated`` by forward passes of the step's own packed calls, unless the model's inputs already
     show a leak: a model may ignore its inputs."""
-    by_inputs = seen.isolation
-    calls = [call for call in packed_or_all(seen.model_calls) if has_packed_records(call.arguments)]
-    return _probe(seen.model, calls) if calls and by_inputs.observed is not False else by_inputs
+    by_inputs = observation.isolation
+    calls = [call for call in packed_or_all(observation.model_calls) if has_packed_records(call.arguments)]
+    return _probe(observation.model, calls) if calls and by_inputs.observed is not False else by_inputs
 
 
 def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
@@ -85,7 +85,7 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for kind, dtype in call.autocast:
                     stack.enter_context(torch.autocast(kind, dtype=dtype))
-                leaks += _leaks(call.module, call.arguments, records)
+                leaks += _find_leaks(call.module, call.arguments, records)
     except LayoutError as error:
         return undecided(str(error), present=False)
     except _UnclearError as error:
@@ -98,7 +98,7 @@ def _probe(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
     return report_leaks(leaks) if leaks else passed(good)
 
 
-def _leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
+def _find_leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
     """Describe each change that reached other records.
 
     Raises:
@@ -173,7 +173,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) ->
         # Inputs that are consumed when read, such as a cache, are used once.
         given = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
         try:
-            found = _per_token(model(**given), shape)
+            found = _read_token_logits(model(**given), shape)
         except Exception as error:
             first = str(error).partition("\n")[0]
             problem = f"{type(model).__name__} given {', '.join(arguments)} raised {type(error).__name__}: {first}"
@@ -187,7 +187,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) ->
     raise _UnclearError(problem)
 
 
-def _per_token(output: Any, shape: Sequence[int]) -> Tensor | None:
+def _read_token_logits(output: Any, shape: Sequence[int]) -> Tensor | None:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     others = (
         output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]

@@ -88,9 +88,9 @@ def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
             computed.append(event)
         elif not on_device and event.thread == steps[0].thread and event.name.startswith("aten::"):
             computed.append(event)  # threads of gloo also call operators
-    lasted = _covered(steps, steps)
-    exchange = _covered(exchanged, steps)
-    exposed = _covered([*exchanged, *computed], steps) - _covered(computed, steps)
+    lasted = _sum_covered_seconds(steps, steps)
+    exchange = _sum_covered_seconds(exchanged, steps)
+    exposed = _sum_covered_seconds([*exchanged, *computed], steps) - _sum_covered_seconds(computed, steps)
     exposed = np.clip(exposed, 0.0, exchange)  # rounding
     return RankTime(
         step_s=float(lasted.mean()),
@@ -100,7 +100,7 @@ def read_times(events: Sequence[Any], *, on_device: bool) -> RankTime | None:
     )
 
 
-def _covered(events: Sequence[Any], steps: Sequence[Any]) -> Floats:
+def _sum_covered_seconds(events: Sequence[Any], steps: Sequence[Any]) -> Floats:
     """Seconds of each step in which any of the events ran; overlaps count once."""
     begin, end = (np.array([getattr(event.time_range, edge) for event in events]) for edge in ("start", "end"))
     covered = []

@@ -203,57 +203,57 @@ class Watch:
                 problem or f"the step raised {_describe_error(error)}, so that it was not seen to its end"
             )
             return
-        seen, self._steps.seen = self._steps.seen, None
-        problem = problem or self._why_unseen(seen)
+        observation, self._steps.observation = self._steps.observation, None
+        problem = problem or self._why_unseen(observation)
         try:
-            ranks = self._exchanged(seen, problem)
-            if seen is None or problem is not None:
+            ranks = self._exchange_evidence(observation, problem)
+            if observation is None or problem is not None:
                 self.checks = self._unknown(problem or NOTHING_RAN)
             else:
-                seen = replace(seen, ranks=ranks)
-                self.checks = [self._decided(check, seen) for check in judge_all(seen, self._requirements)]
+                observation = replace(observation, ranks=ranks)
+                self.checks = [self._decide(check, observation) for check in judge_all(observation, self._requirements)]
         except Exception as failed:
             self._steps.forget()
             self.checks = self._unknown(f"what was seen could not be read: {_describe_error(failed)}")
 
-    def _why_unseen(self, seen: Observation | None) -> str | None:
+    def _why_unseen(self, observation: Observation | None) -> str | None:
         """Why nothing is known about the last step; None if it can be judged."""
         if self._steps.fault is not None:
             return f"a hook failed: {self._steps.fault}"
-        if seen is None:
+        if observation is None:
             return NOTHING_RAN
-        traces = seen.modules.all, seen.profile.compiled_regions, seen.reached, seen.updated, self._steps.compiled
+        traces = observation.modules.all, observation.profile.compiled_regions, observation.reached, observation.updated, self._steps.compiled
         return None if any(traces) or self._own_step else NOTHING_RAN
 
-    def _exchanged(self, seen: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
+    def _exchange_evidence(self, observation: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
         """The evidence of all ranks, if a requirement needs it; every rank takes part, also after a problem."""
         if self._ranks is None:
             return ()
-        ranks = self._ranks.exchange(seen, problem, undecided=self._steps.compiled or self._steps.undecided)
+        ranks = self._ranks.exchange(observation, problem, undecided=self._steps.compiled or self._steps.undecided)
         self._others_wait = any(one.undecided for one in ranks)
         return ranks
 
-    def _decided(self, check: Check, seen: Observation) -> Check:
+    def _decide(self, check: Check, observation: Observation) -> Check:
         """The check, or why one step of this kind is not conclusive for it."""
         why, judged = None, PATHS[check.path]
         if check.path == "packing.isolated" and self._own_step:
-            check = judge_safely(check.path, check.required, partial(judge_calls, seen))
+            check = judge_safely(check.path, check.required, partial(judge_calls, observation))
         # A fault in an earlier step remains a fault.
         is_settled = check.path == "peft.learning" and check.observed is not True and not self._steps.undecided
         if self._steps.compiled and judged.by_modules:
             why = COMPILED_MEANWHILE
         # An optimizer that stepped in an earlier block did not step in this one.
-        elif judged.needs_update and not is_settled and not seen.updated and seen.calls < MAX_CALLS:
+        elif judged.needs_update and not is_settled and not observation.updated and observation.calls < MAX_CALLS:
             why = f"{NO_UPDATE}; so far: {check.reason}"
-        elif self._may_show_more(check, seen):
+        elif self._may_show_more(check, observation):
             why = f"{judged.further_steps}; so far: {check.reason}"
         return check if why is None else replace(check, observed=None, status="unknown", reason=why)
 
-    def _may_show_more(self, check: Check, seen: Observation) -> bool:
+    def _may_show_more(self, check: Check, observation: Observation) -> bool:
         if check.path == "base.frozen":
-            merges = any(part.kind == "merged" for part in seen.after.parts.values())
-            return check.observed is True and seen.calls == 1 and merges
-        parts = _PARTS[check.path](seen) if self._steps.undecided and check.path in _PARTS else []
+            merges = any(part.kind == "merged" for part in observation.after.parts.values())
+            return check.observed is True and observation.calls == 1 and merges
+        parts = _PARTS[check.path](observation) if self._steps.undecided and check.path in _PARTS else []
         return self._steps.undecided and (check.path == "peft.learning" or any(part.open for part in parts))
 
     def _unknown(self, reason: str) -> list[Check]:
@@ -264,16 +264,16 @@ class Watch:
         ]
 
 
-def judge_all(seen: Observation, requirements: Mapping[str, Json]) -> Iterator[Check]:
+def judge_all(observation: Observation, requirements: Mapping[str, Json]) -> Iterator[Check]:
     """Judge every path of the step, in order."""
     for path, judged in PATHS.items():
         required = requirements.get(path)
         if judged.on_request and path not in requirements:
             continue
-        if judged.by_operators and seen.profile.missing is not None:
-            yield Check(path=path, required=required, observed=None, status="unknown", reason=seen.profile.missing)
+        if judged.by_operators and observation.profile.missing is not None:
+            yield Check(path=path, required=required, observed=None, status="unknown", reason=observation.profile.missing)
         else:
-            yield judge_safely(path, required, partial(judged.judge, seen, required))
+            yield judge_safely(path, required, partial(judged.judge, observation, required))
 
 
 def _describe_error(error: BaseException) -> str:

@@ -60,12 +60,12 @@ _PARTLY = "part of the calls with gradients skipped the adapter"
 _UNSEEN = "called, but the adapter has only parameters and no modules, so without a gradient its use cannot be observed"
 
 
-def judge_attached(seen: Observation, required: Json) -> PathObservation:
+def judge_attached(observation: Observation, required: Json) -> PathObservation:
     """Judge ``peft.attached``: every configured adapter is present, active, enabled, not merged, and executed."""
-    layers = seen.adapter_layers
+    layers = observation.adapter_layers
     if not layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
-    states = _states(layers, seen)
+    states = _find_problems(layers, observation)
     faults: list[str] = []
     doubts: list[str] = []
     for problem in (_INACTIVE, _DISABLED, _MERGED, _IDLE, _EVALUATED, _BY_HAND, _PARTLY, _UNSEEN):
@@ -78,7 +78,7 @@ def judge_attached(seen: Observation, required: Json) -> PathObservation:
         doubts.append(BY_HAND)
     if len(faults) == 1 and faults[0].startswith(_IDLE):
         faults.append("the step never calls these modules: choose target_modules that it calls")
-    if missing := seen.unmatched_names:
+    if missing := observation.unmatched_names:
         faults.append(f"requested, but matched nothing: {name_some(missing)} (correct the name, or leave it out)")
     if doubts and not faults:
         return undecided(join_clauses(*doubts))
@@ -92,23 +92,23 @@ def _describe(layer: AdapterLayer, problem: str) -> str:
     return f"{name} ({', '.join(layer.merged)})" if problem == _MERGED and layer.merged else name
 
 
-def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[str]]:
+def _find_problems(layers: Sequence[AdapterLayer], observation: Observation) -> dict[str, set[str]]:
     """Problems of each layer, by layer name."""
-    names = {id(value): name for name, value in seen.tree.parameters}
-    called = {layer.name: calls_that_count(layer, seen) for layer in layers}
+    names = {id(value): name for name, value in observation.tree.parameters}
+    called = {layer.name: calls_that_count(layer, observation) for layer in layers}
     weights = {layer.name: {id(value) for _, value in layer.weights()} for layer in layers}
     owners = Counter(key for held in weights.values() for key in held)
     # A shared parameter proves nothing about one layer, unless the layer has no other parameter and was called.
     alone = {name: {key for key in held if owners[key] == 1} for name, held in weights.items()}
     reached = {
         name: any(
-            names.get(key) in seen.reached for key in (alone[name] or (held if seen.adapter_calls.get(name) else ()))
+            names.get(key) in observation.reached for key in (alone[name] or (held if observation.adapter_calls.get(name) else ()))
         )
         for name, held in weights.items()
     }
     ran = {layer.name: _parts_ran(layer, called[layer.name]) for layer in layers}
     kinds = {type(layer.module) for layer in layers if ran[layer.name]}
-    compiled = bool(seen.modules.unhooked or seen.profile.compiled_regions)
+    compiled = bool(observation.modules.unhooked or observation.profile.compiled_regions)
     states = {}
     for layer in layers:
         calls = called[layer.name]
@@ -124,34 +124,34 @@ def _states(layers: Sequence[AdapterLayer], seen: Observation) -> dict[str, set[
         elif not ran[layer.name] and not by_gradient:
             bare = bool(calls) and not any(True for _ in layer.factors())
             trains = any(value.requires_grad for _, value in layer.weights())
-            ran_parts = _parts_ran(layer, seen.adapter_calls.get(layer.name, ()))
-            unseen = bare and not (trains and seen.reached)
+            ran_parts = _parts_ran(layer, observation.adapter_calls.get(layer.name, ()))
+            unseen = bare and not (trains and observation.reached)
             state |= {
-                _UNSEEN if unseen else _IDLE if not ran_parts else _BY_HAND if is_trained_by_hand(seen) else _EVALUATED
+                _UNSEEN if unseen else _IDLE if not ran_parts else _BY_HAND if is_trained_by_hand(observation) else _EVALUATED
             }
         states[layer.name] = state
     return states
 
 
-def calls_that_count(layer: AdapterLayer, seen: Observation) -> list[LayerCall]:
+def calls_that_count(layer: AdapterLayer, observation: Observation) -> list[LayerCall]:
     """The calls that train a layer: those with gradients if there are any. References and evaluations are left out.
 
     A step that trains nothing, such as answering a request, keeps all its calls.
     """
-    everything = seen.adapter_calls.get(layer.name, [])
-    trains = seen.optimizer_steps or seen.other_optimizers or _records_gradients(seen)
+    everything = observation.adapter_calls.get(layer.name, [])
+    trains = observation.optimizer_steps or observation.other_optimizers or _records_gradients(observation)
     counted = [call for call in everything if not (trains and call.without_training)]
     return [call for call in counted if call.with_gradients] or counted
 
 
-def is_trained_by_hand(seen: Observation) -> bool:
+def is_trained_by_hand(observation: Observation) -> bool:
     """Whether an update used gradients that no forward pass through the adapter can have produced."""
-    by_hand = any(not gradient.produced for gradient in seen.gradients.values())
-    return bool(seen.optimizer_steps and by_hand and any(seen.adapter_calls.values())) and not _records_gradients(seen)
+    by_hand = any(not gradient.produced for gradient in observation.gradients.values())
+    return bool(observation.optimizer_steps and by_hand and any(observation.adapter_calls.values())) and not _records_gradients(observation)
 
 
-def _records_gradients(seen: Observation) -> bool:
-    return any(not call.without_training for calls in seen.adapter_calls.values() for call in calls)
+def _records_gradients(observation: Observation) -> bool:
+    return any(not call.without_training for calls in observation.adapter_calls.values() for call in calls)
 
 
 def _problems(layer: AdapterLayer, calls: Sequence[LayerCall]) -> set[str]:
@@ -186,27 +186,27 @@ _NO_STEP = (
 )
 
 
-def judge_learning(seen: Observation, required: Json) -> PathObservation:
+def judge_learning(observation: Observation, required: Json) -> PathObservation:
     """Judge ``peft.learning``."""
-    if not seen.adapter_layers:
+    if not observation.adapter_layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
-    everything = seen.trained_parameters
-    of_lora_fa = {key for optimizer in seen.optimizers if _LORA_FA in optimizer.classes for key in optimizer.parameters}
+    everything = observation.trained_parameters
+    of_lora_fa = {key for optimizer in observation.optimizers if _LORA_FA in optimizer.classes for key in optimizer.parameters}
     by_optimizer = [name for name, value in everything.items() if not value.requires_grad and id(value) in of_lora_fa]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
     if not judged:
         return failed("0 parameters of the adapter are trainable: no adapter is active")
     note = f"; {len(by_optimizer)} of {len(everything)} kept frozen by LoRA-FA" if by_optimizer else ""
-    faults, doubts = _gradient_faults(judged, seen)
-    calls = seen.modules
+    faults, doubts = _gradient_faults(judged, observation)
+    calls = observation.modules
     cut = dict.fromkeys(calls.all[number].name for number in sorted(calls.relevant) if calls.all[number].cut)
     if cut:
         faults.insert(0, f"the gradient was lost in {len(cut)} 4-bit layers: {name_some(cut)}; {_REPACKED}")
-    if seen.after.packed and (seen.modules.unhooked or seen.profile.compiled_regions):  # compiled code calls no hooks
+    if observation.after.packed and (observation.modules.unhooked or observation.profile.compiled_regions):  # compiled code calls no hooks
         doubts.append(f"4-bit weights are repacked, and it is unknown whether a gradient passes through; {_REPACKED}")
-    if not seen.optimizer_steps and not seen.other_optimizers:
-        return _without_optimizer(judged, faults, seen)
-    update_faults, update_doubts = _update_faults(judged, seen)
+    if not observation.optimizer_steps and not observation.other_optimizers:
+        return _judge_without_optimizer(judged, faults, observation)
+    update_faults, update_doubts = _update_faults(judged, observation)
     faults += update_faults
     doubts += update_doubts
     if faults:
@@ -215,27 +215,27 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
         return failed(join_clauses(*faults, *doubts) + note)
     if doubts:
         return undecided(join_clauses(*doubts) + note)
-    not_learnt = [name for name in judged if not seen.updates[name].learnt]
+    not_learnt = [name for name in judged if not observation.updates[name].learnt]
     hidden = f"{len(not_learnt)} of {len(judged)} by less than float32 shows, as another factor has just left zero"
     reason = (
         f"gradients reached {len(judged)} of {len(everything)} trainable parameters and updates moved all of them, in "
-        f"{seen.optimizer_steps} updates"
+        f"{observation.optimizer_steps} updates"
     )
     return passed(join_clauses(reason, hidden if not_learnt else "") + note)
 
 
-def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
+def _gradient_faults(judged: Mapping[str, Tensor], observation: Observation) -> tuple[list[str], list[str]]:
     trainable = [name for name, value in judged.items() if value.requires_grad]
-    reached = [name for name in trainable if name in seen.gradients]
-    zero = [name for name in reached if not seen.gradients[name].nonzero]
-    rare = {name for name in zero if name in seen.token_parameters}
-    unproven = [name for name in zero if name not in rare and not seen.gradients[name].after_updates]
+    reached = [name for name in trainable if name in observation.gradients]
+    zero = [name for name in reached if not observation.gradients[name].nonzero]
+    rare = {name for name in zero if name in observation.token_parameters}
+    unproven = [name for name in zero if name not in rare and not observation.gradients[name].after_updates]
     faults = _count(
         judged,
         ("frozen", [name for name in judged if name not in trainable]),
-        ("without gradient", [name for name in trainable if name not in seen.gradients]),
+        ("without gradient", [name for name in trainable if name not in observation.gradients]),
         ("gradient always zero", [name for name in zero if name not in unproven and name not in rare]),
-        ("gradient not finite", [name for name in reached if not seen.gradients[name].finite]),
+        ("gradient not finite", [name for name in reached if not observation.gradients[name].finite]),
     )
     doubts = _count(
         judged,
@@ -246,15 +246,15 @@ def _gradient_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[l
         ("gradient zero: none of their tokens was in the batches", sorted(rare)),
         (
             "gradient assigned directly: its origin is unknown",
-            [name for name in reached if not seen.gradients[name].produced],
+            [name for name in reached if not observation.gradients[name].produced],
         ),
     )
     return faults, doubts
 
 
-def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Observation) -> PathObservation:
-    changed = [name for name in judged if name in seen.changed]
-    reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
+def _judge_without_optimizer(judged: Mapping[str, Tensor], faults: list[str], observation: Observation) -> PathObservation:
+    changed = [name for name in judged if name in observation.changed]
+    reason = f"no torch.optim.Optimizer stepped in {format_count(observation.calls, 'call')}"
     if faults:
         return failed(join_clauses(*faults, reason))
     if changed:
@@ -265,18 +265,18 @@ def _without_optimizer(judged: Mapping[str, Tensor], faults: list[str], seen: Ob
     return undecided(f"{reason}: {_NO_STEP}")
 
 
-def _update_faults(judged: Mapping[str, Tensor], seen: Observation) -> tuple[list[str], list[str]]:
+def _update_faults(judged: Mapping[str, Tensor], observation: Observation) -> tuple[list[str], list[str]]:
     """Faults and doubts about the updates of parameters that a gradient reached."""
     live = [name for name, value in judged.items() if value.requires_grad]
-    with_gradient = [name for name in live if name in seen.gradients and seen.gradients[name].nonzero]
-    known: dict[str, ParameterUpdates] = {name: seen.updates[name] for name in live if name in seen.updates}
-    missing = [name for name in live if id(judged[name]) not in seen.optimized]
-    elsewhere = [name for name in missing if name in known and known[name].written and name in seen.changed]
+    with_gradient = [name for name in live if name in observation.gradients and observation.gradients[name].nonzero]
+    known: dict[str, ParameterUpdates] = {name: observation.updates[name] for name in live if name in observation.updates}
+    missing = [name for name in live if id(judged[name]) not in observation.optimized]
+    elsewhere = [name for name in missing if name in known and known[name].written and name in observation.changed]
     unreadable = [name for name in live if name in known and known[name].unreadable]
     taken = [name for name in with_gradient if name not in missing and name in known and name not in unreadable]
     zero_rate = [name for name in live if name not in missing and name in known and known[name].has_zero_rate]
     all_rates_zero = bool(zero_rate) and all(
-        rate == 0 for optimizer in seen.optimizers for rate in optimizer.learning_rates
+        rate == 0 for optimizer in observation.optimizers for rate in optimizer.learning_rates
     )
     idling = [name for name in taken if known[name].idling]
     moving = [name for name in taken if name not in (*zero_rate, *idling)]
@@ -330,9 +330,9 @@ def _count(judged: Mapping[str, Tensor], *groups: tuple[str, list[str]]) -> list
     return [f"{len(names)} of {len(judged)} parameters {words}: {name_some(names)}" for words, names in groups if names]
 
 
-def judge_dtype(seen: Observation, required: Json) -> PathObservation:
+def judge_dtype(observation: Observation, required: Json) -> PathObservation:
     """Judge ``peft.dtype``; copies of base modules that train with the adapter keep the dtype of the base."""
-    layers = seen.adapter_layers
+    layers = observation.adapter_layers
     if not layers:
         return absent(NO_ADAPTER)
     copies = _dtypes(layer for layer in layers if layer.copied)
@@ -355,17 +355,17 @@ def _dtype(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
-def judge_dropout(seen: Observation, required: Json) -> PathObservation:
+def judge_dropout(observation: Observation, required: Json) -> PathObservation:
     """Judge ``peft.dropout``: the probability that was applied, not the configured one."""
-    layers = [layer for layer in seen.adapter_layers if not layer.copied]
+    layers = [layer for layer in observation.adapter_layers if not layer.copied]
     if not layers:
         return absent(NO_ADAPTER)
-    if is_trained_by_hand(seen):
+    if is_trained_by_hand(observation):
         return undecided(BY_HAND)
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
         return undecided(f"drawn inside the method's product, where it cannot be observed: {name_some(unseen)}")
-    applied = {name: _applied(name, dropout, layer, seen) for layer in layers for name, dropout in layer.dropouts()}
+    applied = {name: _read_dropout(name, dropout, layer, observation) for layer in layers for name, dropout in layer.dropouts()}
     if not applied:
         kinds = join_values({type(layer.module).__name__ for layer in layers})
         reason = f"{len(layers)} of {len(layers)} layers have no dropout: {kinds}"
@@ -382,8 +382,8 @@ def judge_dropout(seen: Observation, required: Json) -> PathObservation:
     )
 
 
-def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tuple[float, str]:
-    calls = [call for call in calls_that_count(layer, seen) if name in call.ran]
+def _read_dropout(name: str, part: Any, layer: AdapterLayer, observation: Observation) -> tuple[float, str]:
+    calls = [call for call in calls_that_count(layer, observation) if name in call.ran]
     probability = float(getattr(part, "p", 0.0))
     dropped = [call.ran[name] for call in calls]
     if len(set(dropped)) > 1:
@@ -394,7 +394,7 @@ def _applied(name: str, part: Any, layer: AdapterLayer, seen: Observation) -> tu
         return 0.0, type(part).__name__
     if dropped or not part.training:
         return 0.0, f"p={probability} but in eval mode"
-    if seen.profile.compiled_regions and seen.drew_random:
+    if observation.profile.compiled_regions and observation.drew_random:
         return probability, "compiled, in train mode, and random numbers were drawn"
     return 0.0, f"p={probability} but not called"
 

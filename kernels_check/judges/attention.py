@@ -60,19 +60,19 @@ KERNEL_BACKENDS = {
 }
 
 
-def _accepted(required: Json) -> frozenset[Json]:
+def _accepted_backends(required: Json) -> frozenset[Json]:
     """The backends that meet a requirement."""
     return FUSED_ATTENTION if required == "fused" else frozenset({required})
 
 
-def judge_backend(seen: Observation, required: Json) -> PathObservation:
+def judge_backend(observation: Observation, required: Json) -> PathObservation:
     """Judge ``attention.backend``."""
-    layers = seen.attention_layers
+    layers = observation.attention_layers
     forward = layers.calls
     if not forward:
-        return _judge_attention_elsewhere(layers) or judge_kernels(seen.profile, required)
-    backward = [call for call in seen.profile.attention if call.direction == "backward"]
-    accepted = _accepted(required)
+        return _judge_attention_elsewhere(layers) or judge_kernels(observation.profile, required)
+    backward = [call for call in observation.profile.attention if call.direction == "backward"]
+    accepted = _accepted_backends(required)
     wrong = [call for call in forward if call.backend not in accepted]
     good = [
         name
@@ -81,7 +81,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
         and (required is None or all(call.backend in accepted for call in calls))
     ]
     unrecognised = ["unrecognised"] if layers.unknown or layers.partial else []
-    incomplete = _incomplete(layers)
+    incomplete = _describe_gap(layers)
     clauses = [
         f"forward: {count_values(call.backend for call in forward)}",
         f"backward: {count_values(call.backend for call in backward) or 'none'}",
@@ -91,7 +91,7 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     if required is not None and wrong:
         others = [name for name in layers.forward if name not in good]
         clauses += [f"not as required in {name_some(others)}"] if others else []
-        clauses.append(f"likely cause: {likely_cause(seen.model, wrong)}")
+        clauses.append(f"likely cause: {likely_cause(observation.model, wrong)}")
     clauses += [incomplete, _describe_unjudged(layers)]
     if _cpu_flash(forward):
         largest = max(call.head_size or 0 for call in forward)
@@ -110,9 +110,9 @@ def judge_backend(seen: Observation, required: Json) -> PathObservation:
     )
 
 
-def judge_dtype(seen: Observation, required: Json) -> PathObservation:
+def judge_dtype(observation: Observation, required: Json) -> PathObservation:
     """Judge ``attention.dtype``: the dtype of the inner operator's inputs, after any autocast."""
-    forward = seen.attention_layers.calls
+    forward = observation.attention_layers.calls
     dtypes = [call.dtype for call in forward if call.dtype]
     reason = f"input types of the inner operator: {count_values(dtypes) or 'none that is known'}"
     if "float32" in dtypes:
@@ -120,22 +120,22 @@ def judge_dtype(seen: Observation, required: Json) -> PathObservation:
         grouped = any(call.grouped for call in forward) and not any(call.mask for call in forward)
         reason += ", memory-efficient the grouped key/value heads, so that math would run" if grouped else ""
         reason += f"; where bfloat16 was meant, {_FLOAT32_REMEDY}"
-    return _over_calls(seen.attention_layers, dtypes, len(forward) - len(dtypes), required, reason)
+    return _judge_calls(observation.attention_layers, dtypes, len(forward) - len(dtypes), required, reason)
 
 
-def judge_mask(seen: Observation, required: Json) -> PathObservation:
+def judge_mask(observation: Observation, required: Json) -> PathObservation:
     """Judge ``attention.mask``."""
-    forward = seen.attention_layers.calls
+    forward = observation.attention_layers.calls
     masks = [_mask(call) for call in forward]
     reason = f"masks of the inner operator: {count_values(masks)}"
     if "explicit" in masks:
         reason += f"; {_MASK_REMEDY}"
         if _cpu_flash(forward):
             reason += f"; the CPU's flash accepts an explicit mask, CUDA's would refuse it: {_WITH_A_MASK}"
-    return _over_calls(seen.attention_layers, masks, masks.count("unknown"), required, reason)
+    return _judge_calls(observation.attention_layers, masks, masks.count("unknown"), required, reason)
 
 
-def _over_calls(
+def _judge_calls(
     layers: AttentionLayers, values: list[str], unclear: int, required: Json, reason: str
 ) -> PathObservation:
     """One property over all calls: unknown if some call does not show it, unless another call already differs."""
@@ -143,7 +143,7 @@ def _over_calls(
         return _judge_attention_elsewhere(layers) or undecided(
             "no attention operator in the profiled step", present=False
         )
-    missing = _incomplete(layers)
+    missing = _describe_gap(layers)
     differs = required is not None and any(value not in (required, "unknown") for value in values)
     return PathObservation(
         observed=join_values(values),
@@ -170,7 +170,7 @@ def _expected(layers: AttentionLayers) -> str:
     return "an unknown number of" if layers.expected is None else str(layers.expected)
 
 
-def _incomplete(layers: AttentionLayers) -> str:
+def _describe_gap(layers: AttentionLayers) -> str:
     """Why the known calls cannot be all of the model's attention; empty if they can."""
     if layers.unknown:
         return (
@@ -243,7 +243,7 @@ def judge_kernels(profile: StepProfile, required: Json) -> PathObservation:
         )
     return PathObservation(
         observed=join_values(kernels),
-        satisfies=set(kernels) <= _accepted(required),
+        satisfies=set(kernels) <= _accepted_backends(required),
         reason=f"no operator recorded, kernel launches: {', '.join(f'{n} {name}' for name, n in kernels.items())}",
     )
 
@@ -307,7 +307,7 @@ def judge_request(model: nn.Module, profile: StepProfile, required: Json) -> Pat
     forward = [call for call in profile.attention if call.direction == "forward"]
     if not forward:
         return judge_kernels(profile, required)
-    wrong = [call for call in forward if call.backend not in _accepted(required)]
+    wrong = [call for call in forward if call.backend not in _accepted_backends(required)]
     masked = sum(bool(call.mask) for call in forward)
     return PathObservation(
         observed=join_values(call.backend for call in forward),

@@ -54,14 +54,14 @@ _CACHE = "except buffers that the forward recomputed, which are not saved with t
 _ROUNDED = "except rounding, because PEFT merges the adapter into nn.MultiheadAttention and unmerges it in each forward"
 
 
-def judge_bits(seen: Observation, required: Json) -> PathObservation:
+def judge_bits(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.bits`` over every layer with an adapter."""
-    stored, census = seen.storage, seen.census
+    stored, census = observation.storage, observation.census
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
     bits = {name: item.bits for name, item in stored.items()}
-    finding = _over_layers(stored, bits, required, reason, remedy)
+    finding = _judge_layers(stored, bits, required, reason, remedy)
     known = Counter(value for value in bits.values() if value is not None)
     if not known:
         return finding
@@ -73,12 +73,12 @@ def judge_bits(seen: Observation, required: Json) -> PathObservation:
     return replace(finding, reason=f"{finding.reason}; {rest}")
 
 
-def judge_bytes_in_4bit(seen: Observation, required: Json) -> PathObservation:
+def judge_bytes_in_4bit(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.bytes_in_4bit``, a minimum: the share of all bytes of the base, as stored, that are 4-bit weights.
 
     Scales count as bytes of their weights. Unreadable parts may be 4-bit or not.
     """
-    census = seen.census
+    census = observation.census
     total, share, unread, others = census.bytes_of.total(), census.share(4), census.share(None), census.others(4)
     if not total:
         return absent(_NO_BASE)
@@ -102,38 +102,38 @@ def _size(size: int) -> str:
 
 
 def judge_format(
-    seen: Observation, required: Json, *, name: Literal["quant_type", "double_quant"], setting: str
+    observation: Observation, required: Json, *, name: Literal["quant_type", "double_quant"], setting: str
 ) -> PathObservation:
     """Judge ``base.quant_type`` or ``base.double_quant``.
 
     Args:
-        seen: observation of the step.
+        observation: the observed step.
         required: the required value.
         name: name of the path, below ``base``.
         setting: the argument of ``BitsAndBytesConfig``.
     """
-    stored, default = seen.storage, "'fp4'" if name == "quant_type" else "False"
+    stored, default = observation.storage, "'fp4'" if name == "quant_type" else "False"
     remedy = f"set {setting}={required!r} (the library's default is {default})"
-    return _over_layers(stored, {layer: getattr(item, name) for layer, item in stored.items()}, required, "", remedy)
+    return _judge_layers(stored, {layer: getattr(item, name) for layer, item in stored.items()}, required, "", remedy)
 
 
-def judge_frozen(seen: Observation, required: Json) -> PathObservation:
+def judge_frozen(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would change with one."""
-    digest, change = seen.after, seen.after.since(seen.before)
-    if not digest.parts and not seen.before.parts and not digest.unseen:
+    digest, change = observation.after, observation.after.since(observation.before)
+    if not digest.parts and not observation.before.parts and not digest.unseen:
         return absent(_NO_BASE)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
-    steps = format_count(seen.calls, "step")
-    faults, notes = _trained(seen)
+    steps = format_count(observation.calls, "step")
+    faults, notes = _find_trained(observation)
     remedies = (
         ["requires_grad_(False) on the base, and only the adapter's parameters for the optimizer"] if faults else []
     )
-    unknown = _unread(seen, change)
+    unknown = _find_unread(observation, change)
     if digest.mismatched:
         named = name_some(f"{name} ({why})" for name, why in digest.mismatched.items())
         faults.append(f"{len(digest.mismatched)} 4-bit weights do not fit their states: {named}")
         remedies.append(_MISMATCHED_REMEDY)
-    if change.changed and seen.before.packed != digest.packed:
+    if change.changed and observation.before.packed != digest.packed:
         unknown.insert(
             0, "an eval forward repacked Linear4bit weights in place (AVX512 layout): bytes cannot be compared"
         )
@@ -144,7 +144,7 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
             remedies.append("eval() on the layers whose buffers move, such as BatchNorm's statistics")
     exceptions = ((_CAST, change.cast), (_CACHE, change.caches), (_ROUNDED, change.rounded))
     notes += [f"{words}: {name_some(names)}" for words, names in exceptions if names]
-    if biases := seen.biases_of_adapters:
+    if biases := observation.biases_of_adapters:
         settings = join_values(biases.values())
         notes.append(f"{len(biases)} biases train with the adapter, as PEFT is configured by {settings}")
     good = [] if faults or unknown else [f"{what} unchanged over {steps}, no gradient, not optimised"]
@@ -156,20 +156,20 @@ def judge_frozen(seen: Observation, required: Json) -> PathObservation:
     )
 
 
-def judge_learning(seen: Observation, required: Json) -> PathObservation:
+def judge_learning(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.learning``, for full fine-tuning: gradients reach all of the base and an update changes it.
 
     A 16-bit weight need not change at every step: updates below its precision are lost to rounding.
     """
-    if seen.adapter_layers:
+    if observation.adapter_layers:
         return PathObservation(observed=False, present=False, reason="an adapter trains in place of the base")
-    base, moved = seen.base_parameters, set(seen.after.since(seen.before).changed)
-    if not seen.optimizer_steps:
-        return undecided(f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}")
+    base, moved = observation.base_parameters, set(observation.after.since(observation.before).changed)
+    if not observation.optimizer_steps:
+        return undecided(f"no torch.optim.Optimizer stepped in {format_count(observation.calls, 'call')}")
     faults = _count_parameters(
         ("require no gradient", [name for name, value in base.items() if not value.requires_grad]),
-        ("received no gradient", [name for name in base if name not in seen.gradients]),
-        ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in seen.optimized]),
+        ("received no gradient", [name for name in base if name not in observation.gradients]),
+        ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in observation.optimized]),
     )
     if not moved:
         faults.append("no byte of the base changed: the learning rate is 0, or updates round away in its type")
@@ -177,10 +177,10 @@ def judge_learning(seen: Observation, required: Json) -> PathObservation:
     return PathObservation(observed=not faults, reason=join_clauses(*faults) or good)
 
 
-def _unread(seen: Observation, change: DigestDifference) -> list[str]:
+def _find_unread(observation: Observation, change: DigestDifference) -> list[str]:
     """Why parts of the base could not be compared, so that they may have changed."""
-    unseen = [f"{name} ({why})" for name, why in {**seen.before.unseen, **seen.after.unseen}.items()]
-    unused = [] if seen.optimizers else _unused(seen)
+    unseen = [f"{name} ({why})" for name, why in {**observation.before.unseen, **observation.after.unseen}.items()]
+    unused = [] if observation.optimizers else _find_unused(observation)
     reasons = (
         (f"the bytes of {len(unseen)} parts could not be read", unseen),
         ("sharded at one time and whole at the other, so that they cannot be compared", change.incomparable),
@@ -189,12 +189,12 @@ def _unread(seen: Observation, change: DigestDifference) -> list[str]:
     return [f"{words}: {name_some(names)}" for words, names in reasons if names]
 
 
-def _trained(seen: Observation) -> tuple[list[str], list[str]]:
+def _find_trained(observation: Observation) -> tuple[list[str], list[str]]:
     """Faults of base parameters that train or would train, and notes about those that an optimizer holds but skips."""
-    base = seen.base_parameters
-    given = {name for name, value in base.items() if id(value) in seen.optimized}
-    reached = [name for name in base if name in seen.gradients]
-    train = [name for name, value in base.items() if value.requires_grad and (name in given or name in seen.gradients)]
+    base = observation.base_parameters
+    given = {name for name, value in base.items() if id(value) in observation.optimized}
+    reached = [name for name in base if name in observation.gradients]
+    train = [name for name, value in base.items() if value.requires_grad and (name in given or name in observation.gradients)]
     faults = _count_parameters(
         ("require gradients", train),
         ("received a gradient", reached),
@@ -202,7 +202,7 @@ def _trained(seen: Observation) -> tuple[list[str], list[str]]:
     )
     idle = given - {*train, *reached}
     notes = [f"{len(idle)} frozen base parameters are given to the optimizer, which skips them"] if idle else []
-    if seen.optimizers and (unused := _unused(seen)):
+    if observation.optimizers and (unused := _find_unused(observation)):
         notes.append(f"no gradient reached and no optimizer holds, though they require gradients: {name_some(unused)}")
     return faults, notes
 
@@ -211,16 +211,16 @@ def _count_parameters(*problems: tuple[str, list[str]]) -> list[str]:
     return [f"{len(names)} base parameters {problem}: {name_some(names)}" for problem, names in problems if names]
 
 
-def _unused(seen: Observation) -> list[str]:
+def _find_unused(observation: Observation) -> list[str]:
     """Base parameters that require gradients, received none, and belong to no optimizer that stepped."""
     return [
         name
-        for name, value in seen.base_parameters.items()
-        if value.requires_grad and id(value) not in seen.optimized and name not in seen.gradients
+        for name, value in observation.base_parameters.items()
+        if value.requires_grad and id(value) not in observation.optimized and name not in observation.gradients
     ]
 
 
-def _over_layers(
+def _judge_layers(
     stored: Mapping[str, Storage], values: Mapping[str, Json], required: Json, reason: str, remedy: str | None
 ) -> PathObservation:
     """Compare one property over all targeted layers and name the exceptions."""
@@ -256,10 +256,10 @@ _BITS = Requirement(kind="bits", choices=(4, 8, 16, 32))
 _QUANT_TYPE = Requirement(kind="choice", choices=("nf4", "fp4", "int8", "none"))
 
 
-def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
+def judge_compute_dtype(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.compute_dtype`` over every layer with an adapter, by its products."""
-    stored = seen.storage
-    values = {name: join_values(seen.base_products.dtypes(name)) for name in stored}
+    stored = observation.storage
+    values = {name: join_values(observation.base_products.dtypes(name)) for name in stored}
     claims = {item.compute_dtype for name, item in stored.items() if item.compute_dtype not in (None, values[name])}
     reason = join_clauses(
         "by the products that they called",
@@ -268,19 +268,19 @@ def judge_compute_dtype(seen: Observation, required: Json) -> PathObservation:
     )
     remedy = f"set bnb_4bit_compute_dtype=torch.{required} (the library's default is torch.float32)"
     in_4bit = any(item.bits == 4 for item in stored.values())
-    return _over_layers(stored, values, required, reason, remedy if in_4bit else None)
+    return _judge_layers(stored, values, required, reason, remedy if in_4bit else None)
 
 
-def judge_gemm_path(seen: Observation, required: Json) -> PathObservation:
+def judge_gemm_path(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.gemm_path`` by the operators inside the 4-bit operators of the forward pass."""
-    layers = seen.fourbit_products
+    layers = observation.fourbit_products
     paths = [str(call.path) for call in layers.all]
     if not paths:
-        if layers.names or seen.census.bytes_of[4]:  # compiled layers call no hooks, and have no name
+        if layers.names or observation.census.bytes_of[4]:  # compiled layers call no hooks, and have no name
             reason = "4-bit weights but no known 4-bit operator ran"
-            return absent(reason) if seen.untouched else undecided(reason)
+            return absent(reason) if observation.untouched else undecided(reason)
         return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
-    kernels = {rule: count for rule, count in seen.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
+    kernels = {rule: count for rule, count in observation.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
     bypassed, total = [*layers.without, *layers.bypassed], len(layers.names)
     named = f"{total - len(bypassed)} of {total} 4-bit layers, without one ran: {name_some(bypassed)}"
     wrong = required is not None and any(path not in (required, "unknown") for path in paths)

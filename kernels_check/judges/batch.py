@@ -24,22 +24,22 @@ from kernels_check.check import (
 if TYPE_CHECKING:
     from kernels_check.observe.loss import LossPass
     from kernels_check.observe.observation import Observation
-    from kernels_check.observe.padding import PaddingSeen
+    from kernels_check.observe.padding import PaddingRecord
 
 _PADDED = "pack the records into full rows, or sort them by length"
 
 
-def judge_isolation(seen: Observation, required: Json) -> PathObservation:
+def judge_isolation(observation: Observation, required: Json) -> PathObservation:
     """Judge ``packing.isolated`` by the inputs of the model."""
-    return seen.isolation
+    return observation.isolation
 
 
-def judge_padding(seen: Observation, required: Json) -> PathObservation:
+def judge_padding(observation: Observation, required: Json) -> PathObservation:
     """Judge ``padding.share``, a maximum: neither certain padding alone nor with possible padding may exceed it."""
-    padding = seen.padding
+    padding = observation.padding
     if padding is None or not padding.tokens:
         missing = "no call of the model itself was seen" if padding is None else padding.unseen
-        known = required is None or seen.untouched
+        known = required is None or observation.untouched
         status: Status | None = None if known else "unknown"
         return PathObservation(observed=None, present=False, status=status, satisfies=False, reason=f"{missing}")
     share, largest_share = (count / padding.tokens for count in (padding.padded, padding.padded + padding.doubtful))
@@ -64,16 +64,16 @@ _SUM_OF_MEANS = (
 _NO_TOKENS = "a mean over no tokens is not a number: leave such rows out"
 
 
-def judge_tokens(seen: Observation, required: Json) -> PathObservation:
+def judge_tokens(observation: Observation, required: Json) -> PathObservation:
     """Judge ``loss.tokens``: the tokens of all passes of one update have the same weight, and the loss is not a sum of
     means.
 
     The sum of the weights is only reported, unless it equals the number of passes, each of which is a mean: a loss may
     be scaled, for example by a GradScaler, which hides a missing division.
     """
-    if seen.loss.unseen is not None:
-        return absent(seen.loss.unseen) if required is None else undecided(seen.loss.unseen, present=False)
-    passes = seen.loss.passes
+    if observation.loss.unseen is not None:
+        return absent(observation.loss.unseen) if required is None else undecided(observation.loss.unseen, present=False)
+    passes = observation.loss.passes
     counts = [one.tokens for one in passes]
     sums = [[one for one in passes if one.sum == number] for number in sorted({one.sum for one in passes})]
     reason = f"the loss is over {sum(counts)} of {sum(one.positions for one in passes)} tokens"
@@ -113,7 +113,7 @@ def _find_fault(passes: Sequence[LossPass]) -> str | None:
     return None
 
 
-def _describe(padding: PaddingSeen) -> str:
+def _describe(padding: PaddingRecord) -> str:
     """Padded and all positions, the evidence, and the counts by call if they differ."""
     by = f", shown by {' and '.join(sorted(padding.by))}" if padding.by else ""
     text = f"{padding.padded} of {padding.tokens} positions ({padding.padded / padding.tokens:.0%}) are padding{by}"

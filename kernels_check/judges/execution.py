@@ -32,38 +32,38 @@ if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
 
 
-def judge_checkpointing(seen: Observation, required: Json) -> PathObservation:
+def judge_checkpointing(observation: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing``: every block that receives a gradient is recomputed, for each of its calls."""
-    judged = _measure_recomputation(seen)
+    judged = _measure_recomputation(observation)
     if isinstance(judged, PathObservation):
         return judged
     share, is_recomputed, reason = judged
     finding = PathObservation(observed=is_recomputed, reason=reason, present=is_recomputed)
-    if required is not True or share >= 1.0 or not (is_recomputed or seen.checkpointing_enabled):
+    if required is not True or share >= 1.0 or not (is_recomputed or observation.checkpointing_enabled):
         return finding
-    modes = "train" if any(seen.modes.values()) else "eval"
+    modes = "train" if any(observation.modes.values()) else "eval"
     cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
     if is_recomputed:
         cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
     return replace(finding, status="fallback", reason=f"{reason}; {cause}")
 
 
-def judge_checkpointed_layers(seen: Observation, required: Json) -> PathObservation:
+def judge_checkpointed_layers(observation: Observation, required: Json) -> PathObservation:
     """Judge ``checkpointing.layers``, a minimum: the share of recomputed blocks."""
-    judged = _measure_recomputation(seen)
+    judged = _measure_recomputation(observation)
     return judged if isinstance(judged, PathObservation) else at_least(judged[0], required, judged[2])
 
 
-def _measure_recomputation(seen: Observation) -> PathObservation | tuple[float, bool, str]:
+def _measure_recomputation(observation: Observation) -> PathObservation | tuple[float, bool, str]:
     """The share of the blocks that are recomputed, whether any is, and the reason."""
-    compiled = seen.compiled_blocks.compiled if seen.profile.compiled_regions else ()
-    blocks, idle = seen.recomputed_blocks, seen.blocks_without_gradient
+    compiled = observation.compiled_blocks.compiled if observation.profile.compiled_regions else ()
+    blocks, idle = observation.recomputed_blocks, observation.blocks_without_gradient
     by_calls = [block for block in blocks if block.name not in compiled or block.recomputed_calls]
     hidden = len(set(compiled).difference(block.name for block in by_calls))
-    again, shown = _measure_compiled_recomputation(seen)
+    again, shown = _measure_compiled_recomputation(observation)
     if not blocks and not hidden:
         if not idle:
-            return _judge_unobserved(seen, "no layer call was seen in the step")
+            return _judge_unobserved(observation, "no layer call was seen in the step")
         return 0.0, False, f"no gradient reaches the {len(idle)} blocks that ran, so there is nothing to recompute"
     if hidden and again is None:
         return undecided(shown, present=False)
@@ -86,9 +86,9 @@ def _measure_recomputation(seen: Observation) -> PathObservation | tuple[float, 
     return share, is_recomputed, reason
 
 
-def _judge_unobserved(seen: Observation, reason: str) -> PathObservation:
+def _judge_unobserved(observation: Observation, reason: str) -> PathObservation:
     """The result without a module call: absent if the step did not use the model (but, say, a copy), else unknown."""
-    return absent(reason) if seen.untouched else undecided(reason, present=False)
+    return absent(reason) if observation.untouched else undecided(reason, present=False)
 
 
 def _describe_incomplete(block: BlockRecomputed) -> str:
@@ -99,19 +99,19 @@ def _describe_incomplete(block: BlockRecomputed) -> str:
     return f"{block.name} without {name_some(block.kept)}"
 
 
-def _measure_compiled_recomputation(seen: Observation) -> tuple[float | None, str]:
+def _measure_compiled_recomputation(observation: Observation) -> tuple[float | None, str]:
     """For blocks in compiled code, which calls no hooks: the share of attention that ran again; None if unknown."""
-    calls = [call for call in seen.profile.attention if call.direction == "forward" and call.compiled]
+    calls = [call for call in observation.profile.attention if call.direction == "forward" and call.compiled]
     first = sum(not call.recomputed for call in calls)
     if not first:
         return None, "the blocks ran in compiled code, which calls no hook, and no attention in it was seen"
     share = min(1.0, (len(calls) - first) / first)
-    if not share and seen.checkpointing_enabled:
+    if not share and observation.checkpointing_enabled:
         return None, "the blocks ran in compiled code, which may keep the attention and recompute the rest"
     return share, f"in compiled code, by its attention: {len(calls)} forward calls for {first} layers"
 
 
-def judge_tf32(seen: Observation, required: Json) -> PathObservation:
+def judge_tf32(observation: Observation, required: Json) -> PathObservation:
     """Judge ``tf32`` by kernels on CUDA, else by the flag."""
     import torch
 
@@ -119,7 +119,7 @@ def judge_tf32(seen: Observation, required: Json) -> PathObservation:
         return PathObservation(
             observed=False, present=False, reason=f"no CUDA device: TF32 cannot run ({_tf32_flag()})"
         )
-    kernels = seen.profile.kernels
+    kernels = observation.profile.kernels
     if not kernels:
         return undecided(f"no kernel recorded; {_tf32_flag()}", present=False)
     tensor_cores, plain = kernels.get("GEMM-TF32", 0), kernels.get("GEMM-FP32-SIMT", 0)
@@ -138,17 +138,17 @@ def _tf32_flag() -> str:
         return f"flag unreadable: {error}"
 
 
-def judge_compile(seen: Observation, required: Json) -> PathObservation:
+def judge_compile(observation: Observation, required: Json) -> PathObservation:
     """Judge ``compile``: all blocks ran in compiled code; graph breaks and recompilations are only reported."""
-    regions, compilations, blocks = seen.profile.compiled_regions, seen.compilations, seen.compiled_blocks
-    reason = _describe_regions(seen)
-    if _unreadable(seen):
+    regions, compilations, blocks = observation.profile.compiled_regions, observation.compilations, observation.compiled_blocks
+    reason = _describe_regions(observation)
+    if _is_unreadable(observation):
         return undecided(f"{reason}; {compilations}")
     whole = bool(blocks.compiled) and not blocks.partly and not blocks.eager
     observed: Json = whole or ("in part" if blocks.compiled or blocks.partly else False)
     if whole and compilations.breaks:
         observed = f"in pieces: {name_some(compilations.breaks, '; ')}"
-    eagerly = "" if whole else _why_eager(seen)
+    eagerly = "" if whole else _why_eager(observation)
     return PathObservation(
         observed=observed,
         reason=join_clauses(reason + eagerly, str(compilations) if regions or not compilations.empty else ""),
@@ -157,21 +157,21 @@ def judge_compile(seen: Observation, required: Json) -> PathObservation:
     )
 
 
-def judge_compiled_share(seen: Observation, required: Json) -> PathObservation:
+def judge_compiled_share(observation: Observation, required: Json) -> PathObservation:
     """Judge ``compile.share``, a minimum: the share of the blocks that ran in compiled code."""
-    blocks = seen.compiled_blocks
-    reason = _describe_regions(seen)
-    if _unreadable(seen):
-        return undecided(f"{reason}; {seen.compilations}", present=False)
+    blocks = observation.compiled_blocks
+    reason = _describe_regions(observation)
+    if _is_unreadable(observation):
+        return undecided(f"{reason}; {observation.compilations}", present=False)
     if not blocks.ran:
-        return _judge_unobserved(seen, f"{reason}; no block of the model was seen to run")
+        return _judge_unobserved(observation, f"{reason}; no block of the model was seen to run")
     share = len(blocks.compiled) / blocks.ran
-    return at_least(share, required, reason + (_why_eager(seen) if share < 1.0 else ""))
+    return at_least(share, required, reason + (_why_eager(observation) if share < 1.0 else ""))
 
 
-def _describe_regions(seen: Observation) -> str:
+def _describe_regions(observation: Observation) -> str:
     """The regions that were entered, and the blocks that ran in them."""
-    regions, lookups, blocks = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compiled_blocks
+    regions, lookups, blocks = observation.profile.compiled_regions, observation.profile.compiler_lookups, observation.compiled_blocks
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if not regions:
         return reason
@@ -186,14 +186,14 @@ def _describe_regions(seen: Observation) -> str:
     )
 
 
-def _unreadable(seen: Observation) -> bool:
+def _is_unreadable(observation: Observation) -> bool:
     """Whether code was compiled but the compiler's record of it cannot be read."""
-    return bool(seen.profile.compiled_regions) and seen.compilations.unreadable is not None
+    return bool(observation.profile.compiled_regions) and observation.compilations.unreadable is not None
 
 
-def _why_eager(seen: Observation) -> str:
+def _why_eager(observation: Observation) -> str:
     """Why code under torch.compile ran eagerly; empty if none did."""
-    regions, lookups, compilations = seen.profile.compiled_regions, seen.profile.compiler_lookups, seen.compilations
+    regions, lookups, compilations = observation.profile.compiled_regions, observation.profile.compiler_lookups, observation.compilations
     if not lookups or (regions and (lookups <= regions or not compilations.refused)):
         return ""
     return (
@@ -203,12 +203,12 @@ def _why_eager(seen: Observation) -> str:
     )
 
 
-def judge_mode(seen: Observation, required: Json) -> PathObservation:
+def judge_mode(observation: Observation, required: Json) -> PathObservation:
     """Judge ``mode``: the mode of the modules while the step ran."""
     names = {True: "train", False: "eval", None: "now train, now eval"}
-    modes = [names[training] for training in seen.modes.values()]
+    modes = [names[training] for training in observation.modes.values()]
     wanted = required if required is not None else max(set(modes), key=modes.count)
-    odd = [name or "the model itself" for name, training in seen.modes.items() if names[training] != wanted]
+    odd = [name or "the model itself" for name, training in observation.modes.items() if names[training] != wanted]
     return PathObservation(
         observed=modes[0] if len(set(modes)) == 1 and modes[0] in ("train", "eval") else "mixed",
         reason=join_clauses(
@@ -224,19 +224,19 @@ _RULES = {"liger_kernel": "LIGER", "unsloth": "UNSLOTH", "unsloth_zoo": "UNSLOTH
 _NOT_BOUND = "no fused kernel of a library is bound: apply it before the model is built, or to the model itself"
 
 
-def judge_fused(seen: Observation, required: Json) -> PathObservation:
+def judge_fused(observation: Observation, required: Json) -> PathObservation:
     """Judge ``fused.kernels``: kinds joined by ``+``; each kind must have been called at all of its sites."""
-    sites = seen.fused_kernel_sites
+    sites = observation.fused_kernel_sites
     by_kind = {
         kind: [site for site in sites if site.kind == kind] for kind in dict.fromkeys(site.kind for site in sites)
     }
     wanted = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
     missing = [kind for kind in wanted if kind not in by_kind]
-    whole = [kind for kind, of_kind in by_kind.items() if all(_is_called(site, seen) for site in of_kind)]
-    counted = ", ".join(_describe_sites(kind, of_kind, seen) for kind, of_kind in by_kind.items())
+    whole = [kind for kind, of_kind in by_kind.items() if all(_is_called(site, observation) for site in of_kind)]
+    counted = ", ".join(_describe_sites(kind, of_kind, observation) for kind, of_kind in by_kind.items())
     bound = [site for site in sites if site.library is not None]
-    silent = sorted({site.library or "" for site in bound if _has_kernels(site, seen) is False})
-    compiled = bool(seen.profile.compiled_regions)
+    silent = sorted({site.library or "" for site in bound if _has_kernels(site, observation) is False})
+    compiled = bool(observation.profile.compiled_regions)
     idle = [site for site in bound if not site.called and (not wanted or site.kind in wanted)]
     hidden = [site.name for site in idle if site.hidden or compiled]
     unconfirmed = "judged by the bound functions and their calls; no kernel was recorded to confirm them"
@@ -245,7 +245,7 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
         f"the model has no place for {name_some(missing)}; it has {name_some(by_kind)}" if missing else "",
         "" if bound or not wanted else _NOT_BOUND,
         f"no kernel of {name_some(silent)} was launched in the profile" if silent else "",
-        unconfirmed if bound and not seen.profile.kernels else "",
+        unconfirmed if bound and not observation.profile.kernels else "",
         f"their calls in compiled code cannot be seen: {name_some(hidden)}" if hidden else "",
     )
     if hidden:
@@ -254,24 +254,24 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
         observed=join_values(whole),
         reason=reason,
         satisfies=bool(wanted) and all(kind in whole for kind in wanted),
-        present=any(_is_called(site, seen) for site in sites),
+        present=any(_is_called(site, observation) for site in sites),
     )
 
 
-def _is_called(site: FusedKernelSite, seen: Observation) -> bool:
-    return site.library is not None and site.called and _has_kernels(site, seen) is not False
+def _is_called(site: FusedKernelSite, observation: Observation) -> bool:
+    return site.library is not None and site.called and _has_kernels(site, observation) is not False
 
 
-def _has_kernels(site: FusedKernelSite, seen: Observation) -> bool | None:
+def _has_kernels(site: FusedKernelSite, observation: Observation) -> bool | None:
     """Whether the profile has a kernel of the library; None if no kernel was recorded or no rule recognises them."""
     rule = _RULES.get(site.library or "")
-    return None if rule is None or not seen.profile.kernels else seen.profile.kernels.get(rule, 0) > 0
+    return None if rule is None or not observation.profile.kernels else observation.profile.kernels.get(rule, 0) > 0
 
 
-def _describe_sites(kind: str, sites: Sequence[FusedKernelSite], seen: Observation) -> str:
+def _describe_sites(kind: str, sites: Sequence[FusedKernelSite], observation: Observation) -> str:
     """The number of sites with a fused kernel, and the number of those that were called."""
     libraries = [site.library for site in sites if site.library is not None]
-    ran = sum(_is_called(site, seen) for site in sites)
+    ran = sum(_is_called(site, observation) for site in sites)
     by = f" of {join_values(libraries)}" if libraries else ""
     idle = f", bound in {len(libraries)}" if ran != len(libraries) else ""
     return f"{kind} {ran} of {len(sites)}{by}{idle}"

@@ -35,20 +35,20 @@ from kernels_check.check import (
 if TYPE_CHECKING:
     from kernels_check.observe.observation import Observation
     from kernels_check.observe.parts import Fate, ParameterStatus
-    from kernels_check.observe.profile import GroupSeen
+    from kernels_check.observe.profile import GroupRecord
 
 _FUSED_LOST = (
     "requested and lost: load_state_dict() restores the flag of the saved groups, set group['fused'] = True after it"
 )
 
 
-def judge_class(seen: Observation, required: Json) -> PathObservation:
+def judge_class(observation: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.class`` by the rule of ``is_class``."""
-    if not seen.optimizers:
-        return _no_optimizer(seen)
-    observed = join_values(optimizer.classes[0] for optimizer in seen.optimizers)
-    matches = all(is_class(optimizer.classes, str(required)) for optimizer in seen.optimizers)
-    reason = f"{observed} stepped {format_count(seen.optimizer_steps, 'time')} in {format_count(seen.calls, 'call')}"
+    if not observation.optimizers:
+        return _report_missing_optimizer(observation)
+    observed = join_values(optimizer.classes[0] for optimizer in observation.optimizers)
+    matches = all(is_class(optimizer.classes, str(required)) for optimizer in observation.optimizers)
+    reason = f"{observed} stepped {format_count(observation.optimizer_steps, 'time')} in {format_count(observation.calls, 'call')}"
     return PathObservation(observed=observed, reason=reason, satisfies=matches)
 
 
@@ -64,27 +64,27 @@ def is_class(classes: tuple[str, ...], required: str) -> bool:
     return own is not None and own.rpartition(".")[2] == required.rpartition(".")[2]
 
 
-def judge_fused(seen: Observation, required: Json) -> PathObservation:
+def judge_fused(observation: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.fused``: torch's single-kernel update of every parameter that had a gradient."""
-    if not seen.optimizers:
-        return _no_optimizer(seen)
-    kinds = sum(seen.updated_by_kind, Counter[str]())
+    if not observation.optimizers:
+        return _report_missing_optimizer(observation)
+    kinds = sum(observation.updated_by_kind, Counter[str]())
     total, fused, unseen = kinds.total(), kinds["fused"], kinds["unseen"]
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(Counter(seen.update_operators).items()))
-    requested = join_values(str(optimizer.fused_requested) for optimizer in seen.optimizers)
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(Counter(observation.update_operators).items()))
+    requested = join_values(str(optimizer.fused_requested) for optimizer in observation.optimizers)
     clauses = [
         f"{fused} of {total} parameters updated by fused kernels",
         f"{counts or 'no update operator'} in one step",
         f"optimizers were built with fused={requested}",
     ]
     if not total or unseen == total:
-        return undecided(join_clauses(*clauses, _why_unseen(seen, total)))
+        return undecided(join_clauses(*clauses, _why_unseen(observation, total)))
     observed = join_values(kind for kind in kinds if kind != "unseen")
     clauses += [f"the update of {unseen} parameters was not observed"] if unseen else []
     if kinds["bitsandbytes"] and kinds["bitsandbytes"] + fused == total:
         reason = join_clauses(*clauses, "bitsandbytes uses its own kernels")
         return PathObservation(observed=observed, status="not_applicable", reason=reason)
-    by_group = zip(seen.updated, seen.updated_by_kind, strict=True)
+    by_group = zip(observation.updated, observation.updated_by_kind, strict=True)
     others = [group for group, counted in by_group if counted.total() > counted["fused"]]
     named = name_some(f"group {group.index} of {group.optimizer}" for group in others)
     clauses += [f"not by fused kernels: {named}"] if fused and others else []
@@ -98,49 +98,49 @@ def judge_fused(seen: Observation, required: Json) -> PathObservation:
     )
 
 
-def _remedy(groups: Sequence[GroupSeen]) -> str:
+def _remedy(groups: Sequence[GroupRecord]) -> str:
     without = sorted({group.optimizer for group in groups if not group.has_fused})
     if without:
         return f"{', '.join(without)} has no fused version: choose torch's AdamW, Adam, SGD or Adagrad with fused=True"
     return _FUSED_LOST if any(group.built_with for group in groups) else "build it with fused=True"
 
 
-def _why_unseen(seen: Observation, total: int) -> str:
+def _why_unseen(observation: Observation, total: int) -> str:
     """Why no operator of an update was recorded, although an optimizer stepped."""
-    if not seen.updated:
+    if not observation.updated:
         return "no optimizer stepped in the watched call"
     if not total:
         return "no parameter had a gradient, so that there was nothing to update"
-    if seen.profile.compiled_regions:
+    if observation.profile.compiled_regions:
         return "the update may be compiled"
-    names = join_values(group.optimizer for group in seen.updated)
+    names = join_values(group.optimizer for group in observation.updated)
     return f"{names} wrote no parameter by a torch operator: it calls its own kernels, or updates in another way"
 
 
-def _no_optimizer(seen: Observation) -> PathObservation:
+def _report_missing_optimizer(observation: Observation) -> PathObservation:
     """No optimizer of the model stepped: absent, or unknown where parameters changed or another optimizer stepped."""
-    reason = f"no torch.optim.Optimizer stepped in {format_count(seen.calls, 'call')}"
-    if seen.other_optimizers:
-        names = join_values(seen.other_optimizers)
+    reason = f"no torch.optim.Optimizer stepped in {format_count(observation.calls, 'call')}"
+    if observation.other_optimizers:
+        names = join_values(observation.other_optimizers)
         reason = (
             f"{names} stepped, but its parameters are not those of the model: perhaps another model, or master weights"
         )
-    if seen.changed:
+    if observation.changed:
         reason += (
-            f"; {format_count(len(seen.changed), 'parameter')} changed nevertheless, by another kind of optimizer?"
+            f"; {format_count(len(observation.changed), 'parameter')} changed nevertheless, by another kind of optimizer?"
         )
-    elif not seen.other_optimizers or seen.untouched:
+    elif not observation.other_optimizers or observation.untouched:
         return absent(reason)
     return undecided(reason, present=False)
 
 
-def judge_paged_share(seen: Observation, required: Json) -> PathObservation:
+def judge_paged_share(observation: Observation, required: Json) -> PathObservation:
     """Judge ``optimizer.paged_share``, a minimum, by bytes of state."""
-    if not seen.optimizers:
-        return _no_optimizer(seen)
-    total = sum(optimizer.state_bytes for optimizer in seen.optimizers)
-    paged = sum(optimizer.paged_bytes for optimizer in seen.optimizers)
-    claims = [optimizer for optimizer in seen.optimizers if optimizer.claims_paged]
+    if not observation.optimizers:
+        return _report_missing_optimizer(observation)
+    total = sum(optimizer.state_bytes for optimizer in observation.optimizers)
+    paged = sum(optimizer.paged_bytes for optimizer in observation.optimizers)
+    claims = [optimizer for optimizer in observation.optimizers if optimizer.claims_paged]
     reason = f"{paged} of {total} bytes of optimizer state are paged"
     if any(optimizer.on_cpu for optimizer in claims):
         reason += "; Paged optimizers are not supported on CPU: bitsandbytes keeps is_paged=True and pages nothing"
@@ -162,21 +162,21 @@ _INCONCLUSIVE: Mapping[Fate, str] = {
 """Fates after which a further step may be conclusive, and why, the most important first."""
 
 
-def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservation:
+def judge_parts(observation: Observation, required: Json, *, what: str) -> PathObservation:
     """Judge ``embedding.trained``, of the input and the output embedding, or ``norms.trained``, of every norm.
 
     ``observed`` is True if all are updated, False if none is, else the number updated and the total.
     """
-    parts: Sequence[ParameterStatus] = getattr(seen, what)
+    parts: Sequence[ParameterStatus] = getattr(observation, what)
     if not parts:
         return absent(f"the model has no {what} with parameters that are known")
     fates = {name: fate for part in parts for name, fate in part.fates.items()}
     updated = sum(part.updated for part in parts)
     partly = "updated" in fates.values()
     others = [f"{name} ({fate})" for name, fate in fates.items() if fate != "updated"]
-    why = _why_inconclusive(set(fates.values()), seen)
+    why = _why_inconclusive(set(fates.values()), observation)
     reason = join_clauses(
-        f"{updated} of {len(parts)} {what} updated, in {seen.optimizer_steps} updates",
+        f"{updated} of {len(parts)} {what} updated, in {observation.optimizer_steps} updates",
         *(f"{part.name}: {part.tokens[0]} of {part.tokens[1]} tokens" for part in parts if part.tokens),
         f"parameters: {count_values(fates.values())}" if others else "",
         f"not updated: {name_some(others)}" if others else "",
@@ -191,11 +191,11 @@ def judge_parts(seen: Observation, required: Json, *, what: str) -> PathObservat
     return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
 
 
-def _why_inconclusive(fates: Set[Fate], seen: Observation) -> str | None:
+def _why_inconclusive(fates: Set[Fate], observation: Observation) -> str | None:
     """Why the observed steps are not conclusive."""
     if fates <= {"updated", "frozen"}:
         return None
-    if not seen.optimizer_steps:
+    if not observation.optimizer_steps:
         return "no torch.optim.Optimizer stepped"
     return next((why for fate, why in _INCONCLUSIVE.items() if fate in fates), None)
 

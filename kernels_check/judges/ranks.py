@@ -34,7 +34,7 @@ def compare_bases(ranks: Sequence[RankEvidence]) -> PathObservation:
     """Judge ``ranks.base``: every unsharded part of the base is the same on all ranks."""
     first = ranks[0]
     for one in ranks[1:]:
-        differing = _differing(first.base, one.base)
+        differing = _find_differences(first.base, one.base)
         if differing:
             return failed(
                 f"the base of rank {one.rank} is another than that of rank 0: {len(differing)} of {len(first.base)} "
@@ -51,7 +51,7 @@ def compare_adapters(ranks: Sequence[RankEvidence], *, steps: int | None = None)
     if not first:
         return undecided("nothing trains")
     for one in ranks[1:]:
-        differing = _differing(first, one.adapter)
+        differing = _find_differences(first, one.adapter)
         if differing:
             return failed(
                 f"after the step rank {one.rank} has another adapter than rank 0: {len(differing)} of {len(first)} "
@@ -96,7 +96,7 @@ def compare_gradients(ranks: Sequence[RankEvidence]) -> PathObservation:
     infinite = [name for name, every in reached.items() if not all(math.isfinite(one.size) for one in every)]
     if infinite:
         return failed(f"{len(infinite)} of {len(reached)} parameters have no finite gradient: {name_some(infinite)}")
-    factor = _factor([(_mean(every), found) for every in reached.values() for found in _exchanged(every)])
+    factor = _factor([(_mean(every), found) for every in reached.values() for found in _exchanged_gradients(every)])
     wrong = [name for name, every in reached.items() if not _fits(every, factor)]
     if wrong and _is_unexchanged(reached):
         return failed(
@@ -121,26 +121,26 @@ def compare_gradients(ranks: Sequence[RankEvidence]) -> PathObservation:
 
 
 def _compare(
-    seen: Observation,
+    observation: Observation,
     required: Json,
     *,
     compare: Callable[[Sequence[RankEvidence]], PathObservation],
     by_tensors: bool = True,
 ) -> PathObservation:
     """Compare the ranks, unless a rank saw nothing or, for `by_tensors`, holds tensors that cannot be compared."""
-    if not seen.ranks:
+    if not observation.ranks:
         return absent("one process trains: no process group has others")
-    if problems := [f"rank {one.rank}: {one.problem}" for one in seen.ranks if one.problem]:
+    if problems := [f"rank {one.rank}: {one.problem}" for one in observation.ranks if one.problem]:
         return undecided(join_clauses(*problems))
-    if by_tensors and any(one.flat for one in seen.ranks):
+    if by_tensors and any(one.flat for one in observation.ranks):
         return undecided(
             "FSDP1 and DeepSpeed's ZeRO-3 keep parameters in parts that no rank can compare: shard with fully_shard "
             "(FSDP2), or check a run with DDP"
         )
-    return compare(seen.ranks)
+    return compare(observation.ranks)
 
 
-def _differing(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+def _find_differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return [name for name in dict.fromkeys((*first, *other)) if first.get(name) != other.get(name)]
 
 
@@ -148,7 +148,7 @@ def _mean(every: Sequence[Gradient]) -> float:
     return sum(one.own for one in every) / len(every)
 
 
-def _exchanged(every: Sequence[Gradient]) -> list[float]:
+def _exchanged_gradients(every: Sequence[Gradient]) -> list[float]:
     """The exchanged gradient on each rank; the parts of a sharded gradient are summed up."""
     if every[0].sharded:
         return [sum(one.exchanged for one in every)]
@@ -165,7 +165,7 @@ def _fits(every: Sequence[Gradient], factor: float) -> bool:
     """Whether each rank's exchanged gradient is the mean of all times the factor; false if a value is not finite."""
     size = math.sqrt(sum(one.size**2 for one in every) / len(every))
     expected, most = factor * _mean(every), factor * _tolerance(every) * size
-    return factor > 0 and all(abs(found - expected) <= most for found in _exchanged(every))
+    return factor > 0 and all(abs(found - expected) <= most for found in _exchanged_gradients(every))
 
 
 def _tolerance(every: Sequence[Gradient]) -> float:

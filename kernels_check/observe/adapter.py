@@ -149,7 +149,7 @@ def layers_at(name: str, module: nn.Module) -> Iterator[AdapterLayer]:
             yield AdapterLayer(
                 name=name,
                 module=module,
-                held=_adapters_of(module, trains),
+                held=_read_adapter_names(module, trains),
                 trains=trains,
                 others=tuple(getattr(module, "other_param_names", ())) if listed else (),
                 base=module._modules.get("base_layer"),
@@ -218,17 +218,17 @@ def adapter_roles(module: object) -> frozenset[str]:
 
 @cache
 def _roles(of: Any) -> frozenset[str]:
-    roles = {role for role, module_name, name in _ROLES if issubclass(of, _class_of(module_name, name))}
+    roles = {role for role, module_name, name in _ROLES if issubclass(of, _find_class(module_name, name))}
     return frozenset(roles | ({"layer"} if isinstance(getattr(of, "adapter_layer_names", None), tuple) else set()))
 
 
-def _class_of(module_name: str, name: str) -> Any:
+def _find_class(module_name: str, name: str) -> Any:
     """A class of a module that may not be loaded; () if it is not."""
     kind = getattr(sys.modules.get(module_name), name, None)
     return kind if isinstance(kind, type) else ()
 
 
-def _adapters_of(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]:
+def _read_adapter_names(module: nn.Module, holders: tuple[str, ...]) -> tuple[str, ...]:
     held: list[Any] = [getattr(module, holder, None) for holder in holders]
     names: set[str] = set().union(*(one.keys() for one in held if _is_keyed(one)))
     is_unnamed = any(isinstance(one, nn.Module | Tensor) and not _is_keyed(one) for one in held)
@@ -253,7 +253,7 @@ def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
         for adapter, configuration in configurations.items() if isinstance(configurations, dict) else ():
             setting = str(getattr(configuration, "bias", "none"))
             if adapter in used and setting != "none":
-                selected |= {id(bias): f"bias={setting!r}" for bias in _biases_of(holder, setting)}
+                selected |= {id(bias): f"bias={setting!r}" for bias in _find_trained_biases(holder, setting)}
     return {
         f"{name}.{key}" if name else key: selected[id(value)]
         for name, module in tree.modules
@@ -262,7 +262,7 @@ def biases_of_adapters(tree: ModelTree) -> dict[str, str]:
     }
 
 
-def _biases_of(holder: nn.Module, setting: str) -> Iterator[Tensor]:
+def _find_trained_biases(holder: nn.Module, setting: str) -> Iterator[Tensor]:
     """Biases that PEFT trains: for ``all`` those outside of adapters and copies, else those of adapted layers."""
     modules = dict(holder.named_modules())
     copies = [name for name, module in modules.items() if "copy" in adapter_roles(module)]

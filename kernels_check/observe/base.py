@@ -133,7 +133,7 @@ def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
     weight = base_weight(layer)
     state = quant_state(layer, weight)
     if state is not None:
-        yield from _of_state("quant_state", state)
+        yield from _read_state("quant_state", state)
     elif hasattr(weight, "SCB"):  # LLM.int8
         moved = getattr(layer, "state", None)
         for key, *otherwise in (("SCB",), ("CB", weight)):
@@ -146,12 +146,12 @@ def quantisation_parts(layer: Any) -> Iterator[tuple[str, Any]]:
             yield from ((name, one) for name, one in inner.items() if isinstance(one, Tensor))
 
 
-def _of_state(name: str, state: Any) -> Iterator[tuple[str, Any]]:
+def _read_state(name: str, state: Any) -> Iterator[tuple[str, Any]]:
     values = ((key, getattr(state, key, None)) for key in _STATE)
     yield from ((f"{name}.{key}", value) for key, value in values if value is not None)
     nested = getattr(state, "state2", None)
     if nested is not None:
-        yield from _of_state(f"{name}.state2", nested)
+        yield from _read_state(f"{name}.state2", nested)
 
 
 _NESTED_BLOCK = 256
@@ -259,13 +259,13 @@ def _read(layer: Any, parameter: str) -> Storage:
         return _unknown(f"{type(layer).__name__}.{parameter} lies on the meta device: its bytes are elsewhere")
     if hasattr(weight, "SCB"):
         return _int8(layer, weight)
-    return _of_tensor(weight, f"{type(layer).__name__} with {_short(weight.dtype)} weights is not known")
+    return _read_tensor_storage(weight, f"{type(layer).__name__} with {_short(weight.dtype)} weights is not known")
 
 
 def _int8(layer: Any, weight: Tensor) -> Storage:
     """LLM.int8 of bitsandbytes: a scale per row, which the first forward pass moves from the weight to the layer."""
     if weight.dtype != torch.int8:
-        return _of_tensor(weight, f"Int8Params of {_short(weight.dtype)} are not known")
+        return _read_tensor_storage(weight, f"Int8Params of {_short(weight.dtype)} are not known")
     scales = next((part for key, part in quantisation_parts(layer) if key == "SCB"), None)
     if scales is None or scales.numel() != weight.shape[0]:
         found = "no scales" if scales is None else f"{scales.numel()} scales"
@@ -285,7 +285,7 @@ def _attention(layer: nn.MultiheadAttention) -> Storage:
             return _read(layer, name)
     found = vars(layer).get("in_proj_weight")
     if isinstance(found, Tensor):
-        return _of_tensor(found, "MultiheadAttention is not known")
+        return _read_tensor_storage(found, "MultiheadAttention is not known")
     return _unknown("MultiheadAttention without projections")
 
 
@@ -311,7 +311,7 @@ def _storage_of_packed_layer(layer: Any, parameter: str) -> Storage:
     return Storage(bits=bits, quant_type=type(layer).__name__, double_quant=False)
 
 
-def _of_tensor(weight: Tensor, otherwise: str) -> Storage:
+def _read_tensor_storage(weight: Tensor, otherwise: str) -> Storage:
     """A plain tensor, a shard of one, or a tensor that contains a packed tensor and its scales."""
     while type(weight).__name__ == "DTensor":
         weight = weight.to_local()  # type: ignore[attr-defined]

@@ -246,14 +246,14 @@ def count_bytes(tree: ModelTree) -> WeightBits:
         place = id(value) if value.is_meta else (value.device, value.data_ptr(), value.nbytes)
         if place not in seen:
             seen.add(place)
-            bits = _bits_of(part, value, tree, packed=id(part.layer) in packing)
+            bits = _count_bits(part, value, tree, packed=id(part.layer) in packing)
             census.bytes_of[bits] += value.nbytes
             kind = str(value.dtype).removeprefix("torch.")
             census.bytes_by_part[bits, f"{_PLACE.sub('.*', part.owner)} ({kind})"] += value.nbytes
     return census
 
 
-def _bits_of(part: BaseTensor, value: Tensor, tree: ModelTree, *, packed: bool) -> int | None:
+def _count_bits(part: BaseTensor, value: Tensor, tree: ModelTree, *, packed: bool) -> int | None:
     """The number of bits of a part; scales count as the weight of a layer that packs it."""
     key = _key(part)
     weight = next((name for name in WEIGHTS if name in part.layer._parameters), "weight")

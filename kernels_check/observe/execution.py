@@ -58,8 +58,8 @@ class Compilations:
     def __str__(self) -> str:
         if self.unreadable is not None:
             return f"graph breaks and recompiles are unknown: {self.unreadable}"
-        parts = [_counted(self.breaks, "graph breaks"), _counted(self.recompiles, "recompiles")]
-        parts += [_counted(self.refused, "recompiles refused")] if self.refused else []
+        parts = [_count_phrases(self.breaks, "graph breaks"), _count_phrases(self.recompiles, "recompiles")]
+        parts += [_count_phrases(self.refused, "recompiles refused")] if self.refused else []
         more = "; TORCH_LOGS=graph_breaks,recompiles shows each as it happens" if not self.empty else ""
         return f"in this process so far {', '.join(parts)}{more}"
 
@@ -112,7 +112,7 @@ def _short(file: str) -> str:
     return "/".join(PurePath(file).parts[-2:])
 
 
-def _counted(phrases: tuple[str, ...], what: str) -> str:
+def _count_phrases(phrases: tuple[str, ...], what: str) -> str:
     return f"{len(phrases)} {what}" + (f" ({name_some(phrases, '; ')})" if phrases else "")
 
 
@@ -247,11 +247,11 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
         if any(value is not None and value.dim() > 1 for value in module._parameters.values())
     }
     return tuple(
-        _recomputed(name, forward[name], again.get(name, Counter()), matrices) for name in names if name in forward
+        _measure_block(name, forward[name], again.get(name, Counter()), matrices) for name in names if name in forward
     )
 
 
-def _recomputed(
+def _measure_block(
     block: str, forward: Mapping[str, Sequence[int]], again: Counter[str], matrices: Collection[str]
 ) -> BlockRecomputed:
     calls = {name: len(set(within)) for name, within in forward.items()}
@@ -345,31 +345,31 @@ def fused_kernel_sites(tree: ModelTree, calls: Calls, inputs: Sequence[ModelCall
             hidden=name.startswith(unseen) or (kind == "loss" and not inputs),
         )
         for name, module in tree.modules
-        for kind, library in _kinds(module)
+        for kind, library in _find_kernel_kinds(module)
     ]
 
 
-def _kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
+def _find_kernel_kinds(module: nn.Module) -> Iterator[tuple[Kind, str | None]]:
     """The kinds of fused kernels for which a module is a place, with the library whose code is bound there."""
     children = module._modules
-    forward = _plain(module.forward)
+    forward = _unwrap(module.forward)
     if any("rmsnorm" in kind.__name__.lower().replace("_", "") for kind in type(module).__mro__):
-        yield "rms_norm", _library(forward)
+        yield "rms_norm", _find_library(forward)
     if all(name in children for name in _GATED):
-        yield "mlp", _library(forward)
+        yield "mlp", _find_library(forward)
     if "q_proj" in children and "k_proj" in children:
         yield "rope", _rotary(forward)
         yield "qkv", _projection(module, forward, "apply_qkv")
         yield "o", _projection(module, forward, "apply_o")
     if "lm_head" in children and hasattr(module, "config"):
-        yield "loss", _library(forward) or _library(getattr(module, "loss_function", None))
+        yield "loss", _find_library(forward) or _find_library(getattr(module, "loss_function", None))
 
 
 def _rotary(forward: Any) -> str | None:
     """The library of the rotary-embedding function that a forward calls."""
     known = getattr(forward, "__globals__", {})
     called = (name for name in _named(forward) if any(word in name.lower() for word in _ROTARY))
-    return next((library for name in called if (library := _library(known.get(name)))), None)
+    return next((library for name in called if (library := _find_library(known.get(name)))), None)
 
 
 def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
@@ -379,8 +379,8 @@ def _projection(module: nn.Module, forward: Any, name: str) -> str | None:
     ``kernels``.
     """
     bound = getattr(module, name, None)
-    library = _library(bound) if name in _named(forward) else None
-    return library if library and _plain(bound).__module__.startswith(f"{library}.kernels.") else None
+    library = _find_library(bound) if name in _named(forward) else None
+    return library if library and _unwrap(bound).__module__.startswith(f"{library}.kernels.") else None
 
 
 def _named(forward: Any) -> tuple[str, ...]:
@@ -390,14 +390,14 @@ def _named(forward: Any) -> tuple[str, ...]:
     return (*getattr(code, "co_names", ()), *texts)
 
 
-def _plain(function: Any) -> Any:
+def _unwrap(function: Any) -> Any:
     """The function without bound methods and wrappers."""
     return inspect.unwrap(getattr(function, "__func__", function))
 
 
-def _library(function: Any) -> str | None:
+def _find_library(function: Any) -> str | None:
     """The library of a function: by its module, or by its file if it was loaded from the hub."""
-    function = _plain(function) if function is not None else None
+    function = _unwrap(function) if function is not None else None
     root = str(getattr(function, "__module__", "")).partition(".")[0]
     if root in _LIBRARIES:
         return root

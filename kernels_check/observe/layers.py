@@ -227,14 +227,14 @@ class _AttentionSearch:
                     continue
                 in_sequence = not same and name.rpartition(".")[2].isdigit()
                 yield name, not in_sequence or self._mixes_tokens(name)
-        yield from self._of_the_announced()
+        yield from self._find_configured_blocks()
         for block, inside in self._blocks():
             for name in self._like[_pattern(block)]:
                 if name != block and self._may_have_to_attend(name, block, inside):
                     passes_by = self._kind(name) is self._kind(block) and f"{name}.{inside}" in self._modules
                     yield name, passes_by or self._mixes_tokens(name)
 
-    def _of_the_announced(self) -> Iterator[tuple[str, bool]]:
+    def _find_configured_blocks(self) -> Iterator[tuple[str, bool]]:
         """Blocks in the configuration, if attention ran outside all of them.
 
         It then ran in a head, or in the tower of another modality. But if a model holds the parts of its blocks in

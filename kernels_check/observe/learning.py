@@ -29,11 +29,11 @@ from kernels_check.observe.modules import (
     largest_magnitude,
     plain_parts,
 )
-from kernels_check.observe.profile import OptimizerSeen, describe_optimizer, learning_rate
+from kernels_check.observe.profile import OptimizerRecord, describe_optimizer, learning_rate
 
 
 @dataclass(slots=True)
-class GradientSeen:
+class GradientRecord:
     """Gradients that one parameter received over the watched calls."""
 
     sizes: list[Tensor] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Gradients:
         """Parameters that received a gradient since this set was last cleared."""
         self.waiting: set[int] = set()
         """Parameters that received a gradient which no update has used yet; written by ``Updates``."""
-        self._seen: dict[int, GradientSeen] = {}
+        self._seen: dict[int, GradientRecord] = {}
         self._at_first: dict[int, tuple[Tensor, Tensor | None]] = {}
         """The parameters of the model, with their gradients at the start of the call."""
 
@@ -104,7 +104,7 @@ class Gradients:
             if gradient is not None and gradient is not earlier and id(parameter) not in self.arrived:
                 self._record(parameter, gradient, produced=False)
 
-    def seen(self, tree: ModelTree) -> Mapping[str, GradientSeen]:
+    def seen(self, tree: ModelTree) -> Mapping[str, GradientRecord]:
         """The gradients of each parameter that received any, by name."""
         found = {name: self._seen.get(id(parameter)) for name, parameter in tree.parameters}
         return {name: one for name, one in found.items() if one is not None and one.sizes}
@@ -120,7 +120,7 @@ class Gradients:
 
     def _record(self, parameter: Tensor, gradient: Tensor, *, produced: bool = True) -> None:
         self.waiting.add(id(parameter))
-        seen = self._seen.setdefault(id(parameter), GradientSeen())
+        seen = self._seen.setdefault(id(parameter), GradientRecord())
         seen.after_updates = self.moved
         seen.produced = seen.produced and produced
         size = largest_magnitude(gradient)
@@ -223,7 +223,7 @@ class ParameterUpdates:
             if self.is_kept():
                 return
             value = _parts(self.tensor)
-            is_undone = bool(self._before) and self._undoes(value)
+            is_undone = bool(self._before) and self._reverts(value)
             self._keep(value, [])
             if not self.by_method and not stepping:
                 self.written += 1
@@ -272,7 +272,7 @@ class ParameterUpdates:
         """The elements that the last update changed."""
         return [now != then for now, then in zip(self._value, self._before, strict=True)]
 
-    def _undoes(self, value: list[Tensor]) -> bool:
+    def _reverts(self, value: list[Tensor]) -> bool:
         """Whether a change is at least as large as the last update and reverts most of the updated elements."""
         is_large = _distance(self._value, self._before) <= _distance(value, self._value) * (1 + 1e-6)
         moved = self._moved()
@@ -312,7 +312,7 @@ class Updates:
         written = written_by_method(tree)
         self.gradients = gradients
         self.steps = 0
-        self.optimizers: dict[int, OptimizerSeen] = {}
+        self.optimizers: dict[int, OptimizerRecord] = {}
         self._parameters = {
             id(tensor): ParameterUpdates(name=name, tensor=tensor, by_method=id(tensor) in written)
             for name, tensor in trained_parameters(tree).items()
@@ -368,7 +368,7 @@ class Updates:
         """Global optimizer hook: the optimizer's state exists from here on."""
         self._stepping = max(self._stepping - 1, 0)
         self._record_updates(optimizer)
-        for parameter, rate in self._parameters_of(optimizer):
+        for parameter, rate in self._find_parameters(optimizer):
             parameter.updates += 1
             parameter.updates_with_gradient += parameter.has_gradient
             parameter.rate = max(parameter.rate, rate)
@@ -401,7 +401,7 @@ class Updates:
     def _learnt(self) -> int:
         return sum(parameter.learnt > 0 for parameter in self._parameters.values())
 
-    def _parameters_of(self, optimizer: Any) -> list[tuple[ParameterUpdates, float]]:
+    def _find_parameters(self, optimizer: Any) -> list[tuple[ParameterUpdates, float]]:
         """The adapter's parameters that an optimizer updates, with their learning rates."""
         rates = {id(value): learning_rate(group) for group in optimizer.param_groups for value in group["params"]}
         return [(self._parameters[key], rate) for key, rate in rates.items() if key in self._parameters]
@@ -409,7 +409,7 @@ class Updates:
     def _read_before(self, optimizer: Any) -> None:
         """Read the values, and the gradients that the update will use."""
         self.gradients.record_assigned()
-        for parameter, _ in self._parameters_of(optimizer):
+        for parameter, _ in self._find_parameters(optimizer):
             parameter.compare(stepping=self._stepping > 0)
             gradient = parameter.tensor.grad if id(parameter.tensor) in self.gradients.waiting else None
             size = None if gradient is None else largest_magnitude(gradient)
@@ -417,7 +417,7 @@ class Updates:
 
     def _record_updates(self, optimizer: Any) -> None:
         """Record the changes of an update since the values were read."""
-        found = [(parameter, *parameter.record_update(rate)) for parameter, rate in self._parameters_of(optimizer)]
+        found = [(parameter, *parameter.record_update(rate)) for parameter, rate in self._find_parameters(optimizer)]
         any_moved = any(moved for _, moved, _ in found)
         self.gradients.moved += any_moved
         for parameter, _, ineffective in found:

@@ -216,7 +216,7 @@ class _UnreadError(RuntimeError):
     """Raised if the tokens of a loss cannot be determined; the message says why."""
 
 
-def _sums_of(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
+def _group_passes(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int]:
     """Find out which passes accumulate: the number of the sum that each pass belongs to.
 
     Args:
@@ -371,19 +371,19 @@ class LossPass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossSeen:
+class LossRecord:
     """The passes of a step, or why they could not be read."""
 
     passes: tuple[LossPass, ...] = ()
     unseen: str | None = None
 
 
-def loss_of_step(calls: Sequence[ModelCall]) -> LossSeen:
+def loss_of_step(calls: Sequence[ModelCall]) -> LossRecord:
     """Read the passes of a step from its calls of the model."""
     try:
-        return LossSeen(passes=tuple(_passes([call for call in calls if call.gradients])))
+        return LossRecord(passes=tuple(_passes([call for call in calls if call.gradients])))
     except _UnreadError as error:
-        return LossSeen(unseen=str(error))
+        return LossRecord(unseen=str(error))
 
 
 def _passes(trained: Sequence[ModelCall]) -> list[LossPass]:
@@ -396,7 +396,7 @@ def _passes(trained: Sequence[ModelCall]) -> list[LossPass]:
         for arrival in part.arrivals:
             given = int(part.tokens) > 0 and float(arrival.gradient) != 0
             gives[arrival.during] = given or gives.get(arrival.during, False)
-    sums = _sums_of({one: gives[one] for one in sorted(gives, key=lambda one: one.task)})
+    sums = _group_passes({one: gives[one] for one in sorted(gives, key=lambda one: one.task)})
     numbers = sorted(set(sums.values()))
     found = [_pass(call, number, sums) for number in numbers for call in trained]
     passes = [one for one in found if one is not None]

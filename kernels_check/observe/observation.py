@@ -44,10 +44,10 @@ from kernels_check.observe.layers import (
     fourbit_layers,
     match_products,
 )
-from kernels_check.observe.learning import Gradients, GradientSeen, ParameterUpdates, Updates
-from kernels_check.observe.loss import BackwardPasses, LossSeen, ModelCall, loss_of_step
+from kernels_check.observe.learning import Gradients, GradientRecord, ParameterUpdates, Updates
+from kernels_check.observe.loss import BackwardPasses, LossRecord, ModelCall, loss_of_step
 from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, training_modes
-from kernels_check.observe.padding import PaddingSeen, count_padding, isolation_by_inputs
+from kernels_check.observe.padding import PaddingRecord, count_padding, isolation_by_inputs
 from kernels_check.observe.parts import (
     ParameterStatus,
     embedding_modules,
@@ -55,8 +55,8 @@ from kernels_check.observe.parts import (
     parameter_statuses,
 )
 from kernels_check.observe.profile import (
-    GroupSeen,
-    OptimizerSeen,
+    GroupRecord,
+    OptimizerRecord,
     ProfilerRecording,
     StepProfile,
     class_names,
@@ -72,7 +72,7 @@ _T = TypeVar("_T")
 
 def _read_tree(read: Callable[[ModelTree], _T]) -> cached_property[_T]:
     """A property of an observation: what ``read`` finds in the model after the last call."""
-    return cached_property(lambda seen: read(seen.tree))
+    return cached_property(lambda observation: read(observation.tree))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ class Observation:
     calls: int
     optimizer_steps: int
     """Steps of optimizers that hold parameters of the model."""
-    optimizers: tuple[OptimizerSeen, ...]
-    gradients: Mapping[str, GradientSeen]
+    optimizers: tuple[OptimizerRecord, ...]
+    gradients: Mapping[str, GradientRecord]
     """Parameters that a gradient reached in the watched calls, by name; earlier gradients do not count."""
     changed: frozenset[str]
     """Trainable parameters whose value differs from that before the first call."""
@@ -110,7 +110,7 @@ class Observation:
     """The compiler's records after the last call."""
     final_tree: ModelTree | None = None
     """The model after the last call."""
-    updated: tuple[GroupSeen, ...] = ()
+    updated: tuple[GroupRecord, ...] = ()
     """Groups of the optimizers that stepped in the watched call."""
     other_optimizers: tuple[str, ...] = ()
     """Classes of optimizers that stepped in any of the calls and hold no parameter of the model: they belong to another
@@ -216,7 +216,7 @@ class Observation:
         return fused_kernel_sites(self.tree, self.modules, self.model_calls)
 
     @cached_property
-    def loss(self) -> LossSeen:
+    def loss(self) -> LossRecord:
         """The tokens in the loss, and their weights."""
         return loss_of_step(self.model_calls)
 
@@ -236,7 +236,7 @@ class Observation:
         return isolation_by_inputs(self.model_calls, self.attention_layers.calls)
 
     @cached_property
-    def padding(self) -> PaddingSeen | None:
+    def padding(self) -> PaddingRecord | None:
         """Padding in the inputs of the model; None if no call of the model was observed."""
         return count_padding(self.tree, self.model_calls)
 
@@ -255,7 +255,7 @@ class StepObserver:
     def __init__(self, model: nn.Module) -> None:
         self._reference = weakref.ref(model, lambda _: self.forget())
         self._series: _Series | None = None
-        self.seen: Observation | None = None
+        self.observation: Observation | None = None
         """The observation of the last step; the caller removes it after judging."""
         self.compiled = False
         """Whether code was compiled in the last step, so that its modules were not observed to its end."""
@@ -278,8 +278,8 @@ class StepObserver:
         Raises:
             Exception: the model cannot be hooked or read; all hooks are removed then.
         """
-        self.compiled, self.seen = False, None
-        tree, series = self._continued()
+        self.compiled, self.observation = False, None
+        tree, series = self._continue_series()
         recording = ProfilerRecording()
         recorder = CallRecorder(tree, series.guard, marked=recording.missing is None)
         with series.step(tree, recorder.backwards):
@@ -293,20 +293,20 @@ class StepObserver:
                 stack.enter_context(recording.opened())
                 yield
             drew_random = random.advanced()
-        self.seen = series.observe(tree.model, recorder, recording.profile(), drew_random=drew_random)
+        self.observation = series.observe(tree.model, recorder, recording.profile(), drew_random=drew_random)
 
     @contextmanager
     def updates_only(self) -> Iterator[None]:
         """Observe only the updates of a step; see ``step``."""
-        tree, series = self._continued()
+        tree, series = self._continue_series()
         with series.step(tree, BackwardPasses(tree)):
             yield
 
     def forget(self) -> None:
         """Start a new series with the next step."""
-        self._series = self.seen = None
+        self._series = self.observation = None
 
-    def _continued(self) -> tuple[ModelTree, _Series]:
+    def _continue_series(self) -> tuple[ModelTree, _Series]:
         """The model, and the series that this step continues: a new one if other code changed the adapter since."""
         model, series = self._reference(), self._series
         if model is None:
@@ -339,7 +339,7 @@ class _Series:
         self._before = hash_base(tree)
         self._others: dict[str, None] = {}
         """Classes of optimizers that stepped and hold no parameter of the model."""
-        self._stepped: list[GroupSeen] = []
+        self._stepped: list[GroupRecord] = []
         self._given: dict[int, frozenset[int]] = {}
         """Parameters that had a gradient before the current optimizer step, by optimizer."""
         self._modes: dict[str, bool] = {}

@@ -250,7 +250,7 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
     for (call, backward_pass), events in places.items():
         begin = 0
         for index, event in enumerate(events):
-            end = _end_of_softmax(events, index, scores)
+            end = _find_softmax_end(events, index, scores)
             if end is None:
                 continue
             backward, by_hand = event.name.endswith("_backward_data"), end > index
@@ -273,7 +273,7 @@ def _written_out(host: Sequence[Operator], taken: Mapping[int, int]) -> Iterator
             begin = end + 1
 
 
-def _end_of_softmax(events: Sequence[Operator], index: int, scores: Collection[tuple[int, ...]]) -> int | None:
+def _find_softmax_end(events: Sequence[Operator], index: int, scores: Collection[tuple[int, ...]]) -> int | None:
     """The index at which an attention softmax that begins here ends: here, or at the division of an exponential by its
     sums."""
     event = events[index]
@@ -292,14 +292,14 @@ def _is_over_scores(events: Sequence[Operator], index: int) -> bool:
     event = events[index]
     return len(event.shape(0)) == 4 or (
         not event.name.endswith("_backward_data")
-        and _product_before(events, index) is not None
-        and _product_after(events, index) is not None
+        and _find_product_before(events, index) is not None
+        and _find_product_after(events, index) is not None
     )
 
 
-def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
+def _find_product_before(events: Sequence[Operator], index: int) -> Operator | None:
     """The product that computed the scores: ``[batch, queries, size] x [batch, size, keys]``."""
-    batch, queries, keys = _flattened(events[index].shape(0))
+    batch, queries, keys = _flatten_shape(events[index].shape(0))
     for event in (one for one in reversed(events[:index]) if one.name in BATCHED_PRODUCTS):
         left, right = (event.shape(position) for position in _operands(event))
         if left[:2] == (batch, queries) and right[::2] == (batch, keys):
@@ -307,16 +307,16 @@ def _product_before(events: Sequence[Operator], index: int) -> Operator | None:
     return None
 
 
-def _product_after(events: Sequence[Operator], index: int) -> Operator | None:
+def _find_product_after(events: Sequence[Operator], index: int) -> Operator | None:
     """The product that uses the attention weights."""
-    flattened = _flattened(events[index].shape(0))
+    flattened = _flatten_shape(events[index].shape(0))
     products = (event for event in events[index + 1 :] if event.name in BATCHED_PRODUCTS)
     return next((one for one in products if one.shape(_operands(one)[0]) == flattened), None)
 
 
 def _width(events: Sequence[Operator], index: int) -> int | None:
     """Features that an attention with separate heads returns for each token."""
-    scores, product = events[index].shape(0), _product_after(events, index)
+    scores, product = events[index].shape(0), _find_product_after(events, index)
     values = () if product is None else product.shape(_operands(product)[1])
     return scores[1] * values[-1] if values and len(scores) == 4 else None
 
@@ -325,14 +325,14 @@ def _operands(product: Operator) -> tuple[int, int]:
     return (1, 2) if product.name == "aten::baddbmm" else (0, 1)
 
 
-def _flattened(scores: tuple[int, ...]) -> tuple[int, int, int]:
+def _flatten_shape(scores: tuple[int, ...]) -> tuple[int, int, int]:
     """Batch, queries and keys, in the shape of a batched product."""
     return math.prod(scores[:-2]), scores[-2], scores[-1]
 
 
 def _precision(events: Sequence[Operator], index: int) -> str | None:
     """Dtype of the products; None if they are also written out."""
-    product = _product_before(events, index) or _product_after(events, index)
+    product = _find_product_before(events, index) or _find_product_after(events, index)
     return None if product is None else product.dtype(_operands(product)[0])
 
 
@@ -342,10 +342,10 @@ def _masks(event: Operator, scores: tuple[int, ...]) -> bool:
         return False
     shapes = [event.shape(index) for index in range(len(event.inputs))]
     if event.name == "aten::baddbmm":
-        batch, queries, keys = _flattened(scores)
+        batch, queries, keys = _flatten_shape(scores)
         made = event.shape(1)[:2] == (batch, queries) and event.shape(2)[::2] == (batch, keys)
         return made and len(event.shape(0)) >= 2 and event.shape(0)[-1] == keys
-    over = next((place for place, shape in enumerate(shapes) if shape in (scores, _flattened(scores))), None)
+    over = next((place for place, shape in enumerate(shapes) if shape in (scores, _flatten_shape(scores))), None)
     if over is None or event.name in _IN_PLACE_MASKS:
         return over == 0
     return any(len(one) >= 2 and one[-1] == scores[-1] for place, one in enumerate(shapes) if place != over)

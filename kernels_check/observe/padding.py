@@ -75,10 +75,10 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
     """
     first: Records | None = None
     readers: dict[str, Callable[[str, Tensor, int, int], Tensor | None]] = {
-        **dict.fromkeys(NUMBERED, _numbered),
-        **dict.fromkeys(CUMULATED, _cumulated),
-        "position_ids": partial(_positioned, ids=arguments.get("input_ids")),
-        "attention_mask": _masked,
+        **dict.fromkeys(NUMBERED, _number_by_values),
+        **dict.fromkeys(CUMULATED, _number_by_lengths),
+        "position_ids": partial(_number_by_positions, ids=arguments.get("input_ids")),
+        "attention_mask": _number_by_mask,
     }
     for name, read in readers.items():
         value = arguments.get(name)
@@ -93,7 +93,7 @@ def find_records(arguments: Mapping[str, Any], rows: int, tokens: int) -> Record
     return first
 
 
-def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+def _number_by_lengths(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
     ends = value.flatten().to(torch.long)
     if not ends.numel() or int(ends.max()) > rows * tokens or bool((ends.diff() < 0).any()):
         raise LayoutError(f"{name} ends at {ends[-1:].tolist()}, and there are {rows} x {tokens} tokens")
@@ -102,7 +102,7 @@ def _cumulated(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
     return torch.where(by_row < ends.numel(), by_row - by_row[:, :1], PADDING)
 
 
-def _positioned(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
+def _number_by_positions(name: str, value: Tensor, rows: int, tokens: int, *, ids: Any) -> Tensor:
     if value.dim() == 3 and value.shape[0] == 3:  # time, height and width of images: they jump, and restart at zero
         restarts = value[:, :, 1:].eq(0).all(dim=0) & value[:, :, :-1].ne(0).any(dim=0)
         return _rows(name, pad(restarts.cumsum(dim=1), (1, 0)), rows, tokens)
@@ -160,9 +160,9 @@ def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
     return ~seen.any(dim=1).expand(rows, length)
 
 
-def _masked(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
+def _number_by_mask(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
     if value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool and bool((value > 1).any()):
-        return _numbered(name, value, rows, tokens)
+        return _number_by_values(name, value, rows, tokens)
     if value.dim() not in (3, 4) or value.shape[-2:] != (tokens, tokens):
         return None
     blocks = mask_to_bool(value if value.dim() == 3 else value[:, 0])
@@ -180,7 +180,7 @@ def _rows(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
     return shared.expand(rows, tokens)
 
 
-def _numbered(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
+def _number_by_values(name: str, value: Tensor, rows: int, tokens: int) -> Tensor:
     values = _rows(name, value, rows, tokens)
     return pad((values[:, 1:] != values[:, :-1]).cumsum(dim=1), (1, 0))
 
@@ -197,7 +197,7 @@ def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
 
 
 @dataclass(slots=True, kw_only=True)
-class PaddingSeen:
+class PaddingRecord:
     """Padding in the inputs of the calls of one step."""
 
     by_call: list[tuple[int, int]] = field(default_factory=list)
@@ -220,15 +220,15 @@ class PaddingSeen:
         return sum(total for _, total in self.by_call)
 
 
-def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | None:
+def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingRecord | None:
     """Count padded positions over the calls that train; None if no call was observed."""
     trained = training_calls(calls)
     if not trained:
         return None
-    configs, seen = list(configurations(tree.model)), PaddingSeen()
+    configs, seen = list(configurations(tree.model)), PaddingRecord()
     given = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
-        given += [decoded for decoded in map(_decoded, given) if isinstance(decoded.arguments["input_ids"], Tensor)]
+        given += [decoded for decoded in map(_decoder_call, given) if isinstance(decoded.arguments["input_ids"], Tensor)]
     ends, others = special_tokens(configs, ("pad", "eos", "bos")), special_tokens(configs, but=("pad",))
     for call in given:
         name, tokens = find_tokens(call.arguments) or ("", None)
@@ -248,7 +248,7 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingSeen | 
     return seen
 
 
-def _decoded(call: ModelCall) -> ModelCall:
+def _decoder_call(call: ModelCall) -> ModelCall:
     """The call of the decoder of an encoder-decoder, whose tokens have their own padding; without tokens, of the
     labels."""
     tokens, labels, mask = map(call.arguments.get, ("decoder_input_ids", "labels", "decoder_attention_mask"))
@@ -275,7 +275,7 @@ def _add_runs(
     """
     numbers = _records(call, ids).numbers.cpu()
     padded, doubtful = masked.clone(), torch.zeros_like(masked)
-    unlabelled, unchanging = _unlabelled(call, ids), _unchanging_positions(call.arguments.get("position_ids"), numbers)
+    unlabelled, unchanging = _mask_unlabelled(call, ids), _unchanging_positions(call.arguments.get("position_ids"), numbers)
     filler_tokens = {*ends, *ids[masked].tolist()}
     for row, run, inner in _end_runs(ids, numbers):
         token = int(ids[row, run.start])
@@ -319,7 +319,7 @@ def _end_runs(ids: Tensor, numbers: Tensor) -> Iterator[tuple[int, slice, slice]
                 yield row, slice(end - counts[-1], end), slice(end - counts[-1] + 1, end)
 
 
-def _unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
+def _mask_unlabelled(call: ModelCall, ids: Tensor) -> Tensor:
     """Tokens without a label, if other tokens have one."""
     labels = call.arguments.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:

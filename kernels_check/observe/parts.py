@@ -44,7 +44,7 @@ def unmatched_names(tree: ModelTree) -> list[str]:
     # Several wrappers may share one table; the outermost comes first.
     once = {id(table): (path, module, table) for path, module, table in reversed(tables) if isinstance(table, dict)}
     found = [
-        _unmatched(configuration, _Places(path, module, layers))
+        _find_unmatched(configuration, _Places(path, module, layers))
         for path, module, table in reversed(once.values())
         for adapter, configuration in table.items()
         if adapter in used
@@ -70,24 +70,24 @@ class _Places:
             for layer, name in near
             if "parameter" in adapter_roles(layer.module)
         }
-        self.of_experts = _names_of_experts(inner if self.tuner is not None else module)
+        self.of_experts = _read_expert_names(inner if self.tuner is not None else module)
         adapted = {layer.name for layer, _ in near}
         self.bare = [name for name in paths if find_enclosing(name, adapted) is None]
         """Modules outside every adapted module."""
 
 
-def _unmatched(configuration: Any, places: _Places) -> Iterator[str]:
+def _find_unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     if not _by_default(configuration, places):
         for field in ("target_modules", "feedforward_modules"):
             missing = (
-                name for name in _requested(configuration, field) if not _matches(configuration, name, places.modules)
+                name for name in _read_targets(configuration, field) if not _matches(configuration, name, places.modules)
             )
             yield from (f"{field} {name!r}" for name in missing)
-    yield from _unmatched_parameters(_requested(configuration, "target_parameters"), places)
+    yield from _unmatched_parameters(_read_targets(configuration, "target_parameters"), places)
     task = str(getattr(configuration, "task_type", ""))
     added = _HEADS if any(one in task for one in _TASKS) else frozenset()
     tokens = getattr(configuration, "trainable_token_indices", None)
-    saved = [("modules_to_save", name) for name in _requested(configuration, "modules_to_save") if name not in added]
+    saved = [("modules_to_save", name) for name in _read_targets(configuration, "modules_to_save") if name not in added]
     saved += [("trainable_token_indices", name) for name in (tokens if isinstance(tokens, dict) else ())]
     for field, name in saved:
         if not any(place.endswith(name) for place in places.copies):  # PEFT also matches this inside a word
@@ -107,7 +107,7 @@ def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[s
             yield f"target_parameters {name!r}"
 
 
-def _names_of_experts(model: Any) -> dict[str, frozenset[str]]:
+def _read_expert_names(model: Any) -> dict[str, frozenset[str]]:
     """The expert parameters of a model type, each with the layer names that PEFT converts into it."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     with suppress(ImportError, AttributeError):  # with transformers 4; the PEFT function is not public
@@ -120,7 +120,7 @@ def _names_of_experts(model: Any) -> dict[str, frozenset[str]]:
     return {}
 
 
-def _requested(configuration: Any, field: str) -> list[str]:
+def _read_targets(configuration: Any, field: str) -> list[str]:
     asked = getattr(configuration, field, None)
     if isinstance(asked, str):
         return [asked]
@@ -215,18 +215,18 @@ def norm_modules(tree: ModelTree) -> dict[str, TrainedModule]:
     return _places(tree, is_norm)
 
 
-def parameter_statuses(places: Mapping[str, TrainedModule], seen: Observation) -> list[ParameterStatus]:
+def parameter_statuses(places: Mapping[str, TrainedModule], observation: Observation) -> list[ParameterStatus]:
     """Fates of the given parameters, as ``embedding_modules`` or ``norm_modules`` return them."""
-    names = {id(value): name for name, value in seen.tree.parameters}
+    names = {id(value): name for name, value in observation.tree.parameters}
     rates: dict[int, float] = {}
-    for optimizer in seen.optimizers:
+    for optimizer in observation.optimizers:
         rate = max(optimizer.learning_rates, default=0.0)
         rates |= {key: max(rate, rates.get(key, 0.0)) for key in optimizer.parameters}
-    rare = token_parameters(seen.tree)
+    rare = token_parameters(observation.tree)
 
     def fate(value: Tensor) -> Fate:
         name = names.get(id(value), "")
-        return _fate(name, seen, rates.get(id(value)), rare) if value.requires_grad else "frozen"
+        return _fate(name, observation, rates.get(id(value)), rare) if value.requires_grad else "frozen"
 
     return [
         ParameterStatus(name=name, fates={names.get(id(value), "?"): fate(value) for value in values}, tokens=tokens)
@@ -234,9 +234,9 @@ def parameter_statuses(places: Mapping[str, TrainedModule], seen: Observation) -
     ]
 
 
-def _fate(name: str, seen: Observation, rate: float | None, rare: Set[str]) -> Fate:
+def _fate(name: str, observation: Observation, rate: float | None, rare: Set[str]) -> Fate:
     """The fate of a parameter that requires gradients."""
-    gradient, changed, known = seen.gradients.get(name), name in seen.changed, seen.updates.get(name)
+    gradient, changed, known = observation.gradients.get(name), name in observation.changed, observation.updates.get(name)
     is_zero = gradient is None or not gradient.nonzero
     fates: list[tuple[bool, Fate]] = [
         (gradient is None, "changed, no gradient seen" if changed else "without gradient"),
@@ -261,23 +261,23 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
     places_of: dict[str, tuple[list[AdapterLayer], nn.Module]] = {}
     for name, module in tree.modules:
         if is_one(module) and not is_in_adapter(tree, name):
-            place, acting = _acting(name, layers)
+            place, acting = _find_acting_layers(name, layers)
             places_of.setdefault(place, (acting, module))
     # The layer to which an output is added may itself hold the weights of another place.
     bases = (layer.base for acting, _ in places_of.values() for layer in acting if isinstance(layer.base, nn.Module))
-    seen = {id(value) for base in bases for value in base.parameters()}
+    known = {id(value) for base in bases for value in base.parameters()}
     places: dict[str, TrainedModule] = {}
     for name, (acting, module) in places_of.items():
         weights = [value for layer in acting for _, value in layer.weights()]
         values = weights if acting else list(module.parameters(False))
-        fresh = {id(value): value for value in values if id(value) not in seen}
-        seen.update(fresh)
+        fresh = {id(value): value for value in values if id(value) not in known}
+        observation.update(fresh)
         if fresh:
             places[name] = list(fresh.values()), _tokens(acting)
     return places
 
 
-def _acting(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[AdapterLayer]]:
+def _find_acting_layers(name: str, layers: Mapping[str, AdapterLayer]) -> tuple[str, list[AdapterLayer]]:
     """The module name, and the adapter layers that act on it: one around the module, else those inside."""
     wrappers = (name, name.removesuffix(".original_module"), name.removesuffix(".base_layer"))
     around = next((one for one in wrappers if one in layers), None)

@@ -51,7 +51,7 @@ from kernels_check.rules import attention_backend, classify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSeen:
+class OptimizerRecord:
     """One optimizer that stepped, in its state after its last watched step."""
 
     classes: tuple[str, ...]
@@ -68,13 +68,13 @@ class OptimizerSeen:
     on_cpu: bool
 
 
-def describe_optimizer(optimizer: Any) -> OptimizerSeen:
+def describe_optimizer(optimizer: Any) -> OptimizerRecord:
     """Read the current state of an optimizer."""
     parameters = optimized_by(optimizer)
     states = [state.values() for state in optimizer.state.values() if isinstance(state, dict)]
     # Parameters share quantisation maps: count each tensor once.
     tensors = {id(value): value for state in states for value in state if isinstance(value, Tensor)}.values()
-    return OptimizerSeen(
+    return OptimizerRecord(
         classes=class_names(optimizer),
         learning_rates=tuple(learning_rate(group) for group in optimizer.param_groups),
         parameters=frozenset(map(id, parameters)),
@@ -122,7 +122,7 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSeen:
+class GroupRecord:
     """One group of an optimizer that stepped in the watched call."""
 
     optimizer: str
@@ -143,7 +143,7 @@ def tensor_identity(tensor: Tensor) -> Identity:
     return int(tensor._cdata), 0
 
 
-def describe_groups(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen, ...]:
+def describe_groups(optimizer: Any, before: Collection[int]) -> tuple[GroupRecord, ...]:
     """The groups of an optimizer, right after its step.
 
     Args:
@@ -151,7 +151,7 @@ def describe_groups(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen,
         before: ids of the parameters that had a gradient before the step.
     """
     return tuple(
-        GroupSeen(
+        GroupRecord(
             optimizer=type(optimizer).__name__,
             index=index,
             has_fused="fused" in optimizer.defaults,
@@ -164,7 +164,7 @@ def describe_groups(optimizer: Any, before: Collection[int]) -> tuple[GroupSeen,
     )
 
 
-def updated_by(groups: Sequence[GroupSeen], written: Iterable[Write]) -> list[Counter[str]]:
+def updated_by(groups: Sequence[GroupRecord], written: Iterable[Write]) -> list[Counter[str]]:
     """For each group, the number of its parameters updated by each kind of operator; ``unseen`` if the operator is
     unknown."""
     kinds: dict[int, str] = {}
@@ -182,7 +182,7 @@ def updated_by(groups: Sequence[GroupSeen], written: Iterable[Write]) -> list[Co
     return counts
 
 
-def operators_on(groups: Iterable[GroupSeen], written: Iterable[Write]) -> list[str]:
+def operators_on(groups: Iterable[GroupRecord], written: Iterable[Write]) -> list[str]:
     """The operators that wrote any parameter of the groups, once for each call."""
     addresses = {address for group in groups for one in group.parameters for address in one if address}
     return [one.op for one in written if any(not addresses.isdisjoint(tensor) for tensor in one.tensors)]

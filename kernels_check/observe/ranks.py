@@ -103,40 +103,40 @@ class RankObserver:
         """Remove every hook at the end of a step."""
         self._hooks.close()
 
-    def exchange(self, seen: Observation | None, problem: str | None, *, undecided: bool) -> tuple[RankEvidence, ...]:
+    def exchange(self, observation: Observation | None, problem: str | None, *, undecided: bool) -> tuple[RankEvidence, ...]:
         """Exchange the evidence of all ranks, in rank order; empty if only one process trains.
 
         Args:
-            seen: observation of this rank's step.
+            observation: the observed step of this rank.
             problem: why it proves nothing; given if there is no observation.
             undecided: whether this rank waits for a further step.
         """
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
             return ()
         own = RankEvidence(rank=distributed.get_rank(), problem=problem or self._guard.fault, undecided=undecided)
-        if not any(gather(own.problem)) and seen is not None:
+        if not any(gather(own.problem)) and observation is not None:
             try:
-                own = self._evidence(own, seen)
+                own = self._evidence(own, observation)
             except Exception as error:
                 own = replace(own, problem=f"{type(error).__name__}: {error}")
         return tuple(gather(own))
 
-    def _evidence(self, own: RankEvidence, seen: Observation) -> RankEvidence:
-        own = replace(own, updates=seen.optimizer_steps, counted=counted_updates(self._optimizers))
+    def _evidence(self, own: RankEvidence, observation: Observation) -> RankEvidence:
+        own = replace(own, updates=observation.optimizer_steps, counted=counted_updates(self._optimizers))
         flat = ("ds_id", "_fsdp_flattened", "_is_flat_param")
-        if any(hasattr(parameter, name) for parameter in seen.model.parameters() for name in flat):
+        if any(hasattr(parameter, name) for parameter in observation.model.parameters() for name in flat):
             return replace(own, flat=True)
-        parts = {name: part for name, part in seen.after.parts.items() if part.kind != "cache"}
+        parts = {name: part for name, part in observation.after.parts.items() if part.kind != "cache"}
         shards = [
             name
             for name, part in parts.items()
-            if part.owner in seen.after.sharded and part.kind in ("parameter", "merged")
+            if part.owner in observation.after.sharded and part.kind in ("parameter", "merged")
         ]
         return replace(
             own,
             base={name: part.fingerprint for name, part in parts.items() if name not in shards},
             shards=len(shards),
-            adapter=fingerprints(seen.model),
+            adapter=fingerprints(observation.model),
             gradients=self._exchanged,
         )
 
@@ -154,7 +154,7 @@ class RankObserver:
 
         def arrive(gradient: Tensor) -> None:
             exact = gradient.detach().double()
-            signs = _signs(name, tuple(gradient.shape), gradient.device)
+            signs = _make_signs(name, tuple(gradient.shape), gradient.device)
             self._own[name] = self._own.get(name, 0.0) + torch.stack([(exact * signs).sum(), exact.square().sum()])
 
         return self._guard(arrive)
@@ -182,9 +182,9 @@ class RankObserver:
     def _gradient(self, name: str, parameter: Any) -> Gradient:
         gradient, product = parameter.grad, 0.0
         if gradient is not None:
-            signs = _signs(name, tuple(gradient.shape), gradient.device)
+            signs = _make_signs(name, tuple(gradient.shape), gradient.device)
             if is_sharded(parameter):
-                signs = _shard_of(gradient, signs)
+                signs = _select_shard(gradient, signs)
                 gradient = gradient.to_local()
             product = float((gradient.detach().double() * signs).sum())
         own, square = self._own.get(name, torch.zeros(2)).tolist()
@@ -231,14 +231,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def _signs(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _make_signs(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The vector of signs of a parameter in float64, the same on every rank."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1).to(device, torch.float64)
 
 
-def _shard_of(gradient: Any, signs: Any) -> Any:
+def _select_shard(gradient: Any, signs: Any) -> Any:
     """The part of `signs` for the local shard of a tensor. Raises ValueError for a mesh with several dimensions."""
     mesh, placement = gradient.device_mesh, gradient.placements[0]
     if mesh.ndim != 1:

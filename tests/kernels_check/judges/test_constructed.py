@@ -8,7 +8,7 @@ import torch
 
 from kernels_check.judges import attention, execution, optimizer
 from kernels_check.observe.operators import AttentionCall
-from kernels_check.observe.profile import OptimizerSeen
+from kernels_check.observe.profile import OptimizerRecord
 
 FLASH = AttentionCall(
     op="aten::_scaled_dot_product_flash_attention", backend="flash", direction="forward", dtype="bfloat16", mask=False,
@@ -140,7 +140,7 @@ def test_checkpointing_in_compiled_code_is_judged_by_attention(seen, calls, flag
 )
 def test_paging_is_judged_by_bytes(seen, paged, on_cpu, required, status, words):
     """The reason explains which state a paged optimizer does not page."""
-    stepped = OptimizerSeen(
+    stepped = OptimizerRecord(
         classes=("bitsandbytes.optim.PagedAdamW",), learning_rates=(1e-3,), parameters=frozenset(), state_bytes=1000,
         paged_bytes=paged, claims_paged=True, fused_requested=None, on_cpu=on_cpu,
     )  # fmt: skip

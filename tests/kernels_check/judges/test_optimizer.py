@@ -22,7 +22,7 @@ import kernels_check
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.batch import judge_tokens
 from kernels_check.judges.optimizer import is_class
-from kernels_check.observe.loss import LossPass, LossSeen
+from kernels_check.observe.loss import LossPass, LossRecord
 from kernels_check.observe.operators import AttentionCall
 from kernels_check.observe.profile import StepProfile
 from kernels_check.step_watch import REQUEST
@@ -151,7 +151,7 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
     weights = weights or [1 / sum(counts)] * len(counts)
     made = zip(counts, weights, sums or [0] * len(counts), strict=True)
     passes = (LossPass(tokens=n, positions=64, weight=w, tolerance=tolerance, mean=mean, sum=s) for n, w, s in made)
-    return SimpleNamespace(loss=LossSeen(passes=tuple(passes)))
+    return SimpleNamespace(loss=LossRecord(passes=tuple(passes)))
 
 
 @pytest.mark.parametrize(
