@@ -59,8 +59,8 @@ class Requirement:
                 return None
             name = value if isinstance(value, str) and value else "AdamW"
             return f"must name the class with its package, as in 'torch.optim.{name}' or 'bitsandbytes.optim.{name}'"
-        wanted = int if self.kind == "bits" else str
-        accepted = isinstance(value, wanted) and not isinstance(value, bool) and value in self.choices
+        kind = int if self.kind == "bits" else str
+        accepted = isinstance(value, kind) and not isinstance(value, bool) and value in self.choices
         return None if accepted else f"must be one of {', '.join(map(str, self.choices))}"
 
 

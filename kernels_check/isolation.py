@@ -150,12 +150,12 @@ def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
     if tokens.is_floating_point():
         return tokens.roll(1, -1)
     special = torch.tensor(sorted(special_tokens(configurations(model))), dtype=tokens.dtype, device=tokens.device)
-    kept = torch.isin(tokens, special)
-    known = tokens[~kept].unique()
+    is_special = torch.isin(tokens, special)
+    known = tokens[~is_special].unique()
     if known.numel() < 2:  # only one distinct token: use the adjacent id
-        return torch.where(kept, tokens, torch.where(tokens > 0, tokens - 1, tokens + 1))
+        return torch.where(is_special, tokens, torch.where(tokens > 0, tokens - 1, tokens + 1))
     following = torch.searchsorted(known, tokens.contiguous(), right=True) % known.numel()
-    return torch.where(kept, tokens, known[following])
+    return torch.where(is_special, tokens, known[following])
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor:
@@ -171,9 +171,9 @@ def _logits(model: nn.Module, batch: Mapping[str, Any], shape: Sequence[int]) ->
     problem = ""
     for arguments in (plain, whole):  # some models return logits only without labels, others require labels
         # Inputs that are consumed when read, such as a cache, are used once.
-        given = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
+        copies = {key: copy.deepcopy(one) if hasattr(one, "get_seq_length") else one for key, one in arguments.items()}
         try:
-            found = _read_token_logits(model(**given), shape)
+            found = _read_token_logits(model(**copies), shape)
         except Exception as error:
             first = str(error).partition("\n")[0]
             problem = f"{type(model).__name__} given {', '.join(arguments)} raised {type(error).__name__}: {first}"

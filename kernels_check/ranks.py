@@ -253,9 +253,9 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
     if deviating:
         named = f"each of ranks {name_some(deviating)}" if len(deviating) > 1 else f"rank {deviating[0]}"
         return failed(f"{named} trains on other data than rank 0: the sequences of a step are not the same")
-    wanted = Counter(facts[0].whole)
+    expected = Counter(facts[0].whole)
     for one in facts:
-        foreign = [row for row in one.rows if row not in wanted]
+        foreign = [row for row in one.rows if row not in expected]
         if foreign:
             return failed(
                 f"rank {one.rank} was given other data: {len(foreign)} of its {len(one.rows)} sequences do not "
@@ -264,16 +264,16 @@ def judge_data(facts: Sequence[RankFacts]) -> PathObservation:
     for one, other in combinations(facts, 2):
         rows, other_rows = Counter(one.rows), Counter(other.rows)
         twice = (rows & other_rows).total()
-        if twice and rows + other_rows - wanted:
+        if twice and rows + other_rows - expected:
             return failed(
                 f"ranks {one.rank} and {other.rank} train on the same data: {twice} of their {len(one.rows)} "
                 "sequences, so the data is not divided among the ranks"
             )
-    given = Counter(row for one in facts for row in one.rows)
-    if given != wanted:
-        missing = (wanted - given).total()
-        return failed(f"{missing} of the {wanted.total()} sequences of a step were given to no rank")
-    return passed(f"{wanted.total()} sequences of a step, each on one of {len(facts)} ranks")
+    actual = Counter(row for one in facts for row in one.rows)
+    if actual != expected:
+        missing = (expected - actual).total()
+        return failed(f"{missing} of the {expected.total()} sequences of a step were given to no rank")
+    return passed(f"{expected.total()} sequences of a step, each on one of {len(facts)} ranks")
 
 
 def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
@@ -297,8 +297,8 @@ def judge_sharded(facts: Sequence[RankFacts]) -> PathObservation:
             f"{name_some(enlarged)}"
         )
     most = max(sum(here for here, _ in one.base.values()) for one in facts)
-    kept = f", {len(four_bit)} weights still in 4 bits" if four_bit else ""
-    return passed(f"each of {ranks} ranks holds {most / total:.0%} of the base's bytes or less{kept}")
+    four_bit_note = f", {len(four_bit)} weights still in 4 bits" if four_bit else ""
+    return passed(f"each of {ranks} ranks holds {most / total:.0%} of the base's bytes or less{four_bit_note}")
 
 
 def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
@@ -317,10 +317,10 @@ def judge_steady(facts: Sequence[RankFacts]) -> PathObservation:
                     f"rank {one.rank}: silently wrong from the second forward on: the loss of one batch {of} is "
                     f"{listed}{why}"
                 )
-    kept = f"the model keeps the loss of one batch over {len(facts[0].repeated)} forwards and backwards"
+    summary = f"the model keeps the loss of one batch over {len(facts[0].repeated)} forwards and backwards"
     if facts[0].base_losses:
-        kept += f", and the base over {len(facts[0].base_losses) - 1} forwards since before it was shared"
-    return passed(kept)
+        summary += f", and the base over {len(facts[0].base_losses) - 1} forwards since before it was shared"
+    return passed(summary)
 
 
 def merge_checks(by_rank: Sequence[Sequence[Check]]) -> list[Check]:

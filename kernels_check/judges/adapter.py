@@ -273,13 +273,13 @@ def _update_faults(judged: Mapping[str, Tensor], observation: Observation) -> tu
     missing = [name for name in live if id(judged[name]) not in observation.optimized]
     elsewhere = [name for name in missing if name in known and known[name].written and name in observation.changed]
     unreadable = [name for name in live if name in known and known[name].unreadable]
-    taken = [name for name in with_gradient if name not in missing and name in known and name not in unreadable]
+    updated = [name for name in with_gradient if name not in missing and name in known and name not in unreadable]
     zero_rate = [name for name in live if name not in missing and name in known and known[name].has_zero_rate]
     all_rates_zero = bool(zero_rate) and all(
         rate == 0 for optimizer in observation.optimizers for rate in optimizer.learning_rates
     )
-    idling = [name for name in taken if known[name].idling]
-    moving = [name for name in taken if name not in (*zero_rate, *idling)]
+    idling = [name for name in updated if known[name].idling]
+    moving = [name for name in updated if name not in (*zero_rate, *idling)]
     highest = max((updates.rate for updates in known.values()), default=0.0)
     rounded_away = [name for name in moving if known[name].rounded_away and known[name].rate >= highest * _COMPARABLE]
     rounded = [

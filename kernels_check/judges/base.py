@@ -192,15 +192,15 @@ def _find_unread(observation: Observation, change: DigestDifference) -> list[str
 def _find_trained(observation: Observation) -> tuple[list[str], list[str]]:
     """Faults of base parameters that train or would train, and notes about those that an optimizer holds but skips."""
     base = observation.base_parameters
-    given = {name for name, value in base.items() if id(value) in observation.optimized}
+    in_optimizer = {name for name, value in base.items() if id(value) in observation.optimized}
     reached = [name for name in base if name in observation.gradients]
-    train = [name for name, value in base.items() if value.requires_grad and (name in given or name in observation.gradients)]
+    train = [name for name, value in base.items() if value.requires_grad and (name in in_optimizer or name in observation.gradients)]
     faults = _count_parameters(
         ("require gradients", train),
         ("received a gradient", reached),
-        ("are given to the optimizer", [name for name in train if name in given]),
+        ("are given to the optimizer", [name for name in train if name in in_optimizer]),
     )
-    idle = given - {*train, *reached}
+    idle = in_optimizer - {*train, *reached}
     notes = [f"{len(idle)} frozen base parameters are given to the optimizer, which skips them"] if idle else []
     if observation.optimizers and (unused := _find_unused(observation)):
         notes.append(f"no gradient reached and no optimizer holds, though they require gradients: {name_some(unused)}")

@@ -207,14 +207,14 @@ def judge_mode(observation: Observation, required: Json) -> PathObservation:
     """Judge ``mode``: the mode of the modules while the step ran."""
     names = {True: "train", False: "eval", None: "now train, now eval"}
     modes = [names[training] for training in observation.modes.values()]
-    wanted = required if required is not None else max(set(modes), key=modes.count)
-    odd = [name or "the model itself" for name, training in observation.modes.items() if names[training] != wanted]
+    expected = required if required is not None else max(set(modes), key=modes.count)
+    others = [name or "the model itself" for name, training in observation.modes.items() if names[training] != expected]
     return PathObservation(
         observed=modes[0] if len(set(modes)) == 1 and modes[0] in ("train", "eval") else "mixed",
         reason=join_clauses(
             f"modules: {count_values(modes)}",
-            f"not in {wanted} mode: {name_some(odd)}" if odd else "",
-            f"call model.{wanted}() before the step" if odd and required is not None else "",
+            f"not in {expected} mode: {name_some(others)}" if others else "",
+            f"call model.{expected}() before the step" if others and required is not None else "",
         ),
     )
 
@@ -230,20 +230,20 @@ def judge_fused(observation: Observation, required: Json) -> PathObservation:
     by_kind = {
         kind: [site for site in sites if site.kind == kind] for kind in dict.fromkeys(site.kind for site in sites)
     }
-    wanted = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
-    missing = [kind for kind in wanted if kind not in by_kind]
+    required_kinds = [kind.strip() for kind in required.split("+")] if isinstance(required, str) else []
+    missing = [kind for kind in required_kinds if kind not in by_kind]
     whole = [kind for kind, of_kind in by_kind.items() if all(_is_called(site, observation) for site in of_kind)]
     counted = ", ".join(_describe_sites(kind, of_kind, observation) for kind, of_kind in by_kind.items())
     bound = [site for site in sites if site.library is not None]
     silent = sorted({site.library or "" for site in bound if _has_kernels(site, observation) is False})
     compiled = bool(observation.profile.compiled_regions)
-    idle = [site for site in bound if not site.called and (not wanted or site.kind in wanted)]
+    idle = [site for site in bound if not site.called and (not required_kinds or site.kind in required_kinds)]
     hidden = [site.name for site in idle if site.hidden or compiled]
     unconfirmed = "judged by the bound functions and their calls; no kernel was recorded to confirm them"
     reason = join_clauses(
         counted or "no place for a fused kernel is known in the model",
         f"the model has no place for {name_some(missing)}; it has {name_some(by_kind)}" if missing else "",
-        "" if bound or not wanted else _NOT_BOUND,
+        "" if bound or not required_kinds else _NOT_BOUND,
         f"no kernel of {name_some(silent)} was launched in the profile" if silent else "",
         unconfirmed if bound and not observation.profile.kernels else "",
         f"their calls in compiled code cannot be seen: {name_some(hidden)}" if hidden else "",
@@ -253,7 +253,7 @@ def judge_fused(observation: Observation, required: Json) -> PathObservation:
     return PathObservation(
         observed=join_values(whole),
         reason=reason,
-        satisfies=bool(wanted) and all(kind in whole for kind in wanted),
+        satisfies=bool(required_kinds) and all(kind in whole for kind in required_kinds),
         present=any(_is_called(site, observation) for site in sites),
     )
 

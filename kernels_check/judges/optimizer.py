@@ -187,8 +187,8 @@ def judge_parts(observation: Observation, required: Json, *, what: str) -> PathO
         return undecided(reason, present=partly)
     whole = updated == len(parts)
     observed: Json = whole or (f"{updated} of {len(parts)}" if partly else False)
-    kept = _MOVED.isdisjoint(fates.values())
-    return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else kept)
+    unmoved = _MOVED.isdisjoint(fates.values())
+    return PathObservation(observed=observed, reason=reason, present=partly, satisfies=whole if required else unmoved)
 
 
 def _why_inconclusive(fates: Set[Fate], observation: Observation) -> str | None:

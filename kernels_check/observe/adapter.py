@@ -295,8 +295,8 @@ def adapter_layers(tree: ModelTree) -> list[AdapterLayer]:
     calls = (getattr(module, "active_adapters", ()) for _, module in tree.modules if "tuner" in adapter_roles(module))
     named = {adapter for names in calls for adapter in ([names] if isinstance(names, str) else names)}
     active = {adapter for layer in found for adapter in layer.adapters}
-    wanted = active & named or active or {adapter for layer in found for adapter in layer.held}
-    layers = [_restrict(layer, wanted) for layer in found]
+    names = active & named or active or {adapter for layer in found for adapter in layer.held}
+    layers = [_restrict(layer, names) for layer in found]
     return [layer for layer in layers if layer.held]
 
 
@@ -377,6 +377,6 @@ def base_parameters(tree: ModelTree) -> dict[str, nn.Parameter]:
     return {name: value for name, value in tree.parameters if name not in adapter}
 
 
-def _restrict(layer: AdapterLayer, wanted: Collection[str]) -> AdapterLayer:
-    held = tuple(name for name in layer.held if name in wanted or name == "")
+def _restrict(layer: AdapterLayer, names: Collection[str]) -> AdapterLayer:
+    held = tuple(name for name in layer.held if name in names or name == "")
     return layer if held == layer.held else replace(layer, held=held)

@@ -80,11 +80,11 @@ def _shards(module: Any) -> Iterator[tuple[tuple[int, str], Tensor]]:
     with suppress(AttributeError):  # not a public interface of torch
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for kept in (one for group in groups if group is not None for one in group.fsdp_params):
-            info = kept._module_info
+        for shard in (one for group in groups if group is not None for one in group.fsdp_params):
+            info = shard._module_info
             modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
             for place, name in zip(modules, names, strict=True):
-                yield (id(place), name), kept.sharded_param
+                yield (id(place), name), shard.sharded_param
 
 
 def _merged_layers(module: Any) -> tuple[Any, ...]:

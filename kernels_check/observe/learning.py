@@ -265,8 +265,8 @@ class ParameterUpdates:
         if not self.is_narrow or gradient is None or gradient.layout != torch.strided:
             return False
         pairs = [(one != 0, moved) for one, moved in zip(_parts(gradient), self._moved(), strict=True)]
-        given = sum(int(has.sum()) for has, _ in pairs)
-        return sum(int((has & ~moved).sum()) for has, moved in pairs) > UNCHANGED_SHARE * given
+        with_gradient = sum(int(has.sum()) for has, _ in pairs)
+        return sum(int((has & ~moved).sum()) for has, moved in pairs) > UNCHANGED_SHARE * with_gradient
 
     def _moved(self) -> list[Tensor]:
         """The elements that the last update changed."""
@@ -353,9 +353,9 @@ class Updates:
         if closure is None:
             return None
 
-        def watched(*given: Any, **named: Any) -> Any:
+        def watched(*arguments: Any, **options: Any) -> Any:
             self._record_updates(optimizer)  # some optimizers call the closure again after changing parameters
-            result = closure(*given, **named)
+            result = closure(*arguments, **options)
             self._read_before(optimizer)
             return result
 

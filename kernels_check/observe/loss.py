@@ -226,18 +226,18 @@ def _group_passes(passes: Mapping[BackwardPass, bool]) -> dict[BackwardPass, int
         _UnreadError: the sums cannot be determined.
     """
     sums: dict[BackwardPass, int] = {}
-    number, given = 0, False
+    number, has_gradient = 0, False
     for backward, gives in passes.items():
-        if given and backward.from_zero and not backward.after_update and not backward.in_update:
+        if has_gradient and backward.from_zero and not backward.after_update and not backward.in_update:
             raise _UnreadError(
                 "the gradients of an earlier pass were removed before the next, without an update between them: it is "
                 "unknown which passes contribute to the update"
             )
-        if given and backward.after_update and not backward.from_zero:
+        if has_gradient and backward.after_update and not backward.from_zero:
             raise _UnreadError("gradients that an update had used were not cleared before the next pass added to them")
-        number += given and backward.from_zero
+        number += has_gradient and backward.from_zero
         sums[backward] = number
-        given = gives or (given and not backward.from_zero)
+        has_gradient = gives or (has_gradient and not backward.from_zero)
     return sums
 
 
@@ -336,14 +336,14 @@ def _read(operator: Any) -> CrossEntropy:
         raise _UnreadError("the loss weights tokens individually")
     if operator._raw_saved_weight.data is not None:
         raise _UnreadError("the loss weights targets by their class")
-    kept = operator._raw_saved_target
-    if kept.unpack_hook is not None:  # unpacking would recompute, or fetch, the tensors that the backward pass needs
+    target = operator._raw_saved_target
+    if target.unpack_hook is not None:  # unpacking would recompute, or fetch, the tensors that the backward pass needs
         raise _UnreadError(
             "the labels of the loss are not in memory until the backward pass, as with a checkpoint or offloading"
         )
     ignored = (operator._saved_ignore_index + 2**63) % 2**64 - 2**63  # saved as an unsigned integer
     with torch.no_grad():
-        tokens = (kept.data != ignored).sum()
+        tokens = (target.data != ignored).sum()
     return CrossEntropy(tokens=tokens, mean=operator._saved_reduction == _MEAN)
 
 
@@ -394,8 +394,8 @@ def _passes(trained: Sequence[ModelCall]) -> list[LossPass]:
     gives: dict[BackwardPass, bool] = {}
     for part in (part for call in trained for part in call.parts):
         for arrival in part.arrivals:
-            given = int(part.tokens) > 0 and float(arrival.gradient) != 0
-            gives[arrival.during] = given or gives.get(arrival.during, False)
+            is_nonzero = int(part.tokens) > 0 and float(arrival.gradient) != 0
+            gives[arrival.during] = is_nonzero or gives.get(arrival.during, False)
     sums = _group_passes({one: gives[one] for one in sorted(gives, key=lambda one: one.task)})
     numbers = sorted(set(sums.values()))
     found = [_pass(call, number, sums) for number in numbers for call in trained]

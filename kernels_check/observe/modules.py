@@ -47,14 +47,14 @@ def cache_in_tree(read: Callable[[ModelTree], _T]) -> Callable[[nn.Module | Mode
     """Cache the result of a function of a model in its ``ModelTree``."""
 
     @wraps(read)
-    def kept(model: nn.Module | ModelTree) -> _T:
+    def cached(model: nn.Module | ModelTree) -> _T:
         tree = model if isinstance(model, ModelTree) else ModelTree(model)
         if read.__qualname__ not in tree.readings:
             tree.readings[read.__qualname__] = read(tree)
         found: _T = tree.readings[read.__qualname__]
         return found
 
-    return kept
+    return cached
 
 
 def training_modes(tree: ModelTree) -> dict[str, bool]:
@@ -224,10 +224,10 @@ class ModuleHook:
         self._module, self._hook = module, hook
         _keep_from_compiler(ModuleHook.__call__.__code__)
 
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         """Called by torch as a module hook."""
         is_own = module is self._module or getattr(module, "_is_replica", False)
-        return self._hook(module, *given) if is_own else None
+        return self._hook(module, *arguments) if is_own else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy as a function that takes any arguments and does nothing."""
@@ -340,9 +340,9 @@ def restore_training(model: nn.Module) -> Iterator[None]:
                     parameter.detach().copy_(value)
                 else:  # bitsandbytes casts a bias in the first forward
                     parameter.data = value
-            for parameter, gradient, kept in gradients:
-                if gradient is not None and kept is not None:
-                    gradient.copy_(kept)
+            for parameter, gradient, gradient_copy in gradients:
+                if gradient is not None and gradient_copy is not None:
+                    gradient.copy_(gradient_copy)
                 parameter.grad = gradient
             for mapping, held, copies in mappings:
                 mapping.clear()

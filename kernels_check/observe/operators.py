@@ -94,8 +94,8 @@ class Operator:
 
     def value(self, index: int | None) -> Any:
         """A non-tensor input; None if it is unknown."""
-        given = self.inputs[index] if index is not None and 0 <= index < len(self.inputs) else None
-        return None if hasattr(given, "sizes") else given
+        found = self.inputs[index] if index is not None and 0 <= index < len(self.inputs) else None
+        return None if hasattr(found, "sizes") else found
 
 
 @cache

@@ -150,14 +150,14 @@ def masked_positions(mask: Any, rows: int, length: int) -> Tensor | None:
         or len(mask) not in (1, rows)
     ):
         return None
-    seen = mask_to_bool(mask) if mask.dim() == 3 else mask_to_bool(mask).any(dim=1)
-    if seen.shape[1] == length:
+    attended = mask_to_bool(mask) if mask.dim() == 3 else mask_to_bool(mask).any(dim=1)
+    if attended.shape[1] == length:
         # Rows that attend to nothing are opened to everything, because their softmax is undefined; such rows hide no
         # others.
-        opened = seen.all(dim=2, keepdim=True) & ~seen.all(dim=2).all(dim=1)[:, None, None]
+        opened = attended.all(dim=2, keepdim=True) & ~attended.all(dim=2).all(dim=1)[:, None, None]
         opened[:, -1] = False  # the last row of a causal mask attends to everything anyway
-        seen = seen & ~opened
-    return ~seen.any(dim=1).expand(rows, length)
+        attended = attended & ~opened
+    return ~attended.any(dim=1).expand(rows, length)
 
 
 def _number_by_mask(name: str, value: Tensor, rows: int, tokens: int) -> Tensor | None:
@@ -190,10 +190,10 @@ def _without_padding(numbers: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == numbers.shape:
         numbers = numbers.masked_fill(~mask_to_bool(mask), PADDING)
-    kept = numbers != PADDING
+    is_token = numbers != PADDING
     before = pad(numbers[:, :-1], (1, 0), value=PADDING)
-    renumbered = (kept & (numbers != before)).cumsum(dim=1) - 1
-    return torch.where(kept, renumbered, PADDING)
+    renumbered = (is_token & (numbers != before)).cumsum(dim=1) - 1
+    return torch.where(is_token, renumbered, PADDING)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -225,35 +225,35 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingRecord 
     trained = training_calls(calls)
     if not trained:
         return None
-    configs, seen = list(configurations(tree.model)), PaddingRecord()
-    given = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
+    configs, record = list(configurations(tree.model)), PaddingRecord()
+    calls_with_tokens = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
-        given += [decoded for decoded in map(_decoder_call, given) if isinstance(decoded.arguments["input_ids"], Tensor)]
+        calls_with_tokens += [decoded for decoded in map(_decoder_call, calls_with_tokens) if isinstance(decoded.arguments["input_ids"], Tensor)]
     ends, others = special_tokens(configs, ("pad", "eos", "bos")), special_tokens(configs, but=("pad",))
-    for call in given:
+    for call in calls_with_tokens:
         name, tokens = find_tokens(call.arguments) or ("", None)
         if tokens is None:
-            seen.unseen = f"a call of {type(call.module).__name__} received no tokens of shape [rows, tokens]"
+            record.unseen = f"a call of {type(call.module).__name__} received no tokens of shape [rows, tokens]"
             continue
         hidden = masked_positions(call.arguments.get("attention_mask"), *tokens.shape[:2])
         padded = torch.zeros(tokens.shape[:2], dtype=torch.bool) if hidden is None else hidden.cpu()
         is_masked = bool(padded.any())
-        seen.by |= {"attention_mask"} if is_masked else set()
+        record.by |= {"attention_mask"} if is_masked else set()
         if not tokens.is_floating_point():
-            padded, doubtful = _add_runs(call, tokens.cpu(), padded, ends, others, seen.by)
-            seen.doubtful += 0 if is_masked else int((doubtful & ~padded).sum())  # the mask was made for the rows
+            padded, doubtful = _add_runs(call, tokens.cpu(), padded, ends, others, record.by)
+            record.doubtful += 0 if is_masked else int((doubtful & ~padded).sum())  # the mask was made for the rows
         elif not is_masked:  # a mask of ones proves nothing
-            seen.unseen = f"{name} of {list(tokens.shape)} hides the tokens, and no attention_mask shows any padding"
-        seen.by_call.append((int(padded.sum()), padded.numel()))
-    return seen
+            record.unseen = f"{name} of {list(tokens.shape)} hides the tokens, and no attention_mask shows any padding"
+        record.by_call.append((int(padded.sum()), padded.numel()))
+    return record
 
 
 def _decoder_call(call: ModelCall) -> ModelCall:
     """The call of the decoder of an encoder-decoder, whose tokens have their own padding; without tokens, of the
     labels."""
     tokens, labels, mask = map(call.arguments.get, ("decoder_input_ids", "labels", "decoder_attention_mask"))
-    given = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
-    return replace(call, arguments=given)
+    arguments = {"input_ids": labels if tokens is None else tokens, "labels": labels, "attention_mask": mask}
+    return replace(call, arguments=arguments)
 
 
 def _add_runs(
@@ -370,9 +370,9 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
     unmasked = not any(by_lengths) and all(call.mask is False for call in attention)
     masked = any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed)
     cached = any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed)
-    partly = not all(given or call.mask for given, call in zip(by_lengths, attention, strict=True))
+    partly = not all(by_length or call.mask for by_length, call in zip(by_lengths, attention, strict=True))
     leak = "attention received neither a mask nor lengths, so the records of a row attend to each other"
-    given = f"{by} give the records, no mask or cache hides them, and every attention call received them"
+    summary = f"{by} give the records, no mask or cache hides them, and every attention call received them"
     findings = (
         (
             all(records.by == "attention_mask" for _, records in packed),
@@ -384,7 +384,7 @@ def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[Attentio
         (cached, undecided(f"the model may have built a cache: {_VERIFY}")),
         (partly, undecided(f"some attention calls received no mask: {_VERIFY}")),
     )
-    return next((found for applies, found in findings if applies), passed(f"{count} records: {given}"))
+    return next((found for applies, found in findings if applies), passed(f"{count} records: {summary}"))
 
 
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
@@ -398,8 +398,8 @@ def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
 def _caches(call: ModelCall) -> bool:
     """Whether a call may build a cache, by its argument or else the configuration; recomputation disables it."""
     configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
-    asked = call.arguments.get("use_cache")
-    return bool(configured and not is_checkpointing_enabled(call.module) if asked is None else asked)
+    requested = call.arguments.get("use_cache")
+    return bool(configured and not is_checkpointing_enabled(call.module) if requested is None else requested)
 
 
 def has_packed_records(arguments: Mapping[str, Any]) -> bool:

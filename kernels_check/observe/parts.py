@@ -94,11 +94,11 @@ def _find_unmatched(configuration: Any, places: _Places) -> Iterator[str]:
             yield f"{field} {name!r}"
 
 
-def _unmatched_parameters(asked: Collection[str], places: _Places) -> Iterator[str]:
+def _unmatched_parameters(requested: Collection[str], places: _Places) -> Iterator[str]:
     """Unmatched parameter names; names that PEFT has derived are replaced by the user's."""
     words = {name.rpartition(".")[2] for name in places.bare}
-    by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(asked)
-    for name in (one for one in asked if not any(_ends_with(place, one) for place in places.parameters)):
+    by_all_linear = bool(places.of_experts) and places.of_experts.keys() <= set(requested)
+    for name in (one for one in requested if not any(_ends_with(place, one) for place in places.parameters)):
         layers = sorted(places.of_experts.get(name, frozenset()) & words)
         if layers:
             made = " and ".join(map(repr, layers))
@@ -121,18 +121,18 @@ def _read_expert_names(model: Any) -> dict[str, frozenset[str]]:
 
 
 def _read_targets(configuration: Any, field: str) -> list[str]:
-    asked = getattr(configuration, field, None)
-    if isinstance(asked, str):
-        return [asked]
-    return sorted(map(str, asked)) if isinstance(asked, Collection) else []
+    requested = getattr(configuration, field, None)
+    if isinstance(requested, str):
+        return [requested]
+    return sorted(map(str, requested)) if isinstance(requested, Collection) else []
 
 
 def _by_default(configuration: Any, places: _Places) -> bool:
     """Whether PEFT chose the targets by model type, instead of the user by name."""
     tables = getattr(places.tuner, "target_module_mapping", None) or {}
-    asked: Any = getattr(configuration, "target_modules", None)
-    is_listed = isinstance(asked, Collection) and not isinstance(asked, str)
-    return is_listed and any(set(asked) == set(table) for table in tables.values())
+    requested: Any = getattr(configuration, "target_modules", None)
+    is_listed = isinstance(requested, Collection) and not isinstance(requested, str)
+    return is_listed and any(set(requested) == set(table) for table in tables.values())
 
 
 def _matches(configuration: Any, name: str, modules: Iterable[str]) -> bool:

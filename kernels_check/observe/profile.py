@@ -359,8 +359,8 @@ def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:
             # An operator writes its first argument if its name says so; an update of a library may write all.
             is_library, in_place = name.startswith(LIBRARY_UPDATE), name.startswith("aten::") and name.endswith("_")
             if place == "update" and (is_library or in_place):
-                given = event.extra_fields.inputs[: None if is_library else 1]
-                written.append(Write(op=name, tensors=tuple(_identities(given))))
+                tensors = event.extra_fields.inputs[: None if is_library else 1]
+                written.append(Write(op=name, tensors=tuple(_identities(tensors))))
                 continue  # inner calls do not belong to the model
             place = "elsewhere"
         waiting += [(child, parent, call, place) for child in reversed(event.children)]

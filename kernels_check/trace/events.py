@@ -77,15 +77,15 @@ def make_events(rows: Iterable[Row]) -> Events:
     arrays = [column[order] for column in arrays]
     # NaN equals nothing: two events without a time are distinct.
     same = np.logical_and.reduce([column[1:] == column[:-1] for column in arrays])
-    kept = np.concatenate(([True], ~same))[: len(order)]
+    is_first = np.concatenate(([True], ~same))[: len(order)]
     return Events(
         names=[*names],
         lanes=[*lanes],
-        name=arrays[0][kept],
-        lane=arrays[1][kept],
-        start_us=arrays[2][kept],
-        duration_us=arrays[3][kept],
-        correlation=arrays[4][kept],
+        name=arrays[0][is_first],
+        lane=arrays[1][is_first],
+        start_us=arrays[2][is_first],
+        duration_us=arrays[3][is_first],
+        correlation=arrays[4][is_first],
         repeated=int(same.sum()),
     )
 
