@@ -22,7 +22,7 @@ def training() -> Callable[..., SmallRun]:
 
 
 @pytest.fixture
-def seen() -> Callable[..., Any]:
+def make_observation() -> Callable[..., Any]:
     """A function that builds observations from attention calls and named fields only.
 
     Attention without a module call ran in the model itself.

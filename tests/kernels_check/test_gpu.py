@@ -131,7 +131,7 @@ class Recorded:
 
 
 @pytest.fixture
-def recorded(tmp_path):
+def record_step(tmp_path):
     """A function that profiles a call, exports the trace, reads it back and checks the rules of its case."""
 
     def record(case, call, *, warm=True):
@@ -198,7 +198,7 @@ def test_every_case_is_recorded_by_a_test_and_names_rules_that_exist():
 
 @runs("flash", "cudnn", "efficient", "math")
 @pytest.mark.parametrize("backend", SDPA)
-def test_a_forced_backend_is_recognised_in_both_directions(training, recorded, verified, backend):
+def test_a_forced_backend_is_recognised_in_both_directions(training, record_step, verified, backend):
     """With only one SDPA backend enabled, the live step and the trace show that backend and no other, forward and
     backward."""
     if torch.version.hip:
@@ -211,21 +211,21 @@ def test_a_forced_backend_is_recognised_in_both_directions(training, recorded, v
     verified(run, "attention.backend", backend)
     verified(run, "attention.dtype", "bfloat16")
     verified(run, "attention.mask", "explicit" if backend == "efficient" else "causal")
-    seen = recorded(backend, run.step)
-    assert set(seen.summary.attention.backends) == {backend}
-    directions = {"ackward" in name for name in seen.operators if attention_backend(name) == backend}
+    recording = record_step(backend, run.step)
+    assert set(recording.summary.attention.backends) == {backend}
+    directions = {"ackward" in name for name in recording.operators if attention_backend(name) == backend}
     assert directions == {False, True}
 
 
 @runs("flash on ROCm")
-def test_flash_of_rocm_is_recognised_by_its_own_names(training, recorded):
+def test_flash_of_rocm_is_recognised_by_its_own_names(training, record_step):
     """AOTriton and CK run below the same operator as CUDA's flash attention."""
     if not torch.version.hip:
         pytest.skip("AOTriton and CK are ROCm's: this torch is built for CUDA")
     run = training(device="cuda", tokens=64)
     run.around = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
     skip_where_refused(run.step)
-    recorded("flash on ROCm", run.step)
+    record_step("flash on ROCm", run.step)
 
 
 def package_run(training, implementation):
@@ -237,7 +237,7 @@ def package_run(training, implementation):
 
 
 @runs("flash_attention_2", "flash_attention_2 before 2.7")
-def test_flash_attention_2_is_distinguished_from_torchs_copy(training, recorded, verified):
+def test_flash_attention_2_is_distinguished_from_torchs_copy(training, record_step, verified):
     """The trace shows the package's kernels and operators, not those of SDPA; before 2.7 the kernels had no
     namespace."""
     run = package_run(training, "flash_attention_2")
@@ -247,24 +247,24 @@ def test_flash_attention_2_is_distinguished_from_torchs_copy(training, recorded,
         pytest.skip(f"another kernel than the package's runs: {error}")
     if recent:
         verified(run, "attention.backend", "flash_attention_2")
-    seen = recorded("flash_attention_2" if recent else "flash_attention_2 before 2.7", run.step)
-    use = seen.summary.attention.backends["flash_attention_2" if recent else "flash_attention_2_vendored"]
+    recording = record_step("flash_attention_2" if recent else "flash_attention_2 before 2.7", run.step)
+    use = recording.summary.attention.backends["flash_attention_2" if recent else "flash_attention_2_vendored"]
     assert use.forward_calls > 0
     assert use.backward_calls > 0
 
 
 @runs("flash_attention_3", "flash_attention_4")
 @pytest.mark.parametrize("implementation", ["flash_attention_3", "flash_attention_4"])
-def test_later_flash_attention_is_recognised_by_its_version(training, recorded, implementation):
+def test_later_flash_attention_is_recognised_by_its_version(training, record_step, implementation):
     """The packages for Hopper and Blackwell are recognised by their own kernels."""
     run = package_run(training, implementation)
     assert run.check("attention.backend").observed == implementation
-    seen = recorded(implementation, run.step)
-    assert set(seen.summary.attention.backends) == {implementation}
+    recording = record_step(implementation, run.step)
+    assert set(recording.summary.attention.backends) == {implementation}
 
 
 @runs("flex")
-def test_flex_attention_is_recognised(training, recorded):
+def test_flex_attention_is_recognised(training, record_step):
     """The kernel is an Inductor template; uncompiled flex attention would be plain operators."""
     pytest.importorskip("triton")
     run = training(device="cuda", attention="flex_attention", tokens=128)
@@ -272,13 +272,13 @@ def test_flex_attention_is_recognised(training, recorded):
         run.step()
         check = run.check("attention.backend", "flex")
         assert check.met, check.reason
-        assert set(recorded("flex", run.step).summary.attention.backends) == {"flex"}
+        assert set(record_step("flex", run.step).summary.attention.backends) == {"flex"}
     finally:
         torch._dynamo.reset()
 
 
 @runs("another device's attention")
-def test_attention_of_a_device_out_of_tree_has_its_operator(recorded):
+def test_attention_of_a_device_out_of_tree_has_its_operator(record_step):
     """No device in torch dispatches to this operator, so the test calls it directly: it raises, and is recorded."""
     query = torch.randn(1, 2, 16, 32, device="cuda")
     operator = torch.ops.aten._scaled_dot_product_fused_attention_overrideable
@@ -288,12 +288,12 @@ def test_attention_of_a_device_out_of_tree_has_its_operator(recorded):
             operator(query, query, query)
         query.neg()
 
-    recorded("another device's attention", call)
+    record_step("another device's attention", call)
 
 
 @runs("nf4 training", "fp4 training")
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
-def test_training_shapes_unpack_the_base(training, recorded, verified, quant):
+def test_training_shapes_unpack_the_base(training, record_step, verified, quant):
     """With thousands of tokens the weights are unpacked for a bfloat16 product, in the requested format."""
     run = many_tokens(training(device="cuda", quant=quant, double=False, targets="all-linear"))
     for path, required in (
@@ -301,26 +301,26 @@ def test_training_shapes_unpack_the_base(training, recorded, verified, quant):
         ("base.compute_dtype", "bfloat16"), ("base.gemm_path", "dequantize"), ("base.frozen", True),
     ):  # fmt: skip
         verified(run, path, required)
-    seen = recorded(f"{quant} training", run.step)
-    assert set(seen.summary.fourbit.paths) == {"dequantize"}
-    assert set(seen.summary.fourbit.quant_types) == {quant}
-    assert set(seen.summary.fourbit.dtypes) == {"bfloat16"}
-    assert seen.summary.unclassified.time_share < 0.05, seen.summary.unclassified.names
+    recording = record_step(f"{quant} training", run.step)
+    assert set(recording.summary.fourbit.paths) == {"dequantize"}
+    assert set(recording.summary.fourbit.quant_types) == {quant}
+    assert set(recording.summary.fourbit.dtypes) == {"bfloat16"}
+    assert recording.summary.unclassified.time_share < 0.05, recording.summary.unclassified.names
 
 
 @runs("double quantisation")
-def test_double_quantisation_unpacks_its_scales(training, recorded, verified):
+def test_double_quantisation_unpacks_its_scales(training, record_step, verified):
     """Double quantisation adds one kernel before each unpacking; without it there is none."""
     run = many_tokens(training(device="cuda", quant="nf4", double=True))
     verified(run, "base.double_quant", True)
-    assert "dequantize_8bit" in recorded("double quantisation", run.step).summary.fourbit.paths
+    assert "dequantize_8bit" in record_step("double quantisation", run.step).summary.fourbit.paths
     plain = many_tokens(training(device="cuda", quant="nf4", double=False))
-    assert "BNB-DEQ-8BIT" not in recorded("nf4 training", plain.step).rules
+    assert "BNB-DEQ-8BIT" not in record_step("nf4 training", plain.step).rules
 
 
 @runs("nf4 decoding")
 @pytest.mark.parametrize("double", [False, True])
-def test_one_token_is_multiplied_packed(training, recorded, verified, double):
+def test_one_token_is_multiplied_packed(training, record_step, verified, double):
     """Decoding uses the fused product and unpacks no weight."""
     run = training(device="cuda", quant="nf4", double=double, targets="all-linear")
     run.model.eval()
@@ -331,24 +331,24 @@ def test_one_token_is_multiplied_packed(training, recorded, verified, double):
         run.model(input_ids=token)
 
     verified(run, "base.gemm_path", "fused", decode)
-    seen = recorded("nf4 decoding", decode)
-    assert "fused" in seen.summary.fourbit.paths
-    assert "BNB-DEQ-NF4" not in seen.rules
+    recording = record_step("nf4 decoding", decode)
+    assert "fused" in recording.summary.fourbit.paths
+    assert "BNB-DEQ-NF4" not in recording.rules
 
 
 @runs("gemv", "quantise")
-def test_the_older_product_of_one_token_has_its_rule(recorded):
+def test_the_older_product_of_one_token_has_its_rule(record_step):
     """bitsandbytes still has the older product as an operator; quantisation itself has a rule too."""
     functional = importlib.import_module("bitsandbytes.functional")
     weight = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
-    recorded("quantise", lambda: functional.quantize_4bit(weight, quant_type="nf4"))
+    record_step("quantise", lambda: functional.quantize_4bit(weight, quant_type="nf4"))
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
-    seen = recorded("gemv", lambda: functional.gemv_4bit(weight[:1], packed.t(), state=state))
-    assert set(seen.summary.fourbit.paths) == {"gemv"}
+    recording = record_step("gemv", lambda: functional.gemv_4bit(weight[:1], packed.t(), state=state))
+    assert set(recording.summary.fourbit.paths) == {"gemv"}
 
 
 @runs("int8")
-def test_int8_quantises_its_inputs(recorded):
+def test_int8_quantises_its_inputs(record_step):
     """A real LLM.int8 layer quantises its inputs."""
     bnb = importlib.import_module("bitsandbytes")
     layer = bnb.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False)
@@ -356,7 +356,7 @@ def test_int8_quantises_its_inputs(recorded):
     layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     layer = layer.to("cuda")
     tokens = torch.randn(64, 256, device="cuda", dtype=torch.float16)
-    recorded("int8", lambda: layer(tokens))
+    record_step("int8", lambda: layer(tokens))
 
 
 def is_managed(tensor):
@@ -368,10 +368,10 @@ def is_managed(tensor):
 
 
 @runs("paged optimizer")
-def test_the_paged_share_is_that_of_the_driver(training, recorded, verified):
+def test_the_paged_share_is_that_of_the_driver(training, record_step, verified):
     """State of large tensors is in managed memory, and the reported share equals the driver's."""
     run = training(device="cuda", rank=1024, make_optimizer=execution_faults.paged_adamw)
-    recorded("paged optimizer", run.step, warm=False)  # the state is filled in the first step only
+    record_step("paged optimizer", run.step, warm=False)  # the state is filled in the first step only
     state = [value for held in run.optimizer.state.values() for value in held.values() if torch.is_tensor(value)]
     distinct = {id(value): value for value in state}.values()
     share = sum(value.nbytes for value in distinct if is_managed(value)) / sum(value.nbytes for value in distinct)
@@ -381,27 +381,27 @@ def test_the_paged_share_is_that_of_the_driver(training, recorded, verified):
 
 
 @runs("8-bit optimizer")
-def test_an_8_bit_optimizer_has_its_rule(training, recorded):
+def test_an_8_bit_optimizer_has_its_rule(training, record_step):
     """Tensors with at least 4096 elements have 8-bit moments."""
     bnb = importlib.import_module("bitsandbytes")
     run = training(device="cuda", rank=64, make_optimizer=partial(bnb.optim.AdamW8bit, lr=1e-3))
-    recorded("8-bit optimizer", run.step)
+    record_step("8-bit optimizer", run.step)
 
 
 @runs("fused optimizer", "foreach optimizer")
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_optimizers_implementation_is_recognised(training, recorded, verified, fused):
+def test_the_optimizers_implementation_is_recognised(training, record_step, verified, fused):
     """Fused and foreach updates are recognised by operator and kernel, each only where it was selected."""
     options = {"fused": True} if fused else {"foreach": True}
     run = training(device="cuda", make_optimizer=partial(torch.optim.AdamW, lr=1e-3, **options))
     verified(run, "optimizer.fused", fused)
-    seen = recorded("fused optimizer" if fused else "foreach optimizer", run.step)
-    assert ("OPT-TORCH-FUSED" in seen.rules) is fused
+    recording = record_step("fused optimizer" if fused else "foreach optimizer", run.step)
+    assert ("OPT-TORCH-FUSED" in recording.rules) is fused
 
 
 @runs("tf32 on", "tf32 off")
 @pytest.mark.parametrize("on", [True, False])
-def test_flag_number_and_kernel_agree_on_tf32(training, recorded, on):
+def test_flag_number_and_kernel_agree_on_tf32(training, record_step, on):
     """The kernels and the flag of the live step, the error against float64, and the trace of one product agree."""
     if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip(f"TF32 needs compute capability 8.0: this is {torch.cuda.get_device_name()}")
@@ -419,31 +419,31 @@ def test_flag_number_and_kernel_agree_on_tf32(training, recorded, on):
     exact = left.double() @ right.double()
     error = float((product().double() - exact).norm() / exact.norm())
     assert (3e-5 < error < 1e-3) if on else error < 3e-5
-    seen = recorded("tf32 on" if on else "tf32 off", product)
-    assert ("GEMM-TF32" in seen.rules) is on
+    recording = record_step("tf32 on" if on else "tf32 off", product)
+    assert ("GEMM-TF32" in recording.rules) is on
 
 
 @runs("bfloat16 product", "float16 product")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_number_format_of_a_product_is_read_from_its_kernel(recorded, dtype):
+def test_the_number_format_of_a_product_is_read_from_its_kernel(record_step, dtype):
     """The kernel name of a square product on tensor cores gives its number format."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip(f"torch.cuda.is_bf16_supported() is False: {torch.cuda.get_device_name()}")
     left = torch.randn(1024, 1024, device="cuda", dtype=getattr(torch, dtype))
-    seen = recorded(f"{dtype} product", lambda: left @ left)
-    assert dtype in seen.summary.matmul_dtypes
+    recording = record_step(f"{dtype} product", lambda: left @ left)
+    assert dtype in recording.summary.matmul_dtypes
 
 
 @runs("matrix times vector")
-def test_a_matrix_times_a_vector_is_a_product(recorded):
+def test_a_matrix_times_a_vector_is_a_product(record_step):
     """The kernel is cuBLAS's gemv, whose name gives no number format."""
     matrix = torch.randn(1024, 1024, device="cuda")
-    seen = recorded("matrix times vector", lambda: torch.mv(matrix, matrix[0]))
-    assert seen.summary.categories["matmul"] > 0.0
+    recording = record_step("matrix times vector", lambda: torch.mv(matrix, matrix[0]))
+    assert recording.summary.categories["matmul"] > 0.0
 
 
 @runs("compiled")
-def test_compiled_layers_run_inductors_kernels(training, recorded, verified):
+def test_compiled_layers_run_inductors_kernels(training, record_step, verified):
     """The live step has compiled regions, and the trace has Triton kernels."""
     pytest.importorskip("triton")
     run = training(device="cuda", quant=None)
@@ -454,22 +454,22 @@ def test_compiled_layers_run_inductors_kernels(training, recorded, verified):
     try:
         run.step()
         verified(run, "compile", True)
-        recorded("compiled", run.step)
+        record_step("compiled", run.step)
     finally:
         torch._dynamo.reset()
 
 
 @runs("Liger")
-def test_ligers_norm_has_its_rule(recorded):
+def test_ligers_norm_has_its_rule(record_step):
     """Forward and backward of Liger's RMS norm match its rules."""
     norms = pytest.importorskip("liger_kernel.transformers.rms_norm")
     norm = norms.LigerRMSNorm(256).to("cuda")
     tokens = torch.randn(64, 256, device="cuda", requires_grad=True)
-    recorded("Liger", lambda: norm(tokens).sum().backward())
+    record_step("Liger", lambda: norm(tokens).sum().backward())
 
 
 @runs("Unsloth")
-def test_unsloths_kernels_have_their_rules(recorded):
+def test_unsloths_kernels_have_their_rules(record_step):
     """Unsloth's norm, NF4 unpacking and one-token NF4 product match their rules."""
     pytest.importorskip("unsloth")
     kernels = importlib.import_module("unsloth.kernels")
@@ -486,11 +486,11 @@ def test_unsloths_kernels_have_their_rules(recorded):
         inside.fast_dequantize(packed, state)
         inside.fast_gemv(tokens, packed, state)
 
-    recorded("Unsloth", call)
+    record_step("Unsloth", call)
 
 
 @runs("Triton by hand")
-def test_a_triton_kernel_is_recognised_by_its_name(recorded):
+def test_a_triton_kernel_is_recognised_by_its_name(record_step):
     """Kernels of other training libraries are identified by their names only."""
     triton = pytest.importorskip("triton")
     language = importlib.import_module("triton.language")
@@ -501,27 +501,27 @@ def test_a_triton_kernel_is_recognised_by_its_name(recorded):
         language.store(tokens + places, language.load(tokens + places) * 2)
 
     tokens = torch.ones(256, device="cuda")
-    recorded("Triton by hand", lambda: _rope_kernel[(1,)](tokens, 256))
+    record_step("Triton by hand", lambda: _rope_kernel[(1,)](tokens, 256))
 
 
 @runs("convolution")
-def test_a_convolution_is_a_product_with_copies_around_it(recorded):
+def test_a_convolution_is_a_product_with_copies_around_it(record_step):
     """cuDNN copies tensors that are not channels-last; the copies do not count as a product."""
     layer = nn.Conv2d(3, 256, 14, 14, bias=False).to("cuda", torch.bfloat16)
     image = torch.randn(4, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    seen = recorded("convolution", lambda: layer(image))
-    assert seen.summary.categories["matmul"] > 0.0
-    assert seen.summary.categories["copy"] > 0.0
+    recording = record_step("convolution", lambda: layer(image))
+    assert recording.summary.categories["matmul"] > 0.0
+    assert recording.summary.categories["copy"] > 0.0
 
 
 @runs("collective")
-def test_a_collective_has_its_rule(recorded):
+def test_a_collective_has_its_rule(record_step):
     """NCCL launches a kernel only with at least two GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"NCCL launches no kernel for one GPU: {torch.cuda.device_count()} here")
     parts = [torch.ones(1024, device=f"cuda:{index}") for index in range(2)]
-    seen = recorded("collective", lambda: torch.cuda.nccl.all_reduce(parts))
-    assert seen.summary.categories["communication"] > 0.0
+    recording = record_step("collective", lambda: torch.cuda.nccl.all_reduce(parts))
+    assert recording.summary.categories["communication"] > 0.0
 
 
 @pytest.mark.gpu
@@ -549,8 +549,8 @@ def test_attention_of_a_cuda_graph_is_known_by_its_kernels():
         model(torch.ones(2, 8, device="cuda")).sum().backward()
         optimizer.step()
 
-    seen = {check.path: check for check in kernels_check.verify(model, step, {})}
-    assert seen["attention.backend"].observed == "flash"
+    checks = {check.path: check for check in kernels_check.verify(model, step, {})}
+    assert checks["attention.backend"].observed == "flash"
 
 
 @pytest.mark.gpu

@@ -36,9 +36,9 @@ def model(**config):
         ({"GEMM-BF16": 1}, "flash", "unknown"),
     ],
 )
-def test_kernels_decide_where_no_operator_was_recorded(seen, kernels, required, status):
+def test_kernels_decide_where_no_operator_was_recorded(make_observation, kernels, required, status):
     """Under CUDA graphs all attention kernels must be accepted, and other kernels do not count as attention."""
-    judged = attention.judge_backend(seen(kernels=kernels, model=torch.nn.Identity()), required)
+    judged = attention.judge_backend(make_observation(kernels=kernels, model=torch.nn.Identity()), required)
     assert judged.against("attention.backend", required).status == status
 
 
@@ -53,9 +53,9 @@ def test_kernels_decide_where_no_operator_was_recorded(seen, kernels, required, 
         ([COMPILED], 0, "fallback"),
     ],
 )
-def test_calls_in_compiled_code_must_be_those_of_all_layers(seen, calls, layers, status):
+def test_calls_in_compiled_code_must_be_those_of_all_layers(make_observation, calls, layers, status):
     """Compiled code hides the modules, so that the number of calls is compared with the configuration."""
-    judged = attention.judge_backend(seen(*calls, model=model(num_hidden_layers=layers)), "flash")
+    judged = attention.judge_backend(make_observation(*calls, model=model(num_hidden_layers=layers)), "flash")
     assert judged.against("attention.backend", "flash").status == status, judged.reason
 
 
@@ -73,21 +73,21 @@ def test_calls_in_compiled_code_must_be_those_of_all_layers(seen, calls, layers,
         ({}, "nothing in the inputs forbids it"),
     ],
 )
-def test_the_likely_cause_is_in_the_inputs(seen, monkeypatch, changes, words):
+def test_the_likely_cause_is_in_the_inputs(make_observation, monkeypatch, changes, words):
     """The reason names the input that the CUDA backends do not support."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     call = dataclasses.replace(MATH, **changes)
-    assert words in attention.judge_backend(seen(call, model=torch.nn.Identity()), "flash").reason
+    assert words in attention.judge_backend(make_observation(call, model=torch.nn.Identity()), "flash").reason
 
 
 @pytest.mark.parametrize(
     ("required", "status"), [(None, "unknown"), ("explicit", "unknown"), ("causal", "fallback"), ("none", "fallback")]
 )
-def test_a_mask_that_one_call_hides_is_unknown_unless_another_differs(seen, required, status):
+def test_a_mask_that_one_call_hides_is_unknown_unless_another_differs(make_observation, required, status):
     """A hidden mask is unknown even if the visible calls agree with the requirement; a call that differs is a
     fallback."""
     calls = dataclasses.replace(FLASH, mask=True), dataclasses.replace(FLASH, mask=None, causal=False)
-    assert attention.judge_mask(seen(*calls), required).against("attention.mask", required).status == status
+    assert attention.judge_mask(make_observation(*calls), required).against("attention.mask", required).status == status
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_a_mask_that_one_call_hides_is_unknown_unless_another_differs(seen, requ
         ({"GEMM-BF16": 3}, False, "absent", "need not contain"),
     ],
 )
-def test_tf32_is_judged_by_kernels(seen, monkeypatch, kernels, observed, status, words):
+def test_tf32_is_judged_by_kernels(make_observation, monkeypatch, kernels, observed, status, words):
     """TF32 is unknown without kernels; a bfloat16 step has neither kind, and the reason says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    judged = execution.judge_tf32(seen(kernels=kernels), True)
+    judged = execution.judge_tf32(make_observation(kernels=kernels), True)
     assert (judged.observed, judged.against("tf32", True).status) == (observed, status)
     assert words in judged.reason
 
@@ -117,13 +117,13 @@ def test_tf32_is_judged_by_kernels(seen, monkeypatch, kernels, observed, status,
         ([], False, "unknown", None),
     ],
 )
-def test_checkpointing_in_compiled_code_is_judged_by_attention(seen, calls, flagged, status, share):
+def test_checkpointing_in_compiled_code_is_judged_by_attention(make_observation, calls, flagged, status, share):
     """Modules in compiled code call no hook; checkpointing is unknown where attention calls do not show it."""
     block = torch.nn.Module()
     block.first, block.second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     stack = torch.nn.Module()
     stack.layers, stack.is_activation_checkpointing = torch.nn.ModuleList([block]), flagged
-    watched = seen(*calls, model=stack, entered=(0,), gradients={"layers.0.first.weight": None})
+    watched = make_observation(*calls, model=stack, entered=(0,), gradients={"layers.0.first.weight": None})
     judged = execution.judge_checkpointing(watched, True)
     assert judged.against("checkpointing", True).status == status, judged.reason
     assert execution.judge_checkpointed_layers(watched, 0.5).observed == share
@@ -138,12 +138,12 @@ def test_checkpointing_in_compiled_code_is_judged_by_attention(seen, calls, flag
         (0, True, 0.1, "absent", "not supported on CPU"),
     ],
 )
-def test_paging_is_judged_by_bytes(seen, paged, on_cpu, required, status, words):
+def test_paging_is_judged_by_bytes(make_observation, paged, on_cpu, required, status, words):
     """The reason explains which state a paged optimizer does not page."""
     stepped = OptimizerRecord(
         classes=("bitsandbytes.optim.PagedAdamW",), learning_rates=(1e-3,), parameters=frozenset(), state_bytes=1000,
         paged_bytes=paged, claims_paged=True, fused_requested=None, on_cpu=on_cpu,
     )  # fmt: skip
-    check = optimizer.judge_paged_share(seen(optimizers=(stepped,)), required)
+    check = optimizer.judge_paged_share(make_observation(optimizers=(stepped,)), required)
     assert check.against("optimizer.paged_share", required).status == status
     assert words in check.reason

@@ -231,8 +231,8 @@ def _place(kind="rms_norm", library="liger_kernel", *, called=True, hidden=False
     return FusedKernelSite(kind=kind, name=name, library=library, called=called, hidden=hidden)
 
 
-def _judge(seen, required, *places, **given):
-    observation = seen(**given)
+def _judge(make_observation, required, *places, **given):
+    observation = make_observation(**given)
     vars(observation)["fused_kernel_sites"] = list(places)  # what the property has cached
     return judge_fused(observation, required).against("fused.kernels", required)
 
@@ -260,13 +260,13 @@ def test_rope_is_recognised_by_the_function_that_attention_names(training, monke
     assert "rope 2 of 2 of liger_kernel" in check.reason
 
 
-def test_a_profile_without_its_kernels_contradicts(seen):
+def test_a_profile_without_its_kernels_contradicts(make_observation):
     """A bound and called kernel is absent if the profile shows other kernels only."""
-    without = _judge(seen, "rms_norm", _place(), kernels={"GEMM-BF16": 4})
+    without = _judge(make_observation, "rms_norm", _place(), kernels={"GEMM-BF16": 4})
     assert (without.status, without.observed) == ("absent", None)
     assert "no kernel of liger_kernel was launched" in without.reason
-    assert _judge(seen, "rms_norm", _place(), kernels={"LIGER": 4}).met
-    unknown_rule = _judge(seen, "rms_norm", _place(library="apex"), kernels={"GEMM-BF16": 4})
+    assert _judge(make_observation, "rms_norm", _place(), kernels={"LIGER": 4}).met
+    unknown_rule = _judge(make_observation, "rms_norm", _place(library="apex"), kernels={"GEMM-BF16": 4})
     assert unknown_rule.met, unknown_rule.reason
 
 
@@ -283,6 +283,6 @@ def test_a_profile_without_its_kernels_contradicts(seen):
         ([], "rms_norm", "absent"),
     ],
 )
-def test_all_places_of_each_required_kind_must_be_fused(seen, places, required, status):
+def test_all_places_of_each_required_kind_must_be_fused(make_observation, places, required, status):
     """All places of each required kind must be fused, and no place meets a misspelt kind."""
-    assert _judge(seen, required, *places).status == status
+    assert _judge(make_observation, required, *places).status == status

@@ -155,7 +155,7 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
 
 
 @pytest.mark.parametrize(
-    ("seen", "observed", "words"),
+    ("record", "observed", "words"),
     [
         (_passes(30), True, "the loss is over 30 of 64 tokens; in one pass"),
         (_passes(30, 10), True, "in 2 passes of 30, 10; all tokens have the same weight"),
@@ -174,9 +174,9 @@ def _passes(*counts, weights=None, tolerance=1e-3, mean=True, sums=None):
         (_passes(20, 20, 20, weights=[1 / 20, 1 / 40, 1 / 40], sums=[0, 1, 1]), True, "the weights sum to 1"),
     ],
 )
-def test_losses_are_judged_by_the_weights_of_their_passes(seen, observed, words):
+def test_losses_are_judged_by_the_weights_of_their_passes(record, observed, words):
     """Equal weights are right whatever factor a scaler applies; a mean over no tokens is undefined."""
-    finding = judge_tokens(seen, True)
+    finding = judge_tokens(record, True)
     assert finding.observed is observed
     assert words in finding.reason
 
@@ -261,8 +261,8 @@ def judge():
     """A function that judges the calls or the kernels of a request."""
 
     def judged(required, *calls, kernels=None):
-        seen = StepProfile(attention=calls, fourbit=(), kernels=kernels or {})
-        return judge_request(torch.nn.Identity(), seen, required).against(REQUEST, required)
+        profile = StepProfile(attention=calls, fourbit=(), kernels=kernels or {})
+        return judge_request(torch.nn.Identity(), profile, required).against(REQUEST, required)
 
     return judged
 
