@@ -146,7 +146,7 @@ def test_a_stop_ends_the_trials_under_way_on_all_sites(placed, run, pretended, t
 
 def test_a_site_that_differs_from_the_first_ends_the_run(placed, run, pretended):
     """The error names the site and the difference; the run keeps none of its records, also when it is resumed."""
-    pretended(peft={"5": "0.0.1"}, turn_s=1.0)
+    pretended(peft={"5": "0.0.1"}, turn_s=0.3)
     code, last, output = run("run", placed('sites = ["0", "1"]'))
     assert code == 4
     assert "libraries.peft is '" in output
@@ -287,11 +287,11 @@ SECOND = "5"
 
 @pytest.fixture
 def run_on_two_sites(placed, run, pretended):
-    """A function that measures eight replicates on two sites, the second of which is slow for some trials."""
+    """A function that measures four replicates on two sites, the second of which is slow for some trials."""
 
     def measure(command, *words, slow=()):
         pretended(slow=slow)
-        return run(command, placed("", replicates=8), *SITES, *words)
+        return run(command, placed("", replicates=4), *SITES, *words)
 
     return measure
 
@@ -311,7 +311,7 @@ def test_ratios_are_those_of_each_site(run_on_two_sites, run, tmp_path):
     ]  # fmt: skip
     ratios = [{row["name"]: row["ratio"] for row in table["rows"]}["large"] for table in tables]
     assert [ratio["ratio"] for ratio in ratios] == pytest.approx([1.0, 1.5])
-    assert [ratio["replicates"] for ratio in ratios] == [4, 4]
+    assert [ratio["replicates"] for ratio in ratios] == [2, 2]
     assert "the sites are different machines (cpus-0: Test CPU; cpus-1: Test CPU)" in run("report", name)[2]
     assert run("report", name, "--html", tmp_path / "page.html")[0] == 0
     for words in (
