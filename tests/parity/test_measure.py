@@ -12,8 +12,10 @@ from lorameter.cli import main
 from lorameter.parity import CONFIG, DOCUMENT, WEIGHTS, Parity, _read
 from lorameter.records import codec
 from lorameter.records.record import Failure, PartialRecord
+from lorameter.run.workers import TrialFiles
 from lorameter.studies.request import serving_modes
 from lorameter.studies.variant import LoraVariant
+from tests.run.fakes import FakeExecutor
 
 STUDY = """
 [workload]
@@ -80,23 +82,33 @@ def test_a_trained_adapter_is_served_in_every_mode(study, runs, capsys):
     assert parity.record.status == "ok"
 
 
-def test_an_adapter_of_another_shape_is_an_error_message(study, runs, tmp_path, capsys):
-    """Without the reference the command prints only the reason and the log, and exits with 4."""
-    from safetensors.torch import save_file
-    from torch import zeros
+class FailingExecutor(FakeExecutor):
+    """An executor whose processes cannot load the adapter."""
 
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({name: zeros(4, 7)}, tmp_path / WEIGHTS)
+    def start(self, folder, threads):
+        self.log = folder / "log"
+        self.log.touch()
+
+    def make_place(self, trial, log):
+        return TrialFiles(scratch=trial, log_path=str(self.log))
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        return PartialRecord().failed("crashed", Failure(phase="parity", kind="RuntimeError", message="size mismatch"))
+
+
+def test_an_adapter_that_cannot_be_served_is_an_error_message(study, runs, tmp_path, monkeypatch, capsys):
+    """Without the reference the command prints only the reason and the log, and exits with 4."""
+    monkeypatch.setattr("lorameter.commands.profile.open_executor", FailingExecutor)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / WEIGHTS).touch()
     before = list(runs.iterdir())
     command = ["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(runs), "--if-busy", "share"]
     assert main(command) == 4
     errors = " ".join(capsys.readouterr().err.split())
-    assert "unmerged, nf4, the reference, gave no answer" in errors
+    assert "unmerged, nf4, the reference, gave no answer: RuntimeError in parity: size mismatch" in errors
     assert Path(errors.rpartition("The log is ")[2].removesuffix(".")).is_file()
-    (left,) = (folder for folder in runs.iterdir() if folder not in before)
-    assert not (left / DOCUMENT).exists()
+    (folder,) = (one for one in runs.iterdir() if one not in before)
+    assert not (folder / DOCUMENT).exists()
 
 
 def test_a_crashed_process_is_a_row_for_each_of_its_serving_modes():

@@ -8,11 +8,13 @@ Tests of logit distances and sequence losses against plain numpy.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear
+from safetensors.torch import save_file
 
 from lorameter.models import catalogue
 from lorameter.parity import compare_served
@@ -220,17 +222,21 @@ def test_merging_into_nf4_loses_and_into_dequantised_weights_does_not(nf4):
     assert into.cosine_mean.value > 0.9  # not garbage, as a merge into repacked weights would give
 
 
-def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch):
+def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch, tmp_path):
     """The other modes of its group are kept, with the reason of the failure. After a failed reference no other mode is
-    served."""
+    served, as with an adapter of another shape."""
     monkeypatch.setattr(peft_methods, "merge", lambda model: (_ for _ in ()).throw(RuntimeError("no merge today")))
     fragment = adapters.serve_adapter(request_of(FULL, 0, full["unmerged, float32"].answers))
     *others, merged = codec.from_json(tuple[ServedAnswers, ...], fragment.tokens["served"], "served")
     assert [one.failure for one in others] == [None, None]
     assert "no merge today" in merged.failure.message
-    lost = dataclasses.replace(request_of(FULL, 0), adapter="/nowhere")
-    (only,) = codec.from_json(tuple[ServedAnswers, ...], adapters.serve_adapter(lost).tokens["served"], "served")
-    assert only.failure is not None
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 7)}, tmp_path / "adapter_model.safetensors")
+    request = dataclasses.replace(request_of(FULL, 0), adapter=str(tmp_path))
+    (only,) = codec.from_json(tuple[ServedAnswers, ...], adapters.serve_adapter(request).tokens["served"], "served")
+    assert "size mismatch" in only.failure.message
 
 
 @pytest.fixture
