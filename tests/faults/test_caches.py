@@ -122,6 +122,7 @@ def test_a_model_that_does_not_fit_into_the_cache_leaves_no_part(file, cache, fe
     assert not list_files(cache / "models")
 
 
+@pytest.mark.faults
 def test_a_base_that_does_not_fit_is_refused(small_study, tiny_disk, tmp_path, monkeypatch):
     """A real process meets a full disk: the message has the remedy, and with free space the base is made."""
     home = tmp_path / "bases"
