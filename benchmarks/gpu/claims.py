@@ -150,7 +150,7 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "faults": (
                 "faults that only a GPU shows are found, their healthy controls pass",
-                by_tests("tests/kernels_check/test_verification.py::test_control_on_cuda"),
+                by_tests("tests/kernels_check/test_verification.py::test_a_fault_on_a_gpu_is_found_and_its_healthy_control_passes"),
             ),
         },
     ),

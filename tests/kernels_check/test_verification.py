@@ -175,7 +175,7 @@ SHARED = Verifier(CONTROLS)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("control", HERE, ids=lambda control: control.name)
-def test_control(control):
+def test_a_fault_is_found_and_its_healthy_control_passes(control):
     """The fault is found with its reason; the healthy control passes."""
     assert SHARED.failures(control) == []
 
@@ -183,7 +183,7 @@ def test_control(control):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("control", ON_CUDA, ids=lambda control: control.name)
-def test_control_on_cuda(control):
+def test_a_fault_on_a_gpu_is_found_and_its_healthy_control_passes(control):
     """On a GPU the controls are judged by kernels; a CPU can judge some only by their inputs."""
     assert SHARED.failures(control) == []
 

@@ -218,7 +218,7 @@ def test_blocks_that_take_no_gradient_need_no_recomputation(judge):
     assert "1 further blocks receive no gradient" in check.reason
 
 
-def test_the_whole_model_recomputed_by_a_reentrant_function(judge):
+def test_a_model_that_a_reentrant_function_recomputes_counts_as_trained(judge):
     """The model is called with gradients off, but still counts as trained."""
     model = Model("none", "none")
     start = torch.zeros(2, 4, WIDTH, requires_grad=True)

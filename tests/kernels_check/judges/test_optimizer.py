@@ -43,7 +43,7 @@ ADAMW = ("torch.optim.adamw.AdamW", "torch.optim.adam.Adam", "torch.optim.optimi
         (("bitsandbytes.optim.adamw.AdamW", *ADAMW[2:]), "torch.optim.AdamW", False),
     ],
 )
-def test_class_rule(classes, required, matches):
+def test_the_most_derived_class_and_its_package_decide(classes, required, matches):
     """The package and the last component of the most derived class decide; AdamW does not match Adam although torch
     derives it from Adam."""
     assert is_class(classes, required) is matches

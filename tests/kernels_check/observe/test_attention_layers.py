@@ -231,7 +231,7 @@ def _blocks(numbers):
         ("attention_mask", {"full_attention": _blocks(NUMBERS)}),
     ],
 )
-def test_each_input_that_marks_records(name, value):
+def test_every_input_that_marks_records_is_read(name, value):
     """Positions, record numbers, cumulative lengths, counting masks and block masks all mark records."""
     found = find_records({name: value}, 1, 6)
     assert (found.numbers.tolist(), found.by, found.count, found.packed) == (NUMBERS, name, 3, True)

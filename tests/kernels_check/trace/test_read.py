@@ -41,7 +41,7 @@ def judge(tmp_path):
     return judged
 
 
-def test_shares_of_a_step(judge):
+def test_a_summary_has_the_shares_of_a_step(judge):
     """The summary has shares and milliseconds by category, attention and 4-bit paths, with the facts from their
     names."""
     summary = judge([
