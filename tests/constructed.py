@@ -42,16 +42,16 @@ Json = dict[str, Any]
 Change = Callable[[Json], Json | None]
 
 
-def rounded(value: float) -> float:
+def round_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def measured(which: str) -> tuple[Json, list[Json]]:
+def read_report_run(source: str) -> tuple[Json, list[Json]]:
     """Return manifest and records of a committed run."""
-    manifest = json.loads((MEASURED[which] / "manifest.json").read_text(encoding="utf-8"))
-    found = [json.loads(line) for line in (MEASURED[which] / "checks.jsonl").read_text(encoding="utf-8").splitlines()]
+    manifest = json.loads((MEASURED[source] / "manifest.json").read_text(encoding="utf-8"))
+    found = [json.loads(line) for line in (MEASURED[source] / "checks.jsonl").read_text(encoding="utf-8").splitlines()]
     evidence = {one["hash"]: one["check"] for one in found}
-    lines = (MEASURED[which] / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (MEASURED[source] / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return manifest, [one | {"checks": [evidence[name] for name in one["checks"]]} for one in records]
 
@@ -63,7 +63,7 @@ class ConstructedRun:
         self,
         name: str,
         *,
-        which: str = "lora-or-qlora",
+        source: str = "lora-or-qlora",
         variants: Sequence[str] = (REFERENCE, NF4, ALPHA),
         replicates: int = 3,
         turns: int = 6,
@@ -85,7 +85,7 @@ class ConstructedRun:
     ) -> None:
         self.name = name
         self.rng = random.Random(name)
-        self.manifest, self._templates = measured(which)
+        self.manifest, self._templates = read_report_run(source)
         self.variants, self.replicates, self.turns, self.phases = variants, replicates, turns, phases
         self.ratios, self.control, self.noise, self.scale = ratios or {}, control, noise, scale
         self.losses, self.requests, self.answers = losses or {}, requests or {}, answers or {}
@@ -102,12 +102,12 @@ class ConstructedRun:
         manifest = self.edit(self._manifest(order)) or {}
         path = folder / self.name
         path.mkdir(parents=True)
-        (path / "manifest.json").write_text(_text(manifest, indent=1), encoding="utf-8")
-        evidence = {_hash_of(check): check for record in kept for check in record["checks"]}
-        lines = [record | {"checks": list(map(_hash_of, record["checks"]))} for record in kept]
-        named = [_text({"hash": name, "check": check}) for name, check in evidence.items()]
+        (path / "manifest.json").write_text(_format_json(manifest, indent=1), encoding="utf-8")
+        evidence = {_hash_check(check): check for record in kept for check in record["checks"]}
+        lines = [record | {"checks": list(map(_hash_check, record["checks"]))} for record in kept]
+        named = [_format_json({"hash": name, "check": check}) for name, check in evidence.items()]
         (path / "checks.jsonl").write_text("".join(named), encoding="utf-8")
-        (path / "trials.jsonl").write_text("".join(map(_text, lines)), encoding="utf-8")
+        (path / "trials.jsonl").write_text("".join(map(_format_json, lines)), encoding="utf-8")
         return path
 
     def _manifest(self, order: list[str]) -> Json:
@@ -179,12 +179,12 @@ class ConstructedRun:
             "status": "ok", "wall_time_s": 15.0, "interleaving": "replicates" if isolated else self.level,
             "notices": [], "log": f"logs/r{replicate}-{name}{suffix}.log",
             "turn_lengths": [] if isolated else [1] * self.turns,
-            "checks": self._checked(template), "memory": self._memory(name, side) if isolated else {},
+            "checks": self._make_checks(template), "memory": self._memory(name, side) if isolated else {},
             "tokens": {"hash": template["tokens"]["hash"][:12], "padded_tokens": 0, "real_tokens": 32768},
-            "values": {key: rounded(template["values"][key]) for key in KEPT_VALUES if key in template["values"]},
+            "values": {key: round_digits(template["values"][key]) for key in KEPT_VALUES if key in template["values"]},
         }  # fmt: skip
         if not isolated:
-            made["values"]["held_out_loss"] = rounded(self._loss(name) * 1.02)
+            made["values"]["held_out_loss"] = round_digits(self._loss(name) * 1.02)
             factor = self.ratios.get(name, 1.0) if side != "base" else 1.0
             factor *= self.control if role == "control" else 1.0
             made["samples"] = self._samples(name, factor, machine)
@@ -199,13 +199,13 @@ class ConstructedRun:
         steps = [self._near(turn * factor) for turn in machine]
         made = {
             "step_time_s": steps,
-            "step_cpu_time_s": [rounded(0.99 * step) for step in steps],
-            "timed_loss": [rounded(self._loss(name) + 0.5 / (turn + 1)) for turn in range(self.turns)],
+            "step_cpu_time_s": [round_digits(0.99 * step) for step in steps],
+            "timed_loss": [round_digits(self._loss(name) + 0.5 / (turn + 1)) for turn in range(self.turns)],
             "turn_padded_tokens": [0.0] * self.turns,
             "turn_tokens": [256.0] * self.turns,
             "turn_sequences": [2.0] * self.turns,
-            "warmup_loss": [rounded(self._loss(name) + 1.0)] * 3,
-            "warmup_step_time_s": [rounded(2 * steps[0]), rounded(1.1 * steps[0]), rounded(1.05 * steps[0])],
+            "warmup_loss": [round_digits(self._loss(name) + 1.0)] * 3,
+            "warmup_step_time_s": [round_digits(2 * steps[0]), round_digits(1.1 * steps[0]), round_digits(1.05 * steps[0])],
             "remaining_loss": [],
         }
         if "generate" in self.phases:
@@ -220,12 +220,12 @@ class ConstructedRun:
         return made
 
     def _near(self, value: float) -> float:
-        return rounded(value * math.exp(self.rng.gauss(0, self.noise)))
+        return round_digits(value * math.exp(self.rng.gauss(0, self.noise)))
 
     def _loss(self, name: str) -> float:
         return self.losses.get(name, 4.6) * math.exp(self.rng.gauss(0, 0.001))
 
-    def _checked(self, template: Json) -> list[Json]:
+    def _make_checks(self, template: Json) -> list[Json]:
         """Return some checks with a short reason."""
         return [check | {"reason": "seen"} for check in template["checks"][: self.checks]]
 
@@ -245,15 +245,15 @@ def _facts(peft: str) -> Json:
     }  # fmt: skip
 
 
-def _hash_of(check: Json) -> str:
-    return hashlib.sha256(_text(check).strip().encode()).hexdigest()[:16]
+def _hash_check(check: Json) -> str:
+    return hashlib.sha256(_format_json(check).strip().encode()).hexdigest()[:16]
 
 
-def _text(value: Any, indent: int | None = None) -> str:
+def _format_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def failure(record: Json, status: str, phase: str, kind: str, message: str) -> Json:
+def fail_record(record: Json, status: str, phase: str, kind: str, message: str) -> Json:
     """Return the record of a failed trial: no samples, and the reason."""
     fault = {"phase": phase, "kind": kind, "message": message, "traceback": f"Traceback: {kind}: {message}"}
     return record | {
@@ -269,17 +269,17 @@ def failure(record: Json, status: str, phase: str, kind: str, message: str) -> J
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def failed(record: Json) -> Json | None:
+def fail_trials(record: Json) -> Json | None:
     ends = {
         f"r1-{NF4}": ("crashed", "timed", "SIGSEGV", "the process ended with signal 11"),
         f"r2-{NF4}": ("timeout", "timed", "Timeout", "no answer within 600 s"),
         f"r0-{ALPHA}-isolated": ("oom", "build", "OutOfMemoryError", "tried to allocate 2.00 GiB"),
         f"r3-{REFERENCE}": ("not_run", "start", "TimeLimit", "the limit of time was reached"),
     }
-    return failure(record, *ends[record["trial"]]) if record["trial"] in ends else record
+    return fail_record(record, *ends[record["trial"]]) if record["trial"] in ends else record
 
 
-def diverged(record: Json) -> Json:
+def make_loss_nan(record: Json) -> Json:
     """Make a trial invalid by a loss that is NaN, which JSON holds as a string."""
     if record["trial"] != f"r1-{ALPHA}":
         return record
@@ -290,23 +290,23 @@ def diverged(record: Json) -> Json:
     return record | {"status": "invalid", "failure": fault, "samples": samples}
 
 
-def fallen_back(record: Json) -> Json:
+def make_path_inactive(record: Json) -> Json:
     """Make a required path of one variant inactive in every trial."""
     if record["name"] == NF4 and record["checks"]:
         record["checks"][0] |= {"observed": "math", "status": "fallback", "reason": "forward: 4 math"}
     return record
 
 
-def interrupted(record: Json) -> Json | None:
+def interrupt_third_replicate(record: Json) -> Json | None:
     """Return the records of a run that was stopped in its third replicate."""
     if record["replicate"] > 2:
         return None
     if record["replicate"] == 2 and record["name"] != REFERENCE:
-        return failure(record, "interrupted", "timed", "UnderWay", "the trial had not ended")
+        return fail_record(record, "interrupted", "timed", "UnderWay", "the trial had not ended")
     return record
 
 
-def until_the_second(record: Json) -> Json | None:
+def keep_two_replicates(record: Json) -> Json | None:
     return record if record["replicate"] < 2 else None
 
 
@@ -330,16 +330,16 @@ def disturb(path: Path) -> None:
             again += [disturbed | {"attempt": attempt} for attempt in range(3)]
         else:
             again.append(record)
-    (path / "trials.jsonl").write_text("".join(map(_text, again)), encoding="utf-8")
+    (path / "trials.jsonl").write_text("".join(map(_format_json, again)), encoding="utf-8")
 
 
-def cut(path: Path) -> None:
+def cut_last_line(path: Path) -> None:
     """Truncate the last line, as a process that was killed while writing does."""
     text = (path / "trials.jsonl").read_text(encoding="utf-8")
     (path / "trials.jsonl").write_text(text[: -len(text.splitlines()[-1]) // 2], encoding="utf-8")
 
 
-def resumed(manifest: Json) -> Json:
+def add_resumptions(manifest: Json) -> Json:
     harness = manifest["provenance"]["worker"]["harness"]
     times = ((START_UNIX_S + 86400.0, harness, 30.0), (START_UNIX_S + 172800.0, "0.1.0 sha256:cccccccccccc", None))
     manifest["resumed"] = [
@@ -348,26 +348,26 @@ def resumed(manifest: Json) -> Json:
     return manifest | {"stopped": "the limit of 30 min was reached"}
 
 
-def elsewhere(manifest: Json) -> Json:
+def change_machine(manifest: Json) -> Json:
     """Change torch and the CPU."""
     manifest["provenance"]["libraries"]["torch"] = "2.12.1+cpu"
     manifest["provenance"] |= {"cpu_model": "Another CPU", "device_name": "Another CPU"}
     return manifest | {"fingerprint": "0123456789ab"}
 
 
-def crashed_candidate(record: Json) -> Json:
+def crash_candidate(record: Json) -> Json:
     if record["trial"] == f"r2-{NF4}-candidate":
-        return failure(record, "crashed", "timed", "SIGKILL", "the process ended with signal 9")
+        return fail_record(record, "crashed", "timed", "SIGKILL", "the process ended with signal 9")
     return record
 
 
-def one_claim_unanswered(manifest: Json) -> Json:
+def deselect_variant(manifest: Json) -> Json:
     """Deselect a variant of the sweep, so that its claim cannot be judged."""
     manifest["selection"] = [name for name in manifest["selection"] if name != "r=32"]
     return manifest
 
 
-def without_r_32(record: Json) -> Json | None:
+def drop_deselected_variant(record: Json) -> Json | None:
     return None if record["name"] == "r=32" else record
 
 
@@ -376,8 +376,8 @@ USUAL = {NF4: 1.1, ALPHA: 1.002}
 """Against the reference, one variant is much slower, and the other is equivalent."""
 LOSSES = dict(zip(SWEEP, (3.9, 3.8, 3.6, 3.2, 3.9, 3.9, 3.91), strict=True))
 ANSWERS = dict(zip(SWEEP, (48.0, 46.0, 40.0, 12.0, 48.0, 48.0, 48.0), strict=True))
-SWEPT: Json = {
-    "which": "parameters", "variants": SWEEP, "replicates": 4, "phases": BOTH, "losses": LOSSES, "answers": ANSWERS,
+SWEEP_RUN: Json = {
+    "source": "parameters", "variants": SWEEP, "replicates": 4, "phases": BOTH, "losses": LOSSES, "answers": ANSWERS,
     "ratios": {"r=512": 1.3}, "requests": {"r=512": 1.3}, "peaks": 1, "checks": 1,
 }  # fmt: skip
 
@@ -398,13 +398,13 @@ def runs() -> list[tuple[ConstructedRun, Callable[[Path], None]]]:
         ConstructedRun("without-reference", variants=(NF4, ALPHA)),
         ConstructedRun("one-replicate", replicates=1, peaks=1),
         ConstructedRun("control-failed", control=1.2),
-        ConstructedRun("failed", replicates=4, change=failed),
-        ConstructedRun("diverged", change=diverged),
-        ConstructedRun("fallback", change=fallen_back),
-        ConstructedRun("interrupted", replicates=4, status="interrupted", change=interrupted),
-        ConstructedRun("given-up", replicates=4, status="failed", change=until_the_second),
-        ConstructedRun("other-machine", replicates=5, phases=BOTH, edit=elsewhere),
-        ConstructedRun("resumed", ratios=USUAL, edit=resumed),
+        ConstructedRun("failed", replicates=4, change=fail_trials),
+        ConstructedRun("diverged", change=make_loss_nan),
+        ConstructedRun("fallback", change=make_path_inactive),
+        ConstructedRun("interrupted", replicates=4, status="interrupted", change=interrupt_third_replicate),
+        ConstructedRun("given-up", replicates=4, status="failed", change=keep_two_replicates),
+        ConstructedRun("other-machine", replicates=5, phases=BOTH, edit=change_machine),
+        ConstructedRun("resumed", ratios=USUAL, edit=add_resumptions),
         ConstructedRun(
             "ab", sides=True, variants=(REFERENCE, NF4), replicates=6, turns=8, ratios={NF4: 1.06}, heavier_mib=8
         ),
@@ -412,23 +412,23 @@ def runs() -> list[tuple[ConstructedRun, Callable[[Path], None]]]:
             "ab-improved", sides=True, variants=(NF4,), replicates=6, turns=8, phases=BOTH, ratios={NF4: 0.9}
         ),
         ConstructedRun("ab-unsure", sides=True, variants=(NF4,), replicates=3, noise=0.2),
-        ConstructedRun("ab-failed", sides=True, variants=(REFERENCE, NF4), change=crashed_candidate),
-        ConstructedRun("swept", **SWEPT),
+        ConstructedRun("ab-failed", sides=True, variants=(REFERENCE, NF4), change=crash_candidate),
+        ConstructedRun("swept", **SWEEP_RUN),
         ConstructedRun(
             "swept-in-part",
-            **SWEPT
+            **SWEEP_RUN
             | {
                 "variants": (*SWEEP[:4], "r=512", "r=32"),
                 "replicates": 2,
-                "edit": one_claim_unanswered,
-                "change": without_r_32,
+                "edit": deselect_variant,
+                "change": drop_deselected_variant,
             },
         ),
     ]
     return [
         *((run, nothing) for run in plain),
         (ConstructedRun("disturbed"), disturb),
-        (ConstructedRun("killed", replicates=4, status="running", change=until_the_second), cut),
+        (ConstructedRun("killed", replicates=4, status="running", change=keep_two_replicates), cut_last_line),
     ]
 
 
@@ -438,7 +438,7 @@ def runs() -> list[tuple[ConstructedRun, Callable[[Path], None]]]:
 def damage(folder: Path) -> None:
     """Write a small run with one kind of damage after another."""
 
-    def damaged(name: str, manifest: Change | None = None, record: Change | None = None) -> Path:
+    def write_damaged(name: str, manifest: Change | None = None, record: Change | None = None) -> Path:
         run = ConstructedRun(name, replicates=1, checks=1, variants=(REFERENCE,))
         if manifest is not None:
             run.edit = manifest
@@ -446,20 +446,24 @@ def damage(folder: Path) -> None:
             run.change = lambda one: record(one) if one["role"] == "variant" else one
         return run.write(folder)
 
-    damaged("newer-schema", manifest=lambda one: one | {"schema": 99})
-    damaged("wrong-type", record=lambda one: one | {"replicate": "one"})
-    damaged("no-records").joinpath("trials.jsonl").unlink()
-    damaged("cut-manifest").joinpath("manifest.json").write_text(f'{{"schema": {SCHEMA}, "run": ', encoding="utf-8")
+    write_damaged("newer-schema", manifest=lambda one: one | {"schema": 99})
+    write_damaged("wrong-type", record=lambda one: one | {"replicate": "one"})
+    write_damaged("no-records").joinpath("trials.jsonl").unlink()
+    write_damaged("cut-manifest").joinpath("manifest.json").write_text(f'{{"schema": {SCHEMA}, "run": ', encoding="utf-8")
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 PHASES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
+<<<<<<< HEAD
 PRODUCTS = {
     "products_forward": 3.2e6, "products_head": 8.2e4, "products_inputs": 3.1e6, "products_weights": 3.0e5,
     "products_plain": 2.9e6, "products_repeated": 2.5e6, "products_passes": 0.0, "products_attention": 1024.0,
 }  # fmt: skip
 RAN = {
+=======
+OPERATORS = {
+>>>>>>> 9cf2dc5a (Constructed runs are changed by functions with verbs)
     "data": (),
     "forward": (("aten::mm", "matmul", 0.03), ("aten::bernoulli_", "elementwise", 0.02)),
     "backward": (("aten::mm", "matmul", 0.11), ("bitsandbytes::dequantize_4bit", "dequantize", 0.008)),
@@ -471,13 +475,13 @@ RAN = {
 def profile(*, missing: str = "") -> Json:
     """Return a profile of the 4-bit variant."""
     rng = random.Random(f"profile {missing}")
-    manifest, records = measured("lora-or-qlora")
+    manifest, records = read_report_run("lora-or-qlora")
     variant = next(one for one in manifest["study"]["variants"] if one["name"] == NF4)
     template = next(one for one in records if one["trial"] == f"r0-{NF4}-isolated")
     noise = [math.exp(rng.gauss(0, 0.004)) for _ in range(8)]
 
     def times(seconds: float) -> list[float]:
-        return [rounded(seconds * factor * math.exp(rng.gauss(0, 0.001))) for factor in noise]
+        return [round_digits(seconds * factor * math.exp(rng.gauss(0, 0.001))) for factor in noise]
 
     whole = sum(PHASES.values()) + 0.001
     samples = {f"phase_{name}_s": times(seconds) for name, seconds in PHASES.items()} | {
@@ -494,8 +498,8 @@ def profile(*, missing: str = "") -> Json:
     }  # fmt: skip
     phases = [
         {
-            "phase": name, "window_s": 2 * seconds, "busy_s": rounded(sum(one[2] for one in RAN[name])),
-            "operators": [{"name": op, "category": kind, "calls": 2.0, "time_s": s} for op, kind, s in RAN[name]],
+            "phase": name, "window_s": 2 * seconds, "busy_s": round_digits(sum(one[2] for one in OPERATORS[name])),
+            "operators": [{"name": op, "category": kind, "calls": 2.0, "time_s": s} for op, kind, s in OPERATORS[name]],
             "totals_s": {"aten::dropout": 0.025} if name == "forward" else {},
         }
         for name, seconds in PHASES.items()
@@ -534,7 +538,7 @@ def construct() -> None:
     damage(DAMAGED)
     PROFILES.mkdir()
     for name, document in FACTS.items():
-        (PROFILES / f"{name}.json").write_text(_text(document, indent=1), encoding="utf-8")
+        (PROFILES / f"{name}.json").write_text(_format_json(document, indent=1), encoding="utf-8")
 
 
 construct()
