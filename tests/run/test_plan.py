@@ -488,7 +488,8 @@ def test_unknown_families_are_not_refused(study, machine):
 
 def test_a_dry_run_gives_the_reason(model, capsys, tmp_path):
     """Unknown numbers are null in JSON, with the reason; the time is that of its steps."""
-    assert main(["run", "lora-or-qlora", "--dry-run", "--json", "--model", model, "--runs-dir", str(tmp_path)]) == 0
+    words = ["run", "lora-or-qlora", "--dry-run", "--json", "--interleave", "lockstep", "--model", model]
+    assert main([*words, "--runs-dir", str(tmp_path)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["time_s"] > 0
     assert document["memory_bytes"] is document["disk_bytes"] is None
