@@ -222,7 +222,13 @@ class Watch:
             return f"a hook failed: {self._steps.fault}"
         if observation is None:
             return NOTHING_RAN
-        traces = observation.modules.all, observation.profile.compiled_regions, observation.reached, observation.updated, self._steps.compiled
+        traces = (
+            observation.modules.all,
+            observation.profile.compiled_regions,
+            observation.reached,
+            observation.updated,
+            self._steps.compiled,
+        )
         return None if any(traces) or self._own_step else NOTHING_RAN
 
     def _exchange_evidence(self, observation: Observation | None, problem: str | None) -> tuple[RankEvidence, ...]:
@@ -271,7 +277,9 @@ def judge_all(observation: Observation, requirements: Mapping[str, Json]) -> Ite
         if judged.on_request and path not in requirements:
             continue
         if judged.by_operators and observation.profile.missing is not None:
-            yield Check(path=path, required=required, observed=None, status="unknown", reason=observation.profile.missing)
+            yield Check(
+                path=path, required=required, observed=None, status="unknown", reason=observation.profile.missing
+            )
         else:
             yield judge_safely(path, required, partial(judged.judge, observation, required))
 

@@ -205,7 +205,11 @@ class ConstructedRun:
             "turn_tokens": [256.0] * self.turns,
             "turn_sequences": [2.0] * self.turns,
             "warmup_loss": [round_digits(self._loss(name) + 1.0)] * 3,
-            "warmup_step_time_s": [round_digits(2 * steps[0]), round_digits(1.1 * steps[0]), round_digits(1.05 * steps[0])],
+            "warmup_step_time_s": [
+                round_digits(2 * steps[0]),
+                round_digits(1.1 * steps[0]),
+                round_digits(1.05 * steps[0]),
+            ],
             "remaining_loss": [],
         }
         if "generate" in self.phases:
@@ -449,7 +453,9 @@ def damage(folder: Path) -> None:
     write_damaged("newer-schema", manifest=lambda one: one | {"schema": 99})
     write_damaged("wrong-type", record=lambda one: one | {"replicate": "one"})
     write_damaged("no-records").joinpath("trials.jsonl").unlink()
-    write_damaged("cut-manifest").joinpath("manifest.json").write_text(f'{{"schema": {SCHEMA}, "run": ', encoding="utf-8")
+    write_damaged("cut-manifest").joinpath("manifest.json").write_text(
+        f'{{"schema": {SCHEMA}, "run": ', encoding="utf-8"
+    )
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------------

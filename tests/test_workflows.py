@@ -40,11 +40,17 @@ def parse_workflow(text: str) -> dict[str, Any]:
 
 
 def make_job_cases() -> list[Any]:
-    return [pytest.param(job, id=f"{path.stem}-{name}") for path in FILES for name, job in read_workflow(path)["jobs"].items()]
+    return [
+        pytest.param(job, id=f"{path.stem}-{name}")
+        for path in FILES
+        for name, job in read_workflow(path)["jobs"].items()
+    ]
 
 
 def find_script(job: str, name: str, workflow: str = "gate.yml") -> str:
-    return next(step["run"] for step in read_workflow(FOLDER / workflow)["jobs"][job]["steps"] if step.get("name") == name)
+    return next(
+        step["run"] for step in read_workflow(FOLDER / workflow)["jobs"][job]["steps"] if step.get("name") == name
+    )
 
 
 def run_step(text: str, folder: Path, **variables: str) -> tuple[int, str]:

@@ -150,7 +150,9 @@ CLAIMS: tuple[Claim, ...] = (
         {
             "faults": (
                 "faults that only a GPU shows are found, their healthy controls pass",
-                by_tests("tests/kernels_check/test_verification.py::test_a_fault_on_a_gpu_is_found_and_its_healthy_control_passes"),
+                by_tests(
+                    "tests/kernels_check/test_verification.py::test_a_fault_on_a_gpu_is_found_and_its_healthy_control_passes"
+                ),
             ),
         },
     ),
@@ -198,7 +200,5 @@ CLAIMS: tuple[Claim, ...] = (
         ("compile",),
         {"compile": ("compiled trials run compiled steps", partial(judges.judge_study, step="compile"))},
     ),
-    *_claims(
-        ("liger",), {"Liger": ("trials with Liger run its kernels", partial(judges.judge_study, step="liger"))}
-    ),
+    *_claims(("liger",), {"Liger": ("trials with Liger run its kernels", partial(judges.judge_study, step="liger"))}),
 )

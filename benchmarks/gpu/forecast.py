@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu.claim import Claim
 from benchmarks.gpu.journal import Entry, Journal
-from benchmarks.gpu.loop import REPORT_S, is_pending, attempts_s, run_steps
+from benchmarks.gpu.loop import REPORT_S, attempts_s, is_pending, run_steps
 from benchmarks.gpu.steps import Step
 
 FACTORS = (1.0, 1.5)

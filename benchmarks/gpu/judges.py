@@ -101,7 +101,11 @@ def judge_slowdown(evidence: Evidence) -> Decision:
     text = f"{format_ratio(step['ratio'], step['low'], step['high'])} {step['verdict']}"
     if step["verdict"] == "regressed":
         return make_decision(True, text)
-    return leave_undecided(f"the work is too little: {text}") if step["ratio"] < 1 + MIN_SLOWDOWN else make_decision(False, text)
+    return (
+        leave_undecided(f"the work is too little: {text}")
+        if step["ratio"] < 1 + MIN_SLOWDOWN
+        else make_decision(False, text)
+    )
 
 
 def judge_warm_requests(evidence: Evidence) -> Decision:
@@ -163,7 +167,9 @@ def judge_cold_start(evidence: Evidence) -> Decision:
     parts = ("cold_import_time_s", "cold_load_time_s", "cold_completion_time_s")
     holds = all(set(parts) <= set(one) and sum(one[part] for part in parts) <= one["cold_start_time_s"] for one in cold)
     mean = {name: sum(one.get(name, 0.0) for one in cold) / len(cold) for name in (*parts, "cold_start_time_s")}
-    return make_decision(holds, "; ".join(f"{name} {value:.2f}" for name, value in mean.items()) + f" ({len(cold)} starts)")
+    return make_decision(
+        holds, "; ".join(f"{name} {value:.2f}" for name, value in mean.items()) + f" ({len(cold)} starts)"
+    )
 
 
 def judge_device_start(evidence: Evidence) -> Decision:

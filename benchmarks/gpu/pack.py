@@ -37,7 +37,9 @@ MAX_PACKED_BYTES = 8 * 2**20
 def main(arguments: list[str] | None = None) -> int:
     """Pack the libraries, or unpack results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python-version", default="3.12", metavar="V", help="Python of the GPU machine; default: 3.12")
+    parser.add_argument(
+        "--python-version", default="3.12", metavar="V", help="Python of the GPU machine; default: 3.12"
+    )
     parser.add_argument("--cuda", default="130", metavar="V", help="CUDA of its torch; default: 130")
     parser.add_argument("--take", type=Path, metavar="FILE", help="unpack this campaign.tar.gz of a call")
     options = parser.parse_args(arguments)

@@ -205,7 +205,9 @@ STEPS: tuple[Step, ...] = (
     make_study_step(
         "compile", "whether compiled steps run compiled", "compile", "--replicates=2", expected_s=90, total_s=300
     ),
-    make_study_step("liger", "whether Liger's kernels run", "liger-kernel", "--replicates=2", expected_s=90, total_s=300),
+    make_study_step(
+        "liger", "whether Liger's kernels run", "liger-kernel", "--replicates=2", expected_s=90, total_s=300
+    ),
 )  # fmt: skip
 
 

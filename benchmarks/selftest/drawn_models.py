@@ -215,7 +215,9 @@ def _build_torch_model(rng: random.Random) -> DrawnModel:
     model = Decoder(specs).to(DTYPES[dtype])
     visible_masks = [spec.mask if spec.mask in ("none", "causal") else "explicit" for spec in specs]
     truths = _attention_truth(kinds, visible_masks, dtype)
-    return DrawnModel(model=model, layers=list(model.layers), kinds=kinds, properties=["plain torch", dtype], truths=truths)
+    return DrawnModel(
+        model=model, layers=list(model.layers), kinds=kinds, properties=["plain torch", dtype], truths=truths
+    )
 
 
 def _math_attention(*given: Any, **options: Any) -> Any:
@@ -276,7 +278,11 @@ def _quantise(drawn: DrawnModel, rng: random.Random) -> None:
         else:
             layer = bnb.nn.Linear4bit(*sizes, has_bias, compute_dtype=DTYPES[compute])
             layer.weight = bnb.nn.Params4bit(
-                linear.weight.data, requires_grad=False, compress_statistics=double, quant_type=quantization, module=layer
+                linear.weight.data,
+                requires_grad=False,
+                compress_statistics=double,
+                quant_type=quantization,
+                module=layer,
             )
             drawn.formats[name] = WeightFormat(bits=4, quant=quantization, double=double, compute=compute)
         layer.bias = linear.bias

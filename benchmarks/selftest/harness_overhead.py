@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared import report_violations, print_origin
+from shared import print_origin, report_violations
 
 from lorameter.records.units import format_ratio
 from lorameter.run.workers.local import worker_environment
@@ -50,7 +50,9 @@ def main() -> int:
         replicates.append(json.loads(done.stdout))
 
     def compare(name: str, base: str) -> Comparison:
-        comparison = compare_trials([times[base] for times in replicates], [times[name] for times in replicates], pairing="turn")
+        comparison = compare_trials(
+            [times[base] for times in replicates], [times[name] for times in replicates], pairing="turn"
+        )
         ratio = format_ratio(comparison.ratio, comparison.low, comparison.high)
         counts = f"{len(replicates)} processes × {options.turns} turns"
         print(f"{STEPS[name]} over {STEPS[base]}: {ratio} ({counts})", flush=True)

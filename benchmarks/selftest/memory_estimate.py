@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import report_violations, print_origin
+from shared import print_origin, report_violations
 
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import estimate_memory, stored_dtype

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared import run_lorameter, report_violations, print_origin
+from shared import print_origin, report_violations, run_lorameter
 
 from lorameter.models.methods import method_facts
 from lorameter.records import store

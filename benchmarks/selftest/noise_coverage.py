@@ -42,7 +42,7 @@ import pandas as pd
 import simulated_claims
 from numpy.typing import NDArray
 from scipy import signal, stats
-from shared import Share, report_violations, print_origin
+from shared import Share, print_origin, report_violations
 
 from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, estimate_effect, share_scatter
 from lorameter.stats.effect import paired_effect

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared import report_violations, print_origin, format_comparison, run_ab
+from shared import format_comparison, print_origin, report_violations, run_ab
 
 from lorameter.attach.launch import RUN, child_environment
 from lorameter.machine.processes import allowed_cpus, pin_to_cpus

@@ -34,7 +34,7 @@ import oracle
 import torch
 from drawn_models import SHARES, Truth
 from drawn_steps import DrawnRun
-from shared import report_violations, print_origin
+from shared import print_origin, report_violations
 
 import kernels_check
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from shared import ROOT, run_lorameter, report_violations, print_origin
+from shared import ROOT, print_origin, report_violations, run_lorameter
 
 from lorameter.records import codec, store
 from lorameter.records.record import TrialRecord

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared import run_lorameter, report_violations, print_origin
+from shared import print_origin, report_violations, run_lorameter
 
 from lorameter.records import store
 from lorameter.records.units import format_duration

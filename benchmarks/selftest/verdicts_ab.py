@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared import busy_cpus, run_lorameter, report_violations, print_origin, format_comparison, run_ab
+from shared import busy_cpus, format_comparison, print_origin, report_violations, run_ab, run_lorameter
 
 from lorameter.records import store
 from lorameter.records.record import TrialRecord

@@ -102,7 +102,8 @@ def _find_problems(layers: Sequence[AdapterLayer], observation: Observation) -> 
     alone = {name: {key for key in held if owners[key] == 1} for name, held in weights.items()}
     reached = {
         name: any(
-            names.get(key) in observation.reached for key in (alone[name] or (held if observation.adapter_calls.get(name) else ()))
+            names.get(key) in observation.reached
+            for key in (alone[name] or (held if observation.adapter_calls.get(name) else ()))
         )
         for name, held in weights.items()
     }
@@ -127,7 +128,13 @@ def _find_problems(layers: Sequence[AdapterLayer], observation: Observation) -> 
             ran_parts = _parts_ran(layer, observation.adapter_calls.get(layer.name, ()))
             unseen = bare and not (trains and observation.reached)
             state |= {
-                _UNSEEN if unseen else _IDLE if not ran_parts else _BY_HAND if is_trained_by_hand(observation) else _EVALUATED
+                _UNSEEN
+                if unseen
+                else _IDLE
+                if not ran_parts
+                else _BY_HAND
+                if is_trained_by_hand(observation)
+                else _EVALUATED
             }
         states[layer.name] = state
     return states
@@ -147,7 +154,9 @@ def calls_that_count(layer: AdapterLayer, observation: Observation) -> list[Laye
 def is_trained_by_hand(observation: Observation) -> bool:
     """Whether an update used gradients that no forward pass through the adapter can have produced."""
     by_hand = any(not gradient.produced for gradient in observation.gradients.values())
-    return bool(observation.optimizer_steps and by_hand and any(observation.adapter_calls.values())) and not _records_gradients(observation)
+    return bool(
+        observation.optimizer_steps and by_hand and any(observation.adapter_calls.values())
+    ) and not _records_gradients(observation)
 
 
 def _records_gradients(observation: Observation) -> bool:
@@ -191,7 +200,9 @@ def judge_learning(observation: Observation, required: Json) -> PathObservation:
     if not observation.adapter_layers:
         return PathObservation(observed=False, present=False, reason=NO_ADAPTER)
     everything = observation.trained_parameters
-    of_lora_fa = {key for optimizer in observation.optimizers if _LORA_FA in optimizer.classes for key in optimizer.parameters}
+    of_lora_fa = {
+        key for optimizer in observation.optimizers if _LORA_FA in optimizer.classes for key in optimizer.parameters
+    }
     by_optimizer = [name for name, value in everything.items() if not value.requires_grad and id(value) in of_lora_fa]
     judged = {name: value for name, value in everything.items() if name not in by_optimizer}
     if not judged:
@@ -202,7 +213,9 @@ def judge_learning(observation: Observation, required: Json) -> PathObservation:
     cut = dict.fromkeys(calls.all[number].name for number in sorted(calls.relevant) if calls.all[number].cut)
     if cut:
         faults.insert(0, f"the gradient was lost in {len(cut)} 4-bit layers: {name_some(cut)}; {_REPACKED}")
-    if observation.after.packed and (observation.modules.unhooked or observation.profile.compiled_regions):  # compiled code calls no hooks
+    if observation.after.packed and (
+        observation.modules.unhooked or observation.profile.compiled_regions
+    ):  # compiled code calls no hooks
         doubts.append(f"4-bit weights are repacked, and it is unknown whether a gradient passes through; {_REPACKED}")
     if not observation.optimizer_steps and not observation.other_optimizers:
         return _judge_without_optimizer(judged, faults, observation)
@@ -252,7 +265,9 @@ def _gradient_faults(judged: Mapping[str, Tensor], observation: Observation) -> 
     return faults, doubts
 
 
-def _judge_without_optimizer(judged: Mapping[str, Tensor], faults: list[str], observation: Observation) -> PathObservation:
+def _judge_without_optimizer(
+    judged: Mapping[str, Tensor], faults: list[str], observation: Observation
+) -> PathObservation:
     changed = [name for name in judged if name in observation.changed]
     reason = f"no torch.optim.Optimizer stepped in {format_count(observation.calls, 'call')}"
     if faults:
@@ -269,7 +284,9 @@ def _update_faults(judged: Mapping[str, Tensor], observation: Observation) -> tu
     """Faults and doubts about the updates of parameters that a gradient reached."""
     live = [name for name, value in judged.items() if value.requires_grad]
     with_gradient = [name for name in live if name in observation.gradients and observation.gradients[name].nonzero]
-    known: dict[str, ParameterUpdates] = {name: observation.updates[name] for name in live if name in observation.updates}
+    known: dict[str, ParameterUpdates] = {
+        name: observation.updates[name] for name in live if name in observation.updates
+    }
     missing = [name for name in live if id(judged[name]) not in observation.optimized]
     elsewhere = [name for name in missing if name in known and known[name].written and name in observation.changed]
     unreadable = [name for name in live if name in known and known[name].unreadable]
@@ -365,7 +382,9 @@ def judge_dropout(observation: Observation, required: Json) -> PathObservation:
     unseen = [f"{name}={probability}" for layer in layers for name, probability in layer.unseen_dropouts()]
     if unseen:
         return undecided(f"drawn inside the method's product, where it cannot be observed: {name_some(unseen)}")
-    applied = {name: _read_dropout(name, dropout, layer, observation) for layer in layers for name, dropout in layer.dropouts()}
+    applied = {
+        name: _read_dropout(name, dropout, layer, observation) for layer in layers for name, dropout in layer.dropouts()
+    }
     if not applied:
         kinds = join_values({type(layer.module).__name__ for layer in layers})
         reason = f"{len(layers)} of {len(layers)} layers have no dropout: {kinds}"

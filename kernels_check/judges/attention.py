@@ -178,7 +178,10 @@ def _describe_gap(layers: AttentionLayers) -> str:
             f"layers ran no attention that is recognised: {name_some(layers.unknown)}"
         )
     if layers.partial:
-        shares = (f"{name} ({features} of {input_features} features)" for name, (features, input_features) in layers.partial.items())
+        shares = (
+            f"{name} ({features} of {input_features} features)"
+            for name, (features, input_features) in layers.partial.items()
+        )
         return (
             f"in {len(layers.partial)} of {len(layers.names)} layers only some of the heads ran an attention that is "
             f"recognised: {name_some(shares)}"

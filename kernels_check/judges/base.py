@@ -169,7 +169,10 @@ def judge_learning(observation: Observation, required: Json) -> PathObservation:
     faults = _count_parameters(
         ("require no gradient", [name for name, value in base.items() if not value.requires_grad]),
         ("received no gradient", [name for name in base if name not in observation.gradients]),
-        ("are not given to the optimizer", [name for name, value in base.items() if id(value) not in observation.optimized]),
+        (
+            "are not given to the optimizer",
+            [name for name, value in base.items() if id(value) not in observation.optimized],
+        ),
     )
     if not moved:
         faults.append("no byte of the base changed: the learning rate is 0, or updates round away in its type")
@@ -194,7 +197,11 @@ def _find_trained(observation: Observation) -> tuple[list[str], list[str]]:
     base = observation.base_parameters
     in_optimizer = {name for name, value in base.items() if id(value) in observation.optimized}
     reached = [name for name in base if name in observation.gradients]
-    train = [name for name, value in base.items() if value.requires_grad and (name in in_optimizer or name in observation.gradients)]
+    train = [
+        name
+        for name, value in base.items()
+        if value.requires_grad and (name in in_optimizer or name in observation.gradients)
+    ]
     faults = _count_parameters(
         ("require gradients", train),
         ("received a gradient", reached),
@@ -280,7 +287,9 @@ def judge_gemm_path(observation: Observation, required: Json) -> PathObservation
             reason = "4-bit weights but no known 4-bit operator ran"
             return absent(reason) if observation.untouched else undecided(reason)
         return PathObservation(observed=None, status="not_applicable", present=False, reason="the base is not 4-bit")
-    kernels = {rule: count for rule, count in observation.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))}
+    kernels = {
+        rule: count for rule, count in observation.profile.kernels.items() if rule.startswith(("BNB-GEMM", "BNB-DEQ"))
+    }
     bypassed, total = [*layers.without, *layers.bypassed], len(layers.names)
     named = f"{total - len(bypassed)} of {total} 4-bit layers, without one ran: {name_some(bypassed)}"
     wrong = required is not None and any(path not in (required, "unknown") for path in paths)

@@ -72,7 +72,9 @@ def judge_tokens(observation: Observation, required: Json) -> PathObservation:
     be scaled, for example by a GradScaler, which hides a missing division.
     """
     if observation.loss.unseen is not None:
-        return absent(observation.loss.unseen) if required is None else undecided(observation.loss.unseen, present=False)
+        return (
+            absent(observation.loss.unseen) if required is None else undecided(observation.loss.unseen, present=False)
+        )
     passes = observation.loss.passes
     counts = [one.tokens for one in passes]
     sums = [[one for one in passes if one.sum == number] for number in sorted({one.sum for one in passes})]

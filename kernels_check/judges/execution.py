@@ -140,7 +140,11 @@ def _tf32_flag() -> str:
 
 def judge_compile(observation: Observation, required: Json) -> PathObservation:
     """Judge ``compile``: all blocks ran in compiled code; graph breaks and recompilations are only reported."""
-    regions, compilations, blocks = observation.profile.compiled_regions, observation.compilations, observation.compiled_blocks
+    regions, compilations, blocks = (
+        observation.profile.compiled_regions,
+        observation.compilations,
+        observation.compiled_blocks,
+    )
     reason = _describe_regions(observation)
     if _is_unreadable(observation):
         return undecided(f"{reason}; {compilations}")
@@ -171,7 +175,11 @@ def judge_compiled_share(observation: Observation, required: Json) -> PathObserv
 
 def _describe_regions(observation: Observation) -> str:
     """The regions that were entered, and the blocks that ran in them."""
-    regions, lookups, blocks = observation.profile.compiled_regions, observation.profile.compiler_lookups, observation.compiled_blocks
+    regions, lookups, blocks = (
+        observation.profile.compiled_regions,
+        observation.profile.compiler_lookups,
+        observation.compiled_blocks,
+    )
     reason = f"{regions} compiled regions entered, {lookups} compiler cache look-ups"
     if not regions:
         return reason
@@ -193,7 +201,11 @@ def _is_unreadable(observation: Observation) -> bool:
 
 def _why_eager(observation: Observation) -> str:
     """Why code under torch.compile ran eagerly; empty if none did."""
-    regions, lookups, compilations = observation.profile.compiled_regions, observation.profile.compiler_lookups, observation.compilations
+    regions, lookups, compilations = (
+        observation.profile.compiled_regions,
+        observation.profile.compiler_lookups,
+        observation.compilations,
+    )
     if not lookups or (regions and (lookups <= regions or not compilations.refused)):
         return ""
     return (

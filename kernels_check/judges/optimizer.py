@@ -48,7 +48,8 @@ def judge_class(observation: Observation, required: Json) -> PathObservation:
         return _report_missing_optimizer(observation)
     observed = join_values(optimizer.classes[0] for optimizer in observation.optimizers)
     matches = all(is_class(optimizer.classes, str(required)) for optimizer in observation.optimizers)
-    reason = f"{observed} stepped {format_count(observation.optimizer_steps, 'time')} in {format_count(observation.calls, 'call')}"
+    steps = format_count(observation.optimizer_steps, "time")
+    reason = f"{observed} stepped {steps} in {format_count(observation.calls, 'call')}"
     return PathObservation(observed=observed, reason=reason, satisfies=matches)
 
 
@@ -126,9 +127,8 @@ def _report_missing_optimizer(observation: Observation) -> PathObservation:
             f"{names} stepped, but its parameters are not those of the model: perhaps another model, or master weights"
         )
     if observation.changed:
-        reason += (
-            f"; {format_count(len(observation.changed), 'parameter')} changed nevertheless, by another kind of optimizer?"
-        )
+        changed = format_count(len(observation.changed), "parameter")
+        reason += f"; {changed} changed nevertheless, by another kind of optimizer?"
     elif not observation.other_optimizers or observation.untouched:
         return absent(reason)
     return undecided(reason, present=False)

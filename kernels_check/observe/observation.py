@@ -44,7 +44,7 @@ from kernels_check.observe.layers import (
     fourbit_layers,
     match_products,
 )
-from kernels_check.observe.learning import Gradients, GradientRecord, ParameterUpdates, Updates
+from kernels_check.observe.learning import GradientRecord, Gradients, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossRecord, ModelCall, loss_of_step
 from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, training_modes
 from kernels_check.observe.padding import PaddingRecord, count_padding, isolation_by_inputs

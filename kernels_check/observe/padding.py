@@ -228,7 +228,11 @@ def count_padding(tree: ModelTree, calls: Sequence[ModelCall]) -> PaddingRecord 
     configs, record = list(configurations(tree.model)), PaddingRecord()
     calls_with_tokens = [one for outer in trained for one in outer.matching(names_tokens) or [outer]]
     if any(getattr(config, "is_encoder_decoder", False) is True for config in configs):
-        calls_with_tokens += [decoded for decoded in map(_decoder_call, calls_with_tokens) if isinstance(decoded.arguments["input_ids"], Tensor)]
+        calls_with_tokens += [
+            decoded
+            for decoded in map(_decoder_call, calls_with_tokens)
+            if isinstance(decoded.arguments["input_ids"], Tensor)
+        ]
     ends, others = special_tokens(configs, ("pad", "eos", "bos")), special_tokens(configs, but=("pad",))
     for call in calls_with_tokens:
         name, tokens = find_tokens(call.arguments) or ("", None)
@@ -275,7 +279,10 @@ def _add_runs(
     """
     numbers = _records(call, ids).numbers.cpu()
     padded, doubtful = masked.clone(), torch.zeros_like(masked)
-    unlabelled, unchanging = _mask_unlabelled(call, ids), _unchanging_positions(call.arguments.get("position_ids"), numbers)
+    unlabelled, unchanging = (
+        _mask_unlabelled(call, ids),
+        _unchanging_positions(call.arguments.get("position_ids"), numbers),
+    )
     filler_tokens = {*ends, *ids[masked].tolist()}
     for row, run, inner in _end_runs(ids, numbers):
         token = int(ids[row, run.start])

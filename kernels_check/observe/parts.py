@@ -80,7 +80,9 @@ def _find_unmatched(configuration: Any, places: _Places) -> Iterator[str]:
     if not _by_default(configuration, places):
         for field in ("target_modules", "feedforward_modules"):
             missing = (
-                name for name in _read_targets(configuration, field) if not _matches(configuration, name, places.modules)
+                name
+                for name in _read_targets(configuration, field)
+                if not _matches(configuration, name, places.modules)
             )
             yield from (f"{field} {name!r}" for name in missing)
     yield from _unmatched_parameters(_read_targets(configuration, "target_parameters"), places)
@@ -236,7 +238,11 @@ def parameter_statuses(places: Mapping[str, TrainedModule], observation: Observa
 
 def _fate(name: str, observation: Observation, rate: float | None, rare: Set[str]) -> Fate:
     """The fate of a parameter that requires gradients."""
-    gradient, changed, known = observation.gradients.get(name), name in observation.changed, observation.updates.get(name)
+    gradient, changed, known = (
+        observation.gradients.get(name),
+        name in observation.changed,
+        observation.updates.get(name),
+    )
     is_zero = gradient is None or not gradient.nonzero
     fates: list[tuple[bool, Fate]] = [
         (gradient is None, "changed, no gradient seen" if changed else "without gradient"),
@@ -271,7 +277,7 @@ def _places(tree: ModelTree, is_one: Callable[[nn.Module], bool]) -> dict[str, T
         weights = [value for layer in acting for _, value in layer.weights()]
         values = weights if acting else list(module.parameters(False))
         fresh = {id(value): value for value in values if id(value) not in known}
-        observation.update(fresh)
+        known.update(fresh)
         if fresh:
             places[name] = list(fresh.values()), _tokens(acting)
     return places

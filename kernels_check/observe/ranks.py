@@ -103,7 +103,9 @@ class RankObserver:
         """Remove every hook at the end of a step."""
         self._hooks.close()
 
-    def exchange(self, observation: Observation | None, problem: str | None, *, undecided: bool) -> tuple[RankEvidence, ...]:
+    def exchange(
+        self, observation: Observation | None, problem: str | None, *, undecided: bool
+    ) -> tuple[RankEvidence, ...]:
         """Exchange the evidence of all ranks, in rank order; empty if only one process trains.
 
         Args:

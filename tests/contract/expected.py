@@ -173,7 +173,9 @@ def _match_numbers(expected: Any, actual: Any) -> Any:
         others = expected if isinstance(expected, list) and len(expected) == len(actual) else [None] * len(actual)
         return [_match_numbers(other, value) for value, other in zip(actual, others, strict=True)]
     if isinstance(actual, float) and math.isfinite(actual):
-        same = isinstance(expected, float) and math.isclose(actual, expected, rel_tol=10.0 ** (1 - DIGITS), abs_tol=1e-13)
+        same = isinstance(expected, float) and math.isclose(
+            actual, expected, rel_tol=10.0 ** (1 - DIGITS), abs_tol=1e-13
+        )
         return expected if same else float(f"{actual:.{DIGITS}g}")
     return actual
 
@@ -200,5 +202,7 @@ def _compare_text(name: str, actual: str, expected: str | None) -> None:
     if expected is None:
         pytest.fail(f"expected/{name} is missing. LORAMETER_CONTRACT=write writes it; actual:\n{actual}", pytrace=False)
     if actual != expected:
-        lines = list(difflib.unified_diff(expected.splitlines(), actual.splitlines(), f"expected/{name}", "actual", n=2))
+        lines = list(
+            difflib.unified_diff(expected.splitlines(), actual.splitlines(), f"expected/{name}", "actual", n=2)
+        )
         pytest.fail("\n".join(line.rstrip("\n") for line in lines[:200]), pytrace=False)

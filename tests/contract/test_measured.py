@@ -192,7 +192,18 @@ def test_wrap_ends_with_the_exit_code_of_the_command(words, code, tmp_path):
 def ab_run(shared_folder, tmp_path_factory):
     """The outcome and the run of a real A/B of two commands with one replicate."""
     runs = tmp_path_factory.mktemp("compared")
-    words = ("--replicates", "1", "--steps", "4", "--allow-disturbed", "--cwd", shared_folder, "--runs-dir", runs, "--json")
+    words = (
+        "--replicates",
+        "1",
+        "--steps",
+        "4",
+        "--allow-disturbed",
+        "--cwd",
+        shared_folder,
+        "--runs-dir",
+        runs,
+        "--json",
+    )
     commands = ("--base-command", COMMAND, "--candidate-command", f"{COMMAND} --slow")
     return doors.start("lorameter", "ab", *commands, *words), only_run(runs)
 

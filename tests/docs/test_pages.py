@@ -246,7 +246,9 @@ def test_the_notebook_holds_the_output_of_its_cells(notebooks):
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert len(cells) >= 6
     assert all(read_output(cell) for cell in cells)
-    assert [read_output(cell) for cell in cells] == [read_output(cell) for cell in stored.cells if cell.cell_type == "code"]
+    assert [read_output(cell) for cell in cells] == [
+        read_output(cell) for cell in stored.cells if cell.cell_type == "code"
+    ]
 
 
 def test_a_run_is_sent_to_a_tracker(monkeypatch):

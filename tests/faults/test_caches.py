@@ -279,7 +279,10 @@ def test_a_pack_that_does_not_fit_leaves_no_partial_file(tmp_path, monkeypatch):
 def test_a_full_disk_while_unpacking_is_not_blamed_on_the_file(tmp_path):
     """The error blames the disk and not the valid packed run."""
     path = pack("sound", RUNS, tmp_path / "x.zip")
-    with file_size_limit(), pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"):
+    with (
+        file_size_limit(),
+        pytest.raises(InvalidRunError, match=rf"x\.zip, unpacked into .*: {TOO_LARGE}name another folder"),
+    ):
         store.read_run(str(path), tmp_path)
 
 

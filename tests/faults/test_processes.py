@@ -126,7 +126,9 @@ PLACES_AND_SIGNALS = [
 
 
 @pytest.mark.parametrize(("place", "number"), PLACES_AND_SIGNALS)
-def test_a_run_that_is_stopped_can_be_resumed(number, place, tmp_path, command, start_until_stop, read_run, resume, temporary_folder):
+def test_a_run_that_is_stopped_can_be_resumed(
+    number, place, tmp_path, command, start_until_stop, read_run, resume, temporary_folder
+):
     """The signal comes before, during or after the turns, or in a cold start; each trial has a record, and no result is
     lost."""
     words = ["run", str(tmp_path / "small.toml"), "--phase", "train", "--phase", "cold", "--interleave", "lockstep"]
@@ -175,7 +177,7 @@ def test_an_ignored_sighup_does_not_end_the_run(command, start_until_stop, read_
 def test_a_killed_run_is_resumed(command, start_until_stop, read_run, resume, temporary_folder, tmp_path):
     """Trials before SIGKILL are kept, the group under way is measured again, and the rest is measured. SIGKILL prevents
     the cleanup: the next run removes the folder, but none of a live process and no foreign one."""
-    foreign = temporary / "lorameter-foreign"
+    foreign = temporary_folder / "lorameter-foreign"
     foreign.mkdir()
     with start_until_stop(command(stop="r1-a:turn")) as process:
         (left,) = set(temporary_folder.iterdir()) - {foreign}
@@ -194,7 +196,9 @@ def test_a_killed_run_is_resumed(command, start_until_stop, read_run, resume, te
 
 
 @pytest.mark.parametrize("number", ONE_SIGNAL)
-def test_a_pytest_session_that_is_stopped_keeps_its_run(number, tmp_path, session, start_until_stop, read_run, temporary_folder):
+def test_a_pytest_session_that_is_stopped_keeps_its_run(
+    number, tmp_path, session, start_until_stop, read_run, temporary_folder
+):
     """The run is saved and marked as interrupted, and the session does not pass."""
     with start_until_stop(session(stop="r1-a:turn"), cwd=tmp_path) as process:
         process.send_signal(number)

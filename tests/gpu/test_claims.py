@@ -124,7 +124,10 @@ def test_a_document_outside_the_limits_refutes_the_claim(campaign, name, step, c
         ("device start", lambda campaign: None),
         ("phases, bf16", lambda campaign: campaign.documents["profile-lora-r16"]["step"].update(explained=None)),
         ("MFU", lambda campaign: campaign.documents["profile-lora-r16"].update(ceilings={})),
-        ("estimate, NF4", lambda campaign: campaign.documents["estimate-qlora-nf4-r16"]["train"].update(measured_bytes=None)),
+        (
+            "estimate, NF4",
+            lambda campaign: campaign.documents["estimate-qlora-nf4-r16"]["train"].update(measured_bytes=None),
+        ),
         ("estimate, NF4", lambda campaign: campaign.documents.update({"estimate-qlora-nf4-r16": ["another form"]})),
         ("A/A", lambda campaign: campaign.documents["twins"].update(control={})),
         (

@@ -1,4 +1,4 @@
-"""Tests of the bounds of the proof programs on injected results: a violated bound is reported, and one that holds is not.
+"""Tests of the bounds of the proof programs on injected results: a violated bound is reported, and no other one.
 
 Tests of kernels_check on random models and small families: a part of the long program, with injected faults.
 """
@@ -31,7 +31,11 @@ def ab_document(verdict="equivalent", low=0.99, high=1.01, *, seconds=40.0, noti
         ),
         ("injected", [ab_document("regressed", 1.08, 1.09)] * 8, "0 of 8 intervals cover"),
         ("loaded", [ab_document(seconds=95.0, notices=("cpu-contention",))] * 4, ""),
-        ("loaded", [ab_document(notices=("cpu-contention",)), ab_document()], "1 of 2 have no notice of the contention"),
+        (
+            "loaded",
+            [ab_document(notices=("cpu-contention",)), ab_document()],
+            "1 of 2 have no notice of the contention",
+        ),
     ],
 )
 def test_verdicts_are_judged_by_part(program, part, documents, violation):
