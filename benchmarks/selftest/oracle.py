@@ -275,7 +275,8 @@ def find_truth(family: str) -> FamilyTruth:
         backend = "math" if counter.refused_calls else "flash"
     return FamilyTruth(
         backend=backend, has_math=bool(counter.sdpa_calls and not counter.eager_calls), attached=attached,
-        frozen=frozen, learning=True if changed else None if has_gradients else False,  # an update may be lost in rounding
+        frozen=frozen,
+        learning=True if changed else None if has_gradients else False,  # an update may be lost in rounding
     )  # fmt: skip
 
 
