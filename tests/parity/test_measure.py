@@ -105,7 +105,7 @@ def test_an_adapter_that_cannot_be_served_is_an_error_message(study, runs, tmp_p
     command = ["parity", str(study), "--adapter", str(tmp_path), "--runs-dir", str(runs), "--if-busy", "share"]
     assert main(command) == 4
     errors = " ".join(capsys.readouterr().err.split())
-    assert "unmerged, nf4, the reference, gave no answer: RuntimeError in parity: size mismatch" in errors
+    assert "unmerged, nf4, the reference, gave no answer: RuntimeError: size mismatch" in errors
     assert Path(errors.rpartition("The log is ")[2].removesuffix(".")).is_file()
     (folder,) = (one for one in runs.iterdir() if one not in before)
     assert not (folder / DOCUMENT).exists()

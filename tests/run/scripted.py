@@ -26,6 +26,9 @@ class FakeTorch(ModuleType):
     def get_num_threads(self):
         return 1
 
+    def device(self, name):
+        return SimpleNamespace(type="cpu")
+
 
 class FakeTorchFinder:
     """Finds and loads every module of torch as a fake."""
