@@ -236,7 +236,7 @@ def test_a_serving_mode_that_raises_fails_alone(request_of, full, monkeypatch, t
     save_file({name: torch.zeros(4, 7)}, tmp_path / "adapter_model.safetensors")
     request = dataclasses.replace(request_of(FULL, 0), adapter=str(tmp_path))
     (only,) = codec.from_json(tuple[ServedAnswers, ...], adapters.serve_adapter(request).tokens["served"], "served")
-    assert "size mismatch" in only.failure.message
+    assert only.failure.kind == "RuntimeError"
 
 
 @pytest.fixture
