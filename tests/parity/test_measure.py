@@ -86,7 +86,8 @@ class FailingExecutor(FakeExecutor):
     """An executor whose processes cannot load the adapter."""
 
     def start(self, folder, threads):
-        self.log = folder / "log"
+        self.log = folder / "logs" / "trial.log"
+        self.log.parent.mkdir()
         self.log.touch()
 
     def make_place(self, trial, log):
