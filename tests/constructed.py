@@ -461,15 +461,11 @@ def damage(folder: Path) -> None:
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 PHASES = {"data": 0.001, "forward": 0.030, "backward": 0.060, "update": 0.008}
-<<<<<<< HEAD
 PRODUCTS = {
     "products_forward": 3.2e6, "products_head": 8.2e4, "products_inputs": 3.1e6, "products_weights": 3.0e5,
     "products_plain": 2.9e6, "products_repeated": 2.5e6, "products_passes": 0.0, "products_attention": 1024.0,
 }  # fmt: skip
-RAN = {
-=======
 OPERATORS = {
->>>>>>> 9cf2dc5a (Constructed runs are changed by functions with verbs)
     "data": (),
     "forward": (("aten::mm", "matmul", 0.03), ("aten::bernoulli_", "elementwise", 0.02)),
     "backward": (("aten::mm", "matmul", 0.11), ("bitsandbytes::dequantize_4bit", "dequantize", 0.008)),
