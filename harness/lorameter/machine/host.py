@@ -140,7 +140,10 @@ def _fields(text: str) -> dict[str, int]:
 
 def host_bytes(field: str) -> int:
     """A memory field of /proc/self/status in bytes: VmRSS (resident now) or VmHWM (peak since the last reset)."""
-    return int(parse_fields(Path("/proc/self/status").read_text())[field].split()[0]) * 1024
+    fields = parse_fields(Path("/proc/self/status").read_text())
+    if field not in fields:  # gVisor has no VmHWM
+        raise ValueError(f"/proc/self/status has no {field}: host memory cannot be measured on this system")
+    return int(fields[field].split()[0]) * 1024
 
 
 class PeakMemoryTracker:
