@@ -9,6 +9,7 @@ the same interleaving, else it is assumed. The memory comes from an earlier run,
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import math
@@ -155,7 +156,8 @@ def _forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor 
     except TimeLimitTooShortError as error:
         return Forecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
     each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
-    wanted = next((n for n in range(2, MAX_REPLICATES) if (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH), None)
+    counts = range(2, MAX_REPLICATES)
+    narrow = bisect.bisect_left(counts, True, key=lambda n: (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH)
     return Forecast(
         time_s=ends[-1],
         basis=times.basis,
@@ -163,7 +165,7 @@ def _forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor 
         skipped=skipped,
         half_width=half_width(sd, len(ends), plan),
         noise=noise,
-        sought_width_s=None if wanted is None else ends[0] + (wanted - 1) * each,
+        sought_width_s=ends[0] + (counts[narrow] - 1) * each if narrow < len(counts) else None,
     )
 
 
