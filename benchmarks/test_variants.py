@@ -1,4 +1,4 @@
-"""One test for each variant and phase; `-k` selects. Run `pytest benchmarks/ --benchmark-save=NAME`."""
+"""One test for each variant and phase; `-k` selects some. Run `pytest benchmarks/ --benchmark-save=NAME`."""
 
 import pytest
 

@@ -125,7 +125,7 @@ def _show(found: Sequence[Attempt], machine: Mapping[str, Any], claimed: Sequenc
 
 def _restrict_sdpa(run: SmallRun, *, backend: SDPBackend) -> None:
     """Let SDPA use only one backend."""
-    run.around = partial(sdpa_kernel, backend)
+    run.step_context = partial(sdpa_kernel, backend)
     if backend is SDPBackend.EFFICIENT_ATTENTION:
         # The backend refuses grouped heads, which transformers repeats if there is a mask.
         mask = torch.ones_like(run.inputs["input_ids"])

@@ -20,12 +20,12 @@ class SmallRun:
     model: Any
     optimizer: Any
     inputs: dict[str, Any]
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    step_context: Callable[[], AbstractContextManager[object]] = nullcontext
     """Context in which every step runs, such as autocast."""
 
     def step(self) -> None:
         """Run a forward pass, a backward pass and an update."""
-        with self.around():
+        with self.step_context():
             self.optimizer.zero_grad()
             self.model(**self.inputs, labels=self.inputs["input_ids"]).loss.backward()
             self.optimizer.step()

@@ -57,7 +57,7 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         return EXIT_OTHER_DEVICE
     repeats_all = rehearsing or ALL in options.again
     journal.forget([one.name for one in STEPS] if repeats_all else options.again)
-    unit, sources = device_id(), harness_identity()
+    gpu_uuid, harness = device_id(), harness_identity()
     chosen = [one for one in STEPS if not options.only or one.name in options.only]
 
     def left_s() -> float:
@@ -76,8 +76,8 @@ def main(variables: Mapping[str, str], arguments: list[str] | None = None) -> in
         )  # fmt: skip
         return Entry(
             step=step.name, outcome=_outcome(step, code, rehearsing=rehearsing), code=code,
-            took_s=time.time() - started, begun_unix_s=started, device=machine.device_name, unit=unit, sources=sources,
-            last_line=last_line,
+            took_s=time.time() - started, begun_unix_s=started, device=machine.device_name, gpu_uuid=gpu_uuid,
+            harness=harness, last_line=last_line,
         )  # fmt: skip
 
     run_steps(chosen, journal, left_s=left_s, run=run)

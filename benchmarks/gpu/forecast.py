@@ -40,7 +40,7 @@ def simulate(
                 left_s -= took_s
                 return Entry(
                     step=step.name, outcome="done" if needed_s <= limit_s else "stopped", code=0, took_s=took_s,
-                    begun_unix_s=0.0, device="", unit="", sources="",
+                    begun_unix_s=0.0, device="", gpu_uuid="", harness="",
                 )  # fmt: skip
 
             with contextlib.redirect_stderr(io.StringIO()):

@@ -29,9 +29,9 @@ class Entry:
     begun_unix_s: float
     device: str
     """Name of the GPU or CPU."""
-    unit: str
-    """The UUID of the GPU, which distinguishes GPUs with the same name."""
-    sources: str
+    gpu_uuid: str
+    """Distinguishes GPUs with the same name."""
+    harness: str
     """Version and hash of the harness that ran."""
     last_line: str = ""
     """The last line of the process on standard error, if it has no result."""

@@ -52,12 +52,13 @@ def judge_peak_share(evidence: Evidence) -> Decision:
 
 
 def judge_study(evidence: Evidence, *, step: str) -> Decision:
-    """Judge that every trial of a study is ok and every required path active, in at least two variants."""
+    """Judge that no trial of a study failed and that every required path is active, in at least two variants."""
     records = evidence.run(step).records
     names = sorted({one.name for one in records})
     if len(names) < 2:
         return leave_undecided(f"only {', '.join(names) or 'nothing'} ended")
-    bad = [f"{one.trial} {one.status}: {one.failure.message if one.failure else ''}" for one in records if not _ok(one)]
+    failed = [one for one in records if _has_failed(one)]
+    bad = [f"{one.trial} {one.status}: {one.failure.message if one.failure else ''}" for one in failed]
     paths = [check for one in records for check in one.checks if check["required"] is not None]
     met = ("active", "not_applicable")
     inactive = sorted({f"{check['path']} {check['status']}" for check in paths if check["status"] not in met})
@@ -66,12 +67,12 @@ def judge_study(evidence: Evidence, *, step: str) -> Decision:
     return make_decision(True, f"{len(records)} trials of {', '.join(names)} ok, {len(paths)} checks met")
 
 
-def _ok(record: TrialRecord) -> bool:
-    return record.status in ("ok", "interrupted", "not_run")
+def _has_failed(record: TrialRecord) -> bool:
+    return record.status not in ("ok", "interrupted", "not_run")
 
 
 def judge_estimate(evidence: Evidence, *, variant: str) -> Decision:
-    """Judge the estimated peak of training of one variant against the one that the study measured."""
+    """Judge the estimated memory peak of one variant's training against the peak that the study measured."""
     train = evidence.document(f"estimate-{variant}", "train")
     if train["measured_bytes"] is None:
         return leave_undecided("the study has left no peak to compare with")
@@ -124,7 +125,7 @@ def judge_warm_requests(evidence: Evidence) -> Decision:
 
 
 def judge_energy(evidence: Evidence) -> Decision:
-    """Judge that isolated trials have a positive energy over their steps, and clocks."""
+    """Judge that isolated trials record a positive energy per step, and clock rates."""
     found = [one for one in evidence.run("study").records if "energy_steps" in one.values]
     if not found:
         return leave_undecided("no isolated trial ended")
@@ -143,9 +144,9 @@ def judge_study_claims(evidence: Evidence) -> Decision:
     found = evidence.document("claims", "claims")
     judged = [one for one in found if one["verdict"] != "not judged"]
     text = "; ".join(f"{one['id']} {one['verdict']}" for one in judged)
-    open_ones = [one["id"] for one in judged if one["verdict"] == "inconclusive"]
-    if not judged or open_ones:
-        return leave_undecided(f"inconclusive: {', '.join(open_ones)}; {text}" if judged else "no claim was judged")
+    inconclusive = [one["id"] for one in judged if one["verdict"] == "inconclusive"]
+    if not judged or inconclusive:
+        return leave_undecided(f"inconclusive: {', '.join(inconclusive)}; {text}" if judged else "no claim was judged")
     return make_decision(True, text)
 
 
@@ -160,7 +161,7 @@ def judge_wrapped_script(evidence: Evidence) -> Decision:
 
 
 def judge_cold_start(evidence: Evidence) -> Decision:
-    """Judge that import, load, first token and completion have times whose sum is within the total."""
+    """Judge that import, load and completion have times whose sum is at most the total."""
     cold = [one.values for one in evidence.run("study").records if "cold_start_time_s" in one.values]
     if not cold:
         return leave_undecided("no cold start ended")
@@ -182,9 +183,9 @@ def judge_device_start(evidence: Evidence) -> Decision:
 
 
 def judge_shared_base(evidence: Evidence) -> Decision:
-    """Judge that the sweep ran at shared-base, and that all its trials were ok."""
+    """Judge that the sweep ran at shared-base, and that none of its trials failed."""
     run = evidence.run("sweep")
-    bad = sorted({f"{one.trial} {one.status}" for one in run.records if not _ok(one)})
+    bad = sorted({f"{one.trial} {one.status}" for one in run.records if _has_failed(one)})
     settings = {one.name for one in run.records if one.interleaving == "shared-base" and one.status == "ok"}
     if not settings and not bad:
         return leave_undecided(f"no trial ended; {run.manifest.status}")

@@ -49,7 +49,7 @@ def build_document(
 def format_text(campaign: dict[str, Any], *, rehearsed: bool) -> str:
     """Return the report: the machine, each step with its time, and the table of claims at its end."""
     lines, entries = [campaign["origin"]], campaign["steps"]
-    units, sources = (len({entry[name] for entry in entries}) for name in ("unit", "sources"))
+    gpus, harnesses = (len({entry[name] for entry in entries}) for name in ("gpu_uuid", "harness"))
     if rehearsed:
         lines.append(
             f"There is no GPU here ({campaign['device']}): every step was rehearsed as far as it can be, nothing was "
@@ -57,10 +57,10 @@ def format_text(campaign: dict[str, Any], *, rehearsed: bool) -> str:
         )
     else:
         lines.append(f"GPU {campaign['device']}, driver {campaign['driver']}")
-    if units > 1:
-        lines.append(f"on {units} GPUs of this name, one after the other")
-    if sources > 1:
-        lines.append(f"by {sources} versions of the source code: steps before a change were not repeated")
+    if gpus > 1:
+        lines.append(f"on {gpus} GPUs of this name, one after the other")
+    if harnesses > 1:
+        lines.append(f"by {harnesses} versions of the source code: steps before a change were not repeated")
     lines += ["", "Steps"]
     for one in STEPS:
         attempts = [entry for entry in entries if entry["step"] == one.name]

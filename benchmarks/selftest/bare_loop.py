@@ -3,8 +3,8 @@
     python bare_loop.py SEED TURNS
 
 All loops use the same model, adapter, optimizer and stream of batches; their order is shuffled in each turn. The
-harness takes the trial's own turn, with and without telemetry, and its step alone. The program prints the times of each
-step as JSON, with the names of `harness_overhead.STEPS`.
+harness's loops are the trial's own turn, with and without telemetry, and its step outside a turn. The program prints
+the times of each loop's steps as JSON, under the names of `harness_overhead.STEPS`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
 VARIATIONS = ("", "scheduled", "freed")
-"""Variations of the bare loop, which runs forward, backward, clipping and update: none, a step of the schedule, and
-freeing the loss and graph within the step."""
+"""Variations of the bare loop, which runs forward, backward, clipping and update: unchanged, with a step of the
+schedule, and with the loss and its graph freed within the step."""
 
 
 def main(seed: int, turns: int) -> None:
@@ -46,7 +46,7 @@ def main(seed: int, turns: int) -> None:
             ),
             SharedBase(),
         )  # fmt: skip
-        for command in ("build", "verify", "warm_up"):  # with the check, whose leftovers would slow down later steps
+        for command in ("build", "verify", "warm_up"):  # anything that the check left behind would slow down the steps
             trial.run(command)
         trainee, stream = trial._trainee, trial._stream
     model, optimizer = trainee.model, trainee.optimizer
@@ -54,6 +54,7 @@ def main(seed: int, turns: int) -> None:
     times: dict[str, list[float]] = defaultdict(list)
 
     def time_bare(variation: str, name: str) -> None:
+        """Time a step of this variation of the bare loop, and store the time under the name."""
         begin = time.perf_counter()
         loss = model(**stream.take(), use_cache=False).loss
         loss.backward()
@@ -69,8 +70,9 @@ def main(seed: int, turns: int) -> None:
         times[name].append(time.perf_counter() - begin)
 
     def time_step(name: str) -> None:
+        """Time a step of a loop: a variation of the bare loop, or a loop of `harness_overhead.STEPS`."""
         if name == "switched":
-            with trial._active():
+            with trial._active():  # the switch itself is not timed
                 time_bare("", name)
         elif name == "unmetered":
             with trial._active():

@@ -56,7 +56,7 @@ class DrawnRun:
         self.schedule: Any = None
         self.reset: Callable[[], object] = lambda: None
         """Called on the model after each update."""
-        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.step_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.accumulate, self.training, self.evaluates = rng.choice([1, 1, 2, 3]), True, False
         for choose in (
             self._draw_inputs, self._draw_precision, self._draw_mode, self._draw_recomputation, self._draw_optimizer,
@@ -100,7 +100,7 @@ class DrawnRun:
 
     def _draw_precision(self, rng: random.Random) -> None:
         if rng.random() < 0.2:
-            self.around = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+            self.step_context = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
             eager = any(kind in EAGER for kind in self.drawn.kinds)
             self.truths["attention.dtype"] = true(free=DTYPES) if eager else true("bfloat16")
             quantised = self.drawn.has_bits(4, 8)
@@ -194,13 +194,13 @@ class DrawnRun:
         """Run forward and backward passes and an update, and return the loss."""
         if self.evaluates:
             self.model.eval()
-            with torch.no_grad(), self.around():
+            with torch.no_grad(), self.step_context():
                 self.model(**self.inputs)
         self.model.train(self.training)
         self.optimizer.zero_grad()
         total = 0.0
         for _ in range(self.accumulate):
-            with self.around():
+            with self.step_context():
                 output = self.model(**self.inputs)
                 logits = (output if torch.is_tensor(output) else output.logits).float()[:, :-1].flatten(0, 1)
                 loss = functional.cross_entropy(logits, self.labels[:, 1:].flatten(), ignore_index=-100)

@@ -1,12 +1,13 @@
-"""Determines the truth about a LoRA run of a small transformers family without the checks, and compares them with it.
+"""Determines the truth about LoRA runs of small transformers models without the checks, and judges the checks by it.
 
-As in transformers' own dispatch tests, torch refuses a scaled dot product that its backends may not run: a call that
-succeeds under `sdpa_kernel(FLASH_ATTENTION)` runs on flash. A torch function mode counts the attention calls, both
-scaled dot products and attention written out. Then:
+As in transformers' own dispatch tests, torch refuses a scaled dot product that the allowed backends cannot run: a call
+that succeeds under `sdpa_kernel(FLASH_ATTENTION)` runs on flash. A torch function mode counts the attention calls, both
+scaled dot products and eager attention (a softmax over scores). Then:
 
-- flash is active exactly if all attention is scaled dot products that flash accepts;
-- math is active exactly if all attention is scaled dot products, and flash refuses all or only math is allowed;
-- eager is active exactly if all attention is written out;
+- flash is active exactly if all attention calls are scaled dot products that flash accepts;
+- math is active exactly if all attention calls are scaled dot products, and either flash refuses all of them or only
+  math is allowed;
+- eager is active exactly if all attention calls are eager;
 - every other requirement of a healthy LoRA run is active: attached, exactly if PEFT adapts the requested layers and a
   step calls them; frozen, exactly if two steps leave the saved base unchanged; learning, exactly if a step changes
   every factor.
@@ -94,7 +95,8 @@ def build(name: str) -> Any:
         ValueError: the model is too large.
     """
     make, config = getattr(transformers, families()[name]).from_config, _shrink_config(CONFIG_MAPPING[name])
-    config.architectures = config.architectures or []  # None stops the choice among several classes for a task
+    # Where a task has several classes, transformers cannot choose one if this is None.
+    config.architectures = config.architectures or []
     with torch.device("meta"):
         size = sum(value.numel() for value in make(copy.deepcopy(config)).parameters())
     if size > MAX_PARAMETERS:
@@ -162,7 +164,8 @@ class AttentionCounter(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the function if it is a call of attention, and call it."""
         kwargs = kwargs or {}
-        multihead = function is multi_head_attention_forward  # the mode does not see the functions that it calls
+        # The mode does not see the scaled dot product inside torch's multi-head attention.
+        multihead = function is multi_head_attention_forward
         if multihead and kwargs.get("need_weights", True):
             self.eager_calls += 1
         elif multihead or function is scaled_dot_product_attention:
@@ -174,7 +177,7 @@ class AttentionCounter(TorchFunctionMode):
                 self.refused_calls += 1
         elif function in SOFTMAXES:
             shape = (args[0] if args else kwargs["input"]).shape
-            # scores have a row for each query and a column for each key, unlike those of a router
+            # Attention scores have a row for each query and a column for each key; the scores of a router do not.
             square = len(shape) > 3 or (len(shape) == 3 and shape[-1] == shape[-2])
             self.eager_calls += square and min(shape[-2:]) > 1
         return function(*args, **kwargs)
@@ -189,7 +192,7 @@ class FamilyRun:
 
     def __init__(self, family: str) -> None:
         model = build(family).train()
-        self.inputs, self.around = make_inputs(model), nullcontext
+        self.inputs, self.step_context = make_inputs(model), nullcontext
         names = _find_called_layers(model, self.inputs)
         torch.manual_seed(2)
         pattern = "|".join(name.replace(".", r"\.") for name in names)
@@ -212,7 +215,7 @@ class FamilyRun:
 
     def step(self) -> None:
         """Run a forward and a backward pass and an update."""
-        with self.around():
+        with self.step_context():
             self.optimizer.zero_grad()
             output = self.model(**self.inputs)
             values = [getattr(output, name, None) for name in ("logits", "logits_per_image", "logits_per_text")]
@@ -290,7 +293,7 @@ def find_contradictions(family: str, truth: FamilyTruth, *, only_math: bool) -> 
     """Verify a run of the family; yield the checks that contradict the truth."""
     run = FamilyRun(family)
     if only_math:
-        run.around = partial(sdpa_kernel, SDPBackend.MATH)
+        run.step_context = partial(sdpa_kernel, SDPBackend.MATH)
     backend = "math" if only_math and truth.has_math else truth.backend
     required = HEALTHY | {"attention.backend": backend or "flash"}
     checks = {one.path: one for one in kernels_check.verify(run.model, run.step, required)}
@@ -303,8 +306,8 @@ def find_contradictions(family: str, truth: FamilyTruth, *, only_math: bool) -> 
         holds, check = truths[path], checks.get(path)
         active = check is not None and check.status == "active"
         if holds is not None and holds != active and (holds or check is not None):
-            outcome = "without a check" if check is None else f"{check.status}: {check.reason}"
-            yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, and is {outcome}"
+            outcome = "has no check" if check is None else f"the check is {check.status}: {check.reason}"
+            yield f"{path} {value!r} {'holds' if holds else 'does not hold'}, but {outcome}"
 
 
 def find_family_faults(names: Sequence[str]) -> Iterator[str]:

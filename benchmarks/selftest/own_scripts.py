@@ -6,14 +6,14 @@ Verdicts, on `work_script.py`: a script against itself is called different in at
 whose step has 104 products instead of 100 is called slower in at least nine of ten. A comparison with a script without
 products measures their share of a step.
 
-Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % more, or 100 µs of a shorter step. The bound
-applies to the upper end of the 95 % interval, of wall time and of CPU time, against the same process with the meter
-removed (its callback, hooks and patches) and against a process that was never wrapped. The processes
-take turns of a few steps, since other load changes within a second. A step is timed from its start to the start of the
-next step; the first step of a turn, whose caches hold data of the other process, is dropped, unless a turn is one step.
-Reports of the meter, which cover many steps, are timed separately and divided evenly among the steps. A replicate is
-the median over rounds in shuffled order, in new processes. A step of the default model takes about 10 ms; --model names
-another one.
+Overhead, on `meter_script.py`: with the meter a step takes at most 0.5 % longer, or 100 µs if that is more. The upper
+end of the 95 % interval must be within this bound, for wall time and for CPU time, against the same process with the
+meter removed (its callback, hooks and patches) and against a process that was never wrapped. The processes take turns
+of a few steps, since other load changes within a second. A step is timed from its start to the start of the next step;
+the first step of a turn, whose caches hold data of the other process, is dropped, unless a turn is one step. Reports of
+the meter, which cover many steps, are timed separately and divided evenly among the steps. A replicate starts new
+processes and takes the median over rounds, whose order is shuffled. A step of the default model takes about 10 ms;
+--model names another one.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ PRODUCTS, INJECTED = 100, 104
 REPLICATES, STEPS = "8", "40"
 MAX_FALSE_ALARMS, MIN_DETECTED = 1 / 8, 9 / 10
 MAX_OVERHEAD_S, MAX_OVERHEAD_SHARE = 100e-6, 0.005
-ALONE, OFF, AGAIN, ON = "a process that was never wrapped", "off", "off again", "on"
-CONDITIONS = (ALONE, OFF, AGAIN, ON)
-"""Where the meter is during a turn: in no process, switched off, switched off a second time, switched on."""
-DIFFERENCES = ((AGAIN, OFF), (ON, OFF), (ON, ALONE))
+ALONE, OFF, OFF_AGAIN, ON = "a process that was never wrapped", "off", "off again", "on"
+CONDITIONS = (ALONE, OFF, OFF_AGAIN, ON)
+"""State of the meter in a turn: absent, off, off a second time (the control), on."""
+DIFFERENCES = ((OFF_AGAIN, OFF), (ON, OFF), (ON, ALONE))
 CLOCKS = ("wall", "CPU")
 WARM_UP = 20
 """Steps before the rounds: the meter's own warm-up of up to 13 steps, and the watched steps."""
@@ -132,8 +132,8 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tup
     """Start both processes on one CPU and let them take turns.
 
     Returns:
-        Medians over the rounds in seconds per step: of steps without the meter, by clock and `ALONE`, and of the paired
-        `DIFFERENCES`, by clock and both conditions.
+        Medians over the rounds, in seconds per step: of steps without the meter, under (clock, `ALONE`), and of each
+        pair of `DIFFERENCES`, under (clock, condition, base).
 
     Raises:
         SystemExit: the meter has reported no step, or the wrapped process has left no run.
@@ -164,11 +164,11 @@ def measure_replicate(rounds: int, turn: int, model: str, seed: int) -> dict[tup
     medians: dict[tuple[str, ...], float] = {}
     for clock, reports_s in zip(CLOCKS, seconds, strict=True):
         # the first round reads files and fills caches
-        alone, off, again, on = (np.array([one[name][clock] for one in times[1:]]) for name in CONDITIONS)
+        alone, off, off_again, on = (np.array([one[name][clock] for one in times[1:]]) for name in CONDITIONS)
         on += reports_s / reported
         medians[clock, ALONE] = float(np.median(alone))
-        medians[clock, AGAIN, OFF] = float(np.median(again - off))
-        medians[clock, ON, OFF] = float(np.median(on - (off + again) / 2))
+        medians[clock, OFF_AGAIN, OFF] = float(np.median(off_again - off))
+        medians[clock, ON, OFF] = float(np.median(on - (off + off_again) / 2))
         medians[clock, ON, ALONE] = float(np.median(on - alone))
     return medians
 

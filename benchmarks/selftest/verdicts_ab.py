@@ -41,8 +41,8 @@ STUDY = "training-step"
 MAX_AB_S = 45.0
 MIN_DETECTED, MIN_COVERAGE = 0.9, 0.85
 MAX_OVERHEAD = 1.1
-RANKS_STUDY = """
-title = "Six ranks on one base"
+LORA_RANKS_STUDY = """
+title = "Six LoRA ranks on one base"
 [workload]
 model = "tiny-llama"
 sequence_length = 128
@@ -118,9 +118,9 @@ def judge(part: str, documents: list[dict[str, Any]], true_ratio: float) -> Iter
 
 
 def measure_levels(minutes: float, rounds: int, folder: Path) -> dict[str, list[TrialRecord]]:
-    """Measure the six ranks at each level and return the trials; replicates of all rounds have different numbers."""
+    """Measure the six LoRA ranks at each level and return the trials; no two rounds share a replicate number."""
     study = folder / "ranks.toml"
-    study.write_text(RANKS_STUDY, encoding="utf-8")
+    study.write_text(LORA_RANKS_STUDY, encoding="utf-8")
     words = ["run", str(study), "--max-minutes", str(minutes / rounds), "--phase", "train", "--runs-dir", str(folder)]
     records: dict[str, list[TrialRecord]] = {level: [] for level in LEVELS}
     shuffler = random.Random(0)
@@ -160,14 +160,17 @@ def judge_level(level: str, records: list[TrialRecord]) -> Iterator[str]:
     )
     print(f"{line}, turn phase over its timed steps {overhead:.3f}", flush=True)
     if level == "shared-base" and (overhead > MAX_OVERHEAD or loads != 1):
-        yield f"levels: shared-base: overhead {overhead:.3f} (at most {MAX_OVERHEAD}), {loads:g} loads (1)"
+        yield (
+            f"levels: shared-base: overhead {overhead:.3f} (at most {MAX_OVERHEAD}), "
+            f"{loads:g} loads of the base a replicate (must be 1)"
+        )
 
 
 def main() -> int:
     """Measure the parts and print them; return 1 where a bound does not hold."""
     parts = ("identical", "injected", "loaded", "levels")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tries", type=int, default=8, help="A/Bs of each part; half as many of the part loaded")
+    parser.add_argument("--tries", type=int, default=8, help="A/Bs of each part; `loaded` has half as many")
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--minutes", type=float, default=2.0, help="for each level, over all rounds")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`python -m lorameter`: runs the command if its script is not on the path."""
+"""`python -m lorameter`: the `lorameter` command, also where its script is not on PATH."""
 
 import sys
 

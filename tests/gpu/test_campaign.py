@@ -28,7 +28,7 @@ def step(name, limit_s=100.0, **more):
 
 def entry(name, outcome="done", took_s=10.0, **more):
     return Entry(
-        step=name, outcome=outcome, code=0, took_s=took_s, begun_unix_s=0.0, unit="u", sources="s",
+        step=name, outcome=outcome, code=0, took_s=took_s, begun_unix_s=0.0, gpu_uuid="u", harness="s",
         **({"device": "card"} | more),
     )  # fmt: skip
 

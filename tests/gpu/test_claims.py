@@ -52,8 +52,8 @@ class CampaignFolder:
         journal = Journal(self.folder)
         for one in STEPS:
             journal.add(Entry(
-                step=one.name, outcome="done", code=0, took_s=1.0, begun_unix_s=0.0, device="card", unit="u",
-                sources="s",
+                step=one.name, outcome="done", code=0, took_s=1.0, begun_unix_s=0.0, device="card", gpu_uuid="u",
+                harness="s",
             ))  # fmt: skip
         for step, document in self.documents.items():
             (outputs / f"{step}.out").write_text(json.dumps(document))

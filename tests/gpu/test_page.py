@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[2]
 def campaign(tmp_path, machine):
     """A function that returns the document of a GPU campaign with the same verdict for every claim."""
 
-    def make(verdict, *, device="NVIDIA H100", units=("u",), rehearsed=False):
+    def make(verdict, *, device="NVIDIA H100", gpu_uuids=("u",), rehearsed=False):
         journal = Journal(tmp_path / device / "state")
-        for unit in units:
+        for gpu_uuid in gpu_uuids:
             journal.add(Entry(
                 step="wrap", outcome="rehearsed" if rehearsed else "done", code=0, took_s=12.0, begun_unix_s=1.8e9,
-                device=device, unit=unit, sources="s",
+                device=device, gpu_uuid=gpu_uuid, harness="s",
             ))  # fmt: skip
         described = dataclasses.replace(machine, device="cuda", device_name=device, driver="580")
         decisions = [(claim, Decision(verdict=verdict, evidence="seen")) for claim in CLAIMS]
@@ -59,7 +59,7 @@ def test_each_gpu_has_a_column_and_its_report(tmp_path, campaign):
 
 def test_a_report_ends_with_the_claims_and_names_its_gpus(tmp_path, campaign):
     """The report names both GPUs of a machine, a rehearsal decides no claim, and the document holds all claims."""
-    found = campaign("confirmed", units=("u", "v"))
+    found = campaign("confirmed", gpu_uuids=("u", "v"))
     text = report.format_text(found, rehearsed=False)
     assert "on 2 GPUs of this name" in text
     assert text.rstrip().splitlines()[-1] == f"{len(CLAIMS)} confirmed; 0 refuted; 0 not decided"

@@ -204,7 +204,7 @@ def test_a_forced_backend_is_recognised_in_both_directions(training, record_step
     if torch.version.hip:
         pytest.skip("kernels of CUDA: this torch is built for ROCm")
     run = training(device="cuda", tokens=64)
-    run.around = partial(sdpa_kernel, SDPA[backend])
+    run.step_context = partial(sdpa_kernel, SDPA[backend])
     if backend == "efficient":
         faults.pad_one_token(run)  # it refuses grouped heads, which transformers repeats where there is a mask
     skip_where_refused(run.step)
@@ -223,7 +223,7 @@ def test_flash_of_rocm_is_recognised_by_its_own_names(training, record_step):
     if not torch.version.hip:
         pytest.skip("AOTriton and CK are ROCm's: this torch is built for CUDA")
     run = training(device="cuda", tokens=64)
-    run.around = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
+    run.step_context = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
     skip_where_refused(run.step)
     record_step("flash on ROCm", run.step)
 
@@ -412,7 +412,7 @@ def test_flag_number_and_kernel_agree_on_tf32(training, record_step, on):
     left, right = (torch.randn(1024, 1024, device="cuda") for _ in range(2))
 
     def product():
-        with run.around():
+        with run.step_context():
             assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if on else "ieee")
             return left @ right
 

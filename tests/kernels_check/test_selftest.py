@@ -1,6 +1,7 @@
 """Tests of `kernels_check selftest`: twelve faults are found on this machine, and a missed fault fails the command.
 
-Tests of the probe: a path counts as run only by the check of a real step, and the exit code reports false claims.
+Tests of the probe: a path ran only if the check of a real step says so, and a path that is accepted but does not run
+fails the command.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ MISSED = dataclasses.replace(EAGER, name="missed", fault=EAGER.healthy)
 
 
 @pytest.fixture
-def only(monkeypatch):
+def use_controls(monkeypatch):
     """A function that replaces the twelve controls."""
     return lambda *controls: monkeypatch.setattr(selftest, "CONTROLS", controls)
 
@@ -27,30 +28,30 @@ def only(monkeypatch):
 def test_every_fault_is_found_and_every_healthy_run_passes(capsys):
     """The twelve controls each test another path; the command exits with 0."""
     assert main(["selftest"]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert len({control.path for control in selftest.CONTROLS}) == 12
-    assert "fallback (eager)" in shown
-    assert "active (flash)" in shown
-    assert shown.rstrip().endswith("12 of 12 hold")
-    assert all(control.name in shown for control in selftest.CONTROLS)
+    assert "fallback (eager)" in output
+    assert "active (flash)" in output
+    assert output.rstrip().endswith("12 of 12 hold")
+    assert all(control.name in output for control in selftest.CONTROLS)
 
 
-def test_a_fault_that_is_not_found_fails_the_command(only, capsys):
+def test_a_fault_that_is_not_found_fails_the_command(use_controls, capsys):
     """A missed fault, a failing healthy run and an exception exit with 4 and the reason."""
     broken = dataclasses.replace(EAGER, name="broken", healthy=EAGER.fault)
     raises = dataclasses.replace(EAGER, name="raises", fault=lambda: selftest.build(attention="none"))
-    only(EAGER, MISSED, broken, raises)
+    use_controls(EAGER, MISSED, broken, raises)
     assert main(["selftest"]) == 4
-    shown = capsys.readouterr().out
-    assert "FAILED: missed: the fault is active" in shown
-    assert "FAILED: broken: the healthy run is fallback" in shown
-    assert "FAILED: raises: ValueError" in shown
-    assert "1 of 4 hold" in shown
+    output = capsys.readouterr().out
+    assert "FAILED: missed: the fault is active" in output
+    assert "FAILED: broken: the healthy run is fallback" in output
+    assert "FAILED: raises: ValueError" in output
+    assert "1 of 4 hold" in output
 
 
-def test_json_is_one_document_with_both_checks(only, capsys):
+def test_json_is_one_document_with_both_checks(use_controls, capsys):
     """stdout has only the document, and progress goes to stderr."""
-    only(EAGER, MISSED)
+    use_controls(EAGER, MISSED)
     assert main(["selftest", "--json"]) == 4
     captured = capsys.readouterr()
     document = json.loads(captured.out)
@@ -62,11 +63,11 @@ def test_json_is_one_document_with_both_checks(only, capsys):
 
 
 BY_NAME = {path.name: path for path in PATHS}
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU answers")
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="expects the errors of a machine without a GPU")
 
 
-def test_the_exit_code_is_that_of_a_silent_claim(monkeypatch, capsys):
-    """A path that is accepted but does not run fails the command; a refused path does not."""
+def test_a_path_that_is_accepted_but_does_not_run_fails_the_command(monkeypatch, capsys):
+    """Such a path exits with 4 and is named with the reason; a refused path does not fail the command."""
     claimed = dataclasses.replace(BY_NAME["NF4"], name="claimed", make=lambda device: build(quant="fp4"))
     refused = dataclasses.replace(BY_NAME["SDPA math"], name="refused", make=lambda device: build(attention="none"))
     monkeypatch.setattr(probe, "PATHS", (BY_NAME["SDPA math"], claimed, refused))

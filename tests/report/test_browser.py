@@ -38,7 +38,7 @@ def file(tmp_path_factory):
     figures = draw_run_figures(view)
     document = describe_run(view)
     written = write_html(
-        document, title=view.study.title, names=view.variants, figures=figures, again="lorameter run x"
+        document, title=view.study.title, names=view.variants, figures=figures, reproduction="lorameter run x"
     )
     return save_html(written, tmp_path_factory.mktemp("pages") / "page.html")
 

@@ -91,7 +91,8 @@ def test_foreign_text_is_neither_markup_nor_executed():
     )
     figures = [Figure(title=HOSTILE, caption=HOSTILE, drawing=one, table=None) for one in drawings]
     table = Table(title=HOSTILE, heads=name_columns(HOSTILE, HOSTILE), rows=(write_row(HOSTILE, HOSTILE),))
-    page = write_html((to_line(HOSTILE), table), title=HOSTILE, names=[HOSTILE, "b"], figures=figures, again=HOSTILE)
+    document = (to_line(HOSTILE), table)
+    page = write_html(document, title=HOSTILE, names=[HOSTILE, "b"], figures=figures, reproduction=HOSTILE)
     assert page.count("alert(1)") > 20
     assert Page(page).tags.count("script") == 1
     assert not set("\x1b\u202e") & set(page)

@@ -116,15 +116,15 @@ def test_every_report_is_markdown(every_report):
         assert text.count("<details>") == text.count("</details>"), name
 
 
-@pytest.mark.parametrize("most", [2_000, COMMENT_CHARACTERS])
-def test_a_long_report_drops_details_and_then_rows_with_a_notice(most):
+@pytest.mark.parametrize("max_characters", [2_000, COMMENT_CHARACTERS])
+def test_a_long_report_drops_details_and_then_rows_with_a_notice(max_characters):
     """A long report drops details first and then whole rows at its end; the first section and the first rows always
     stay."""
     rows = tuple(write_row(f"variant-{place}", "x" * 40) for place in range(3_000))
     long = Collapsible(summary=to_line("statistics"), lines=tuple(to_line("y" * 100) for _ in range(3_000)))
     table = Table(title="Training", heads=(ColumnHeader(text="variant"), ColumnHeader(text="b")), rows=rows)
-    text = to_markdown((Section(title="Gate failed"), table, long), most=most)
-    assert len(text) <= most
+    text = to_markdown((Section(title="Gate failed"), table, long), max_characters=max_characters)
+    assert len(text) <= max_characters
     assert text.startswith("### Gate failed\n")
     assert "variant-0 " in text
     assert text.endswith("The rest is left out, as this would be too long.\n")

@@ -52,7 +52,7 @@ def fitter(machine):
     ("qwen2.5-7b", "24GiB", LORA, "does-not-fit"), ("gemma-7b", "24GiB", LORA, "does-not-fit"),
 ])  # fmt: skip
 def test_memory_fit_on_an_absent_gpu(fitter, model, gpu, variant, status):
-    """For real shapes and six sequences of 1024 tokens, LoRA saves all activations and checkpointed NF4 nearly none."""
+    """For real shapes and six sequences of 1024 tokens, LoRA keeps all activations and checkpointed NF4 keeps few."""
     fit = fitter(model, gpu)
     assert fit.device.machine.device == "cuda"
     assert fit.status(fit.needs(variant, WIDE)) == status
@@ -105,7 +105,7 @@ def advice(machine):
     return make
 
 
-def with_lines(variant, workload, lines):
+def apply_lines(variant, workload, lines):
     """Return variant and workload with these study lines applied."""
     for key, value in tomllib.loads("\n".join(lines)).items():
         owner = workload if key == "batch_size" else variant
@@ -128,7 +128,7 @@ def test_each_change_makes_a_variant_with_the_stated_estimate(advice, variant, m
     found = advice(variant, model=model, gpu=gpu)
     assert found.options
     for option in found.options:
-        alone = advice(*with_lines(variant, WIDE, [option.writes]), model=model, gpu=gpu)
+        alone = advice(*apply_lines(variant, WIDE, [option.writes]), model=model, gpu=gpu)
         assert alone.needs == option.needs
         assert alone.status == option.status
         assert option.freed_bytes == found.needs.expected_bytes - option.needs.expected_bytes > 0
@@ -143,15 +143,15 @@ def test_the_suggested_changes_are_needed_and_sufficient(advice, variant, model,
     found = advice(variant, model=model, gpu=gpu)
     assert found.status != "fits"
     if found.turn is None:
-        everything = with_lines(variant, dataclasses.replace(WIDE, batch_size=1), [
+        everything = apply_lines(variant, dataclasses.replace(WIDE, batch_size=1), [
             option.writes for option in found.options if option.table == "variant"
         ])  # fmt: skip
         assert advice(*everything, model=model, gpu=gpu).status != "fits"
         return
-    assert advice(*with_lines(variant, WIDE, found.turn), model=model, gpu=gpu).status == "fits"
-    for left in found.turn:
-        fewer = [line for line in found.turn if line != left]
-        assert advice(*with_lines(variant, WIDE, fewer), model=model, gpu=gpu).status != "fits"
+    assert advice(*apply_lines(variant, WIDE, found.turn), model=model, gpu=gpu).status == "fits"
+    for dropped in found.turn:
+        fewer = [line for line in found.turn if line != dropped]
+        assert advice(*apply_lines(variant, WIDE, fewer), model=model, gpu=gpu).status != "fits"
     if len(found.turn) > 1:
         assert all(option.status != "fits" for option in found.options)
 
@@ -192,7 +192,7 @@ def test_a_limit_gives_replicates_and_the_width_of_the_intervals(small_study, ma
     assert "not even one fits" in none.basis
 
 
-def test_half_widths_are_those_of_shared_scatter(small_study):
+def test_half_widths_use_a_pooled_scatter(small_study):
     """For a scatter of 2 %, 5 replicates, one variant and the control, the widths equal tabulated t and Dunnett
     values."""
     plan = make_plan(small_study)
@@ -217,7 +217,7 @@ def test_more_replicates_take_longer(small_study, machine, tmp_path):
     assert nf4 < plain / 2
 
 
-def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
+def test_a_base_mapped_by_live_processes_counts_once(small_study, machine):
     """On a CPU a mapped base counts once, plus each process's casts; a GPU, or a process that rewrites the base, has a
     copy for each."""
     workload = dataclasses.replace(small_study.workload, model="random:llama2-7b")
@@ -227,15 +227,16 @@ def test_live_processes_count_a_base_that_they_map_once(small_study, machine):
         arms = [Arm(variant=variant, workload=workload) for variant in variants]
         return live_group_bytes(arms, needed_bytes(arms, machine, None), machine, forked=False)
 
-    def together(variant, machine=machine):
+    def bytes_saved_by_sharing(variant, machine=machine):
         return 6 * total(variant, machine=machine) - total(*[variant] * 6, machine=machine)
 
     plain, nf4 = small_study.variants
-    assert together(plain) == 5 * base
-    assert together(plain, dataclasses.replace(machine, device="cuda")) == 0
-    assert together(dataclasses.replace(plain, init_lora_weights="olora")) == 0
+    assert bytes_saved_by_sharing(plain) == 5 * base
+    assert bytes_saved_by_sharing(plain, dataclasses.replace(machine, device="cuda")) == 0
+    assert bytes_saved_by_sharing(dataclasses.replace(plain, init_lora_weights="olora")) == 0
     embeddings = 2 * (2 * 32_000 + 65) * 4096  # embeddings and norms
-    assert together(nf4) - together(dataclasses.replace(nf4, prepare_for_kbit=True)) == 5 * embeddings
+    prepared = dataclasses.replace(nf4, prepare_for_kbit=True)
+    assert bytes_saved_by_sharing(nf4) - bytes_saved_by_sharing(prepared) == 5 * embeddings
     half = dataclasses.replace(plain, name="half", dtype="float16")
     assert 2 * total(plain) + total(half) - total(plain, half, plain) == base
 

@@ -50,21 +50,21 @@ def runs(tmp_path, machine, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """Folders of whole runs, by their options; each is measured once and copied for every test."""
+def complete_runs():
+    """Folders of complete runs, by their options; each is measured once and copied for every test."""
     return {}
 
 
 @pytest.fixture
-def interrupted_run(runs, whole, tmp_path, tmp_path_factory, capsys):
+def interrupted_run(runs, complete_runs, tmp_path, tmp_path_factory, capsys):
     """A function that restores the state of a run after some of its records."""
 
     def make(records=4, *options):
-        if options not in whole:
+        if options not in complete_runs:
             study, folder = str(tmp_path / "small.toml"), str(tmp_path_factory.mktemp("whole"))
             main(["run", study, "--phase", "train", *options, "--runs-dir", folder, "--json"])
-            whole[options] = Path(json.loads(capsys.readouterr().out)["path"])
-        path = shutil.copytree(whole[options], runs / whole[options].name)
+            complete_runs[options] = Path(json.loads(capsys.readouterr().out)["path"])
+        path = shutil.copytree(complete_runs[options], runs / complete_runs[options].name)
         lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
         (path / "trials.jsonl").write_text("".join(lines[:records]))
         change(path, status="running")
@@ -99,9 +99,9 @@ def test_resuming_measures_only_the_missing_trials(interrupted_run, capsys):
     assert tuple(record.trial for record in run.records) == run.manifest.order
     assert len({(record.name, record.variant) for record in run.records}) == 3, "a variant has one id before and after"
     assert {record.trial for record in run.records[:6]}.isdisjoint(Executor.commanded_trials)
-    (again,) = run.manifest.resumed
-    assert again.unix_s > run.manifest.created_unix_s
-    assert (again.harness, again.max_minutes) == ("0.1 sha256:one", None)
+    (resumption,) = run.manifest.resumed
+    assert resumption.unix_s > run.manifest.created_unix_s
+    assert (resumption.harness, resumption.max_minutes) == ("0.1 sha256:one", None)
     assert run.measured_again == 0
 
 
@@ -129,7 +129,7 @@ def test_selection_level_and_phases_are_those_of_the_run(interrupted_run):
 
 
 def test_the_trial_of_a_truncated_line_is_measured_again(interrupted_run):
-    """The next record is whole, and the trial of the truncated line is measured again."""
+    """The truncated line is replaced, so that the resumed run has no damaged line."""
     path = interrupted_run(7)
     with (path / "trials.jsonl").open("a") as file:
         file.write('{"schema": 3, "trial": "r1-')
@@ -152,7 +152,7 @@ def test_a_run_that_is_complete_is_shown(interrupted_run, capsys):
 
 
 def test_a_resumed_run_may_have_a_new_limit(interrupted_run):
-    """A new limit applies from the resumption, and the manifest holds it next to the study's own."""
+    """A new limit applies from the resumption on; the manifest stores it, and the study's own limit is unchanged."""
     path = interrupted_run(7)
     assert resume(path, "--max-minutes", "30") == 0
     manifest = store.read_manifest(path)
@@ -189,7 +189,7 @@ def test_another_machine_or_other_libraries_are_refused(interrupted_run, capsys)
 
 
 def test_other_tokens_are_refused(interrupted_run, capsys):
-    """If the data changed under its name, nothing is measured and the run stays unchanged."""
+    """If the data of this name has changed, nothing is measured and the run stays unchanged."""
     path = interrupted_run()
     Executor.tokens = "b" * 64
     assert resume(path) == 2
@@ -199,7 +199,8 @@ def test_other_tokens_are_refused(interrupted_run, capsys):
 
 
 def test_another_harness_is_reported(interrupted_run, capsys):
-    """Another version of the harness is accepted, since it may fix the interruption, and a notice reports it."""
+    """Another version of the harness is accepted, since it may fix what interrupted the run, and a notice reports
+    it."""
     path = interrupted_run()
     Executor.harness = "0.2 sha256:two"
     assert resume(path) == 0
@@ -225,7 +226,7 @@ def test_a_run_that_is_being_measured_is_refused(interrupted_run, capsys):
 
 
 def test_a_complete_run_that_stopped_early_is_not_made_longer(interrupted_run):
-    """Replicates beyond the early stop are not measured, and the reason of the stop is kept."""
+    """Replicates after the early stop are not measured, and the run keeps the reason for the stop."""
     path = interrupted_run(14)
     manifest = store.read_manifest(path)
     change(path, status="complete", order=manifest.order[:14], stopped="precise enough")

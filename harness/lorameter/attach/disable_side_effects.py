@@ -30,14 +30,14 @@ PUBLISHING = tuple(
 def disable_trainer_side_effects(module: ModuleType) -> None:
     """Change TrainingArguments and its subclasses so that they report, save and push nothing."""
     arguments = module.TrainingArguments
-    complete = arguments.__post_init__
+    original_post_init = arguments.__post_init__
 
     def post_init(self: Any) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # transformers' default; a script may use it for early stopping
         for name, value in TRAINER_OVERRIDES.items():
             setattr(self, name, value)
-        complete(self)
+        original_post_init(self)
 
     arguments.__post_init__ = post_init
 
@@ -51,6 +51,6 @@ def block_hub_writes(module: ModuleType) -> None:
         )
 
     for name in dir(module.HfApi):
-        if name.partition("_")[0] in PUBLISHING and name != "run_as_future":  # runs another method
+        if name.partition("_")[0] in PUBLISHING and name != "run_as_future":  # it runs another method, which may refuse
             setattr(module.HfApi, name, refuse)
-            setattr(module, name, functools.partial(refuse, None))  # bound methods of the module's own client
+            setattr(module, name, functools.partial(refuse, None))  # the module's functions are its client's methods

@@ -4,7 +4,7 @@ A script may build two trainers, contain its own meter while it is wrapped, or f
 training here. A fork of the process is not measured, and of two processes of one script only one is measured (the
 observer ensures this when it writes).
 
-The steps of a loop are those that it marks (`for batch in steps(loader)`), else the stretches between two updates of an
+The steps of a loop are those that it marks (`for batch in steps(loader)`), else the intervals between updates of an
 optimizer. In that case the training is detected at the first update, so the first step is not measured. The optimizer
 of that update delimits the steps from then on; another optimizer that updates within them, as in adversarial training
 or inside a wrapping optimizer, is part of the step. The training has ended when its optimizer has been freed, or no
@@ -97,14 +97,14 @@ class Attachment:
         )
         self.steps = Steps(observer, training)
         atexit.register(self._end_with_process)
-        if writes:  # the parent of trainings that take turns detects the end of a process itself
-            # A script calls it, which skips exit handlers, because a library would abort at exit.
+        if writes:  # if trainings take turns instead, their parent process detects the end of each process
+            # Some scripts call os._exit, which skips exit handlers, since a library would abort at a normal exit.
             patch(os, "_exit", before=lambda args: self._end_with_process())
         self.steps.begin()
         return self.steps
 
     def report_another(self, source: Source) -> None:
-        """Report another training once; it is not measured, and the first training has ended."""
+        """Report once that another training is not measured, and end the first training."""
         if self._reported or self.steps is None or self._pid != os.getpid():
             return
         self._reported = True
@@ -112,8 +112,8 @@ class Attachment:
         self.steps.end(None, seen=False)
 
     def _end_with_process(self) -> None:
-        """End the measurement because the process ends before the training, by an error or because the script abandoned
-        it."""
+        """End the measurement because the process ends before the training has ended: an error occurred, or the script
+        abandoned the training."""
         if self.steps is not None and self._pid == os.getpid():
             error = getattr(sys, "last_value", None)  # the exception that the interpreter has just printed
             self.steps.end(error, seen=False)
@@ -176,19 +176,19 @@ def count_parameters(model: Any) -> tuple[int | None, int | None]:
 
 
 MAX_OTHERS = 100
-"""Number of updates by another optimizer without one of the first, after which the first training has ended: no step
-with several optimizers has so many updates of one."""
+"""Updates of another optimizer since the last update of the first, after which the first training counts as ended: in
+no step with several optimizers does one of them update so often."""
 
 
 class OptimizerSource:
     """Observes the steps of the first optimizer that updates, without keeping references to its training. The hook of a
-    process (`hook/sitecustomize.py`) calls it after the update of every optimizer."""
+    process (`hook/sitecustomize.py`) calls `end_update` after the update of every optimizer."""
 
     def __init__(self) -> None:
         self._steps: Steps | None = None
         self._optimizer: Callable[[], Any] = lambda: None
-        self._calls = contextlib.ExitStack()
-        """Restores the module call, which is replaced until the model is called in a step that must be watched."""
+        self._call_patch = contextlib.ExitStack()
+        """The patch of the module call, which stays until the model is called in a step that must be watched."""
         self._others: Counter[int] = Counter()
         """Updates of each other optimizer since the last update of the first."""
         self._over = compiles_here()
@@ -207,14 +207,14 @@ class OptimizerSource:
                 self._begin(optimizer)
         elif optimizer is self._optimizer():
             self._others.clear()
-            self._calls.close()
+            self._call_patch.close()
             self._steps.end_step()
             self._watch_next(self._steps)
         else:
             self._others[id(optimizer)] += 1
             if self._optimizer() is None or self._others[id(optimizer)] >= MAX_OTHERS:
                 self._over = True
-                self._calls.close()
+                self._call_patch.close()
                 this_process().report_another("optimizer")
 
     def _begin(self, optimizer: Any) -> None:
@@ -227,8 +227,7 @@ class OptimizerSource:
             self._watch_next(self._steps)
 
     def _watch_next(self, steps: Steps) -> None:
-        """Open a step that must be watched when a module of the model is called, since there is no such call after the
-        last step."""
+        """Open a watched step only at the model's next call, which does not come after the last step."""
         model = steps.training.module
         if model is None or not steps.watch_is_due:
             return
@@ -237,22 +236,22 @@ class OptimizerSource:
         def call(args: tuple[Any, ...]) -> None:
             called = steps.training.module if id(args[0]) in parts and torch.is_grad_enabled() else None
             if called is not None and called.training == trained:
-                self._calls.close()
+                self._call_patch.close()
                 steps.open_step()
 
-        self._calls.callback(patch(torch.nn.Module, "__call__", before=call))
+        self._call_patch.callback(patch(torch.nn.Module, "__call__", before=call))
 
     def _stop(self) -> None:
         """Stop watching the training. Its steps are reported and its hooks are removed later, at the next update or at
         the end of the process, because this may be called anywhere, for example by the garbage collector."""
-        self._calls.close()
+        self._call_patch.close()
         if self._steps is not None:
             self._steps.is_observing = False
             self._steps.abandon_step()
 
 
 def find_root(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Module | None:
-    """The outermost module that holds the first trainable parameter; None if there is none.
+    """The outermost module that holds the first trainable parameter; None unless there is exactly one.
 
     Searches all objects of the garbage collector once, which takes some tenths of a second before the first timed step.
     Only their type is read, since some are proxies with side effects on access.

@@ -28,7 +28,7 @@ SCHEMA = 2
 
 
 def choose_format(options: argparse.Namespace) -> str:
-    """text, json, markdown or github. Raises `UsageError` if two options select different formats."""
+    """Return text, json, markdown or github. Raises `UsageError` if two options select different formats."""
     values = vars(options)
     formats = {
         "--json": "json" if values.get("json") else None,
@@ -52,10 +52,10 @@ def check_page(path: str | None, option: str = "--html") -> None:
     if path is None:
         return
     folder = Path(path).absolute().parent
-    what = "is a folder" if Path(path).is_dir() else f"{folder} is not a writable folder"
+    problem = "is a folder" if Path(path).is_dir() else f"{folder} is not a writable folder"
     require(
         not Path(path).is_dir() and folder.is_dir() and os.access(folder, os.W_OK),
-        f"{option} {path}: {what}. Name a file in an existing folder.",
+        f"{option} {path}: {problem}. Name a file in an existing folder.",
     )
 
 
@@ -97,19 +97,19 @@ def save_page(path: str | None, document: Document, page: Callable[[], dict[str,
 
 
 def _add_to_summary(document: Document) -> None:
-    """Append the report to the summary of a GitHub job. Failing to do so is an error, since a reader of the summary
-    would otherwise not see a failure."""
+    """Append the report to the summary of a GitHub job. A summary that cannot be written is an error, since its reader
+    would otherwise miss a failed comparison."""
     if not (summary := os.environ.get(ENV_SUMMARY)):
         return
     with (
         translate_write_errors(f"${ENV_SUMMARY} = {summary}", "Name a file, or unset it."),
         Path(summary).open("a", encoding="utf-8") as file,
     ):
-        file.write(to_markdown(document, most=SUMMARY_BYTES // 4))
+        file.write(to_markdown(document, max_characters=SUMMARY_BYTES // 4))  # a character has at most four bytes
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document with its schema, without NaN, in ASCII: safe for any stream and any terminal."""
+    """Print one JSON document with its schema, without NaN, in ASCII: safe for any stream and any terminal."""
     print(json.dumps(codec.to_json({"schema": SCHEMA, **document}), allow_nan=False))
 
 

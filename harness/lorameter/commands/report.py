@@ -1,4 +1,4 @@
-"""The commands that read stored runs: `report`, `claims`, `sample`, and `compare`, `gate` and `accept` of two sides."""
+"""The commands that read stored runs: `report`, `claims`, `sample`, `compare`, `gate` and `accept`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from lorameter.verdicts.series import is_mixed
 def run_report(options: argparse.Namespace) -> int:
     """Print the report of a run, complete or not. For an A/B run, print the gate's report under the run's policy."""
     run = _read_run(options.run, options)
-    gc.freeze()  # everything read is needed to the end, and garbage collection of a large run takes seconds
+    gc.freeze()  # the run is needed until the end, and the garbage collector would take seconds to scan a large one
     if run.manifest.sides:
         require(
             not (options.variant or options.phase) and options.sort == "study",
@@ -83,9 +83,13 @@ def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict
 
 
 def make_run_page(view: RunView) -> dict[str, Any]:
-    """Title, names, figures and commands of a run's page."""
-    again = reproduction_steps(view.run)
-    return {"title": view.study.title, "names": view.variants, "figures": draw_run_figures(view), "again": again}
+    """Return the title, the variants, the figures and the reproduction commands of a run's page."""
+    return {
+        "title": view.study.title,
+        "names": view.variants,
+        "figures": draw_run_figures(view),
+        "reproduction": reproduction_steps(view.run),
+    }
 
 
 def describe_with_claims(view: RunView) -> Document:
@@ -101,8 +105,8 @@ def describe_with_claims(view: RunView) -> Document:
 
 
 def show_ab(run: Run, options: argparse.Namespace) -> int:
-    """Print an A/B run; the exit code combines all its verdicts under the policy. The default policy is the one that
-    the run was measured for.
+    """Print an A/B run; the exit code combines all its verdicts under the policy. The default is the policy that was
+    chosen when the run was measured.
 
     Args:
         run: a run with two sides.
@@ -123,7 +127,7 @@ def show_ab(run: Run, options: argparse.Namespace) -> int:
         page=lambda: {
             "title": f"{manifest.study['title']}: A/B",
             "figures": draw_comparison_figures(report),
-            "again": reproduction_steps(run),
+            "reproduction": reproduction_steps(run),
         },
     )
     return result.exit_code
@@ -178,7 +182,7 @@ def _make_comparison_page(report: ComparisonReport) -> dict[str, Any]:
 
 
 def _show_both_sides(options: argparse.Namespace) -> int:
-    """The comparison of the two sides of one run. Raises `UsageError` for a run that has one side."""
+    """Print the comparison of the two sides of one run. Raises `UsageError` for a run that has one side."""
     run = _read_run(options.base, options)
     name, values = run.manifest.run, vars(options)
     require(run.manifest.sides, f"run {name} has one side, so it needs a second run to compare with. Name a CANDIDATE.")
@@ -192,7 +196,7 @@ def _show_both_sides(options: argparse.Namespace) -> int:
 def _read_sides(options: argparse.Namespace) -> tuple[ComparisonInput, ComparisonInput]:
     runs = store.runs_dir(options.runs_dir)
     candidate = read_comparand(options.candidate, runs)
-    gc.freeze()  # everything read is needed to the end: reading the base must not scan it repeatedly
+    gc.freeze()  # the candidate is needed until the end: the garbage collector need not scan it while the base is read
     base = read_base(options.base, runs, fingerprint=candidate.fingerprint, study=candidate.study)
     gc.freeze()
     return base, candidate
@@ -208,7 +212,7 @@ def run_accept(options: argparse.Namespace) -> int:
 
 
 def run_claims(options: argparse.Namespace) -> int:
-    """Print the verdicts. They are findings, not failures, so every verdict passes."""
+    """Print the verdicts on the claims. They are findings, not failures, so no verdict changes the exit code."""
     report = claims.judge_claims(_read_run(options.run, options))
     show_result(
         options,
@@ -221,7 +225,7 @@ def run_claims(options: argparse.Namespace) -> int:
 
 
 def run_sample(options: argparse.Namespace) -> int:
-    """Print the answers."""
+    """Print the prompts of a variant with the answers that it generated."""
     require(
         options.count is None or options.count >= 1,
         f"--count = {options.count}: no answers to show. Use 1 or more, or leave it out for all.",

@@ -32,13 +32,13 @@ _BREAK = "<!-- -->"
 """An invisible comment that splits text which would become a mention or a link."""
 
 
-def to_markdown(document: Document, *, most: int = COMMENT_CHARACTERS) -> str:
-    """Render a document in at most `most` characters, and at most four times as many bytes."""
+def to_markdown(document: Document, *, max_characters: int = COMMENT_CHARACTERS) -> str:
+    """Render a document in at most `max_characters` characters, and at most four times as many bytes."""
     text = _text(document)
-    if len(text) > most:
+    if len(text) > max_characters:
         text = _text([block for block in document if not isinstance(block, (Collapsible, ChartGroup, Panel))]) + _CUT
-    if len(text) > most:
-        beginning = text[: most - len(_CUT)]
+    if len(text) > max_characters:
+        beginning = text[: max_characters - len(_CUT)]
         text = beginning[: beginning.rfind("\n") + 1] + _CUT
     return text
 

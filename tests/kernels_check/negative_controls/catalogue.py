@@ -19,7 +19,7 @@ from negative_controls import (
     layers,
     other_models,
 )
-from negative_controls.faults import HEALTHY, Control, changed, control, small
+from negative_controls.faults import HEALTHY, Control, control, recipe_with_changes, small
 from negative_controls.small_run import only_math
 
 OUTLIERS = partial(eight_bit, threshold=1.0)
@@ -54,8 +54,8 @@ CONTROLS: tuple[Control, ...] = (
         small(layers.evaluate_inside, faults.force_math), small(layers.evaluate_inside),
         "0 of 2 attention layers as required", "2 calls without gradients (2 math)"),
     control("a mask laid over the scores by masked_fill", "attention.mask", "none", small(layers.fill_a_mask),
-        small(layers.write_out), "2 explicit"),
-    control("bypassed 4-bit layers", "base.gemm_path", "dequantize", small(layers.skip_products),
+        small(layers.use_eager_attention), "2 explicit"),
+    control("bypassed 4-bit layers", "base.gemm_path", "dequantize", small(layers.skip_feed_forward),
         HEALTHY, "11 of 14 4-bit layers", "without one ran", "layers.1.mlp.gate_proj"),
     control("float32 weights without the intended autocast", "base.compute_dtype", "bfloat16",
         small(quant=None, dtype="float32"), small(faults.use_autocast, quant=None, dtype="float32"),
@@ -209,7 +209,7 @@ CONTROLS: tuple[Control, ...] = (
         small(execution_faults.checkpoint_layers), "0 of 2 blocks computed again",
         "base_model.model.model.layers.0.mlp"),
     control("a layer in eval mode for one micro-batch of two", "mode", "train",
-        small(execution_faults.forget_a_layer, quant=None), small(layers.evaluate_inside, quant=None),
+        small(execution_faults.eval_layer_in_second_pass, quant=None), small(layers.evaluate_inside, quant=None),
         "not in train mode", "layers.1.self_attn", "now train, now eval"),
     control("a fused group and one that is not", "optimizer.fused", True,
         small(make_optimizer=execution_faults.half_fused),
@@ -222,14 +222,14 @@ CONTROLS: tuple[Control, ...] = (
         small(execution_faults.bind_one_norm), small(execution_faults.bind_norms),
         "rms_norm 1 of 5 of liger_kernel"),
     control("the attention of a library that keeps the model's projections", "fused.kernels", "qkv+o",
-        small(partial(execution_faults.bind_attention, library="axolotl", home="monkeypatch.lora_kernels")),
+        small(partial(execution_faults.bind_attention, library="axolotl", module="monkeypatch.lora_kernels")),
         small(execution_faults.bind_attention), "rope 0 of 2, qkv 0 of 2, o 0 of 2"),
     control("a fused loss in a model whose loss is made from logits", "fused.kernels", "loss",
-        small(execution_faults.lose_outside), small(execution_faults.bind_loss),
+        small(execution_faults.compute_loss_outside), small(execution_faults.bind_loss),
         "loss 0 of 1 of liger_kernel, bound in 1"),
     control("one cross-attention of an encoder-decoder in eager", "attention.backend", "fused",
-        changed(other_models.encoder_decoder, other_models.cross_attend_eagerly),
-        changed(other_models.encoder_decoder), "5 of 6 attention layers as required",
+        recipe_with_changes(other_models.encoder_decoder, other_models.cross_attend_eagerly),
+        recipe_with_changes(other_models.encoder_decoder), "5 of 6 attention layers as required",
         "decoder.layers.1.encoder_attn"),
     control("a misspelt parameter of experts", "peft.attached", True, partial(other_models.experts, misspelt=True),
         other_models.experts, "requested, but matched nothing: target_parameters 'mlp.experts.dwon_proj'"),

@@ -1,8 +1,7 @@
-"""Faults in how a run is executed (compiled, recomputed, updated), as users cause them.
+"""Faults in how a run executes (compilation, recomputation, update), as users cause them, and fakes of fused kernels.
 
-Fakes of fused kernels that are bound in a model; the real ones run on a GPU only.
-
-Each fake names a library in its ``__module__`` and computes what the model's own function does.
+The real fused kernels need a GPU. Each fake is bound in a model, names a library in its ``__module__`` and computes
+what the model's own function does.
 """
 
 from __future__ import annotations
@@ -46,8 +45,9 @@ def compile_layers(run: SmallRun) -> None:
 def compile_some(run: SmallRun, *modules: Any) -> None:
     """Compile these modules and take a step."""
     forget_compilations()  # all models of the process share the code of these layers
-    run.inputs["use_cache"] = False  # a growing cache gives another graph in every layer, and so do inputs that
-    run.model.enable_input_require_grads()  # require no gradient
+    # A growing cache, or inputs that require no gradient, would give every layer another graph.
+    run.inputs["use_cache"] = False
+    run.model.enable_input_require_grads()
     for module in modules:
         module.forward = torch.compile(module.forward, backend="eager", dynamic=False)
     run.step()
@@ -63,10 +63,10 @@ def compile_loss(run: SmallRun) -> None:
     forget_compilations()
 
     @torch.compile(backend="eager", dynamic=False)
-    def loss_of(logits: Any) -> Any:
+    def compute_loss(logits: Any) -> Any:
         return logits.float().logsumexp(-1).mean()
 
-    run.passes = lambda run: backward(loss_of(run.model(**run.inputs).logits))
+    run.passes = lambda run: backward(compute_loss(run.model(**run.inputs).logits))
     run.step()
 
 
@@ -78,7 +78,7 @@ def decoder_layers(run: SmallRun) -> list[Any]:
 def break_graphs(run: SmallRun) -> None:
     """Put a graph break into the compiled code, as a print would."""
 
-    def broken(forward: Any) -> Any:
+    def insert_break(forward: Any) -> Any:
         def with_break(hidden: Any) -> Any:
             hidden = hidden * 1
             torch._dynamo.graph_break()
@@ -87,12 +87,12 @@ def break_graphs(run: SmallRun) -> None:
         return with_break
 
     for layer in decoder_layers(run):
-        layer.mlp.forward = broken(layer.mlp.forward)
+        layer.mlp.forward = insert_break(layer.mlp.forward)
     compile_layers(run)
 
 
 def change_lengths(run: SmallRun) -> None:
-    """Give every batch another length, which compiles another graph."""
+    """Give every batch another length, so that each one compiles another graph."""
     compile_layers(run)
     ids = run.inputs["input_ids"]
     for tokens in (15, 14):
@@ -101,7 +101,7 @@ def change_lengths(run: SmallRun) -> None:
 
 
 def reach_recompile_limit(run: SmallRun) -> None:
-    """Change lengths until the recompile limit."""
+    """Change the lengths with a recompile limit of 1, which they exceed."""
     from torch._dynamo import config
 
     with config.patch(recompile_limit=1):
@@ -111,7 +111,7 @@ def reach_recompile_limit(run: SmallRun) -> None:
 def half_paged(parameters: Any) -> Any:
     """Return an AdamW that marks half its state as paged, as bitsandbytes does.
 
-    It replaces a paged optimizer, which needs managed memory and cannot run on a CPU.
+    It imitates a paged optimizer, which needs managed memory and cannot run on a CPU.
     """
 
     class HalfPaged(torch.optim.AdamW):
@@ -127,8 +127,8 @@ def half_paged(parameters: Any) -> Any:
 def checkpoint_layers(run: SmallRun, layers: tuple[int, ...] = (0, 1), part: str = "") -> None:
     """Recompute these layers, or one part of each."""
     run.inputs["use_cache"] = False  # recomputation would fill a cache twice
-    for place in layers:
-        layer = decoder_layers(run)[place]
+    for index in layers:
+        layer = decoder_layers(run)[index]
         module = getattr(layer, part) if part else layer
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
@@ -144,7 +144,7 @@ def two_passes(run: SmallRun) -> None:
     run.passes = passes
 
 
-def forget_a_layer(run: SmallRun) -> None:
+def eval_layer_in_second_pass(run: SmallRun) -> None:
     """Put a layer into eval mode for the second of two micro-batches only."""
 
     def passes(run: SmallRun) -> Any:
@@ -177,7 +177,7 @@ def clip_in_closure(run: SmallRun) -> None:
 
 
 def train_another_model(run: SmallRun, *, by: str = "SGD", alone: bool = False) -> None:
-    """Update another model in each step with a torch optimizer; alone: do not update this model."""
+    """Update another model in each step with a torch optimizer; with ``alone``, do not update this one."""
     other = torch.nn.Linear(4, 4)
     optimizer = getattr(torch.optim, by)(other.parameters(), lr=1e-3)
 
@@ -201,13 +201,13 @@ def bind_one_norm(run: SmallRun) -> None:
     _bind(_norms(run)[-1])
 
 
-def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kernels.fast_lora") -> None:
-    """Bind another forward to every attention; it calls its projections as libraries do.
+def bind_attention(run: SmallRun, *, library: str = "unsloth", module: str = "kernels.fast_lora") -> None:
+    """Bind a library's forward to every attention; it calls projections of the library, as such forwards do.
 
     Args:
-        run: to be changed.
+        run: the run to change.
         library: the library of the forward and of its projections.
-        home: module of the projections in that library.
+        module: module of the projections in that library.
     """
 
     def apply_qkv(self: Any, hidden: Any) -> Any:
@@ -216,15 +216,15 @@ def bind_attention(run: SmallRun, *, library: str = "unsloth", home: str = "kern
     def apply_o(self: Any, hidden: Any) -> Any:
         return self.o_proj(hidden)
 
-    apply_qkv.__module__ = apply_o.__module__ = f"{library}.{home}"
+    apply_qkv.__module__ = apply_o.__module__ = f"{library}.{module}"
     for block in run.model.get_base_model().model.layers:
         attention = block.self_attn
         attention.apply_qkv, attention.apply_o = apply_qkv, apply_o
         attention.forward = MethodType(_attend(f"{library}.models.llama"), attention)
 
 
-def _attend(home: str) -> Callable[..., Any]:
-    """Return a forward of attention that calls the projections of the module."""
+def _attend(library_module: str) -> Callable[..., Any]:
+    """Return a forward of this module of a library that calls the projections bound to the attention."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     def forward(self: Any, hidden_states: Any, position_embeddings: Any, **_: Any) -> Any:
@@ -236,23 +236,23 @@ def _attend(home: str) -> Callable[..., Any]:
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.apply_o(self, mixed.transpose(1, 2).reshape(rows, tokens, -1)), None
 
-    forward.__module__ = home
+    forward.__module__ = library_module
     return forward
 
 
 def bind_loss(run: SmallRun) -> None:
     """Bind a library's forward to the model with the head, as a fused loss does."""
-    head = run.model.get_base_model()
-    own = type(head).forward
+    causal_lm = run.model.get_base_model()
+    original_forward = type(causal_lm).forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self, *args, **kwargs)
+        return original_forward(self, *args, **kwargs)
 
     forward.__module__ = "liger_kernel.transformers.model.llama"
-    head.forward = MethodType(forward, head)
+    causal_lm.forward = MethodType(forward, causal_lm)
 
 
-def lose_outside(run: SmallRun) -> None:
+def compute_loss_outside(run: SmallRun) -> None:
     """Bind the fused loss, but compute the loss from logits, as a trainer with its own loss does."""
     bind_loss(run)
 
@@ -269,10 +269,10 @@ def _norms(run: SmallRun) -> list[Any]:
 
 
 def _bind(norm: Any) -> None:
-    own = type(norm).forward
+    original_forward = type(norm).forward
 
     def forward(self: Any, hidden_states: Any) -> Any:
-        return own(self, hidden_states)
+        return original_forward(self, hidden_states)
 
     forward.__module__ = "liger_kernel.transformers.rms_norm"
     norm.forward = MethodType(forward, norm)

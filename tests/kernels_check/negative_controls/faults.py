@@ -1,6 +1,6 @@
-"""Faults of a run after it was built, as users cause them.
+"""Negative controls: their form, how one is verified, and faults that users cause in a run after building it.
 
-A negative control, and whether it holds.
+A control has a faulty and a healthy run. It holds if the check finds the fault and accepts the healthy run.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from negative_controls.small_run import PAD_TOKEN, SmallRun, autocast, build, fo
 
 def force_math(run: SmallRun) -> None:
     """Keep ``sdpa_kernel(MATH)`` around the step, as after a numerical comparison."""
-    run.around = only_math
+    run.step_context = only_math
 
 
 def use_autocast(run: SmallRun) -> None:
     """Run every step under autocast to bfloat16."""
-    run.around = partial(autocast, "cpu")
+    run.step_context = partial(autocast, "cpu")
 
 
 def use_autocast_on_cuda(run: SmallRun) -> None:
     """Run every step under autocast to bfloat16 on CUDA."""
-    run.around = partial(autocast, "cuda")
+    run.step_context = partial(autocast, "cuda")
 
 
 def only_flash_and_efficient(run: SmallRun) -> None:
     """Exclude cuDNN, which Hopper prefers and which accepts inputs that flash refuses."""
-    run.around = partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    run.step_context = partial(sdpa_kernel, backends)
 
 
 def tf32_on(run: SmallRun) -> None:
     """Let float32 products run on tensor cores, inside each step only."""
-    run.around = partial(_precision, "tf32")
+    run.step_context = partial(_precision, "tf32")
 
 
 def tf32_off(run: SmallRun) -> None:
     """Keep float32 products in float32, the default."""
-    run.around = partial(_precision, "ieee")
+    run.step_context = partial(_precision, "ieee")
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def _precision(wanted: str) -> Iterator[None]:
 
 
 def pad(run: SmallRun, *, real: int) -> None:
-    """Pad every row to the longest, with ``real`` tokens left, and pass the tokenizer's mask."""
+    """Replace all but the first ``real`` tokens of every row after the first by padding, and pass the matching mask."""
     ids = run.inputs["input_ids"]
     mask = torch.ones_like(ids)
     mask[1:, real:] = 0
@@ -70,7 +71,7 @@ def pad(run: SmallRun, *, real: int) -> None:
 
 
 def pad_one_token(run: SmallRun) -> None:
-    """Pad a single token, which is enough for a mask."""
+    """Replace only the last token by padding, which is enough to need a mask."""
     pad(run, real=run.inputs["input_ids"].shape[1] - 1)
 
 
@@ -159,16 +160,16 @@ def control(name: str, path: str, required: Json, fault: Build, healthy: Build, 
 
 def small(*changes: Change, **options: Any) -> Recipe:
     """Return a recipe that builds a small run with ``options`` and applies the ``changes`` in order."""
-    return changed(partial(build, **options), *changes)
+    return recipe_with_changes(partial(build, **options), *changes)
 
 
-def changed(make: Build, *changes: Change) -> Recipe:
+def recipe_with_changes(make: Build, *changes: Change) -> Recipe:
     """Return a recipe that makes a run and applies the ``changes`` in order."""
     return Recipe(make, changes, " then ".join(map(_text, (make, *changes))))
 
 
 def _recipe(make: Build) -> Recipe:
-    return make if isinstance(make, Recipe) else changed(make)
+    return make if isinstance(make, Recipe) else recipe_with_changes(make)
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Faults in some layers of a run, faults that run another model in its step, and healthy variations of the latter."""
+"""Faults in some layers of a run, and healthy variations of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from negative_controls.small_run import SmallRun, wrap_step
 
 
 def retry_pass(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: Callable[[], Any] = nullcontext) -> None:
-    """Let the first pass of each step fail after its last block, and repeat it."""
+    """Let the first pass of each step fail after its last block, within ``first``, and repeat it within ``then``."""
     failing: list[bool] = []
 
     def fail(*_: object) -> None:
@@ -34,7 +34,7 @@ def retry_pass(run: SmallRun, *, first: Callable[[], Any] = nullcontext, then: C
 
 
 def write_one_layer_by_hand(run: SmallRun) -> None:
-    """Replace one attention by running means over the tokens, which no operator shows as attention."""
+    """Replace one attention by running means over the tokens, whose operators do not look like attention."""
     attention = _layers(run)[1].self_attn
 
     def forward(hidden_states: Any, **_: Any) -> Any:
@@ -49,8 +49,9 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     """Compute attention in two halves of the heads; the second by scaled dot products or by exp and sum."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def written_out(*states: Any) -> Any:
-        query, key, value = (one.flatten(0, 1) for one in states)  # with three dimensions no operator shows attention
+    def attend_by_exp_and_sum(*states: Any) -> Any:
+        # With three dimensions, no operator looks like attention.
+        query, key, value = (one.flatten(0, 1) for one in states)
         weights = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1).mul(query.shape[-1] ** -0.5).exp().tril()
         weights = weights / weights.sum(-1, keepdim=True)
         return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(2).view(states[0].shape)
@@ -60,7 +61,7 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
         first, second = zip(*(one.chunk(2, dim=1) for one in (query, key, value)), strict=True)
         halves = [
             scaled_dot_product_attention(*first, is_causal=True),
-            written_out(*second) if by_hand else scaled_dot_product_attention(*second, is_causal=True),
+            attend_by_exp_and_sum(*second) if by_hand else scaled_dot_product_attention(*second, is_causal=True),
         ]
         return torch.cat(halves, dim=1).transpose(1, 2), None
 
@@ -75,7 +76,7 @@ def skip_attention(run: SmallRun) -> None:
     block.forward = lambda hidden_states, **_: hidden_states + block.mlp(hidden_states)
 
 
-def skip_products(run: SmallRun) -> None:
+def skip_feed_forward(run: SmallRun) -> None:
     """Replace a feed-forward part by the identity."""
     _layers(run)[1].mlp.forward = lambda x: x
 
@@ -85,24 +86,24 @@ def evaluate_inside(run: SmallRun) -> None:
 
     def evaluate() -> None:
         run.model.eval()
-        with torch.no_grad(), run.around():
+        with torch.no_grad(), run.step_context():
             run.model(**run.inputs, use_cache=False)
         run.model.train()
 
     wrap_step(run, before=evaluate)
 
 
-def write_out(run: SmallRun, *, fill: bool = False, through_float: bool = False) -> None:
-    """Compute attention by products and a softmax, over all tokens."""
+def use_eager_attention(run: SmallRun, *, fill: bool = False, through_float: bool = False) -> None:
+    """Compute attention by products and a softmax, over all tokens; with ``fill``, mask future tokens."""
     for block in _layers(run):
         block.self_attn.forward = _by_hand(
-            block.self_attn, partial(_written_out, fill=fill, through_float=through_float)
+            block.self_attn, partial(_attend_by_products, fill=fill, through_float=through_float)
         )
 
 
 def fill_a_mask(run: SmallRun) -> None:
     """Compute attention by products and a softmax, with future tokens masked."""
-    write_out(run, fill=True)
+    use_eager_attention(run, fill=True)
 
 
 def _by_hand(attention: Any, attend: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
@@ -116,7 +117,7 @@ def _by_hand(attention: Any, attend: Callable[[Any, Any, Any], Any]) -> Callable
     return forward
 
 
-def _written_out(query: Any, key: Any, value: Any, *, fill: bool, through_float: bool) -> Any:
+def _attend_by_products(query: Any, key: Any, value: Any, *, fill: bool, through_float: bool) -> Any:
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if fill:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)

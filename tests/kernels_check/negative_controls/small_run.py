@@ -35,7 +35,7 @@ class SmallRun(small_run.SmallRun):
 
     def step(self) -> None:
         """Take one forward, backward and optimizer step."""
-        with self.around():
+        with self.step_context():
             if self.by_closure:
                 loss = self.optimizer.step(self.gradients)
             else:

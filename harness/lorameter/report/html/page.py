@@ -40,7 +40,7 @@ from lorameter.report.html import svg
 
 
 def write_html(
-    document: Document, *, title: str, names: Sequence[str] = (), figures: Sequence[Figure] = (), again: str = ""
+    document: Document, *, title: str, names: Sequence[str] = (), figures: Sequence[Figure] = (), reproduction: str = ""
 ) -> str:
     """The page of a report.
 
@@ -49,7 +49,7 @@ def write_html(
         title: title of the page.
         names: the variants in order, which determines their colours; the page can hide each of them.
         figures: pictures after the text, each with its table.
-        again: commands that reproduce the run; may be empty.
+        reproduction: commands that reproduce the run; may be empty.
     """
     classes = {name: f"s s{number % svg.COLOURS}" for name, number in svg.number_variants(names).items()}
     blocks = list(document)
@@ -57,7 +57,7 @@ def write_html(
     head = blocks.pop(0) if blocks and isinstance(blocks[0], Section) and blocks[0].title == title else None
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page.html.jinja").render(
-        title=title, invalid=invalid, head=head, document=blocks, figures=figures, again=again,
+        title=title, invalid=invalid, head=head, document=blocks, figures=figures, reproduction=reproduction,
         top=sum(isinstance(figure.drawing, Intervals) for figure in figures) or len(figures[:1]),
         classes=classes, names=[(escape_control_chars(name), own) for name, own in classes.items()],
         style=Markup(style), style_hash=_hash(style), script=Markup(script), script_hash=_hash(script),
