@@ -7,7 +7,7 @@ from functools import partial
 
 from benchmarks.gpu import judges
 from benchmarks.gpu.claim import Claim, Judge, by_tests
-from benchmarks.gpu.steps import BASES
+from benchmarks.gpu.steps import BASE_VARIANTS
 
 METERS, KERNELS = "tests/machine/test_gpu.py", "tests/kernels_check/test_gpu.py"
 WORKERS = "tests/run/workers/test_gpu.py"
@@ -18,7 +18,7 @@ def _claims(steps: tuple[str, ...], claims: Mapping[str, tuple[str, Judge]]) -> 
     return tuple(Claim(name=name, says=says, judge=judge, steps=steps) for name, (says, judge) in claims.items())
 
 
-TITLES = dict(zip(BASES, ("bf16", "NF4"), strict=True))
+TITLES = dict(zip(BASE_VARIANTS, ("bf16", "NF4"), strict=True))
 CLAIMS: tuple[Claim, ...] = (
     *_claims(
         ("tests-trial",),
@@ -183,7 +183,7 @@ CLAIMS: tuple[Claim, ...] = (
         for base, title in TITLES.items()
     ),
     *_claims(
-        tuple(f"profile-{base}" for base in BASES),
+        tuple(f"profile-{base}" for base in BASE_VARIANTS),
         {
             "kernels of a step": (
                 "a profile of a 7B step records kernels, and at most 1 % of their time is in unknown ones",

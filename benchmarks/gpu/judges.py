@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from benchmarks.gpu.claim import Decision, leave_undecided, make_decision
 from benchmarks.gpu.evidence import Evidence
-from benchmarks.gpu.steps import BASES
+from benchmarks.gpu.steps import BASE_VARIANTS
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import format_ratio
 
@@ -31,7 +31,7 @@ def judge_step_phases(evidence: Evidence, *, variant: str) -> Decision:
 def judge_kernels(evidence: Evidence) -> Decision:
     """Judge that the profiles' GPU time is in named kernels."""
     shares = {}
-    for variant in BASES:
+    for variant in BASE_VARIANTS:
         categories = evidence.document(f"profile-{variant}", "categories_s")
         seconds = {category: sum(phases.values()) for category, phases in categories.items() if category != "idle"}
         if not any(seconds.values()):
@@ -43,7 +43,7 @@ def judge_kernels(evidence: Evidence) -> Decision:
 
 def judge_peak_share(evidence: Evidence) -> Decision:
     """Judge that a step's share of the stated peak is below 1."""
-    trained = {variant: evidence.document(f"profile-{variant}", "ceilings").get("train") for variant in BASES}
+    trained = {variant: evidence.document(f"profile-{variant}", "ceilings").get("train") for variant in BASE_VARIANTS}
     if not all(trained.values()):
         return leave_undecided("the device has no stated peak")
     shares = {variant: (one["hfu"]["value"], one["mfu"]["value"]) for variant, one in trained.items()}
@@ -116,7 +116,7 @@ def judge_warm_requests(evidence: Evidence) -> Decision:
         whole, first = (one.samples.get(name, ()) for name in ("request_time_s", "first_token_time_s"))
         if whole and first:
             means[one.name] = (sum(first) / len(first), sum(whole) / len(whole))
-    if len(means) < len(BASES):
+    if len(means) < len(BASE_VARIANTS):
         return leave_undecided(f"requests of {', '.join(means) or 'no variant'} were timed")
     text = "; ".join(
         f"{name}: {first * 1e3:.0f} ms to the first token of {whole:.2f} s" for name, (first, whole) in means.items()

@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 REPORTS = ROOT / "reports"
 BEGIN, END = "<!-- written by `make gpu` from here -->", "<!-- up to here -->"
-FORECAST = """## What each call decides
+FORECAST = """## What each call of `make gpu` decides
 
 A simulation without a GPU: each step takes its expected time on an H100, or 1.5 times that. The expected times are
 assumptions; `make gpu GPU_OPTIONS=--list` prints them."""
-WORDS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
+VERDICT_CELLS = {"confirmed": "confirmed", "refuted": "**refuted**", "not decided": "not decided"}
 
 
 def read_campaigns(reports: Path) -> list[dict[str, Any]]:
-    """Return the documents of all campaigns in a folder of reports, the oldest first, each with its folder's name and
+    """Return the documents of all campaigns in a folder of reports, oldest first, each with the name of its folder and
     the `verdicts` on its claims by name."""
     found = []
     for path in sorted(reports.glob("*_gpu/campaign.json")):
@@ -34,12 +34,12 @@ def read_campaigns(reports: Path) -> list[dict[str, Any]]:
 
 
 def write_table(claims: Sequence[Claim], campaigns: Sequence[dict[str, Any]]) -> str:
-    """Return the table with a row for each claim and a column for each campaign."""
-    heads = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in campaigns]
-    rows = [["claim", *(heads or ["no GPU yet"])]]
+    """Return a Markdown table with a row for each claim and a column for each campaign."""
+    headers = [f"[{one['device']}, {one['date']}](../reports/{one['folder']}/report.txt)" for one in campaigns]
+    rows = [["claim", *(headers or ["no GPU yet"])]]
     rows.append(["---"] * len(rows[0]))
     for claim in claims:
-        verdicts = [WORDS.get(one["verdicts"].get(claim.name), "–") for one in campaigns]
+        verdicts = [VERDICT_CELLS.get(one["verdicts"].get(claim.name), "–") for one in campaigns]
         rows.append([claim.says, *(verdicts or ["not decided"])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

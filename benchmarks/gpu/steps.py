@@ -14,8 +14,8 @@ from pathlib import Path
 
 STUDY, PROFILE = "lora-or-qlora", "--profile=gpu"
 """The default study, and its profile that fills a GPU with Llama-2-7B."""
-BASES = ("lora-r16", "qlora-nf4-r16")
-"""Its variants in bf16 and in NF4, which differ only in quantisation."""
+BASE_VARIANTS = ("lora-r16", "qlora-nf4-r16")
+"""The study's variants in bf16 and in NF4, which differ only in quantisation."""
 SWEEP, TWINS = (str(Path(__file__).with_name(name)) for name in ("sweep.toml", "twins.toml"))
 INJECTED_ROWS = 260_000
 """Extra rows in each adapted layer of `twins.toml`: reading and writing them costs about 5 % of a step on an H100."""
@@ -37,14 +37,14 @@ class Step:
 
     name: str
     question: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     """The arguments of the interpreter."""
     expected_s: float
     """The expected time on an H100: an assumption, not a measurement."""
     limit_s: float
     """The longest time of one attempt."""
     rehearsal: tuple[str, ...] = ()
-    """The command on a machine without a GPU; empty for the same command as `words`."""
+    """The command on a machine without a GPU; empty for the same command as on a GPU."""
     skipped: str
     """What a rehearsal leaves out, and why."""
     result_codes: tuple[int, ...] = (0,)
@@ -66,7 +66,7 @@ def make_study_step(name: str, question: str, study: str, *options: str, expecte
     return Step(
         name=name,
         question=question,
-        words=run,
+        arguments=run,
         expected_s=expected_s,
         limit_s=min(MAX_STEP_S, total_s),
         rehearsal=(*run, "--dry-run"),
@@ -82,7 +82,7 @@ def make_test_step(name: str, question: str, *files: str, expected_s: float) -> 
     return Step(
         name=f"tests-{name}",
         question=question,
-        words=(*PYTEST, "--timeout=120", *files),
+        arguments=(*PYTEST, "--timeout=120", *files),
         expected_s=expected_s,
         limit_s=2 * expected_s,
         skipped="all skipped, since each needs a GPU",
@@ -97,7 +97,7 @@ def make_variant_step(command: str, variant: str, question: str, *options: str, 
     return Step(
         name=f"{command}-{variant}",
         question=question,
-        words=(*LORAMETER, command, *named, *(options or ("--runs-dir", RUNS)), "--json"),
+        arguments=(*LORAMETER, command, *named, *(options or ("--runs-dir", RUNS)), "--json"),
         expected_s=expected_s,
         limit_s=2 * expected_s,
         rehearsal=(*LORAMETER, "estimate", *named, "--runs-dir", RUNS, "--json"),
@@ -109,17 +109,17 @@ def make_variant_step(command: str, variant: str, question: str, *options: str, 
 STEPS: tuple[Step, ...] = (
     make_test_step(
         "paths",
-        "flash, 4-bit and paged paths by their kernels; events, clocks, energy and memory against each other",
+        "whether flash, 4-bit and paged paths launch their kernels, and events, clocks, energy and memory agree",
         "tests/kernels_check/test_gpu.py",
         "tests/machine/test_gpu.py",
         expected_s=130,
     ),
     make_study_step(
         "study",
-        "Llama-2-7B in bf16 and in NF4: required paths, times of steps, requests and cold starts, memory peaks",
+        "whether Llama-2-7B runs on its required paths in bf16 and in NF4; how fast it is and how much memory it takes",
         STUDY,
         PROFILE,
-        *(f"--variant={variant}" for variant in BASES),
+        *(f"--variant={variant}" for variant in BASE_VARIANTS),
         "--phase=train",
         "--phase=generate",
         "--phase=cold",
@@ -136,11 +136,11 @@ STEPS: tuple[Step, ...] = (
             "{runs of study}",
             expected_s=15,
         )
-        for variant in BASES
+        for variant in BASE_VARIANTS
     ),
     make_study_step(
         "sweep",
-        "the claims of time about alpha, dropout and r on Llama-2-7B, all settings on one base",
+        "how alpha, dropout and r change the times of Llama-2-7B, all settings on one base",
         SWEEP,
         "--phase=train",
         "--phase=generate",
@@ -150,7 +150,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="claims",
         question="which claims the sweep supports",
-        words=(*LORAMETER, "claims", "{newest of sweep}", "--runs-dir", "{runs of sweep}", "--json"),
+        arguments=(*LORAMETER, "claims", "{newest of sweep}", "--runs-dir", "{runs of sweep}", "--json"),
         expected_s=10,
         limit_s=40,
         rehearsal=(*LORAMETER, "run", SWEEP, "--runs-dir", RUNS, "--json", "--dry-run"),
@@ -160,7 +160,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="twins",
         question="whether identical code is equivalent and 5 % more work is detected",
-        words=(
+        arguments=(
             *LORAMETER, "ab", TWINS, "--base", "{python}", "--candidate", "{python}", "--phase", "train",
             "--inject-rows", str(INJECTED_ROWS), "--runs-dir", RUNS, "--json",
         ),
@@ -180,7 +180,7 @@ STEPS: tuple[Step, ...] = (
     ),
     make_test_step(
         "trial",
-        "a step after the check, measured peaks, the memory breakdown of a step",
+        "whether steps after the check are as fast, peaks are plausible, and the memory breakdown adds up",
         "tests/run/workers/test_gpu.py",
         "tests/trial/profiling/test_trial.py",
         expected_s=75,
@@ -189,15 +189,15 @@ STEPS: tuple[Step, ...] = (
         make_variant_step(
             "profile",
             variant,
-            "whether the phases explain the step, whether its kernels are known, its share of the peak",
+            "whether the phases explain the step, whether its kernels are known, which share of the peak it reaches",
             expected_s=80,
         )
-        for variant in reversed(BASES)
+        for variant in reversed(BASE_VARIANTS)
     ),
     Step(
         name="wrap",
         question="whether an unmodified script is measured on the GPU",
-        words=(*LORAMETER, "wrap", "--runs-dir", RUNS, "--", "{python}", "docs/examples/accelerate_loop.py"),
+        arguments=(*LORAMETER, "wrap", "--runs-dir", RUNS, "--", "{python}", "docs/examples/accelerate_loop.py"),
         expected_s=30,
         limit_s=90,
         skipped="measured on this CPU",
@@ -225,9 +225,9 @@ def build_command(
         resumed_run: the id of the step's stopped run; None to start a new one.
         newest: the id of the newest run of the sweep, or None.
     """
-    words = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.words
+    arguments = chosen.rehearsal if rehearsing and chosen.rehearsal else chosen.arguments
     if resumed_run is not None:
-        words = (*chosen.resume_command, resumed_run)
+        arguments = (*chosen.resume_command, resumed_run)
     placeholders = {
         RUNS: str(run_folder(chosen.name, state)),
         XML: str(state / "outputs" / f"{chosen.name}.xml"),
@@ -236,7 +236,7 @@ def build_command(
         "{newest of sweep}": newest or "no-run",
         "{python}": python,
     }
-    return [python, *(re.sub(r"{[a-z ]+}", lambda found: placeholders[found[0]], word) for word in words)]
+    return [python, *(re.sub(r"{[a-z ]+}", lambda found: placeholders[found[0]], word) for word in arguments)]
 
 
 def run_folder(name: str, state: Path) -> Path:

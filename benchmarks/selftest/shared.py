@@ -1,5 +1,4 @@
-"""Functions that the programs share: they print the machine, report violated bounds, run lorameter and load the
-CPUs."""
+"""Functions that the self-tests share: print the machine, report violated bounds, run lorameter, load the CPUs."""
 
 from __future__ import annotations
 
@@ -26,33 +25,33 @@ def print_origin() -> None:
 
 
 def report_violations(violations: Iterable[str]) -> int:
-    """Print the bounds that do not hold; return the exit code: 1 if there are any, else 0."""
+    """Print the bounds that do not hold, and return the exit code: 1 if any bound does not hold, else 0."""
     reasons = list(violations)
     print("\n".join(f"does not hold: {reason}" for reason in reasons) or "holds: every bound", flush=True)
     return 1 if reasons else 0
 
 
-def run_lorameter(words: list[str], **options: object) -> str:
-    """Run `lorameter` with these arguments and return its standard output, whatever its exit code is.
+def run_lorameter(arguments: list[str], **options: object) -> str:
+    """Run `lorameter` with arguments and return its standard output. Any exit code is accepted.
 
     Raises:
         SystemExit: the command printed nothing.
     """
     python_path = os.pathsep.join(filter(None, [str(ROOT / "harness"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-m", "lorameter.cli", *words], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "lorameter.cli", *arguments], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": python_path}, **options,
     )  # fmt: skip
     if not done.stdout.strip():
-        raise SystemExit(f"lorameter {' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise SystemExit(f"lorameter {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
 
 
-def run_ab(words: list[str], **options: object) -> dict[str, Any]:
-    """Run one `lorameter ab` and return its document, with the comparison of the step time as `step` and the wall time
-    of the command as `seconds`."""
+def run_ab(arguments: list[str], **options: object) -> dict[str, Any]:
+    """Run one `lorameter ab` and return its document. `step` is added, the comparison of the step time, and `seconds`,
+    the wall time of the command."""
     begin = time.monotonic()
-    document: dict[str, Any] = json.loads(run_lorameter(["ab", *words, "--json"], **options))
+    document: dict[str, Any] = json.loads(run_lorameter(["ab", *arguments, "--json"], **options))
     step = next(row for row in document["comparisons"] if row["metric"] == "step_time_s")
     return document | {"step": step, "seconds": time.monotonic() - begin}
 

@@ -1,12 +1,11 @@
-"""Executes docs/extending.md: applies each worked example to a scratch copy of the packages and runs its commands
-there.
+"""Runs docs/extending.md: applies each example to a scratch copy of the packages and runs the example's commands there.
 
 The test recognises four forms on the page:
 
-    New file `PATH`:                        a fenced block follows, which becomes that file
-    In `PATH`, after the line `TEXT`:       a fenced block follows, which is put behind the one line that reads so
-    In `PATH`, the line `TEXT` becomes:     a fenced block follows, which replaces it
-    a block of `console`                    lines with `$` are run, the lines below each must be in what it prints
+    New file `PATH`:                        the fenced block that follows becomes that file
+    In `PATH`, after the line `TEXT`:       the block is inserted after the only line with this text
+    In `PATH`, the line `TEXT` becomes:     the block replaces that line
+    a block of `console`                    lines with `$` are run; their output must contain the lines below them
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
 RUN = sorted((ROOT / "reports").glob("*_lora-or-qlora"))[-1].name
-"""The committed run that the examples look at: the latest of the default study."""
+"""The committed run that the examples read: the latest of the default study."""
 TOKENS = re.compile(
     r"^## (?P<title>[^\n]+)$"
     r"|^(?:New file|In) `(?P<path>[^`]+)`(?:, (?P<how>after the line|the line) `(?P<line>[^\n]+)`(?: becomes)?)?:$"
@@ -50,7 +49,7 @@ class Example:
         return {path for path, *_ in self.edits if path.startswith(("harness/", "kernels_check/"))}
 
 
-def examples() -> list[Example]:
+def read_examples() -> list[Example]:
     found: list[Example] = []
     pending: tuple[str, str, str] | None = None
     for match in TOKENS.finditer(PAGE.read_text(encoding="utf-8")):
@@ -75,16 +74,16 @@ def apply(example: Example, folder: Path) -> None:
     for path, how, line, block in example.edits:
         target = folder / path
         if how == "new":
-            assert not target.exists(), f"{path} is there already"
+            assert not target.exists(), f"{path} exists already"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(block + "\n", encoding="utf-8")
             continue
-        text = target.read_text(encoding="utf-8").splitlines()
-        places = [number for number, each in enumerate(text) if each.strip() == line]
+        lines = target.read_text(encoding="utf-8").splitlines()
+        places = [number for number, text_line in enumerate(lines) if text_line.strip() == line]
         assert len(places) == 1, f"{path}: the line `{line}` occurs {len(places)} times"
         (place,) = places
-        text[place : place + 1] = block.splitlines() if how == "the line" else [text[place], *block.splitlines()]
-        target.write_text("\n".join(text) + "\n", encoding="utf-8")
+        lines[place : place + 1] = block.splitlines() if how == "the line" else [lines[place], *block.splitlines()]
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 LONG = ("A path of kernels_check", "A field of a variant")
@@ -98,7 +97,7 @@ def extended_copy(tmp_path_factory):
     for package in ("harness", "kernels_check"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     shutil.copytree(ROOT / "reports" / RUN, folder / "runs" / "example")
-    for example in examples():
+    for example in read_examples():
         apply(example, folder)
     return folder
 
@@ -108,7 +107,7 @@ def param(example):
     return pytest.param(example, id=example.title, marks=marks)
 
 
-@pytest.mark.parametrize("example", [*map(param, examples())])
+@pytest.mark.parametrize("example", [*map(param, read_examples())])
 def test_the_commands_of_an_example_print_the_shown_output(example, extended_copy):
     """The commands of an example print what the page shows."""
     assert example.commands
@@ -133,4 +132,4 @@ def test_the_page_counts_its_own_files():
     counted = {
         match["what"]: int(match["files"]) for line in PAGE.read_text().splitlines() if (match := COUNTED.match(line))
     }
-    assert counted == {example.title: len(example.files) for example in examples()}
+    assert counted == {example.title: len(example.files) for example in read_examples()}

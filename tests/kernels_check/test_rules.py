@@ -22,8 +22,12 @@ KERNELS = [(name, rule) for rule, names in NAMES["kernels"].items() for name in 
 OPERATORS = [(name, rule) for rule, names in NAMES["operators"].items() for name in names]
 
 
-def nsys(name):
-    """Return the name as nsys prints it: casts before numbers, unnamed namespaces, west const, no ``> >``."""
+def spell_as_nsys(name):
+    """Return the name as nsys prints it.
+
+    nsys writes a cast before a number in a template, `<unnamed>` for the anonymous namespace, and `const` before the
+    type instead of after it; it also writes `>>` without a space.
+    """
     name = name.replace("(anonymous namespace)", "<unnamed>")
     name = re.sub(r"(?<=[<\s])(-?\d+)(?:ul|u|l)?(?=[,>])", r"(int)\1", name)
     name = re.sub(r"(?<=[<\s])true(?=[,>\s])", "(bool)1", name)
@@ -31,10 +35,10 @@ def nsys(name):
     return re.sub(r"(\w+) const\*", r"const \1 *", name).replace("> >", ">>").replace("> >", ">>")
 
 
-def test_a_known_name_lands_in_its_rule():
-    """cuDNN precedes flash, log-softmax (the loss) precedes softmax, and namespaces are distinguished, also in nsys's
-    spelling."""
-    spellings = [(spelling, rule) for kernel, rule in KERNELS for spelling in (kernel, nsys(kernel))]
+def test_a_known_name_matches_its_rule():
+    """Each name matches the rule of its library, also in nsys's spelling. Where two rules fit, cuDNN precedes flash,
+    and log-softmax (the loss) precedes softmax."""
+    spellings = [(spelling, rule) for kernel, rule in KERNELS for spelling in (kernel, spell_as_nsys(kernel))]
     found = [(spelling, getattr(classify(spelling), "name", None)) for spelling, _ in spellings]
     assert found == spellings
     found = [(operator, getattr(classify_operator(operator), "name", None)) for operator, _ in OPERATORS]
@@ -57,8 +61,8 @@ def test_a_known_name_lands_in_its_rule():
     ],
 )
 def test_an_operator_names_its_attention(operator, backend):
-    """The backend follows from pip and hub namespaces, with cuDNN before flash; a softmax names a backend only by its
-    shape."""
+    """The backend follows from pip and hub namespaces, cuDNN precedes flash, and a plain softmax operator shows no
+    backend."""
     assert attention_backend(operator) == backend
 
 
@@ -133,7 +137,7 @@ def test_rules_are_complete_and_unique(table):
         ("dot_kernel<", "matmul"), ("gemmk1", "matmul"),
     ],
 )  # fmt: skip
-def test_a_name_counts_for_its_category(part, category):
+def test_a_kernel_name_decides_its_category(part, category):
     """One rule may cover kernels of several categories: an eager ATen kernel may be a copy or the loss."""
     names = [name for name, _ in KERNELS if part in name]
     assert names
@@ -144,7 +148,7 @@ def test_a_name_counts_for_its_category(part, category):
     assert category in CATEGORIES
 
 
-def _facts(kernel):
+def _read_facts(kernel):
     rule = classify(kernel)
     assert rule is not None
     return read_facts(kernel, rule)
@@ -152,26 +156,26 @@ def _facts(kernel):
 
 def test_both_spellings_give_the_same_properties():
     """Number format, causality and direction do not depend on the tool that printed the name."""
-    assert [kernel for kernel, _ in KERNELS if _facts(kernel) != _facts(nsys(kernel))] == []
+    assert [kernel for kernel, _ in KERNELS if _read_facts(kernel) != _read_facts(spell_as_nsys(kernel))] == []
 
 
-def _named(rule, *parts):
+def _find_kernel(rule, *parts):
     return next(name for name in NAMES["kernels"][rule] if all(part in name for part in parts))
 
 
 @pytest.mark.parametrize("rule", ["ATT-SDPA-FLASH", "ATT-FA2", "ATT-FA2-VENDORED"])
 def test_flash_kernel_names_show_dtype_and_causality(rule):
-    """Is_causal is the second argument after the traits and the first in split-KV; combining and converting kernels
-    lack it."""
-    causal = _facts(_named(rule, "flash_fwd_kernel", "bfloat16_t"))
+    """Is_causal is the second template argument after Kernel_traits, and the first one in split-KV kernels; kernels
+    that combine or convert do not have it."""
+    causal = _read_facts(_find_kernel(rule, "flash_fwd_kernel", "bfloat16_t"))
     assert (causal.dtype, causal.causal, causal.direction) == ("bfloat16", True, "forward")
-    full = _facts(_named(rule, "flash_fwd_kernel", "half_t"))  # dropout, the preceding argument, is on
+    full = _read_facts(_find_kernel(rule, "flash_fwd_kernel", "half_t"))  # the preceding argument, dropout, is on
     assert (full.dtype, full.causal) == ("float16", False)
-    assert _facts(_named(rule, "splitkv_kernel")).causal is False
-    assert _facts(_named(rule, "splitkv_combine")).causal is None
-    backward = _facts(_named(rule, "dq_dk_dv"))
+    assert _read_facts(_find_kernel(rule, "splitkv_kernel")).causal is False
+    assert _read_facts(_find_kernel(rule, "splitkv_combine")).causal is None
+    backward = _read_facts(_find_kernel(rule, "dq_dk_dv"))
     assert (backward.dtype, backward.causal, backward.direction) == ("bfloat16", True, "backward")
-    assert _facts(_named(rule, "convert_dq")) == _facts(_named(rule, "dot_do_o"))
+    assert _read_facts(_find_kernel(rule, "convert_dq")) == _read_facts(_find_kernel(rule, "dot_do_o"))
 
 
 @pytest.mark.parametrize(
@@ -185,56 +189,57 @@ def test_flash_kernel_names_show_dtype_and_causality(rule):
     ],
 )  # fmt: skip
 def test_names_show_the_direction(rule, part, direction):
-    """The test covers helper kernels of cuDNN and kernels whose name does not spell out the direction."""
-    assert _facts(_named(rule, part)).direction == direction
+    """Helper kernels of cuDNN have a direction, and so have kernels whose names abbreviate it."""
+    assert _read_facts(_find_kernel(rule, part)).direction == direction
 
 
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
     [
-        (_named("BNB-DEQ-NF4", "<__nv_bfloat16"), "bfloat16"),
-        (_named("BNB-DEQ-NF4", "<float"), "float32"),
-        (_named("BNB-GEMM4", "<__half"), "float16"),
-        (_named("BNB-GEMM4", "<float"), "float32"),
-        (_named("ATT-EFFICIENT", "F_bf16"), "bfloat16"),
-        (_named("ATT-EFFICIENT", "B_f32"), "float32"),
-        (_named("ATT-CUDNN", "fort_native"), None),
-        (_named("ATT-SOFTMAX", "warp_forward"), "bfloat16"),
-        (_named("ATT-SOFTMAX", "cunn_SoftMaxForward<"), "float32"),
-        (_named("GEMM-TF32"), "tf32"),
-        (_named("GEMM-FP32-SIMT"), "float32"),
-        (_named("GEMM-BF16", "nvjet"), "bfloat16"),
-        (_named("GEMM-FP16", "nvjet"), "float16"),
-        (_named("GEMM-OTHER", "gemvx"), "bfloat16"),
-        (_named("GEMM-BF16", "bf16f32_bf16f32"), "bfloat16"),
-        (_named("GEMM-FP16", "f16f32_f16f32"), "float16"),
-        (_named("GEMM-FP32-SIMT", "gemmSN"), "float32"),
-        (_named("GEMM-OTHER", "gemmSN", "bfloat16"), "bfloat16"),
+        (_find_kernel("BNB-DEQ-NF4", "<__nv_bfloat16"), "bfloat16"),
+        (_find_kernel("BNB-DEQ-NF4", "<float"), "float32"),
+        (_find_kernel("BNB-GEMM4", "<__half"), "float16"),
+        (_find_kernel("BNB-GEMM4", "<float"), "float32"),
+        (_find_kernel("ATT-EFFICIENT", "F_bf16"), "bfloat16"),
+        (_find_kernel("ATT-EFFICIENT", "B_f32"), "float32"),
+        (_find_kernel("ATT-CUDNN", "fort_native"), None),
+        (_find_kernel("ATT-SOFTMAX", "warp_forward"), "bfloat16"),
+        (_find_kernel("ATT-SOFTMAX", "cunn_SoftMaxForward<"), "float32"),
+        (_find_kernel("GEMM-TF32"), "tf32"),
+        (_find_kernel("GEMM-FP32-SIMT"), "float32"),
+        (_find_kernel("GEMM-BF16", "nvjet"), "bfloat16"),
+        (_find_kernel("GEMM-FP16", "nvjet"), "float16"),
+        (_find_kernel("GEMM-OTHER", "gemvx"), "bfloat16"),
+        (_find_kernel("GEMM-BF16", "bf16f32_bf16f32"), "bfloat16"),
+        (_find_kernel("GEMM-FP16", "f16f32_f16f32"), "float16"),
+        (_find_kernel("GEMM-FP32-SIMT", "gemmSN"), "float32"),
+        (_find_kernel("GEMM-OTHER", "gemmSN", "bfloat16"), "bfloat16"),
         ("void gemmSN_TN_kernel<float, 128, 16, 2, 4, 2, 2, true>(x)", None),
-        (_named("GEMM-OTHER", "gemmk1"), "float32"),
-        (_named("GEMM-OTHER", "dot_kernel"), "bfloat16"),
-        (_named("GEMM-OTHER", "reduce_1Block"), "float32"),
-        (_named("GEMM-FP4", "nvjet"), "float4"),
-        (_named("GEMM-FP4", "e2m1"), "float4"),
-        (_named("GEMM-FP8"), "float8"),
-        (_named("TRITON-MXFP4", "_p_"), "bfloat16"),
+        (_find_kernel("GEMM-OTHER", "gemmk1"), "float32"),
+        (_find_kernel("GEMM-OTHER", "dot_kernel"), "bfloat16"),
+        (_find_kernel("GEMM-OTHER", "reduce_1Block"), "float32"),
+        (_find_kernel("GEMM-FP4", "nvjet"), "float4"),
+        (_find_kernel("GEMM-FP4", "e2m1"), "float4"),
+        (_find_kernel("GEMM-FP8"), "float8"),
+        (_find_kernel("TRITON-MXFP4", "_p_"), "bfloat16"),
         ("_matmul_ogs_NNT_fp16xfp16xmxfp4_16x256x128x1", "float16"),
-        (_named("GEMM-AMD", "B_BS"), "bfloat16"),
-        (_named("GEMM-AMD", "BBS"), "bfloat16"),
-        (_named("GEMM-AMD", "HHS"), "float16"),
-        (_named("GEMM-AMD", "_SB_"), "float32"),
+        (_find_kernel("GEMM-AMD", "B_BS"), "bfloat16"),
+        (_find_kernel("GEMM-AMD", "BBS"), "bfloat16"),
+        (_find_kernel("GEMM-AMD", "HHS"), "float16"),
+        (_find_kernel("GEMM-AMD", "_SB_"), "float32"),
         ("Cijk_Ailk_Bljk_DB_MT64x64x8_SN", "float64"),
-        (_named("GEMM-AMD", "F8BS"), "float8"),
+        (_find_kernel("GEMM-AMD", "F8BS"), "float8"),
         ("Cijk_Alik_Bljk_B8F8S_BH_MT64x64x64", "float8"),
-        (_named("GEMM-AMD", "I8II"), None),
-        (_named("ATT-TRTLLM", "QkvBfloat16"), "bfloat16"),
+        (_find_kernel("GEMM-AMD", "I8II"), None),
+        (_find_kernel("ATT-TRTLLM", "QkvBfloat16"), "bfloat16"),
         ("fmhaSm100fKernel_QkvFp16OFp16H128PagedKvCausalP64", "float16"),
-        (_named("ATT-TRTLLM", "QE4m3"), "float8"),
-        (_named("MEM"), None),
+        (_find_kernel("ATT-TRTLLM", "QE4m3"), "float8"),
+        (_find_kernel("MEM"), None),
         ("void flash::flash_bwd_convert_dq_kernel<x>(float*)", None),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_kernel_names_show_the_compute_dtype(kernel, dtype):
-    """The template's type counts, not a parameter's; cuDNN writes f16 for bfloat16 too, which proves nothing."""
-    assert _facts(kernel).dtype == dtype
+    """The template's type counts, not that of a parameter. cuDNN writes f16 for bfloat16 too, so f16 in its names does
+    not show the dtype."""
+    assert _read_facts(kernel).dtype == dtype

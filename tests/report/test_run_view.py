@@ -1,10 +1,10 @@
 """Tests of the view of a run: verdicts, trials without a result, and notices.
 
-Tests that any run gives any report: failures, missing metrics, one replicate, no reference, truncated lines.
+Tests that a run in any state has a report: failures, missing metrics, one replicate, no reference, truncated lines.
 
 Tests of the matrix of checks on the page: the colour of each status, and the status shown for several trials.
 
-Tests that every format of an invalid run begins with the reason and shows no valid verdict.
+Tests that the report of an invalid run begins with the reason and shows no valid verdict, in every format.
 
 Tests of the report of a run whose time limit skipped a part.
 
@@ -40,7 +40,7 @@ from lorameter.studies.study import study_of_command
 from tests.constructed import RUNS
 
 
-def run_of(study, tmp_path, *, steps, control=None, statuses=None):
+def make_run(study, tmp_path, *, steps, control=None, statuses=None):
     """Write a run of constructed records; `steps` gives the step times of each variant by replicate."""
     records = []
     members = [*((name, "variant") for name in steps), (study.reference, "control")]
@@ -81,7 +81,7 @@ QUIET = (0.100, 0.101, 0.099, 0.1005, 0.0995)
 def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
     """Variants with equal times are not called equivalent when the A/A control is inconclusive."""
     noisy = (0.092, 0.108, 0.095, 0.106, 0.099)
-    view = make_run_view(run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
+    view = make_run_view(make_run(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET}, control=noisy))
     assert view.tables[0].control.verdict == "inconclusive"
     assert view.tables[0].ratios["nf4"].verdict == "inconclusive"
     assert "control" in view.tables[0].ratios["nf4"].reason
@@ -91,7 +91,7 @@ def test_an_inconclusive_control_forbids_equality(small_study, tmp_path):
 def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path):
     """A trial without a result is listed with status, reason and log; the other trials give the estimate, and the run
     is invalid."""
-    run = run_of(
+    run = make_run(
         small_study, tmp_path, steps={"plain": QUIET, "nf4": (9.0, *QUIET[1:])}, control=QUIET,
         statuses={("nf4", "variant", 0): "oom"},
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_trial_without_a_result_is_named_and_not_ranked(small_study, tmp_path)
 
 def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
     """A change of level in the timed steps of a trial gives a notice; steady steps give none."""
-    run = run_of(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
+    run = make_run(small_study, tmp_path, steps={"plain": QUIET, "nf4": QUIET})
     assert "drift" not in {notice.code for notice in make_run_view(run).notices}
     steady = [0.1 + 0.0001 * (i % 3) for i in range(16)]
     slower = [*steady[:8], *(1.3 * step for step in steady[8:])]
@@ -115,7 +115,7 @@ def test_a_trial_that_gets_slower_is_named(small_study, tmp_path):
     assert records[0].trial in drift.message
 
 
-def report_of(path, capsys, code=0):
+def report_run(path, capsys, code=0):
     """Return the run as the command prints it and as its JSON document."""
     outputs = []
     for options in ([], ["--json"]):
@@ -127,7 +127,7 @@ def report_of(path, capsys, code=0):
 def test_a_wrapped_run_is_valid_without_ratios_and_control(write_run, capsys):
     """A run of `lorameter wrap` has no column of ratios and no control, and is valid without them."""
     study = study_of_command("python train.py")
-    text, data = report_of(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)
+    text, data = report_run(write_run("followed", {"train": [0.1]}, study=study, control=None), capsys)
     (table,) = data["tables"]
     assert (table["alone"], table["control"], data["valid"]) == (True, None, True)
     assert not [head for head in table["heads"] if "×" in head]
@@ -156,7 +156,7 @@ def test_a_run_in_any_state_is_reported(run, capsys):
 
 
 def test_a_truncated_line_loses_its_trial_and_is_reported(tmp_path, capsys):
-    """When the process was killed during a write, every format reports the complete records and the damage."""
+    """When the process was killed during a write, every format reports the complete records and names the damage."""
     path = tmp_path / "cut"
     shutil.copytree(RUNS / "sound", path)
     lines = (path / "trials.jsonl").read_text().splitlines(keepends=True)
@@ -205,7 +205,7 @@ def test_the_worst_status_of_the_trials_is_shown(matrix, statuses, worst):
     assert matrix(*statuses) == (TONES[worst], worst)
 
 
-COUNTED = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
+VERDICT_WORDS = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
 INVALID = {
     "control-failed": "its control regressed in phase 'train': the reference differs from itself",
     "failed": "trial r0-qlora-nf4-r64-a256-isolated is oom in build: tried to allocate 2.00 GiB",
@@ -227,7 +227,7 @@ class Body(HTMLParser):
 
 
 @pytest.fixture
-def reported(tmp_path, capsys):
+def read_formats(tmp_path, capsys):
     """A function that reports a run in each format and returns the lines of each and the texts of the page."""
 
     def read(run, *options):
@@ -252,10 +252,10 @@ def without_escapes(line):
 
 
 @pytest.mark.parametrize("run", INVALID)
-def test_an_invalid_run_is_reported_first_and_has_no_valid_verdict(run, reported, capsys):
+def test_the_report_of_an_invalid_run_begins_with_the_reason(run, read_formats, capsys):
     """Each format begins with the reason, which the terminal repeats as its last line, and each verdict in headline,
     tables, figures and --json is `invalid`."""
-    found = reported(run)
+    found = read_formats(run)
     for form in ("text", "markdown", "github", "page", "title"):
         first = without_escapes(found[form][0])
         assert "INVALID: " in first, form
@@ -273,20 +273,20 @@ def test_an_invalid_run_is_reported_first_and_has_no_valid_verdict(run, reported
         for line in found[form]:
             named = re.match(r"\W*(training|generation|cold start|\S+) ", line)
             if named and without_escapes(named[1]) in {"training", "generation", "cold start", *names}:
-                assert not COUNTED.search(line), (form, line)
+                assert not VERDICT_WORDS.search(line), (form, line)
     assert set(found["verdicts"]) <= {"invalid"}
     assert bool(found["verdicts"]) == bool(ratios)
 
 
-def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, reported):
-    """The status of the trial does not matter."""
+def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, read_formats):
+    """The run is invalid although the status of the trial itself is ok."""
 
     def fell_back(record):
         check = {"path": "base.bits", "required": 4, "observed": 16, "status": "fallback", "reason": "seen"}
         return record.replaced(checks=(check,)) if record.trial == "r1-nf4" else record
 
     path = write_run("fell", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}, change=fell_back)
-    line = reported(path)["text"][0]
+    line = read_formats(path)["text"][0]
     assert line == "INVALID: trial r1-nf4: required path base.bits is fallback, not active"
     assert set(lorameter.load(path).comparisons["verdict"]) == {"invalid"}
 
@@ -295,7 +295,7 @@ STEPS = {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}
 
 
 @pytest.fixture
-def reported_time_limits(write_run, small_study, capsys):
+def report_limited_run(write_run, small_study, capsys):
     """A function that writes a run without requests and with a limit of three minutes, and returns exit code and text
     of its report."""
     protocol = dataclasses.replace(small_study.protocol, max_minutes=3.0)
@@ -315,17 +315,17 @@ def reported_time_limits(write_run, small_study, capsys):
     return read
 
 
-def test_a_run_whose_limit_left_out_all_requests_is_valid(reported_time_limits):
+def test_a_run_whose_limit_left_out_all_requests_is_valid(report_limited_run):
     """The report shows the measured phases; a skipped phase has no table and no control."""
-    code, text = reported_time_limits(skipped=("cold", "merged", "requests"))
+    code, text = report_limited_run(skipped=("cold", "merged", "requests"))
     assert code == EXIT_PASS
     assert "training" in text
     assert "generation" not in text
 
 
-def test_missing_requests_that_were_not_skipped_make_a_run_invalid(reported_time_limits):
+def test_missing_requests_that_were_not_skipped_make_a_run_invalid(report_limited_run):
     """A planned phase that was not skipped needs its control."""
-    code, text = reported_time_limits()
+    code, text = report_limited_run()
     assert code == EXIT_INVALID
     assert text.startswith("INVALID: the control of phase 'generate' was not measured")
 
@@ -338,13 +338,13 @@ def profile(requests_profile):
     return requests_profile
 
 
-def findings_of(profile):
+def diagnose_profile(profile):
     served, merged = request_accounts(profile)
     return served, merged, diagnose_requests(gather_request_evidence(profile, served, merged))
 
 
 def test_the_lines_of_a_request_add_up(profile):
-    """Phases and remainder add up to the request; a pass over one token has its share of the decode time."""
+    """Phases and remainder add up to the time of the request; a decoding pass has its share of the time of decoding."""
     served, merged = request_accounts(profile)
     assert sum(span.value for span in served.whole.phases.values()) == pytest.approx(served.whole.step.value - 0.001)
     assert served.whole.remainder.value == pytest.approx(0.001)
@@ -353,13 +353,13 @@ def test_the_lines_of_a_request_add_up(profile):
 
 
 def test_the_copied_head_and_the_adapter_are_found(profile):
-    """The costs are half of the profiled time and the gain of merging."""
-    *_, findings = findings_of(profile)
+    """The head costs half of its profiled time, less one read of its weight; the adapter costs what merging gains."""
+    *_, findings = diagnose_profile(profile)
     assert [finding.code for finding in findings] == ["weight-copied", "adapter-unmerged"]
     assert findings[0].cost_s == pytest.approx(0.31 / 2 - 524_288 / 1e10)
     assert findings[1].cost_s == pytest.approx(0.045)
     head = dataclasses.replace(profile, facts=msgspec.structs.replace(profile.facts, head=""))
-    assert not findings_of(head)[2][0].suggestion
+    assert not diagnose_profile(head)[2][0].suggestion
 
 
 def test_the_command_prints_one_document(profile, monkeypatch, capsys, tmp_path):

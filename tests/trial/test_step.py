@@ -41,11 +41,12 @@ PLAIN = LoraVariant(name="plain", r=8, dtype="float32", learning_rate=3e-3)
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """Write one token file."""
+    """The path of a file of tokens."""
     return prepare(WORKLOAD, tmp_path_factory.mktemp("tokens")).path
 
 
-def setting(variant, tokens):
+def build_step(variant, tokens):
+    """Build a trainee of the variant; return it, its stream of batches and its training step."""
     request = TrialRequest(
         trial="t", variant=variant, role="variant", replicate=0, seed=1, workload=WORKLOAD, protocol=Protocol(),
         interleaving="replicates", measures=("steps",), device="cpu", threads=1, tokens_path=tokens, scratch="",
@@ -63,38 +64,38 @@ def lora_b(model):
 
 def test_a_step_equals_a_plain_loop(tokens):
     """Losses and adapter are bit-equal to those of a plain training loop."""
-    trainee, stream, step = setting(NF4, tokens)
+    trainee, stream, step = build_step(NF4, tokens)
     losses = [float(step()) for _ in range(2)]
 
-    other, batches, _ = setting(NF4, tokens)
-    by_hand = []
+    other, batches, _ = build_step(NF4, tokens)
+    plain_losses = []
     for _ in range(2):
         loss = other.model(**batches.take(), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in other.model.parameters() if p.requires_grad], 1.0)
         other.optimizer.step()
         other.optimizer.zero_grad()
-        by_hand.append(float(loss.detach()))
-    assert losses == by_hand
+        plain_losses.append(float(loss.detach()))
+    assert losses == plain_losses
     for measured, expected in zip(lora_b(trainee.model), lora_b(other.model), strict=True):
         assert torch.equal(measured, expected)
     assert stream.real_tokens == 2 * 2 * 64
 
 
-def test_gradient_accumulation_takes_that_many_batches(tokens):
+def test_accumulation_of_two_takes_two_batches(tokens):
     """With accumulation of two, a step consumes two batches and reports their mean loss."""
-    trainee, stream, step = setting(dataclasses.replace(PLAIN, gradient_accumulation=2), tokens)
+    trainee, stream, step = build_step(dataclasses.replace(PLAIN, gradient_accumulation=2), tokens)
     with evaluation_mode(trainee.model):
-        each = [float(step.loss(stream.take())) for _ in range(2)]
+        batch_losses = [float(step.loss(stream.take())) for _ in range(2)]
     stream.restore((0, 0, 0))
-    assert float(step()) == pytest.approx(sum(each) / 2, rel=1e-5)
+    assert float(step()) == pytest.approx(sum(batch_losses) / 2, rel=1e-5)
     assert stream.real_tokens == 2 * 2 * 64
 
 
 def test_an_evaluation_changes_nothing_that_training_uses(tokens):
     """An evaluation leaves weights, modes and random state unchanged, also on a CPU that repacks 4-bit weights in eval
     mode; two evaluations agree, and training continues."""
-    trainee, _, step = setting(NF4, tokens)
+    trainee, _, step = build_step(NF4, tokens)
     step()
     weight = next(p for p in trainee.model.parameters() if p.dtype == torch.uint8)
     stored, random_state = weight.clone(), torch.get_rng_state()
@@ -113,7 +114,7 @@ def test_an_evaluation_changes_nothing_that_training_uses(tokens):
 
 def test_merged_and_unmerged_logits_agree(tokens):
     """After a packed 4-bit evaluation the weights are unpacked before the merge, so that the logits agree."""
-    trainee, stream, step = setting(dataclasses.replace(NF4, double_quant=False), tokens)
+    trainee, stream, step = build_step(dataclasses.replace(NF4, double_quant=False), tokens)
     for _ in range(6):
         step()
     trainee.model.eval()
@@ -137,7 +138,7 @@ def test_merged_and_unmerged_logits_agree(tokens):
 )
 def test_every_kind_of_variant_takes_steps(tokens, changes):
     """Each kind of variant has finite losses and an adapter that changes."""
-    trainee, _, step = setting(dataclasses.replace(PLAIN, dtype="bfloat16", **changes), tokens)
+    trainee, _, step = build_step(dataclasses.replace(PLAIN, dtype="bfloat16", **changes), tokens)
     before = [p.clone() for p in lora_b(trainee.model)]
     losses = [float(step()) for _ in range(2)]
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -146,7 +147,7 @@ def test_every_kind_of_variant_takes_steps(tokens, changes):
 
 def test_generation_gives_the_requested_number_of_tokens(tokens):
     """Generation ignores the EOS token; time to first token and decoding time together do not exceed the total."""
-    trainee, stream, _ = setting(PLAIN, tokens)
+    trainee, stream, _ = build_step(PLAIN, tokens)
     trainee.model.eval()
     first = generate(trainee.model, stream.prompts(0), 2).tokens[0]
     trainee.model.generation_config.eos_token_id = first
@@ -160,7 +161,7 @@ def test_generation_gives_the_requested_number_of_tokens(tokens):
     assert request.first_token_time_s + decode <= request.request_time_s
 
 
-def measure(folder, layers):
+def measure_times(folder, layers):
     """Return the times of a variant on the small model with the given number of layers."""
     config = json.loads(catalogue.CATALOGUE["tiny-llama"].config.read_text()) | {"num_hidden_layers": layers}
     for name in ("model", "scratch"):
@@ -177,7 +178,7 @@ def measure(folder, layers):
 
 def test_times_grow_with_the_number_of_layers(tmp_path):
     """Step, evaluation and request of 60 layers take several times as long as with two."""
-    few, many = (measure(tmp_path, layers) for layers in (LAYERS, 60))
+    few, many = (measure_times(tmp_path, layers) for layers in (LAYERS, 60))
     assert few.keys() == many.keys() == {"load", "step", "evaluate", "request"}
     for part in ("step", "evaluate", "request"):
         assert many[part] > 4 * few[part] > 0, part

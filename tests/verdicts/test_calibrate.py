@@ -1,4 +1,4 @@
-"""Tests of the calibration of a machine: rates, power and prices of constructed runs with known noise."""
+"""Tests of the calibration of a machine: rates, power and costs of constructed runs with known noise."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def ab_run(small_study):
     """
 
     def make(*, ratio=1.05, sd=0.01, replicates=24, level="lockstep", change=lambda record: record):
-        luck = random.Random(5)
+        rng = random.Random(5)
 
         def scatter():
-            values = np.array([luck.gauss(0, 1) for _ in range(replicates)])
+            values = np.array([rng.gauss(0, 1) for _ in range(replicates)])
             return sd * (values - values.mean()) / values.std(ddof=1)
 
-        machine = [0.1 * math.exp(luck.gauss(0, 0.3)) for _ in range(replicates)]
+        machine = [0.1 * math.exp(rng.gauss(0, 0.3)) for _ in range(replicates)]
         arms = (("base", "variant", 0 * scatter()), ("base", "control", scatter()),
                 ("candidate", "variant", math.log(ratio) + scatter()))  # fmt: skip
         records = [
@@ -44,11 +44,13 @@ def ab_run(small_study):
                 variant=small_study.variant("plain").id, replicate=replicate, seed=replicate, interleaving=level,
                 started_unix_s=100.0 + 10 * replicate, wall_time_s=10.0, turn_lengths=(1,) * TURNS,
                 samples={
-                    "step_time_s": tuple(machine[replicate] * math.exp(logs[replicate]) * turn for turn in disturbed),
+                    "step_time_s": tuple(
+                        machine[replicate] * math.exp(logs[replicate]) * factor for factor in turn_noise
+                    ),
                 },
             )
             for replicate in range(replicates)
-            for disturbed in [[math.exp(luck.gauss(0, 0.3)) for _ in range(TURNS)]]
+            for turn_noise in [[math.exp(rng.gauss(0, 0.3)) for _ in range(TURNS)]]
             for side, role, logs in arms
         ]  # fmt: skip
         kept = tuple(changed for record in records if (changed := change(record)) is not None)
@@ -88,21 +90,21 @@ def test_a_slow_down_is_found_without_false_alarms(ab_run, plain):
     assert (result.run, result.device, result.replicates) == ("ab", "Test CPU", 24)
 
 
-def test_prices_follow_from_the_scatter_and_the_time(ab_run, plain):
-    """Prices follow from the noncentral t for each effect, in minutes of this run's replicates, with a tolerance below
-    the effect."""
+def test_costs_follow_from_the_scatter_and_the_time(ab_run, plain):
+    """The cost of each effect follows from the noncentral t, in minutes of this run's replicates; its tolerance is
+    below the effect."""
     result = calibrate(ab_run(sd=0.02), plain)
     assert result.seconds_per_replicate == pytest.approx(10.0)
-    assert [price.effect for price in result.prices] == list(EFFECTS)
-    assert [price.tolerance for price in result.prices] == [0.005, 0.01, 0.01]
-    for price in result.prices:
-        assert price.replicates == replicates_to_see(price.effect, result.sd, tolerance=price.tolerance)
-        assert price.minutes == pytest.approx(price.replicates * 10 / 60)
+    assert [cost.effect for cost in result.prices] == list(EFFECTS)
+    assert [cost.tolerance for cost in result.prices] == [0.005, 0.01, 0.01]
+    for cost in result.prices:
+        assert cost.replicates == replicates_to_see(cost.effect, result.sd, tolerance=cost.tolerance)
+        assert cost.minutes == pytest.approx(cost.replicates * 10 / 60)
     assert result.prices[0].replicates > result.prices[1].replicates > result.prices[2].replicates
-    said = planned_effects(result)
-    assert said[0].startswith(f"1 %: {result.prices[0].replicates} replicates")
-    assert "tolerance of 0.5 %" in said[0]
-    assert "tolerance" not in said[2]
+    lines = planned_effects(result)
+    assert lines[0].startswith(f"1 %: {result.prices[0].replicates} replicates")
+    assert "tolerance of 0.5 %" in lines[0]
+    assert "tolerance" not in lines[2]
 
 
 def test_too_few_replicates_are_refused(ab_run, plain):
@@ -116,7 +118,7 @@ def test_trials_that_are_not_ok_do_not_count(ab_run, plain):
     """Failed trials of any arm do not count as replicates or in the rates; gates are limited to the replicates of both
     pairs."""
 
-    def failed(side, role):
+    def fail_late_trials(side, role):
         def change(record):
             late = record.replicate >= 8 and (record.side, record.role) == (side, role)
             return record.replaced(status="crashed") if late else record
@@ -124,6 +126,6 @@ def test_trials_that_are_not_ok_do_not_count(ab_run, plain):
         return change
 
     for arm in (("candidate", "variant"), ("base", "control"), ("base", "variant")):
-        result = calibrate(ab_run(change=failed(*arm)), plain)
+        result = calibrate(ab_run(change=fail_late_trials(*arm)), plain)
         assert [rate.replicates for rate in result.rates] == [5]
-    assert calibrate(ab_run(change=failed("base", "control")), plain).replicates == 8
+    assert calibrate(ab_run(change=fail_late_trials("base", "control")), plain).replicates == 8

@@ -45,7 +45,7 @@ _TIMED = {
     "step_tokens": "real_tokens",
 }
 """Fields of a reading, by the name of their samples of timed steps."""
-_COUNTED = {
+_SUMMED = {
     "turn_sequences": "sequences",
     "turn_tokens": "real_tokens",
     "turn_padded_tokens": "padding_tokens",
@@ -56,7 +56,7 @@ _COUNTED = {
 def turn_columns(turn: Sequence[StepReading]) -> Columns:
     """Samples of the timed steps of one turn, one value per step, and the sums of the turn."""
     columns: Columns = {name: [getattr(one, field) for one in turn] for name, field in _TIMED.items()}
-    for name, field in _COUNTED.items():
+    for name, field in _SUMMED.items():
         columns[name] = [sum_known([getattr(one, field) for one in turn])]
     return columns
 
@@ -139,14 +139,14 @@ class Ranks:
             notices.append(
                 Notice(
                     code="rank-unseen",
-                    message=f"{missing} of {self._ranks} ranks left no times: the slowest rank may be slower than what "
-                    "is given, and tokens of all ranks are not known.",
-                    remedy="Let all ranks end by themselves, and on one machine or with a runs directory that they "
-                    "share.",
+                    message=f"{missing} of {self._ranks} ranks did not write the times of all steps: the "
+                    "slowest rank may be slower than the given time, and the tokens of all ranks are unknown.",
+                    remedy="Let all ranks end by themselves, and run them on one machine or with a shared runs "
+                    "directory.",
                 )
             )
-        of_rank_0 = (*columns, "warmup_tokens")
-        return {name: one for name, one in samples.items() if name not in of_rank_0} | complete_columns(columns)
+        dropped = (*columns, "warmup_tokens")
+        return {name: one for name, one in samples.items() if name not in dropped} | complete_columns(columns)
 
 
 def loss_not_finite(readings: Sequence[StepReading]) -> Failure | None:
@@ -176,8 +176,8 @@ class Peaks:
 
     def __init__(self, device: str) -> None:
         """Start measuring; the first phase is training."""
-        self._gauge = PeakMemoryTracker(device)
-        self._gauge.begin()
+        self._tracker = PeakMemoryTracker(device)
+        self._tracker.begin()
         self._found: dict[str, int] = {}
         self.phase: Phase = "train"
 
@@ -185,60 +185,60 @@ class Peaks:
         """End the current phase, and begin this one."""
         self.read()
         self.phase = phase
-        self._gauge.begin()
+        self._tracker.begin()
 
     def read(self) -> dict[str, int]:
         """Bytes by their names in a record, including those of the current phase."""
-        for name, size in self._gauge.peaks(self.phase).items():
+        for name, size in self._tracker.peaks(self.phase).items():
             self._found[name] = max(size, self._found.get(name, 0))
         return dict(self._found)
 
 
 class Energy:
-    """Joules of one GPU over the stretches that only train, with their steps and tokens; empty on a CPU."""
+    """Joules of one GPU over the intervals of training without evaluation or saving, and their steps and tokens."""
 
     def __init__(self, device: str) -> None:
         self._gpu = open_torch_gpu(device).value if device.startswith("cuda") else None
         self._begun: tuple[float, Reading[float]] | None = None
         self._before: Counter[str] = Counter()
-        """Counts of the earlier stretches."""
-        self._stretch: Counter[str] = Counter()
-        self._uncounted = False
+        """Energy, steps and tokens of the earlier intervals."""
+        self._interval: Counter[str] = Counter()
+        self._tokens_unknown = False
         """Whether the tokens of a step are unknown."""
 
     def begin(self) -> None:
-        """Begin a stretch of training."""
+        """Begin an interval of training."""
         if self._gpu is not None:
             self._begun = (time.monotonic(), self._gpu.energy_j())
-            self._stretch = Counter()
+            self._interval = Counter()
 
     def step(self, reading: StepReading) -> None:
-        """Add a step to the stretch."""
-        self._stretch.update(energy_steps=1, energy_tokens=reading.real_tokens or 0)
-        self._uncounted = self._uncounted or reading.real_tokens is None
+        """Add a step to the interval."""
+        self._interval.update(energy_steps=1, energy_tokens=reading.real_tokens or 0)
+        self._tokens_unknown = self._tokens_unknown or reading.real_tokens is None
 
     def end(self) -> None:
-        """End the stretch."""
-        self._before, self._begun = self._sum_stretches(), None
+        """End the interval."""
+        self._before, self._begun = self._sum_intervals(), None
 
-    def _sum_stretches(self) -> Counter[str]:
-        """Counts of all stretches, including the one under way if it is long enough."""
+    def _sum_intervals(self) -> Counter[str]:
+        """Energy, steps and tokens of all intervals, including the current one if it is long enough."""
         if self._begun is None or self._gpu is None:
             return self._before
         begun_s, first = self._begun
         spent: Any = energy_between(first, self._gpu.energy_j(), time.monotonic() - begun_s).value
-        return self._before if spent is None else self._before + self._stretch + Counter(device_energy_train_j=spent)
+        return self._before if spent is None else self._before + self._interval + Counter(device_energy_train_j=spent)
 
     def values(self) -> dict[str, float]:
-        """Values as in a trial's record; empty if no stretch was long enough."""
-        found = dict(self._sum_stretches())
-        if self._uncounted:
+        """Values as in a trial's record; empty on a CPU, or if no interval was long enough."""
+        found = dict(self._sum_intervals())
+        if self._tokens_unknown:
             found.pop("energy_tokens", None)
         return {name: float(value) for name, value in found.items()}
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
-# Pairs of a query and a key are those of rows with the mean real length, so slightly too few if lengths differ.
+# Pairs of query and key are counted for rows of the mean real length: slightly too few if the lengths differ.
 
 RATES: dict[str, Rate] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
@@ -248,7 +248,7 @@ class StepFlops:
     the model."""
 
     def __init__(self, training: TrainingInfo) -> None:
-        """Reads the model of a training; if it cannot be counted, nothing is known."""
+        """Count the products of a training's model; FLOPs stay unknown if that fails."""
         model = getattr(training.module, "module", training.module)  # inside a distributed wrapper
         self._passes = training.accumulation or 1
         self._products: StepProducts | None = None

@@ -107,7 +107,7 @@ class ObserverReply:
 
 
 class TrainingObserver(Protocol):
-    """Observes one training; ``begin`` and ``step`` may block, which no step's time includes."""
+    """Observes one training. ``begin`` and ``step`` may block: the time of a step excludes their work and waits."""
 
     def begin(self, training: TrainingInfo) -> ObserverReply:
         """Called before the first step of the training."""
@@ -119,8 +119,8 @@ class TrainingObserver(Protocol):
         """Called when the training enters a phase."""
 
     def end(self, error: BaseException | None, *, seen: bool = True) -> None:
-        """Called when the training has ended, regularly or by an error; if the end was not `seen`, only the process has
-        ended."""
+        """Called when the training has ended, regularly or by an error. `seen` is false if the end was inferred from
+        the end of the process or from another training."""
 
 
 P = ParamSpec("P")
@@ -132,7 +132,7 @@ class NotMeasuredError(Exception):
 
 
 class UnendedError(NotMeasuredError):
-    """A training has not ended."""
+    """Raised if a training has not ended."""
 
 
 class ErrorGuard:

@@ -164,13 +164,13 @@ def run_bisect(options: argparse.Namespace) -> int:
 def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: argparse.Namespace) -> Run:
     """Measure one A/B of two candidates; with --resume, reuse an earlier one with the same plan."""
     placement, runs = Placement(), store.runs_dir(options.runs_dir, make=True)
-    planned: dict[str, Any] = {
+    plan_options: dict[str, Any] = {
         "select": [variant],
         "phases": (METRICS[options.metric].phase,),
         "sides": {name: name_side(spec, Path.cwd()) for name, spec in zip(SIDES, sides, strict=True)},
     }
     if options.resume:
-        plan, _ = plan_study(study, placement, runs, **planned)
+        plan, _ = plan_study(study, placement, runs, **plan_options)
         if (earlier := find_earlier_run(plan, runs)) is not None:
             return earlier
-    return measure_study(study, placement, options, **planned)
+    return measure_study(study, placement, options, **plan_options)

@@ -45,8 +45,8 @@ from lorameter.studies.variant import LoraVariant, Variant
 
 def run_profile(options: argparse.Namespace) -> int:
     """Profile, report the findings, and with --try measure a remedy."""
-    of_requests = options.phase == "generate"
-    known = tuple(REQUEST_RULES if of_requests else RULES)
+    profiles_requests = options.phase == "generate"
+    known = tuple(REQUEST_RULES if profiles_requests else RULES)
     require(
         not options.attempt or options.attempt in known,
         f"--try {options.attempt}: no such finding. Known: {', '.join(known)}.",
@@ -57,11 +57,11 @@ def run_profile(options: argparse.Namespace) -> int:
     study = study.with_overrides(
         model=options.model, data=options.data, effort=options.effort, on=HERE, max_minutes=minutes
     )
-    take_profile = _profile_requests if of_requests else _profile_step
+    take_profile = _profile_requests if profiles_requests else _profile_step
     with hold_devices([executor], options.if_busy):
         folder, document, report, findings = take_profile(study, variant, executor, runs=runs, progress=print_progress)
-    where = to_line(f"All facts and the profiler's trace are in {folder}", indented=False)
-    report = (*report, where)
+    folder_line = to_line(f"All facts and the profiler's trace are in {folder}", indented=False)
+    report = (*report, folder_line)
     if not options.json:
         show(report, console_for())
     save_page(options.html, report, lambda: {"title": f"Profile of {options.variant}"})
@@ -91,8 +91,8 @@ _ProfileResult = tuple[Path, dict[str, Any], Document, Sequence[Finding]]
 """Folder, JSON document, report and findings of a profile."""
 
 
-def _profile_step(*trial: Any, **where: Any) -> _ProfileResult:
-    profile, folder = profile_variant(*trial, **where)
+def _profile_step(*args: Any, **options: Any) -> _ProfileResult:
+    profile, folder = profile_variant(*args, **options)
     step = accounting.step_account(profile)
     tokens, ceilings = accounting.token_shares(profile), accounting.compute_ceilings(profile, step.step)
     findings = diagnose(gather_evidence(profile, step, tokens, ceilings))
@@ -107,8 +107,8 @@ def _profile_step(*trial: Any, **where: Any) -> _ProfileResult:
     return folder, document, describe_profile(profile, step, tokens, ceilings, findings), findings
 
 
-def _profile_requests(*trial: Any, **where: Any) -> _ProfileResult:
-    profile, folder = profile_requests(*trial, **where)
+def _profile_requests(*args: Any, **options: Any) -> _ProfileResult:
+    profile, folder = profile_requests(*args, **options)
     served, merged = accounting.request_accounts(profile)
     findings = diagnose_requests(gather_request_evidence(profile, served, merged))
     sides = (("served", profile, served), ("merged", profile.merged, merged))
@@ -172,9 +172,9 @@ def encode_parity(parity: Parity, judgement: Judgement, folder: Path) -> dict[st
     """The JSON document, without its schema."""
     controls = (judgement.noise_floor, judgement.base_alone)
     likenesses = {one.way: one for one in (*judgement.likenesses, *controls) if one is not None}
-    nothing = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
+    failed_row = {field.name: None for field in dataclasses.fields(Likeness)} | {"within_floor": False}
     ways = [
-        (codec.to_json(likenesses[way.name]) if way.name in likenesses else nothing)
+        (codec.to_json(likenesses[way.name]) if way.name in likenesses else failed_row)
         | {
             "way": way.name,
             "verdict": likenesses[way.name].verdict if way.name in likenesses else "failed",

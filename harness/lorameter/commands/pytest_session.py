@@ -187,15 +187,15 @@ class Session:
     def _measure(self, names: list[str], phases: set[str]) -> None:
         """Measure the plan of the selected tests, or forecast it."""
         study, options = self._study, self._options
-        planned = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
+        plan_options = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
         with open_placement(study, options.runs_dir) as placement:
             if placement.is_remote:
                 study = self._study = self._load_study(placement.machine.kind)
             if options.dry_run:
-                self._planned, _ = forecast_study(study, placement, options, **planned)
+                self._planned, _ = forecast_study(study, placement, options, **plan_options)
                 return
             self._prepare_gate(collect(study, placement.facts, study.workload.threads))
-            self._run = measure_study(study, placement, options, **planned)
+            self._run = measure_study(study, placement, options, **plan_options)
 
     def _prepare_gate(self, provenance: Mapping[str, Any]) -> None:
         """Read the base and compare it with the plan, because otherwise hours of measurement could end as "not

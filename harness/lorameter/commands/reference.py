@@ -1,7 +1,7 @@
-"""Writes docs/reference.md: every key of studies and policies, every column of tables (`lorameter list keys`).
+"""Writes docs/reference.md (`lorameter list keys`): every key of studies and policies, and every column of tables.
 
 Names, types and defaults come from the dataclasses that read the files, and the description of a field is the docstring
-below it in the code. So the page always agrees with the code.
+below it in the code, so that the page always agrees with the code.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("## [protocol]", "The number and the length of the measurements.", Protocol),
     (
         "## [controls], [axes], [sweeps], [[variant]]",
-        "A variant; it is a LoRA variant unless it has keys of the next three sections. `[controls]` apply to all "
-        "variants that have the key. `workload.KEY` sets the workload of one variant, for "
+        "A variant; it is a LoRA variant unless it has keys of the next three sections. A key of `[controls]` applies "
+        "to all variants that have the key. `workload.KEY` sets a key of the workload for one variant. KEY is one of "
         f"{', '.join(f'`{key}`' for key in OF_VARIANTS)}; it is refused in `[controls]` and for the reference.",
         LoraVariant,
     ),
@@ -64,7 +64,7 @@ def write_reference() -> str:
     """The whole page."""
     settings = {column.name for column in SETTINGS}
     tables = {name: [one for one in columns if one.name not in settings] for name, columns in TABLES.items()}
-    rules = texts_below(inspect.getsource(claim))["Rule"]
+    rules = attribute_docstrings(inspect.getsource(claim))["Rule"]
     paths = ", ".join(f"`{path}`" for path in REQUIREMENTS)
     parts = (
         INTRODUCTION,
@@ -87,7 +87,7 @@ def write_reference() -> str:
     return "\n".join(parts)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _format_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; its last column has no header."""
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
     lines = (f"| {' | '.join(heads)} | |", f"|{'---|' * (len(heads) + 1)}", *(f"| {row} |" for row in cells), "")
@@ -95,7 +95,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _tabulate_columns(columns: Iterable[FrameColumn]) -> str:
-    return _table(("column", "type"), ((f"`{one.name}`", DTYPES[one.kind], one.description) for one in columns))
+    return _format_table(("column", "type"), ((f"`{one.name}`", DTYPES[one.kind], one.description) for one in columns))
 
 
 def _extract_example(module: types.ModuleType) -> str:
@@ -113,20 +113,25 @@ def _tabulate_keys(cls: type) -> str:
     if issubclass(cls, AnyVariant):
         names = [key for key in form_keys(cls) if cls is LoraVariant or key in cls.__annotations__]
     rows = (
-        (f"`{name}`", _kind(hints[name]), _default(fields[name]), " ".join(texts.get(name, "").split()))
+        (
+            f"`{name}`",
+            _describe_type(hints[name]),
+            _describe_default(fields[name]),
+            " ".join(texts.get(name, "").split()),
+        )
         for name in names
     )
-    return _table(("key", "value", "default"), rows)
+    return _format_table(("key", "value", "default"), rows)
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, including inherited fields."""
-    bases = [base for base in reversed(cls.__mro__) if base.__module__.startswith("lorameter")]
-    return {name: text for base in bases for name, text in texts_below(inspect.getsource(base)).items()}
+    classes = [base for base in reversed(cls.__mro__) if base.__module__.startswith("lorameter")]
+    return {name: text for base in classes for name, text in attribute_docstrings(inspect.getsource(base)).items()}
 
 
-def texts_below(source: str) -> dict[str, str]:
-    """The docstrings below the names that a module, or the only class in it, defines."""
+def attribute_docstrings(source: str) -> dict[str, str]:
+    """The docstring below each name that a module, or the one class in the source, defines."""
     body = ast.parse(textwrap.dedent(source)).body
     body = body[0].body if isinstance(body[0], ast.ClassDef) else body
     texts = {}
@@ -137,21 +142,21 @@ def texts_below(source: str) -> dict[str, str]:
     return texts
 
 
-def _kind(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     """The possible values of a key, as text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return ", ".join(f"`{json.dumps(one, ensure_ascii=False)}`" for one in args)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_kind(one) for one in args if one is not type(None)))
+        return " or ".join(dict.fromkeys(_describe_type(one) for one in args if one is not type(None)))
     if origin is tuple:
-        return f"list of: {_kind(args[0])}"
+        return f"list of: {_describe_type(args[0])}"
     if origin is dict:
-        return f"table of: {_kind(args[1])}"
+        return f"table of: {_describe_type(args[1])}"
     return "table (see its section)" if dataclasses.is_dataclass(hint) else _KINDS.get(hint, str(hint))
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def _describe_default(field: dataclasses.Field[Any]) -> str:
     value = field.default_factory() if callable(field.default_factory) else field.default
     if value is dataclasses.MISSING:
         return "required" if field.name != "name" else ""

@@ -1,7 +1,7 @@
 """The commands `run`, `ab` and `wrap`, and functions that plan, forecast, measure and resume a study.
 
-`run` and `ab` measure a study or two sides of one; `wrap` runs an unchanged training script, and stores its
-measurements as a run. The other commands that measure and the pytest plugin use the functions, too.
+`run` measures a study, `ab` measures it on two sides, and `wrap` runs an unchanged training script and stores its
+measurements as a run. The other commands that measure, and the pytest plugin, use the functions too.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def apply_overrides(
     )
 
 
-def plan_study(study: Study, placement: Placement, runs: Path, **planned: Any) -> tuple[Plan, tuple[Notice, ...]]:
-    """Plan a study in a place, with further arguments of `build_plan`; returns the plan and the notices before it
-    starts."""
-    return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **planned)
+def plan_study(study: Study, placement: Placement, runs: Path, **plan_options: Any) -> tuple[Plan, tuple[Notice, ...]]:
+    """Plan a study for a placement, with further arguments of `build_plan`; returns the plan and the notices before the
+    run starts."""
+    return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **plan_options)
 
 
 def measure_study(
@@ -97,43 +97,45 @@ def measure_study(
     options: argparse.Namespace,
     *,
     policy: Mapping[str, Any] | None = None,
-    **planned: Any,
+    **plan_options: Any,
 ) -> Run:
     """Plan a study and measure it.
 
     Args:
         study: the study with the options' changes.
-        placement: where it is measured.
+        placement: the machines that measure it.
         options: options of the command.
         policy: policy of an A/B, stored with the run.
-        planned: arguments of `build_plan`.
+        plan_options: arguments of `build_plan`.
     """
     runs, console = store.runs_dir(options.runs_dir, make=True), console_for(stderr=True)
-    plan, notices = plan_study(study, placement, runs, **planned)
+    plan, notices = plan_study(study, placement, runs, **plan_options)
     with placement.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = plan_study(study, placement, runs, **planned)
+            plan, notices = plan_study(study, placement, runs, **plan_options)
         show(warn_before_run(notices), console)
         with LiveDisplay(console, device=placement.machine.device_name) as display:
             return measure(plan, runs=runs, display=display, notices=notices, policy=policy or {}, placement=placement)
 
 
 def forecast_study(
-    study: Study, placement: Placement, options: argparse.Namespace, **planned: Any
+    study: Study, placement: Placement, options: argparse.Namespace, **plan_options: Any
 ) -> tuple[Document, dict[str, Any]]:
     """Plan a study and forecast the time, memory and disk space of the plan, as a report and as JSON."""
     from lorameter.trial.data.records import describe_data
 
     runs = store.runs_dir(options.runs_dir)
-    plan, notices = plan_study(study, placement, runs, **planned)
-    elsewhere = any(notice.code == NOT_HERE for notice in notices)
-    expected = forecast(plan, placement.machine, runs, None if elsewhere or placement.is_remote else open_executor())
-    if elsewhere:  # time and memory on another machine are unknown
+    plan, notices = plan_study(study, placement, runs, **plan_options)
+    cannot_measure_here = any(notice.code == NOT_HERE for notice in notices)
+    expected = forecast(
+        plan, placement.machine, runs, None if cannot_measure_here or placement.is_remote else open_executor()
+    )
+    if cannot_measure_here:  # time and memory on another machine are unknown
         why = "it cannot be measured on this machine"
         expected = Forecast(time_s=None, basis=why, disk_bytes=expected.disk_bytes, unknown=why)
     workload = plan.study.workload
-    own = workload.data in (SYNTHETIC, OWN)
-    data = None if own else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
+    has_no_data_source = workload.data in (SYNTHETIC, OWN)
+    data = None if has_no_data_source else f"{describe_data(workload)}; {LOSSES[workload.loss]}"
     return describe_plan(plan, expected, placement.machine, notices, data), {
         "order": [slot.trial for slot in plan.slots],
         "interleaving": plan.interleaving,
@@ -174,7 +176,7 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
 
 
 def resume(run: Run, options: argparse.Namespace) -> Run:
-    """Measure the rest of a run, if there is any, at its original place or at that of `--on` and `--sites`.
+    """Measure the rest of a run, if there is any, in its original placement or in that of `--on` and `--sites`.
 
     Raises:
         UsageError, InvalidRunError: the run cannot be resumed here.
@@ -183,13 +185,13 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
     if is_finished(run):
         print_stderr(f"run {name} is complete: nothing is left to be measured.")
         return run
-    there = study.with_overrides(on=options.on, sites=options.sites, mixed=study.protocol.mixed)
-    with open_placement(there, options.runs_dir) as placement:
+    relocated = study.with_overrides(on=options.on, sites=options.sites, mixed=study.protocol.mixed)
+    with open_placement(relocated, options.runs_dir) as placement:
         plan = restore_plan(run, placement, max_minutes=options.max_minutes)
         unfinished = find_unfinished(plan, run.records, whole=placement.launcher is not None)
-        left = [slot.trial for group in unfinished for slot in group.slots]
-        state = f"{len(plan.slots) - len(left)} of {len(plan.slots)} trials are kept"
-        print_stderr(f"run {name}: {state}, {len(left)} are left to be measured.")
+        remaining = [slot.trial for group in unfinished for slot in group.slots]
+        state = f"{len(plan.slots) - len(remaining)} of {len(plan.slots)} trials are kept"
+        print_stderr(f"run {name}: {state}, {len(remaining)} are left to be measured.")
         with placement.hold(options.if_busy), LiveDisplay(console_for(stderr=True)) as display:
             return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)
 
@@ -204,19 +206,19 @@ def run_study(options: argparse.Namespace) -> int:
     )
     with open_placement(apply_overrides(load_requested_study(options), options), options.runs_dir) as placement:
         study = apply_overrides(load_requested_study(options, placement.machine.kind), options)
-        planned: dict[str, Any] = {
+        plan_options: dict[str, Any] = {
             "select": options.variant,
             "phases": options.phase or study.protocol.phases,
             "interleaving": options.interleave,
         }
         if options.dry_run:
-            return _show_forecast(study, placement, options, shown_only=True, **planned)
-        run = measure_study(study, placement, options, **planned)
+            return _show_forecast(study, placement, options, shown_only=True, **plan_options)
+        run = measure_study(study, placement, options, **plan_options)
     return _show(run, options)
 
 
-def _show_forecast(study: Study, placement: Placement, options: argparse.Namespace, **planned: Any) -> int:
-    document, data = forecast_study(study, placement, options, **planned)
+def _show_forecast(study: Study, placement: Placement, options: argparse.Namespace, **plan_options: Any) -> int:
+    document, data = forecast_study(study, placement, options, **plan_options)
     show_result(options, document, lambda: data)
     return EXIT_PASS
 
@@ -286,9 +288,9 @@ def run_ab(options: argparse.Namespace) -> int:
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:
         return _show(resume(find_interrupted(options), options), options)
-    of_commands = study_of_commands(options)
+    command_study = study_of_commands(options)
     require(
-        of_commands is not None or options.study is not None,
+        command_study is not None or options.study is not None,
         "ab: STUDY is missing. Give it, or resume an interrupted A/B by --resume RUN.",
     )
     needs_sides = options.base_command is None
@@ -297,24 +299,24 @@ def run_ab(options: argparse.Namespace) -> int:
             getattr(options, name) is not None,
             f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.",
         )
-    study = apply_overrides(of_commands or load_study(options.study), options, effort="standard")
-    if needs_sides:  # before a job waits in a queue
-        words = {"base": options.base, "candidate": options.candidate}
-        sides = name_sides(words, Path.cwd(), study.protocol, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
+    study = apply_overrides(command_study or load_study(options.study), options, effort="standard")
+    if needs_sides:  # here, so that a wrong side is refused before a job waits in a queue
+        side_names = {"base": options.base, "candidate": options.candidate}
+        sides = name_sides(side_names, Path.cwd(), study.protocol, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
     else:
         sides = command_sides(study.scripts[0].command, options.candidate_command)
     with open_placement(study, options.runs_dir) as placement:
-        loaded = of_commands or load_study(options.study, device=placement.machine.kind)
+        loaded = command_study or load_study(options.study, device=placement.machine.kind)
         study = apply_overrides(loaded, options, effort="standard")
-        planned: dict[str, Any] = {
+        plan_options: dict[str, Any] = {
             "select": options.variant,
             "sides": sides,
             "phases": options.phase or (study.protocol.phases if study.trains_only else AB_PHASES),
         }
         if options.dry_run:
-            return _show_forecast(study, placement, options, **planned)
+            return _show_forecast(study, placement, options, **plan_options)
         run = measure_study(
-            study, placement, options, policy=codec.to_json(policy) if options.policy else None, **planned
+            study, placement, options, policy=codec.to_json(policy) if options.policy else None, **plan_options
         )
     return _show(run, options)
 
@@ -325,8 +327,8 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
     Raises:
         UsageError: an option is missing, or two options contradict each other.
     """
-    base, candidate, one = options.base_command, options.candidate_command, options.script
-    if base is candidate is one is None:
+    base, candidate, shared_command = options.base_command, options.candidate_command, options.script
+    if base is candidate is shared_command is None:
         _refuse_without("--command, --base-command and --candidate-command", options, "cwd", "steps")
         return None
     missing = "--base-command" if base is None else "--candidate-command"
@@ -338,22 +340,22 @@ def study_of_commands(options: argparse.Namespace) -> Study | None:
         ),
         (options.variant, "--variant: a command is the one variant. Leave it out."),
         (
-            one is not None and (base is not None or candidate is not None),
+            shared_command is not None and (base is not None or candidate is not None),
             "--command is for both sides, but each side also has its own command. Give one of the two.",
         ),
         (
-            one is None and None in (base, candidate),
+            shared_command is None and None in (base, candidate),
             f"ab: {missing} COMMAND is missing. Give it, or one --command on the sides --base and --candidate.",
         ),
         (
-            one is None and (options.base or options.candidate),
+            shared_command is None and (options.base or options.candidate),
             "--base and --candidate are sides for one --command. Two commands are the sides themselves: leave them "
             "out.",
         ),
     ):
         require(not refused, message)
     protocol = time_steps(Protocol(phases=("train",)), 16 if options.steps is None else options.steps)
-    command = one if one is not None else base
+    command = base if shared_command is None else shared_command
     study = study_of_command(command, cwd=options.cwd or "", protocol=protocol)
     if candidate is None:
         return study
@@ -388,7 +390,7 @@ def _report_errors() -> Iterator[None]:
 
 
 def read_requirements(given: list[str]) -> dict[str, Any]:
-    """Requirements by kernels_check path; a value is parsed as JSON if possible, else it is a text.
+    """Requirements by kernels_check path; a value is parsed as JSON if possible, and is text otherwise.
 
     Raises:
         UsageError: the argument is not path=value, the path is unknown, or it does not accept the value.

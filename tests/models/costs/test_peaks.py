@@ -1,4 +1,4 @@
-"""Tests of the vendors' figures: found by the exact name of a device, dense, each with its source.
+"""Tests of the vendors' peak rates: each is found by the exact name of its device, is dense, and has a source.
 
 Tests of shares of a peak: arithmetic, interval, formula and source.
 
@@ -35,8 +35,8 @@ from lorameter.studies.workload import Workload
         ("Tesla V100-SXM2-32GB", "float32", 15.7e12),
     ],
 )
-def test_figures_by_the_names_of_nvml(name, rate, per_s):
-    """Form factor and memory are part of the name and decide the figure."""
+def test_a_peak_is_found_by_the_name_of_nvml(name, rate, per_s):
+    """Form factor and memory are part of the name and determine the peak."""
     peak = stated_peak(name, rate)
     assert (peak.device, peak.rate) == (name, rate)
     assert peak.per_s == pytest.approx(per_s)
@@ -50,18 +50,18 @@ def test_figures_by_the_names_of_nvml(name, rate, per_s):
         "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "AMD EPYC", "",
     ],
 )  # fmt: skip
-def test_a_similar_name_has_no_figure(name):
+def test_a_similar_name_has_no_peak(name):
     """A related device, a partition or a laptop version of a listed device is another device."""
     assert stated_peak(name, "memory") is None
 
 
 @pytest.mark.parametrize(("name", "rate"), [("Tesla T4", "bfloat16"), ("Tesla V100-PCIE-16GB", "tf32")])
-def test_a_type_without_tensor_cores_has_no_figure(name, rate):
-    """Volta and Turing have neither bfloat16 nor TF32."""
+def test_a_dtype_that_tensor_cores_lack_has_no_peak(name, rate):
+    """The tensor cores of Volta and Turing have neither bfloat16 nor TF32."""
     assert stated_peak(name, rate) is None
 
 
-def test_figures_are_dense_and_have_a_source():
+def test_peaks_are_dense_and_have_a_source():
     """Half precision is twice TF32 if both exist, bfloat16 equals float16, and names are unique."""
     for device in DEVICES:
         half, tf32 = device.teraflops["float16"], device.teraflops.get("tf32")
@@ -79,7 +79,7 @@ PEAK = Peak(device="Test GPU", rate="bfloat16", per_s=1e10, source="Test GPU dat
 STEP = Estimate(value=0.01, low=0.008, high=0.0125)
 
 
-def test_a_share_with_its_interval():
+def test_the_interval_of_a_share():
     """The upper end of the time gives the lower end of the share."""
     found = utilisation("MFU", 50_000_000, STEP, PEAK, "products")
     assert found.value == pytest.approx(0.5)
@@ -90,7 +90,7 @@ def test_a_share_with_its_interval():
     )
 
 
-def test_three_figures_of_one_step():
+def test_three_shares_of_one_step():
     """MFU counts the FLOPs that the model needs, HFU the computed ones, and 6N those of training all weights."""
     ceiling = find_ceiling(10**6, 2 * 10**6, 3 * 10**6, STEP, PEAK, useful=USEFUL, computed=COMPUTED)
     assert (ceiling.mfu.value, ceiling.hfu.value, ceiling.six_n.value) == pytest.approx((0.01, 0.02, 0.03))
@@ -109,7 +109,7 @@ def test_three_figures_of_one_step():
         ({"quantization": "nf4", "compute_dtype": "float32", "tf32": True}, "tf32"),
     ],
 )
-def test_the_type_that_a_step_multiplies_in(options, rate):
+def test_the_dtype_in_which_a_step_multiplies(options, rate):
     """The rate is that of the frozen layers: the compute dtype of 4-bit layers, autocast's dtype, or the weights'
     dtype."""
     assert product_rate(LoraVariant(**options)) == rate
@@ -117,7 +117,7 @@ def test_the_type_that_a_step_multiplies_in(options, rate):
 
 @pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is not a bound here")])
 def test_a_share_above_the_peak_is_explained(rate, words):
-    """The text says so, also for a share without an interval."""
+    """The text of the share says that it is above 100 %, and why, also if it has no interval."""
     peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
     text = str(utilisation("use", 100, Estimate(value=0.5, low=None, high=None), peak, "work"))
     assert "200.0% [no interval]" in text

@@ -1,5 +1,5 @@
-"""Tests of the sides of an A/B with real git and environments: the meaning of an argument, and that the side is what is
-measured."""
+"""Tests of the sides of an A/B with real git repositories and environments: the kind of side that an argument names,
+and that exactly this side is measured."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def silent(line):
 
 
 def git(folder, *arguments):
-    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
-    command = ["git", "-C", str(folder), *who, *arguments]
+    identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    command = ["git", "-C", str(folder), *identity, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -68,13 +68,13 @@ def opened(repository, tmp_path):
     """A function that opens sides of that repository."""
 
     @contextlib.contextmanager
-    def open_it(word, **changes):
+    def open_named(name, **changes):
         options = {"repository": repository, "cache": tmp_path / "cache", "report": silent} | changes
-        side = name_side(word, options["repository"])
+        side = name_side(name, options["repository"])
         with open_side(side, **options) as host:
             yield SimpleNamespace(host=host, kind=side.kind, label=side.label, declared=DECLARED[side.kind])
 
-    return open_it
+    return open_named
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_revision_is_checked_out_and_imported(opened, repository):
 
 
 def test_a_working_tree_library_missing_in_the_revision_is_refused(opened, repository, monkeypatch):
-    """An editable install of a package that the revision does not have would be measured on both sides."""
+    """An editable install of a package that the revision lacks is refused: both sides would measure the install."""
     (repository / "new" / "peft").mkdir(parents=True)
     (repository / "new" / "peft" / "__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(repository / "new"))
@@ -110,7 +110,7 @@ def test_a_working_tree_library_missing_in_the_revision_is_refused(opened, repos
 
 
 def test_a_revision_without_a_package_is_refused(opened, repository):
-    """A revision without a package would give two equal sides."""
+    """A revision without a package is refused, since both sides would be equal."""
     git(repository, "rm", "--quiet", "--force", "-r", "gadget")
     (repository / "README").write_text("moved\n")
     git(repository, "add", ".")
@@ -134,11 +134,11 @@ class Finder:
 def editable(repository, tmp_path):
     """A function that makes an editable install of the repository in an environment and returns its python."""
 
-    def install(lines):
+    def install(pth_lines):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
         folder = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
         (folder / "finder_of_gadget.py").write_text(FINDER.format(file=str(repository / "gadget" / "__init__.py")))
-        (folder / "gadget.pth").write_text(lines.format(repository=repository))
+        (folder / "gadget.pth").write_text(pth_lines.format(repository=repository))
         python = tmp_path / "venv" / "bin" / "python"
         check = [str(python), "-c", "import gadget; print(gadget.VALUE)"]
         assert subprocess.run(check, check=True, capture_output=True, text=True, cwd="/").stdout == "3\n"
@@ -148,22 +148,22 @@ def editable(repository, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines",
+    "pth_lines",
     ["{repository}\n", "import sys, finder_of_gadget; sys.meta_path.append(finder_of_gadget.Finder)\n"],
     ids=["path", "hook"],
 )
-def test_an_editable_install_does_not_override_the_worktree(opened, editable, monkeypatch, lines):
+def test_an_editable_install_does_not_override_the_worktree(opened, editable, monkeypatch, pth_lines):
     """The side imports the revision although the environment imports the working tree, for path lines and for appended
     hooks."""
-    monkeypatch.setattr(sys, "executable", editable(lines))
+    monkeypatch.setattr(sys, "executable", editable(pth_lines))
     with opened("HEAD~1") as side:
         assert run(side.host, "import gadget; print(gadget.VALUE)") == "1"
 
 
 def test_an_import_hook_that_takes_precedence_is_refused(opened, editable, repository, monkeypatch):
-    """Some build backends insert their hook first, which would compare a revision with itself."""
-    lines = "import sys, finder_of_gadget; sys.meta_path.insert(0, finder_of_gadget.Finder)\n"
-    monkeypatch.setattr(sys, "executable", editable(lines))
+    """Some build backends insert their hook first; the side would then import the working tree."""
+    pth_lines = "import sys, finder_of_gadget; sys.meta_path.insert(0, finder_of_gadget.Finder)\n"
+    monkeypatch.setattr(sys, "executable", editable(pth_lines))
     with pytest.raises(UsageError, match=r"gadget would not be measured: an import loads .*repository"), opened("HEAD"):
         pass
     assert len(git(repository, "worktree", "list").splitlines()) == 1
@@ -278,14 +278,16 @@ def test_a_name_is_a_python_on_path_unless_it_is_a_revision(repository, tmp_path
     ],
 )
 def test_requirements_are_read_from_one_line(text, requirements):
-    """Spaces separate or surround; a bare name is a requirement only if it is a known package."""
+    """Spaces separate requirements or surround their operators; a bare name is a requirement only if it is a known
+    package."""
     found = parse_requirements(text)
-    normal = found and tuple(each.replace("@ ", "@").replace(" @", "@") for each in found)
-    assert normal == (requirements and tuple(each.replace("@ ", "@") for each in requirements))
+    normalised = found and tuple(requirement.replace("@ ", "@").replace(" @", "@") for requirement in found)
+    assert normalised == (requirements and tuple(one.replace("@ ", "@") for one in requirements))
 
 
 def test_requirements_take_precedence_over_installed_packages(index, opened, cache):
-    """Metadata and module are those of the layer; everything else is the current environment, which is unchanged."""
+    """The installed requirement replaces a package and its metadata; everything else comes from the current
+    environment, which is unchanged."""
     present = importlib.metadata.version("packaging")
     with opened(OLD_PACKAGING, cache=cache) as side:
         assert (side.kind, side.declared, side.label) == (
@@ -304,14 +306,14 @@ def test_requirements_take_precedence_over_installed_packages(index, opened, cac
     assert subprocess.run(check, capture_output=True, text=True, check=True).stdout.strip() == present
 
 
-def test_requirements_of_a_resumed_ab_are_asked_for_without_their_credential():
-    """A removed user of a host is left to pip's settings; requirements with another removed part are refused, and `***`
-    is never sent."""
-    kept = redact("peft @ https://me:hunter2@host/peft.whl")
-    assert restore_spec("run r, base", kept) == "peft @ https://host/peft.whl"
-    for lost in ("https://host/peft.whl?sig=hunter2", f"https://host/hf_{'a' * 20}/peft.whl"):
+def test_a_resumed_ab_installs_requirements_without_their_credential():
+    """A URL is used without its user and password, which pip's settings can supply; requirements with another redacted
+    part are refused, and `***` is never sent."""
+    redacted = redact("peft @ https://me:hunter2@host/peft.whl")
+    assert restore_spec("run r, base", redacted) == "peft @ https://host/peft.whl"
+    for url in ("https://host/peft.whl?sig=hunter2", f"https://host/hf_{'a' * 20}/peft.whl"):
         with pytest.raises(UsageError, match=r"run r, base: .*\*\*\*.* Measure a new A/B"):
-            restore_spec("run r, base", redact(f"peft @ {lost}"))
+            restore_spec("run r, base", redact(f"peft @ {url}"))
 
 
 def test_a_failed_install_is_an_error_and_leaves_nothing(opened, tmp_path):

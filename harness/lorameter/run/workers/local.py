@@ -1,4 +1,4 @@
-"""Runs trials on this machine in one interpreter: the zygote is started once, and each worker is a fork of it.
+"""Runs trials on this machine in one interpreter: the zygote starts once, and each worker is a fork of it.
 
 The interpreter is the current one, or that of a `Host`: two executors can be the two sides of an A/B.
 """
@@ -31,8 +31,8 @@ T = TypeVar("T")
 START_TIMEOUT_S = 180.0
 """Imports take 3 to 5 s on a quiet machine, and up to a minute with a cold disk and other load."""
 END_TIMEOUT_S = 10.0
-"""A zygote that has sent its first message ends as soon as its parent closes the connection and it has reaped its
-children."""
+"""A zygote that has sent its first message ends once its parent has closed the connection and its children have been
+reaped."""
 TOKENS_TIMEOUT_S = 3600.0
 """Maximum time to download a data set or a model."""
 ARROW = "JE_ARROW_MALLOC_CONF"
@@ -42,10 +42,10 @@ ARROW = "JE_ARROW_MALLOC_CONF"
 def worker_environment(threads: int, host: Host | None = None) -> dict[str, str]:
     """The environment of every measuring process of a host.
 
-    Forking is safe with one BLAS thread in the zygote and without the threads of pyarrow's allocator, which
-    scikit-learn loads through pandas if a library imports it. There is one OpenMP thread on a CPU, because two become
-    very slow under contention, and no tokenizer threads. NVML counts the CUDA devices without initialising them.
-    Trainings in these processes are not measured by the meter, even if lorameter itself is wrapped.
+    Forks are safe because the zygote has one BLAS thread and no thread of pyarrow's allocator; a library that imports
+    scikit-learn or pandas loads pyarrow. OpenMP uses `threads`: one on a CPU by default, because two become very slow
+    under contention. Tokenizers start no threads, and NVML counts the CUDA devices without initialising them. The meter
+    does not measure trainings in these processes, even if lorameter itself is wrapped.
     """
     inherited = (host or Host()).variables(os.environ)
     arrow = filter(None, [inherited.get(ARROW), "background_thread:false"])  # the last of two wins
@@ -85,8 +85,8 @@ class LocalExecutor(Executor):
         """Whether the zygote may not notice a closed connection: it is still importing, or it does not answer."""
 
     def max_parallel(self, threads: int) -> int:
-        """The number of cores divided by the threads; one on a GPU. Also one on a share of a machine (`CPUS`): other
-        sites are timed at the same time, and several busy processes would disturb them more than one."""
+        """The number of cores divided by the threads. One on a GPU, and on a share of a machine (`CPUS`): other sites
+        are timed there at the same time, and several busy processes would disturb them more than one."""
         machine = self.machine()
         if machine.device != "cpu" or CPUS in self.host.variables(os.environ):
             return 1
@@ -118,13 +118,14 @@ class LocalExecutor(Executor):
             )
 
     def hello(self) -> WorkerInfo:
-        """Wait until the zygote has imported. Raises `InvalidRunError`, also if it uses another schema."""
+        """Wait until the zygote has imported the libraries. Raises `InvalidRunError` if it does not start, or uses
+        another schema."""
         try:
             hello = wire.receive(self._control, wire.Hello, START_TIMEOUT_S)
         except wire.GarbledError:
             hello = wire.Hello(schema=0)  # of a revision with another protocol
         except (TimeoutError, wire.ClosedError):
-            ended = self._describe_zygote_end()  # before its log is read, which is complete only then
+            ended = self._describe_zygote_end()  # first, since only then is its log complete
             last = _last_line(self._zygote_log) or f"no output; {ended}"
             raise InvalidRunError(
                 f"{self._worker_name} did not start: {last}. Its log is {self._zygote_log}. "
@@ -148,7 +149,7 @@ class LocalExecutor(Executor):
         return worker
 
     def kill(self, pid: int) -> int | None:
-        """Kill a child of the zygote and all processes that it started; returns its exit status if it can be known."""
+        """Kill a child of the zygote and all processes that it started; returns its exit status, None if unknown."""
         if self._zygote is None or self._zygote.poll() is not None:
             return None  # its children have died with it, and their PIDs may be reused
         kill_group(pid)
@@ -181,7 +182,7 @@ class LocalExecutor(Executor):
         """Start a new interpreter that imports the libraries, and with a `request` loads the saved adapter and answers;
         its output goes to the log."""
         log = Path(log_path)
-        printed = log.stat().st_size if log.is_file() else 0
+        log_start = log.stat().st_size if log.is_file() else 0
         content = None if request is None else codec.to_json(request)
         arguments = {"request": content, "spawned_monotonic_s": time.monotonic()}
         try:
@@ -192,7 +193,7 @@ class LocalExecutor(Executor):
             message = f"the cold interpreter gave an unreadable answer: {error}"
             raise WorkerLostError("crashed", Failure(phase="cold", kind="Garbled", message=message)) from None
         if answer is None:
-            output = redact(log.read_bytes()[printed:].decode(errors="replace")).strip()
+            output = redact(log.read_bytes()[log_start:].decode(errors="replace")).strip()
             last = output.splitlines()[-1:] or ["it printed nothing"]
             message = f"the cold interpreter ended with {exit_words(code)}: {last[0]}"
             failure = Failure(phase="cold", kind="ColdStartFailed", message=message, traceback=output[-MAX_OUTPUT:])
@@ -206,7 +207,9 @@ class LocalExecutor(Executor):
         try:
             summary, code = self._ask_process("tokens", arguments, TokenSummary, log, TOKENS_TIMEOUT_S, threads=1)
         except TimeoutError:
-            raise InvalidRunError(f"the tokens took over {TOKENS_TIMEOUT_S:g} s; the log is {log}.") from None
+            raise InvalidRunError(
+                f"preparing the tokens took longer than {TOKENS_TIMEOUT_S:g} s; the log is {log}."
+            ) from None
         except wire.GarbledError as error:
             raise InvalidRunError(f"the tokens could not be prepared: {error}. The log is {log}.") from None
         if summary is not None:
