@@ -133,6 +133,7 @@ def machine() -> Machine:
     return Machine(
         device="cpu", device_name="Test CPU", device_memory_bytes=None, driver=None, cuda=None, cpu_model="Test CPU",
         cpus=2, memory_bytes=8 * 2**30, avx512_bf16=True, kernel="6.0", python="3.11.0",
+        gflops={"float32": 100.0, "bfloat16": 170.0, "float16": 40.0},
     )  # fmt: skip
 
 

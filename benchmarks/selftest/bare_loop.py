@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from lorameter.machine.products import add_products, make_target
 from lorameter.machine.provenance import probe_machine
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
@@ -34,7 +35,8 @@ schedule, and with the loss and its graph freed within the step."""
 
 def main(seed: int, turns: int) -> None:
     """Build the default study's QLoRA variant, warm up, and take turns."""
-    study, machine = load_study("lora-or-qlora"), probe_machine()
+    machine = add_products(probe_machine())
+    study = load_study("lora-or-qlora", target=make_target(machine))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(

@@ -25,7 +25,7 @@ from shared import Share
 from lorameter.records import codec
 from lorameter.records.record import Role, TrialRecord
 from lorameter.records.store import Manifest, Run
-from lorameter.studies.study import Study
+from lorameter.studies.study import Study, Target
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import Variant
 from lorameter.verdicts.claims import judge_claims
@@ -129,7 +129,7 @@ def without_tolerance(study: Study) -> Study:
 def compute_shares(draws: int) -> Iterator[Share]:
     """Yield how often a run has a wrong verdict, how often its control fails, and how often each claim gets the
     expected verdict."""
-    study = load_study(STUDY, device="cpu")
+    study = load_study(STUDY, target=Target(kind="cpu", dtype="bfloat16", why="simulated"))
     sets = {"null": study, "null, at the limit": without_tolerance(study), "injected": study}
     for seed, (name, simulated) in enumerate(sets.items(), start=1):
         rng, injected = np.random.default_rng([4, seed]), name == "injected"

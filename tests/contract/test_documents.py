@@ -25,7 +25,7 @@ READ_ONLY = {
     "list-runs-derived": "list runs --runs-dir derived",
     "list-studies": "list studies",
     "list-models": "list models",
-    "list-variants": "list variants lora-or-qlora",
+    "list-variants": "list variants study.toml",
     "list-sizes": "list sizes study.toml",
     "prune": "prune --keep 1 --dry-run",
     "run-resume": "run --resume base",

@@ -40,7 +40,7 @@ def test_a_gpu_reports_everything_in_base_units(nvml):
         },
     )  # fmt: skip
     assert {name: value for name, (value, _) in found.items()} == {
-        "name": "Test GPU", "uuid": "GPU-1", "driver": "580.1", "power_limit_w": 500.0,
+        "name": "Test GPU", "uuid": "GPU-1", "driver": "580.1", "capability": [8, 9], "power_limit_w": 500.0,
         "default_power_limit_w": 700.0, "max_sm_clock_hz": 1.98e9, "max_memory_clock_hz": 2.619e9,
         "slowdown_temperature_c": 87.0, "ecc": True, "corrected_errors": 0, "uncorrected_errors": 2, "mig": False,
         "persistence": False, "clocks_need_root": True, "energy_j": 12345.678, "power_w": 421.5,

@@ -22,10 +22,13 @@ from lorameter.errors import UsageError
 from lorameter.machine import provenance
 from lorameter.records import codec
 from lorameter.run.feasibility import check_feasible
+from lorameter.studies.study import Target
 from lorameter.studies.study_file import KEYS, builtin_studies, load_study, load_variant
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import DataColumns, Workload
 
+CPU = Target(kind="cpu", dtype="bfloat16", why="a test")
+H100 = Target(kind="NVIDIA H100 80GB HBM3", dtype="bfloat16", why="a test")
 GOOD = """
 title = "t"
 [workload]
@@ -209,8 +212,9 @@ def test_an_invalid_workload_is_refused(tmp_path, line, said):
 @pytest.mark.parametrize(
     ("options", "profile", "batch"),
     [
-        ({}, "", 4), ({"device": "cpu"}, "cpu", 1), ({"device": "NVIDIA H100 80GB HBM3"}, "big", 4),
-        ({"device": "NVIDIA L4"}, "", 4), ({"profile": "other", "device": "cpu"}, "other", 9),
+        ({}, "", 4), ({"target": CPU}, "cpu", 1), ({"target": H100}, "big", 4),
+        ({"target": dataclasses.replace(H100, kind="NVIDIA L4")}, "", 4),
+        ({"profile": "other", "target": CPU}, "other", 9),
     ],
 )  # fmt: skip
 def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, batch):
@@ -219,9 +223,24 @@ def test_a_profile_fits_the_study_to_the_machine(tmp_path, options, profile, bat
     assert (study.profile, study.workload.batch_size) == (profile, batch)
 
 
+@pytest.mark.parametrize(
+    ("options", "minutes"),
+    [
+        ({}, 2.5), ({"data": "synthetic"}, 2.5), ({"model": "smollm2-135m"}, None), ({"replicates": 12}, None),
+        ({"effort": "rigorous"}, None), ({"precision": 0.05}, None), ({"model": "tiny-llama", "max_minutes": 9}, 9),
+    ],
+)  # fmt: skip
+def test_a_studys_own_time_limit_is_for_the_study_as_it_is(tmp_path, options, minutes):
+    """Another amount of work lifts it, and a study that extends it has none."""
+    study = load_study("lora-or-qlora", target=CPU)
+    assert study.with_overrides(**options).protocol.max_minutes == minutes
+    extending = load_study(write_study_extends(tmp_path, "", "lora-or-qlora"), target=CPU)
+    assert extending.protocol.max_minutes is None
+
+
 def test_every_deviation_is_named(tmp_path):
     """The list has each value that a profile or an option replaced, with the original value."""
-    study = load_study(write(tmp_path, SWEPT), device="cpu").with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")
+    study = load_study(write(tmp_path, SWEPT), target=CPU).with_overrides(model="smollm2-135m", data="/a/b/c.jsonl")
     assert study.deviations == (
         "workload.batch_size = 1 in place of 4",
         "controls.optimizer = 'adamw' in place of 'adamw_fused'",
@@ -260,7 +279,11 @@ def test_a_variant_is_named_by_its_study_or_alone_in_it(tmp_path):
     study, variant = load_variant("lora-or-qlora:qlora-nf4-r16")
     assert (study.name, variant.quantization) == ("lora-or-qlora", "nf4")
     alone = write(tmp_path, "[[variant]]\nname = 'one'\nr = 4")
-    assert load_variant(alone)[1] == load_variant(f"{alone}:one")[1] == LoraVariant(r=4)
+    assert (
+        load_variant(alone)[1]
+        == load_variant(f"{alone}:one")[1]
+        == LoraVariant(r=4, dtype="auto", compute_dtype="auto")
+    )
     with pytest.raises(UsageError, match=r"lora-r16, .*lora-or-qlora:lora-r16"):
         load_variant("lora-or-qlora")
 
@@ -283,13 +306,13 @@ def test_a_profile_does_not_replace_the_studys_model(name, model):
         assert study.workload.model == (f"random:{model}" if profile == "random" else model)
         assert not any("SmolLM2" in note for note in study.notes)
     assert load_study(ORIGINAL, profile="random").workload.model == "random:llama2-7b"
-    assert load_study(ORIGINAL, device="cpu").workload.model == "smollm2-135m"
+    assert load_study(ORIGINAL, target=CPU).workload.model == "smollm2-135m"
 
 
 def test_other_keys_of_an_inherited_profile_still_apply(tmp_path):
     """Only keys of the extending study override an inherited profile."""
     study = load_study(
-        write_study_extends(tmp_path, "[workload]\nbatch_size = 2\n[controls]\ntf32 = false\n"), device="cpu"
+        write_study_extends(tmp_path, "[workload]\nbatch_size = 2\n[controls]\ntf32 = false\n"), target=CPU
     )
     assert study.workload.batch_size == 2
     assert (study.workload.model, study.workload.sequence_length) == ("smollm2-135m", 128)
@@ -301,7 +324,7 @@ def test_other_keys_of_an_inherited_profile_still_apply(tmp_path):
 def test_its_own_profile_takes_precedence_over_its_own_key(tmp_path):
     """A profile of the extending study applies to its machine."""
     text = '[workload]\nmodel = "mistral-7b"\n[profile.cpu.workload]\nmodel = "tiny-llama"\n'
-    assert load_study(write_study_extends(tmp_path, text), device="cpu").workload.model == "tiny-llama"
+    assert load_study(write_study_extends(tmp_path, text), target=CPU).workload.model == "tiny-llama"
     assert load_study(write_study_extends(tmp_path, text), profile="a100").workload.model == "mistral-7b"
 
 
@@ -386,7 +409,7 @@ def refused(tmp_path, text, name="mine.toml"):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
-        load_study(str(path), device="cpu")
+        load_study(str(path), target=CPU)
     return str(caught.value)
 
 

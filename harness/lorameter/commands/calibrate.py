@@ -17,6 +17,7 @@ from lorameter.errors import (
     LorameterError,
     require,
 )
+from lorameter.machine.products import make_target
 from lorameter.records import codec, store
 from lorameter.records.metrics import METRICS, PRIMARY
 from lorameter.records.record import SIDES
@@ -58,7 +59,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
     """The study for the calibration and its variant. Raises `UsageError` if it is not suitable."""
-    study = load_study(options.study or CALIBRATED_STUDY, device=open_executor().machine().kind)
+    study = load_study(options.study or CALIBRATED_STUDY, target=make_target(open_executor().machine()))
     study = apply_overrides(study, options, replicates=CALIBRATION_REPLICATES)
     require(
         not study.protocol.mixed,
@@ -128,7 +129,7 @@ def run_bisect(options: argparse.Namespace) -> int:
         options.metric in METRICS,
         f"--metric {options.metric}: no metric with an interval. Use one of {', '.join(METRICS)}.",
     )
-    study = load_study(options.study, device=open_executor().machine().kind)
+    study = load_study(options.study, target=make_target(open_executor().machine()))
     study = apply_overrides(study, options, effort="standard")
     require(
         not study.of_scripts, f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`."

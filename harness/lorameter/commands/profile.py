@@ -15,6 +15,7 @@ from typing import Any
 from lorameter.commands.output import print_json, print_progress, save_page, show_result
 from lorameter.commands.run import measure_study
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, require
+from lorameter.machine.products import make_target
 from lorameter.models import catalogue, shapes
 from lorameter.parity import (
     Judgement,
@@ -53,7 +54,7 @@ def run_profile(options: argparse.Namespace) -> int:
     )
     minutes = options.max_minutes if options.attempt is None or options.max_minutes is None else options.max_minutes / 2
     executor, runs = open_executor(), store.runs_dir(options.runs_dir, make=True)
-    study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
+    study, variant = load_variant(options.variant, profile=options.profile, target=make_target(executor.machine()))
     study = study.with_overrides(
         model=options.model, data=options.data, effort=options.effort, on=HERE, max_minutes=minutes
     )
@@ -133,7 +134,7 @@ def run_parity(options: argparse.Namespace) -> int:
     )
     adapter = None if options.adapter is None else check_adapter(options.adapter)
     executor = open_executor()
-    study, variant = load_variant(options.variant, profile=options.profile, device=executor.machine().kind)
+    study, variant = load_variant(options.variant, profile=options.profile, target=make_target(executor.machine()))
     require(
         isinstance(variant, LoraVariant),
         f"parity: variant {variant.name!r}: only LoRA in its short form can be compared, and its method is "

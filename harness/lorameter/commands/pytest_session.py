@@ -27,6 +27,7 @@ from lorameter.commands.run import (
     resume,
 )
 from lorameter.errors import LorameterError, redact, require
+from lorameter.machine.products import make_target
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
 from lorameter.records import store
 from lorameter.records.metrics import PRIMARY
@@ -40,7 +41,7 @@ from lorameter.report.terminal import PIPED_WIDTH, render_text
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
-from lorameter.studies.study import Study
+from lorameter.studies.study import Study, Target
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.benchmark_files import about_run, differences_from_saved, extra_info
 from lorameter.verdicts.compare import (
@@ -108,8 +109,8 @@ class Session:
                 f"--lorameter-resume: run {name} is an A/B. Resume: lorameter run --resume {name}",
             )
         options.study = options.study or DEFAULT_STUDY
-        is_here = self._load_study("").protocol.on == HERE  # otherwise the remote machine determines the profile
-        self._study = self._load_study(open_executor().machine().kind if is_here else "")
+        is_here = self._load_study(None).protocol.on == HERE  # otherwise the remote machine determines the profile
+        self._study = self._load_study(make_target(open_executor().machine()) if is_here else None)
         require(
             not self._study.protocol.mixed,
             f"{self._study.protocol.said}, mixed: pytest-benchmark has one row for a variant, but "
@@ -125,11 +126,11 @@ class Session:
         )
         self._policy = load_policy(options.policy)
 
-    def _load_study(self, device: str) -> Study:
+    def _load_study(self, target: Target | None) -> Study:
         options = self._options
         if self._interrupted is not None:
             return read_study(self._interrupted).with_overrides(on=options.on, sites=options.sites)
-        return apply_overrides(load_requested_study(options, device), options)
+        return apply_overrides(load_requested_study(options, target), options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -190,7 +191,7 @@ class Session:
         plan_options = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
         with open_placement(study, options.runs_dir) as placement:
             if placement.is_remote:
-                study = self._study = self._load_study(placement.machine.kind)
+                study = self._study = self._load_study(make_target(placement.machine))
             if options.dry_run:
                 self._planned, _ = forecast_study(study, placement, options, **plan_options)
                 return

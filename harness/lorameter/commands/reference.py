@@ -116,7 +116,7 @@ def _tabulate_keys(cls: type) -> str:
         (
             f"`{name}`",
             _describe_type(hints[name]),
-            _describe_default(fields[name]),
+            _describe_default(fields[name], study_file.FILE_DEFAULTS if issubclass(cls, AnyVariant) else {}),
             " ".join(texts.get(name, "").split()),
         )
         for name in names
@@ -156,8 +156,9 @@ def _describe_type(hint: Any) -> str:
     return "table (see its section)" if dataclasses.is_dataclass(hint) else _KINDS.get(hint, str(hint))
 
 
-def _describe_default(field: dataclasses.Field[Any]) -> str:
-    value = field.default_factory() if callable(field.default_factory) else field.default
+def _describe_default(field: dataclasses.Field[Any], in_files: Mapping[str, Any]) -> str:
+    own = field.default_factory() if callable(field.default_factory) else field.default
+    value = in_files.get(field.name, own)
     if value is dataclasses.MISSING:
         return "required" if field.name != "name" else ""
     if value is None:

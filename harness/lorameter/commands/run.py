@@ -19,6 +19,7 @@ from lorameter.attach.launch import finalize_run, run_command
 from lorameter.commands.output import show_result
 from lorameter.commands.report import show_ab, show_run
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, UsageError, format_error, require, shorten
+from lorameter.machine.products import make_target
 from lorameter.records import codec, store
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import Notice
@@ -44,7 +45,7 @@ from lorameter.run.workers.sides import command_sides, name_sides
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import HERE, Protocol
 from lorameter.studies.script import OWN, name_of_words, split_command, time_steps
-from lorameter.studies.study import Study, study_of_command, study_of_engine
+from lorameter.studies.study import Study, Target, study_of_command, study_of_engine
 from lorameter.studies.study_file import load_study, read_study
 from lorameter.studies.workload import LOSSES, SYNTHETIC
 from lorameter.verdicts.calibrate import MAX_ROWS
@@ -140,6 +141,7 @@ def forecast_study(
         "order": [slot.trial for slot in plan.slots],
         "interleaving": plan.interleaving,
         "why": plan.why,
+        **({"dtype": plan.study.dtype} if plan.study.dtype else {}),
         "seed": plan.study.protocol.seed,
         "time_s": expected.time_s,
         "time_basis": expected.basis,
@@ -205,7 +207,7 @@ def run_study(options: argparse.Namespace) -> int:
         "run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.",
     )
     with open_placement(apply_overrides(load_requested_study(options), options), options.runs_dir) as placement:
-        study = apply_overrides(load_requested_study(options, placement.machine.kind), options)
+        study = apply_overrides(load_requested_study(options, make_target(placement.machine)), options)
         plan_options: dict[str, Any] = {
             "select": options.variant,
             "phases": options.phase or study.protocol.phases,
@@ -223,8 +225,8 @@ def _show_forecast(study: Study, placement: Placement, options: argparse.Namespa
     return EXIT_PASS
 
 
-def load_requested_study(options: argparse.Namespace, device: str = "") -> Study:
-    """The study that the options name, from its own variants or from a script; `device` selects its profile.
+def load_requested_study(options: argparse.Namespace, target: Target | None = None) -> Study:
+    """The study that the options name, from its own variants or from a script; `target` is as in `load_study`.
 
     Raises:
         UsageError: the study does not exist, or options exclude each other.
@@ -238,7 +240,7 @@ def load_requested_study(options: argparse.Namespace, device: str = "") -> Study
     _refuse_without("--peft-experiments", options, "select", "quality")
     if options.script is None:
         _refuse_without("--command", options, "cwd", "steps")
-        return load_study(options.study, profile=options.profile, device=device)
+        return load_study(options.study, profile=options.profile, target=target)
     require(
         options.profile is None,
         f"--profile {options.profile}: a script has no profile, since it brings its own model and data. Leave it out.",
@@ -306,7 +308,7 @@ def run_ab(options: argparse.Namespace) -> int:
     else:
         sides = command_sides(study.scripts[0].command, options.candidate_command)
     with open_placement(study, options.runs_dir) as placement:
-        loaded = command_study or load_study(options.study, device=placement.machine.kind)
+        loaded = command_study or load_study(options.study, target=make_target(placement.machine))
         study = apply_overrides(loaded, options, effort="standard")
         plan_options: dict[str, Any] = {
             "select": options.variant,

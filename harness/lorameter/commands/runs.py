@@ -12,6 +12,7 @@ from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.reference import write_reference
 from lorameter.errors import EXIT_PASS, require
+from lorameter.machine.products import make_target
 from lorameter.models import catalogue, shapes
 from lorameter.records import codec, store
 from lorameter.records.units import format_bytes, format_count
@@ -20,6 +21,7 @@ from lorameter.report.history import describe_history, describe_runs, draw_histo
 from lorameter.results.export import DASHBOARDS, TABULAR, export_text, write_tables, write_text
 from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
+from lorameter.run.workers import open_executor
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import AnyVariant, LoraVariant
@@ -171,7 +173,7 @@ def _list_sizes(options: argparse.Namespace) -> int:
 def _load_named(options: argparse.Namespace) -> Study:
     what = options.what
     require(options.study, f"list {what}: no study named. Give one, as in `lorameter list {what} lora-or-qlora`.")
-    return load_study(options.study)
+    return load_study(options.study).fit(make_target(open_executor().machine()))
 
 
 def run_fetch(options: argparse.Namespace) -> int:

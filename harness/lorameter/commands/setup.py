@@ -12,6 +12,7 @@ from lorameter.commands.output import print_result, show_result
 from lorameter.commands.parser import build_parser
 from lorameter.errors import EXIT_INVALID, EXIT_PASS, require
 from lorameter.machine.doctor import examine, is_fit, survey
+from lorameter.machine.products import make_target
 from lorameter.machine.provenance import Machine
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import missing_formula
@@ -111,7 +112,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     if device is None and options.max_batch:
         device = on_machine(here, executor.free_bytes())
     machine = here if device is None else device.machine
-    study, variant = load_variant(options.variant, profile=options.profile, device=machine.kind)
+    study, variant = load_variant(options.variant, profile=options.profile, target=make_target(machine))
     workload = study.with_overrides(model=options.model, data=options.data).workload
     shape = shapes.shape(catalogue.resolve(workload.model))
     process, estimates, advice = baseline_bytes(here.cuda), dict[MemoryPhase, MemoryEstimate](), None
@@ -125,7 +126,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         if device is not None:
             fitter = Fitter(device=device, shape=shape, process_bytes=process)
             advice = advise(fitter, variant, workload, with_largest=options.max_batch)
-    notices += type_notices(variant, machine)
+    notices += type_notices([variant], machine)
     if estimates and gpu is None:
         most = max(estimates.values(), key=lambda one: one.needed_bytes)
         notices += memory_notices(variant, most, machine, executor.free_bytes())

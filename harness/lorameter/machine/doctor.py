@@ -22,6 +22,7 @@ from typing import Any, Literal
 from lorameter.machine.disturbances import CONTENDED, MIN_REQUESTED_S, judge
 from lorameter.machine.host import system_facts
 from lorameter.machine.nvml import device_session
+from lorameter.machine.products import add_products, lacks_products
 from lorameter.machine.provenance import Machine, library_version, probe_machine
 from lorameter.machine.reading import Reading, missing_reading, unavailable
 from lorameter.machine.telemetry import Telemetry, telemetry_key
@@ -79,7 +80,7 @@ def survey(runs: Path) -> Survey:
         gpu = device.then(lambda one: one.facts() | one.sample() | {"sliced": Reading(value=one.sliced)})
     folder = next(path for path in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(path))  # noqa: PTH112 no error
     return Survey(
-        machine=probe_machine(),
+        machine=add_products(probe_machine()),
         system=system,
         packages={name: library_version(name) for name in (*REQUIRED, *OPTIONAL)},
         telemetry=telemetry,
@@ -143,6 +144,7 @@ def examine(found: Survey) -> tuple[DoctorCheck, ...]:
     return (
         *packages(found),
         device(found),
+        *check_products(found.machine),
         check_memory(found),
         runs_folder(found),
         *check_counters(found),
@@ -221,6 +223,20 @@ def device(found: Survey) -> DoctorCheck:
         bf16 = "with" if machine.avx512_bf16 else "without"
         words = f"{machine.cpu_model} {bf16} AVX512-BF16, {machine.cpus} CPUs; torch is built for CPUs"
     return _check("runs", "device", words, grade, remedy)
+
+
+def check_products(machine: Machine) -> list[DoctorCheck]:
+    """The rate of a CPU's matrix products in each dtype."""
+    if machine.device != "cpu":
+        return []
+    if not machine.gflops:
+        return [_check("runs", "dtypes", "unknown: torch does not start", "note")]
+    slow = [dtype for dtype in ("bfloat16", "float16") if lacks_products(machine, dtype)]
+    rates = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in machine.gflops.items())
+    emulated = f"; emulated: {', '.join(slow)}" if slow else ""
+    words = f"GFLOP/s of a matrix product on one thread: {rates}{emulated}"
+    remedy = 'Use dtype = "auto", which is float32 where bfloat16 is emulated.'
+    return [_check("runs", "dtypes", words, "note" if "bfloat16" in slow else "good", remedy)]
 
 
 def check_memory(found: Survey) -> DoctorCheck:

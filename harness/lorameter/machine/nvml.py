@@ -211,6 +211,7 @@ class NvmlDevice:
             "name": self._of_device("nvmlDeviceGetName"),
             "uuid": read_uuid(self._nvml, self._handle),
             "driver": call_nvml(self._nvml, "nvmlSystemGetDriverVersion"),
+            "capability": call_nvml(self._nvml, "nvmlDeviceGetCudaComputeCapability", self._handle, convert=tuple),
             "power_limit_w": board("nvmlDeviceGetEnforcedPowerLimit", convert=_from_milli),
             "default_power_limit_w": board("nvmlDeviceGetPowerManagementDefaultLimit", convert=_from_milli),
             "max_sm_clock_hz": self._clock("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),

@@ -80,6 +80,10 @@ class Machine:
     """On such CPUs bitsandbytes repacks 4-bit weights, and requires widths divisible by its blocks."""
     kernel: str
     python: str
+    capability: tuple[int, int] | None = None
+    """Compute capability of the GPU, if known."""
+    gflops: dict[str, float] = field(default_factory=dict)
+    """Rate of a matrix product on the CPU by dtype (`lorameter.machine.products`); empty if it was not measured."""
 
     @property
     def kind(self) -> str:
@@ -110,6 +114,7 @@ def probe_machine(environment: Mapping[str, str] | None = None) -> Machine:
         avx512_bf16="avx512_bf16" in cpu.get("flags", "").split(),
         kernel=platform.release(),
         python=platform.python_version(),
+        capability=facts["capability"].value if facts else None,
     )
 
 

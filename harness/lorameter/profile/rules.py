@@ -17,7 +17,7 @@ from typing import Any
 
 from lorameter.profile.evidence import ProfileEvidence, RequestEvidence, changes_without
 from lorameter.records.units import format_bytes, format_count, format_value
-from lorameter.studies.variant import LoraVariant, Variant
+from lorameter.studies.variant import LoraVariant
 
 MIN_SHARE = 0.02
 """Minimum share of a step or of a time of requests for a finding: twice the smallest slow-down that a comparison
@@ -120,7 +120,7 @@ def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
 def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
     # Without wide registers, 16 bits are slower; with prepare_for_kbit, the products of the head are 32-bit as well.
     counts = evidence.wide_registers and not evidence.variant.prepare_for_kbit
-    narrow, products = _compute_type(evidence.variant), evidence.wide_products if counts else 0.0
+    narrow, products = evidence.variant.product_dtype, evidence.wide_products if counts else 0.0
     share = evidence.casts + SAVED_BY_16_BITS * products
     if evidence.adapter_dtype != "float32" or narrow == "float32" or evidence.variant.autocast:
         return
@@ -135,7 +135,7 @@ def _wide_adapter(evidence: ProfileEvidence) -> Iterator[Finding]:
 
 def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
     share, variant = evidence.categories.get("matmul", 0.0), evidence.variant
-    if _compute_type(variant) != "float32" or variant.tf32 or not evidence.wide_registers:
+    if variant.product_dtype != "float32" or variant.tf32 or not evidence.wide_registers:
         return
     key = "compute_dtype" if variant.is_4bit else "dtype"
     tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and not variant.is_4bit else ""
@@ -310,10 +310,6 @@ def describe_idle(device: str, share: float, of: str, calls: float, busy_s: floa
 def advise_adapter_dtype(narrow: str) -> str:
     """The gain and the drawback of an adapter in the dtype of the surrounding products."""
     return f'adapter_dtype = "{narrow}" needs no cast; its updates are rounded to {narrow}, so compare the loss.'
-
-
-def _compute_type(variant: Variant) -> str:
-    return variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

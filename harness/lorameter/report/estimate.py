@@ -261,6 +261,7 @@ def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     replicates = plan.study.protocol.replicates
     yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"
+    yield from [f"dtype   {plan.study.dtype}"] if plan.study.dtype else []
     yield from _time_lines(expected, plan.study.protocol)
     live = " for everything that is in memory at the same time, including processes"
     for what, size, words in (("memory", expected.memory_bytes, live), ("disk  ", expected.disk_bytes, "")):

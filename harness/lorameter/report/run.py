@@ -224,6 +224,8 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
     versions = ", ".join(f"{library} {reported.get(library)}" for library in MAIN_LIBRARIES)
     changes = " with local changes" if git.get("dirty") else ""
     commit = f"commit {git['commit'][:10]}{changes}" if git.get("commit") else "no repository"
+    if study.dtype:
+        yield "dtype", study.dtype
     yield "software", f"{versions}, Python {reported['python'] or 'unknown'}; {commit}"
     if study.of_scripts:
         yield from (("command", text) for text in _commands(run, study))

@@ -14,24 +14,26 @@ from pathlib import Path
 
 from lorameter.errors import UsageError, require, shorten
 from lorameter.machine.nvml import VARIABLE, describe_gpus, shared_boards, visible_devices, visible_gpus
+from lorameter.machine.products import describe_products, lacks_products
 from lorameter.machine.provenance import Machine, library_version
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import as_lora, missing_formula, unknown_targets
 from lorameter.models.costs.memory import MemoryEstimate, baseline_bytes, estimate_peak, peak_range
-from lorameter.models.costs.peaks import stated_peak
 from lorameter.models.methods import check_methods
 from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
-from lorameter.records.units import format_bytes
+from lorameter.records.units import first_few, format_bytes
 from lorameter.run.plan import Arm, build_arms, list_workloads
 from lorameter.run.workers.script_sandbox import shared_notices
 from lorameter.studies.study import Study
-from lorameter.studies.variant import PAGED, LoraVariant, ScriptVariant, Variant
+from lorameter.studies.variant import PAGED, DType, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data
 
 NOT_HERE = "needs-gpu"
 """Code of the notice about a displayed plan whose engine needs another device."""
+MAX_NAMED = 5
+"""Maximum variants that a notice names."""
 NF4_BLOCK = 64  # elements per quantisation block, bitsandbytes' default
 
 
@@ -86,7 +88,6 @@ def check_feasible(
         shape = shape_of[workload.model]
         _check_support(where, variant, workload, machine, here=study.protocol.is_plain)
         notices += _variant_notices(variant, workload, machine)
-        notices += type_notices(variant, machine)
         if workload.model in unknown:
             continue
         check_widths(where, variant, shape, machine)
@@ -112,6 +113,7 @@ def check_feasible(
                 f"{_less_memory(expected)} `lorameter estimate` shows what takes it."
             )
         notices += memory_notices(variant, expected, machine, free_bytes)
+    notices += type_notices(list({one.variant.name: one.built for one in arms}.values()), machine)
     notices += [layers_notice(model, reason) for model, reason in unknown.items()]
     notices += [
         Notice(
@@ -170,17 +172,20 @@ def _check_requirements(study: Study) -> None:
         )
 
 
-def type_notices(variant: Variant, machine: Machine) -> Iterator[Notice]:
-    """A notice that a variant computes in bfloat16 on a listed GPU without bfloat16 tensor cores (before Ampere)."""
-    dtypes = {variant.dtype, variant.autocast} | ({variant.compute_dtype} if variant.is_4bit else set())
-    listed = machine.device == "cuda" and stated_peak(machine.device_name, "float16") is not None
-    if listed and "bfloat16" in dtypes and stated_peak(machine.device_name, "bfloat16") is None:
-        yield Notice(
-            code="no-bfloat16",
-            message=f"{variant.name}: bfloat16 on a {machine.device_name}, which has no products of that type: what "
-            "fits there is slow.",
-            remedy='Write "float16" in its place, in dtype, compute_dtype and autocast.',
-        )
+def type_notices(variants: Sequence[Variant], machine: Machine) -> Iterator[Notice]:
+    """Notices about variants that compute in a dtype which this machine emulates."""
+    dtypes: tuple[DType, ...] = ("bfloat16", "float16")
+    for dtype in dtypes:
+        names = [one.name for one in variants if dtype in one.dtypes]
+        if not names or not lacks_products(machine, dtype):
+            continue
+        if machine.device == "cuda":
+            how = f"a {machine.device_name} has no products of that type"
+            remedy = 'Write "float16" in its place, in dtype, compute_dtype and autocast.'
+        else:
+            how = f"this CPU emulates it, {describe_products(machine, dtype)}"
+            remedy = 'Set dtype and compute_dtype to "auto", which is float32 here.'
+        yield Notice(code="dtype-emulated", message=f"{dtype} in {first_few(names, MAX_NAMED)}: {how}.", remedy=remedy)
 
 
 def memory_notices(variant: Variant, expected: MemoryEstimate, machine: Machine, free: int | None) -> Iterator[Notice]:

@@ -86,7 +86,8 @@ class Protocol:
     max_minutes: float | None = None
     """Time limit of a run in minutes from its start, including the preparation of tokens and bases. A resumed
     run starts with the full limit. Turns, replicates, cold starts and requests are dropped to meet the limit, for all
-    variants alike, by the rule in docs/method.md. None sets no limit."""
+    variants alike, by the rule in docs/method.md. None sets no limit. Another model, precision, effort or number of
+    replicates on the command line lifts the limit of the study."""
     on: str = HERE
     """Where `run`, `ab`, `calibrate` and pytest measure replicates, as with `--on`: `here`, `ray`, `ray://HOST:PORT` or
     `slurm:KEY=VALUE,…`. Not allowed in a profile, which is chosen by the current device."""

@@ -23,7 +23,7 @@ from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_scripts, name_of_words, script_workload, split_command
-from lorameter.studies.variant import AnyVariant, LoraVariant, ScriptVariant, Variant
+from lorameter.studies.variant import AnyVariant, DType, LoraVariant, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 WORKLOAD_PREFIX = "workload."
@@ -35,6 +35,18 @@ RESERVED = ("-control", "-isolated")
 def is_of_tokens(axis: str) -> bool:
     """Whether the levels of this axis have losses over different tokens."""
     return axis.startswith(WORKLOAD_PREFIX) and axis.removeprefix(WORKLOAD_PREFIX) in OF_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a study takes from the machine that measures it."""
+
+    kind: str
+    """"cpu", or the name of the GPU, which selects the profile."""
+    dtype: DType
+    """The dtype in place of "auto"."""
+    why: str
+    """The reason for the dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +72,8 @@ class Study:
     """The engine whose claims it tests, if any."""
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fields of the workload for which variants have their own value, by variant name."""
+    dtype: str = ""
+    """The dtype that stands for "auto" on this machine, with the reason; empty if no variant leaves it open."""
 
     def __post_init__(self) -> None:
         protocol.check_name("study", self.name)
@@ -267,6 +281,13 @@ class Study:
         require_known(f"study {self.name}: variant {name!r}", name, list(variants))
         return variants[name]
 
+    def fit(self, target: Target) -> Study:
+        """The same study with the machine's dtype where a variant leaves it open."""
+        if not any("auto" in variant.dtypes for variant in self.built):
+            return self
+        variants = tuple(one.with_dtype(target.dtype) if isinstance(one, Variant) else one for one in self.variants)
+        return dataclasses.replace(self, variants=variants, dtype=f"{target.dtype}: {target.why}")
+
     def with_protocol(self, **changes: Any) -> Study:
         """The same study with other values of its protocol."""
         return dataclasses.replace(self, protocol=dataclasses.replace(self.protocol, **changes))
@@ -288,9 +309,10 @@ class Study:
         """The same study on another model or data, with another effort, other limits or another place; None leaves a
         value unchanged.
 
-        With a precision or a time limit, and no number of replicates, the maximum of the replicates is raised, so that
-        the precision can be reached or the time be used. `sites` are names with commas between them; they and `mixed`
-        belong to one value of `on`, so another `on` clears those of the study.
+        The study's own time limit is for the study as it is: another model, and a number of replicates, an effort or a
+        precision, lift it. With a precision or a time limit, and no number of replicates, the maximum of the replicates
+        is raised, so that the precision can be reached or the time be used. `sites` are names with commas between them;
+        they and `mixed` belong to one value of `on`, so another `on` clears those of the study.
         """
         workload, replaced = self.workload, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
@@ -298,6 +320,7 @@ class Study:
                 replaced.setdefault(f"workload.{key}", getattr(workload, key))
                 workload = dataclasses.replace(workload, **{key: value})  # type: ignore[arg-type]
         protocol = self.protocol if on is None else dataclasses.replace(self.protocol, on=on, sites=(), mixed=False)
+        changed = any(one is not None for one in (model, effort, replicates, precision))
         if replicates is not None:
             cap = replicates
         elif effort is not None:
@@ -310,7 +333,7 @@ class Study:
             protocol,
             replicates=cap,
             precision=protocol.precision if precision is None else precision,
-            max_minutes=protocol.max_minutes if max_minutes is None else max_minutes,
+            max_minutes=max_minutes or (None if changed else protocol.max_minutes),
             allow_disturbed=protocol.allow_disturbed or allow_disturbed,
             sites=protocol.sites if sites is None else tuple(part.strip() for part in sites.split(",")),
             mixed=protocol.mixed or mixed,

@@ -1,7 +1,8 @@
 """Reads studies from TOML: unknown keys and impossible values are refused with file, key, value and remedy.
 
 title = "..."
-extends = "..."                 # a built-in study; values of this file replace those of that study and its profiles
+extends = "..."                 # a built-in study; values of this file replace those of that study and its profiles,
+                                # and its time limit does not apply
 reference = "lora-r16"          # the variant that is the denominator of ratios; default: the first
 allow_fallback = false          # true: a required path that did not run gives a notice, and the trial is valid
 notes = ["..."]                 # facts for readers of the results that no field contains
@@ -42,7 +43,7 @@ from lorameter.studies.claim import Claim, Engine, check_limits
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
-from lorameter.studies.study import WORKLOAD_PREFIX, Study, unknown_word_message
+from lorameter.studies.study import WORKLOAD_PREFIX, Study, Target, unknown_word_message
 from lorameter.studies.variant import KEYS as VARIANT_KEYS
 from lorameter.studies.variant import (
     AnyVariant,
@@ -62,6 +63,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """Keys of each table; the controls have those of a variant."""
 _CALLED = {"workload": "[workload]", "protocol": "[protocol]", "controls": "[controls] and [[variant]]"}
+FILE_DEFAULTS: dict[str, Any] = {"dtype": "auto", "compute_dtype": "auto"}
+"""Fields that a file leaves to the machine, and a variant in code to their own defaults."""
 OTHER_NAMES: Mapping[str, str] = {
     "lr": "learning_rate",
     "lora_r": "r",
@@ -145,13 +148,13 @@ def builtin_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
 
-def load_study(name_or_path: str, *, profile: str | None = None, device: str = "") -> Study:
+def load_study(name_or_path: str, *, profile: str | None = None, target: Target | None = None) -> Study:
     """Load a built-in study by name, or any TOML file.
 
     Args:
         name_or_path: name or path of the study.
-        profile: the profile to use; None for that of the device, or for the study without a profile if none fits.
-        device: "cpu", or the name of the GPU, which selects the profile; "" for the study without a profile.
+        profile: the profile to use; None for that of the machine, or for the study without a profile if none fits.
+        target: the machine, which selects the profile and the dtype; None for the study as it is written.
 
     Raises:
         UsageError: the study or profile does not exist, is not TOML, or has an invalid value; the message names file,
@@ -170,10 +173,10 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
                 "device, which depends on it. Write it in [protocol].",
             )
     if profile is None:
-        fitting = (name for name, table in file.profile.items() if device and _matches(table.devices, device))
+        fitting = (name for name, table in file.profile.items() if target and _matches(table.devices, target.kind))
         profile = next(fitting, None)
     if profile is None:
-        return written
+        return written if target is None else written.fit(target)
     known = unknown_word_message(profile, list(file.profile)) if file.profile else "this study has none."
     require(profile in file.profile, f"{where}: profile = {profile!r}: {known}")
     changes = {key: value for key, value in data["profile"][profile].items() if key != "devices"}
@@ -183,13 +186,14 @@ def load_study(name_or_path: str, *, profile: str | None = None, device: str = "
         own = written.workload.model.removeprefix(_OWN_RANDOM)
         fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own}"}
     study = _parse(path, fitted)
-    return dataclasses.replace(study, profile=profile, replaced=_find_replaced(written, study))
+    study = dataclasses.replace(study, profile=profile, replaced=_find_replaced(written, study))
+    return study if target is None else study.fit(target)
 
 
-def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> tuple[Study, Variant]:
+def load_variant(spec: str, *, profile: str | None = None, target: Target | None = None) -> tuple[Study, Variant]:
     """Load one variant, and the study with its workload: "STUDY:NAME", or a study with a single variant.
 
-    STUDY is a built-in name or a TOML file; `profile` and `device` choose its profile, as in `load_study`.
+    STUDY is a built-in name or a TOML file; `profile` and `target` are as in `load_study`.
 
     Raises:
         UsageError: the study or variant does not exist, the study has several variants and none is named, or its
@@ -197,7 +201,7 @@ def load_variant(spec: str, *, profile: str | None = None, device: str = "") -> 
     """
     named = ":" in spec and not fileio.is_file(spec)  # a file name may contain a colon
     study_name, _, name = spec.rpartition(":") if named else (spec, "", "")
-    study = load_study(study_name, profile=profile, device=device)
+    study = load_study(study_name, profile=profile, target=target)
     variant = study.variant(name) if named else study.variants[0]
     if not isinstance(variant, Variant):
         raise UsageError(
@@ -234,6 +238,8 @@ def _read(name_or_path: str) -> tuple[Path, Table]:
         why = unknown_word_message(str(base), list(known))
         raise refused_value(path.name, "extends", base, why, "Name a built-in study.")
     merged = _read(base)[1]
+    for table in (merged, *merged.get("profile", {}).values()):  # a time limit is for the study as it is
+        table.get("protocol", {}).pop("max_minutes", None)
     if any(key in data for key in _LISTS):
         merged = {key: value for key, value in merged.items() if key not in _KEYS_ABOUT_VARIANTS}
     merged["profile"] = {name: _drop_overridden(table, data) for name, table in merged.get("profile", {}).items()}
@@ -420,6 +426,7 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
             raise refused_value(where, key, content[key], f"the variant is {_FORMS[form]}", "Remove it.")
     if form is PeftVariant and isinstance(path := content["peft"], str):
         content["peft"] = read_config(where, Path(path))
+    content = {key: value for key, value in FILE_DEFAULTS.items() if key in known} | content
     return codec.from_json(form, {key: content[key] for key in known if key in content}, where, strict=True)
 
 

@@ -16,13 +16,15 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from lorameter.errors import require, shorten
 from lorameter.records import codec
 from lorameter.studies import protocol, script
 
 DType = Literal["float32", "bfloat16", "float16"]
+ChosenDType = Literal["auto", "float32", "bfloat16", "float16"]
+"""A dtype, or "auto": bfloat16 where the machine multiplies it at least as fast as float32, else float32."""
 Attention = Literal["sdpa", "flash_attention_2", "eager", "flex_attention"]
 
 ALL_LINEAR = "all-linear"
@@ -126,14 +128,16 @@ class Variant(AnyVariant):
 
     name: str = field(default="", compare=False)
 
-    dtype: DType = "bfloat16"
-    """Dtype of the base weights that are not quantised."""
+    dtype: ChosenDType = "bfloat16"
+    """Dtype of the base weights that are not quantised; "auto" is bfloat16 where the machine multiplies it at least as
+    fast as float32, else float32."""
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
     """Storage format of the base weights in bitsandbytes; "none" leaves them in `dtype`."""
     double_quant: bool = True
     """Also quantise the quantisation constants; only used for nf4 and fp4."""
-    compute_dtype: DType = "bfloat16"
-    """Compute dtype of 4-bit layers; only used for nf4 and fp4. bitsandbytes' own default is float32."""
+    compute_dtype: ChosenDType = "bfloat16"
+    """Compute dtype of 4-bit layers; only used for nf4 and fp4. "auto" as for `dtype`; bitsandbytes' own default is
+    float32."""
     prepare_for_kbit: bool = False
     """Call peft.prepare_model_for_kbit_training, which casts unquantised weights to float32 (norms, embeddings,
     head)."""
@@ -144,8 +148,8 @@ class Variant(AnyVariant):
     """Attention implementation, by its name in transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    autocast: DType | None = None
-    """Autocast dtype of the forward pass; None runs without autocast."""
+    autocast: ChosenDType | None = None
+    """Autocast dtype of the forward pass; None runs without autocast, and so does "auto" where `dtype` is float32."""
     tf32: bool = False
     """Allow TF32 for float32 matrix products on a GPU."""
     compile: bool = False
@@ -219,6 +223,22 @@ class Variant(AnyVariant):
     @property
     def _unread(self) -> tuple[str, ...]:
         return (*(() if self.is_4bit else FOUR_BIT_FIELDS), *(() if self.optimizer_args else ("optimizer_args",)))
+
+    @property
+    def dtypes(self) -> set[str | None]:
+        """The dtypes in which a step computes, and "auto"."""
+        return {self.dtype, self.autocast} | ({self.compute_dtype} if self.is_4bit else set())
+
+    @property
+    def product_dtype(self) -> DType:
+        """The dtype of the products of the frozen layers, which must not be open."""
+        return cast(DType, self.compute_dtype if self.is_4bit else self.autocast or self.dtype)
+
+    def with_dtype(self, dtype: DType) -> Self:
+        """The variant with this dtype in place of "auto"."""
+        values = {"dtype": dtype, "compute_dtype": dtype, "autocast": None if dtype == "float32" else dtype}
+        open_fields = {key: value for key, value in values.items() if getattr(self, key) == "auto"}
+        return dataclasses.replace(self, **open_fields)  # type: ignore[arg-type]
 
     @property
     def rewrites_base(self) -> bool:

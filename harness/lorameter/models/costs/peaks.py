@@ -346,5 +346,5 @@ def product_rate(variant: Variant) -> Rate:
     with a large rank cannot reach the peak of this dtype. int8 has no single peak (8 bits forward, 16 backward); its
     16-bit dtype is used.
     """
-    dtype = variant.compute_dtype if variant.is_4bit else variant.autocast or variant.dtype
+    dtype = variant.product_dtype
     return "tf32" if dtype == "float32" and variant.tf32 else dtype

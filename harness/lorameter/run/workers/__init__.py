@@ -28,6 +28,7 @@ from lorameter import wire
 from lorameter.errors import InvalidRunError, LorameterError, redact, require
 from lorameter.machine import provenance
 from lorameter.machine.processes import allowed_cpus, exit_words, explain_kill, pin_to_cpus
+from lorameter.machine.products import add_products
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, Status, TokenSummary, WorkerInfo
@@ -153,8 +154,8 @@ class Executor(abc.ABC):
 
     def machine(self) -> Machine:
         """The machine, as far as it can be described without using its device, with the first GPU that the host's
-        processes see."""
-        return provenance.probe_machine(self.host.variables(os.environ))
+        processes see, or the rates of a CPU's products."""
+        return add_products(provenance.probe_machine(self.host.variables(os.environ)))
 
     def free_bytes(self) -> int | None:
         """Memory available now to processes on that GPU, or in this container; None if unknown."""
