@@ -5,8 +5,8 @@ FOLDER/state.json   the machine of the job, and its outcome
 FOLDER/RUN/         an ordinary run with the replicates of the order
 FOLDER/job.log      the output of the job
 
-A job executes the interpreters and requirements in its order. Others may be able to replace files in a shared folder, so
-the command line of the job has the SHA-256 of its order, and the job executes no other.
+A job executes the interpreters and requirements in its order. Others may be able to replace files in a shared folder,
+so the command line of the job has the SHA-256 of its order, and the job executes no other.
 """
 
 from __future__ import annotations
