@@ -7,6 +7,7 @@ reader.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_a_claim_about_two_scripts_is_not_judged_without_proof(scripted, tmp_pat
     assert "compile does not show whether torch.compile ran" in " ".join(out.replace("│", " ").split())
     code, out, err = scripted("run", "--resume", run, "--steps", "8")
     assert (code, "--steps cannot be given" in err) == (2, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_commands_that_another_user_may_have_written_are_resumed_only_with_trust(scripted):
+    """The refusal names the owner and the remedy; a run that was begun with the umask 002 is its owner's alone."""
+    umask = os.umask(0o002)
+    words = ("--replicates", "1", "--steps", "4", "--interleave", "lockstep", "--allow-disturbed", "--json")
+    path = Path(json.loads(scripted("run", "compile", "--command", COMMAND, *words)[1])["path"])
+    os.umask(umask)
+
+    def resume(*words):
+        manifest = path / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"complete"', '"interrupted"'))
+        (path / "trials.jsonl").write_text("")
+        code, out, err = scripted("run", "--resume", path.name, "--json", *words)
+        return code, out, " ".join(err.split())
+
+    assert resume()[0] == 0
+    (path / "manifest.json").chmod(0o664)
+    code, out, err = resume()
+    assert (code, out, "users other than root may write it" in err) == (2, "", True)
+    os.chown(path / "manifest.json", 1, -1)
+    code, out, err = resume()
+    assert (code, out) == (2, "")
+    assert "manifest.json, and it belongs to user daemon. Read them there, then resume it by lorameter run wi" in err
+    assert resume("--trust")[0] == 0
+    assert "--trust: it belongs to --resume" in scripted("run", "compile", "--trust")[2]
 
 
 SCRIPT = Path(__file__).parents[1] / "run" / "scripted.py"

@@ -55,6 +55,7 @@ SHARED: Mapping[str, dict[str, Any]] = {
         "default": "wait",
         "help": "if the device is in use by another lorameter: wait (default), refuse, or share it",
     },
+    "trust": {"action": "store_true", "help": "of --resume: execute commands that another user may have written"},
     "runs-dir": {"metavar": "DIR", "help": "default: $LORAMETER_RUNS or ./.lorameter/runs"},
 }
 """Options shared by several commands, by name."""

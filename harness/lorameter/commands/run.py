@@ -52,7 +52,7 @@ from lorameter.verdicts.calibrate import MAX_ROWS
 from lorameter.verdicts.gate import load_policy
 
 ON_RESUME = frozenset(
-    "calls study resume runs_dir json max_minutes sites on if_busy verbose policy format markdown html".split()
+    "calls study resume runs_dir json max_minutes sites on if_busy verbose trust policy format markdown html".split()
 )
 """Options that are allowed with --resume; the run holds its study and plan."""
 
@@ -174,7 +174,8 @@ def find_interrupted(options: argparse.Namespace, *, prefix: str = "--") -> Run:
         "option out, or measure a new run.",
     )
     study = load_study(options.study).name if options.study else None
-    return read_interrupted_run(options.resume, store.runs_dir(options.runs_dir), study=study)
+    trust = vars(options).get("trust", False)
+    return read_interrupted_run(options.resume, store.runs_dir(options.runs_dir), study=study, trust=trust)
 
 
 def resume(run: Run, options: argparse.Namespace) -> Run:
@@ -195,13 +196,14 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
         state = f"{len(plan.slots) - len(remaining)} of {len(plan.slots)} trials are kept"
         print_stderr(f"run {name}: {state}, {len(remaining)} are left to be measured.")
         with placement.hold(options.if_busy), LiveDisplay(console_for(stderr=True)) as display:
-            return measure(plan, runs=run.path.parent, display=display, resume=name, placement=placement)
+            return measure(plan, runs=run.path.parent, display=display, resume=run, placement=placement)
 
 
 def run_study(options: argparse.Namespace) -> int:
     """Measure a study, or the rest of a run, and print its report; the exit code says whether the run is valid."""
     if options.resume:
         return _show(resume(find_interrupted(options), options), options)
+    _refuse_without("--resume", options, "trust")
     require(
         options.study or options.peft_experiments is not None,
         "run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.",
@@ -290,6 +292,7 @@ def run_ab(options: argparse.Namespace) -> int:
     policy = load_policy(options.policy)  # before the measurement
     if options.resume:
         return _show(resume(find_interrupted(options), options), options)
+    _refuse_without("--resume", options, "trust")
     command_study = study_of_commands(options)
     require(
         command_study is not None or options.study is not None,

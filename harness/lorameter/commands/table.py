@@ -83,7 +83,7 @@ COMMANDS = (
                 "--quality", action="store_true", help="train these experiments for all their steps; default: some tens"
             ),
             argument("--resume", metavar="RUN", help="resume an interrupted run, by its own study and plan"),
-            *shared_options("dry-run", "verbose"),
+            *shared_options("trust", "dry-run", "verbose"),
         ),
     ),
     Command(
@@ -107,6 +107,7 @@ COMMANDS = (
             argument("--cwd", metavar="DIR", help="folder that the commands are run in; default: this one"),
             argument("--steps", type=int, metavar="N", help="timed steps of each process of a command; default 16"),
             argument("--resume", metavar="RUN", help="resume an interrupted A/B, by its own study and sides"),
+            *shared_options("trust"),
             argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default 8"),
             *MEASURING,
             *shared_options("precision", "mixed", "variant", "dry-run"),

@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -60,10 +61,23 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_text(path: Path) -> str:
-    """The text of a regular file. Raises `NotReadableError` if there is none, it is too large, or it is not UTF-8."""
+def describe_other_writer(file: BinaryIO) -> str:
+    """Who else may have written an open file, apart from this user; empty if nobody."""
+    status = os.fstat(file.fileno())
+    owner = str(status.st_uid)
+    with contextlib.suppress(KeyError):  # a user of another machine
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {owner}"
+    return f"users other than {owner} may write it" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+
+
+def read_text(path: Path, check: Callable[[BinaryIO], object] = lambda file: None) -> str:
+    """The text of a regular file; `check` receives the open file first. Raises `NotReadableError` if there is none, it
+    is too large, or it is not UTF-8."""
     try:
         with open_plain(path) as file:
+            check(file)
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise NotReadableError(f"it has more than {MAX_BYTES >> 20} MiB, the limit")
@@ -80,9 +94,9 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Plain data from a JSON file. Raises `NotReadableError`."""
-    return codec.parse(read_text(path))
+def read_json(path: Path, check: Callable[[BinaryIO], object] = lambda file: None) -> Any:
+    """Plain data from a JSON file, as `read_text` reads it. Raises `NotReadableError`."""
+    return codec.parse(read_text(path, check))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -166,25 +180,26 @@ def check_appendable(path: Path) -> None:
         raise UsageError(f"{path}: cannot be written: it is not a writable file. Restore it, or remove it.")
 
 
-def write_document(path: Path, value: Any) -> None:
+def write_document(path: Path, value: Any, *, mode: int = 0o666) -> None:
     """Write a value as JSON, as `write_whole` does."""
-    write_whole(path, codec.dumps(value, indent=1) + "\n")
+    write_whole(path, codec.dumps(value, indent=1) + "\n", mode=mode)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text to disk, and atomically replace the old file.
+def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a text to disk, and atomically replace the old file. A new file has the bits of `mode` that the umask
+    allows.
 
     A character that UTF-8 cannot encode becomes "?", as in a journal.
 
     Raises:
         OSError: writing failed; the old file is unchanged.
     """
-    with replace_file(path) as draft:
+    with replace_file(path, mode=mode) as draft:
         draft.write_text(text, encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
-def replace_file(target: Path) -> Iterator[Path]:
+def replace_file(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
     """A path next to `target` for writing; at the end this file replaces the old one.
 
     After an error the old file is unchanged, and no draft is left. For a link, its target is replaced. An existing path
@@ -201,6 +216,7 @@ def replace_file(target: Path) -> Iterator[Path]:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     draft = place.with_name(f".{place.name[:_DRAFT_LETTERS]}.{secrets.token_hex(4)}.tmp")
     try:
+        draft.touch(mode)
         yield draft
         with draft.open("rb") as written:
             os.fsync(written.fileno())

@@ -22,10 +22,10 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import msgspec
 
@@ -126,15 +126,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The manifest of a killed process also says "running"; see `Run.live`."""
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a run directory.
+def read_manifest(path: Path, check: Callable[[BinaryIO], object] = lambda file: None) -> Manifest:
+    """The manifest of a run directory; `check` receives the open file first.
 
     Raises:
         UsageError: it is damaged or of another schema.
     """
     source = path / MANIFEST
     try:
-        data = fileio.read_json(source)
+        data = fileio.read_json(source, check)
         require_readable(data, source)
         codec.dumps(data).encode()  # a manifest that cannot be written again would only fail later
     except (NotReadableError, UnicodeError) as error:
@@ -218,7 +218,7 @@ class RunWriter:
 
     def _write_manifest(self) -> None:
         with self.refusals():
-            write_document(self.path / MANIFEST, self._manifest)
+            write_document(self.path / MANIFEST, self._manifest, mode=0o644)  # --resume executes its commands
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
         """Convert an OSError into an `InvalidRunError` that explains the consequence for this run."""
@@ -342,7 +342,9 @@ def is_live(path: Path, manifest: Manifest) -> bool:
 
 
 def lock_run(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the run in this directory for writing. Raises `UsageError` if another process holds it."""
+    """Hold the run in this directory, which is made if needed, for writing. Raises `UsageError` if another process
+    holds it."""
+    path.mkdir(mode=0o755, parents=True, exist_ok=True)  # with any umask, only its owner replaces files in it
 
     def refuse(message: str) -> NoReturn:
         raise UsageError(message)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorameter.errors import InvalidRunError
+from lorameter.errors import InvalidRunError, require
 from lorameter.machine import provenance
 from lorameter.machine.provenance import MachineFacts
 from lorameter.models.catalogue import cache_dir
@@ -54,7 +54,7 @@ def measure(
     runs: Path,
     display: Display,
     notices: tuple[Notice, ...] = (),
-    resume: str | None = None,
+    resume: Run | None = None,
     policy: Mapping[str, Any] | None = None,
     placement: Placement | None = None,
 ) -> Run:
@@ -65,7 +65,7 @@ def measure(
         runs: where the run is written.
         display: shows the progress.
         notices: notices known before the start.
-        resume: id of a run of this plan (`lorameter.run.resume`) to resume; None for a new one.
+        resume: the run of this plan (`lorameter.run.resume`) to resume; None for a new one.
         policy: policy of the gate that will judge the run, as JSON data for the manifest.
         placement: where to measure; with several sites, the measurement runs in jobs.
 
@@ -75,13 +75,18 @@ def measure(
         InvalidRunError: no worker could be started, or its device differs from that of the plan.
     """
     placement = placement or Placement()
-    run_id = resume or store.new_run_id(plan.study.name, runs)
+    run_id = resume.manifest.run if resume else store.new_run_id(plan.study.name, runs)
     folder, display = runs / run_id, guard_display(display)
     with handle_interrupts() as stops, contextlib.ExitStack() as stack:
         stack.enter_context(translate_os_errors(lambda: store.describe_failed_write(folder)))
         stack.enter_context(remove_on_failure(folder, unless=store.MANIFEST))
         stack.enter_context(store.lock_run(folder))
         earlier = store.read_run(str(folder), runs) if resume else None  # read only now: no other process writes it
+        if earlier is not None and resume is not None:
+            require(
+                all(getattr(earlier.manifest, key) == getattr(resume.manifest, key) for key in ("study", "sides")),
+                f"run {run_id}: its manifest was replaced while it was resumed. Resume it again.",
+            )
         groups = find_unfinished(plan, earlier.records if earlier else (), whole=placement.launcher is not None)
         if earlier is not None and not groups:
             return earlier if is_finished(earlier) else mark_complete(earlier)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -21,6 +21,7 @@ from lorameter.errors import require
 from lorameter.machine import provenance
 from lorameter.machine.provenance import HARDWARE_FIELDS, MachineFacts, git_state
 from lorameter.records import codec, store
+from lorameter.records.fileio import describe_other_writer
 from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
 from lorameter.run.plan import (
@@ -74,6 +75,24 @@ def read_plan(written: PlanSpec) -> Plan:
     )
     remaining = (group for group in groups if trials.issuperset(slot.trial for slot in group.slots))
     return dataclasses.replace(plan, groups=tuple(remaining))
+
+
+def read_trusted_manifest(run: Run, *, trust: bool) -> Manifest:
+    """The manifest of a run to resume. Raises `UsageError` if resuming would execute commands that another user may
+    have written, unless `trust` is true."""
+    sides, manifest = run.manifest.sides.values(), run.manifest
+    if trust or not (read_study(run).of_scripts or any(side["kind"] != PRESENT for side in sides)):
+        return manifest
+
+    def check(file: BinaryIO) -> None:
+        why = describe_other_writer(file)
+        require(
+            not why,
+            f"run {manifest.run}: resuming it would execute the commands in {run.path / store.MANIFEST}, and {why}. "
+            "Read them there, then resume it by lorameter run with --trust.",
+        )
+
+    return store.read_manifest(run.path, check)  # again, because the first file may have been replaced
 
 
 SIDE_FIELDS = ("python", "libraries", "cuda", "packages")

@@ -2,6 +2,8 @@
 
 Tests of replicates on a Ray cluster of three real nodes on this machine, whose nodes and driver are killed during
 real trials (make proof-long), and of how a cluster's description becomes sites.
+
+Attacks on a folder of runs that a group may write, each by a real process with another user id.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -153,6 +157,55 @@ def test_a_side_that_depends_on_the_machine_is_refused(placed, run, queue, tmp_p
     assert (code, last) == (2, None)
     assert words in output
     assert not list(queue.iterdir())
+
+
+GROUP, OTHER = 60000, 1
+"""The shared group, and the user id of its other member."""
+FORGE = """if "/jobs/" in log:
+    folder, forged = os.path.dirname(log), {forged!r}
+    with open(forged, "w") as file:  # a study and its trials are no secret
+        file.write(open(folder + "/order.json").read().replace({python!r}, {program!r}))
+    os.chmod(forged, 0o644)
+    subprocess.run(["/bin/sh", "-c", {attack!r}, "sh", folder, forged], user={user}, group={group}, extra_groups=[])
+"""
+JOBS = 'umask 0; cd "$1"/../.. && mv jobs old && mkdir -p jobs/0000 && cp "$2" jobs/0000/order.json'
+RUN = 'umask 0; cd "$1"/../../.. && run=$(basename "$(dirname "$(dirname "$1")")") && mv "$run" old'
+IN_RUN = f'{RUN} && mkdir -p "$run"/jobs/0000 && cp "$2" "$run"/jobs/0000/order.json'
+LINK = f'{RUN} && mkdir -p own/jobs/0000 && cp "$2" own/jobs/0000/order.json && ln -s own "$run"'
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """A folder of runs that a group may write, in which new files are also the group's."""
+    folder = Path(tempfile.mkdtemp())
+    os.chown(folder, -1, GROUP)
+    folder.chmod(0o2775)
+    monkeypatch.setenv("LORAMETER_RUNS", str(folder))
+    umask = os.umask(0o002)
+    yield folder
+    os.umask(umask)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+@pytest.mark.parametrize(("attack", "replaced"), [(JOBS, False), (IN_RUN, True), (LINK, True)])
+def test_an_order_of_another_user_is_not_executed(placed, run, queue, shared, tmp_path, attack, replaced):
+    """A run whose folder is replaced ends with one sentence; with any umask, nobody else replaces a folder in it."""
+    program, ran = shared / "python", shared / "ran"
+    program.write_text(f'#!/bin/sh\nid -u > {ran}\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    forge = FORGE.format(
+        forged=str(shared / "forged"), python=sys.executable, program=str(program), attack=attack, user=OTHER,
+        group=GROUP,
+    )  # fmt: skip
+    sbatch = SBATCH.replace("number = len", f"{forge}number = len", 1).replace("{python}", sys.executable)
+    (tmp_path / "bin" / "sbatch").write_text(sbatch.replace("{queue!r}", repr(str(queue))))
+    sides = ("--base", sys.executable, "--candidate", sys.executable)
+    words = ("ab", placed('on = "slurm"'), *sides, "--phase", "train", "--replicates", "2", "--json")
+    code, _, output = run(*words)
+    assert not ran.exists(), f"as user {ran.read_text()}"
+    assert code in ((2,) if replaced else (0, 3)), output
+    assert ("it is not the order that was submitted" in output) == replaced
 
 
 ROOT = Path(__file__).parents[3]

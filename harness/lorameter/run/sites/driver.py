@@ -8,6 +8,7 @@ lost, another job measures its current replicate from the beginning.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -29,9 +30,9 @@ from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
 from lorameter.run.plan import Group, Plan, list_variants
 from lorameter.run.prepare import begin_record
-from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest
+from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest, read_trusted_manifest
 from lorameter.run.runner import find_stop, records_outside
-from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state
+from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs
 from lorameter.run.sites.slurm import RayJobs, SlurmJobs, cancel_job
 from lorameter.run.workers import IfBusy
@@ -59,7 +60,7 @@ class MergedRun:
     def __init__(
         self,
         path: Path,
-        begin: Callable[[Manifest], Manifest],
+        begin: Callable[[Run], Manifest],
         *,
         earlier: Manifest | None = None,
         records: Iterable[TrialRecord] = (),
@@ -69,7 +70,7 @@ class MergedRun:
         """
         Args:
             path: folder of the run.
-            begin: makes the run's manifest of that of the first job.
+            begin: makes the run's manifest of the run of the first job.
             earlier: manifest of a run that is resumed, maybe by another version of lorameter.
             records: those that the run has already.
             mixed: whether the kinds of machines may differ.
@@ -96,7 +97,8 @@ class MergedRun:
         self.notices += notices
         self.stopped = self.stopped or run.manifest.stopped
         self.skipped |= set(run.manifest.skipped)
-        self._check_alike(msgspec.structs.replace(run.manifest, notices=notices), state.site)
+        manifest = msgspec.structs.replace(run.manifest, notices=notices)
+        self._check_alike(dataclasses.replace(run, manifest=manifest), state.site)
         assert self.writer is not None  # the manifest came before
         records = [one for one in run.records if one.status != "not_run"]
         if not everything and (state.error or not state.ended):
@@ -110,9 +112,9 @@ class MergedRun:
                 self._saved(record)
         return {record.replicate for record in records}
 
-    def _check_alike(self, manifest: Manifest, site: str) -> None:
-        """Check that a job agrees with the first one, with which the run begins."""
-        first = self._first
+    def _check_alike(self, run: Run, site: str) -> None:
+        """Check that the run of a job agrees with the first one, with which this run begins."""
+        first, manifest = self._first, run.manifest
         again = first is not None and self.writer is None
         if first is not None and (unlike := find_unlike(first, manifest, mixed=self._mixed, again=again)):
             fields = "; ".join(f"{one.field} is {one.candidate!r} there and {one.base!r} here" for one in unlike[:3])
@@ -125,7 +127,7 @@ class MergedRun:
         machine = {name: manifest.provenance[name] for name in Machine.__dataclass_fields__}
         self.sites[site] = SiteFacts(machine=machine, fingerprint=manifest.fingerprint)
         if self.writer is None:
-            self._first, self.writer = manifest, RunWriter(self._path.parent, self._begin_manifest(manifest))
+            self._first, self.writer = manifest, RunWriter(self._path.parent, self._begin_manifest(run))
 
     def in_order(self, plan: Plan) -> tuple[TrialRecord, ...]:
         """The records so far, in the order of the plan."""
@@ -202,18 +204,20 @@ def measure_in_jobs(
     """
     minutes, mixed = plan.study.protocol.max_minutes, plan.study.protocol.mixed
 
-    def begin(manifest: Manifest) -> Manifest:
+    def begin(first: Run) -> Manifest:
         if earlier is not None:
-            return continue_manifest(earlier.manifest, manifest, minutes)
+            return continue_manifest(earlier.manifest, first.manifest, minutes)
         return msgspec.structs.replace(
-            manifest,
+            first.manifest,
             run=path.name,
             status="running",
             study=codec.to_json(plan.study),
+            # What --resume executes is of this process, not of a file.
+            sides={name: first.manifest.sides[name] | side.to_json() for name, side in plan.sides.items()},
             sites=launcher.slots if mixed and local else (),
             order=tuple(slot.trial for slot in plan.slots),
             created_unix_s=time.time(),
-            notices=tuple(dict.fromkeys((*notices, *manifest.notices))),
+            notices=tuple(dict.fromkeys((*notices, *first.manifest.notices))),
             policy=dict(policy),
         )
 
@@ -345,10 +349,8 @@ class _Jobs:
             trials=tuple(one.trial for group in self._groups if group.replicate in replicates for one in group.slots),
             sides=dict(self._plan.sides),
         )
-        fileio.write_document(
-            folder / ORDER, JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy)
-        )
-        self._launcher.start(folder, slot)
+        digest = write_order(folder, JobOrder(plan=plan, site=slot, cwd=str(Path.cwd()), if_busy=self._if_busy))
+        self._launcher.start(folder, slot, digest)
         self._jobs.append(Job(folder=folder, slot=slot, replicates=replicates))
 
     def _judge(self, job: Job, state: JobState, end: str, measured: set[int]) -> None:
@@ -381,7 +383,7 @@ class _Jobs:
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-def read_interrupted_run(name: str, runs: Path, *, study: str | None = None) -> Run:
+def read_interrupted_run(name: str, runs: Path, *, study: str | None = None, trust: bool = False) -> Run:
     """The run to resume, by id or directory, after merging the records left by jobs of a killed process; it may also be
     complete (`is_finished`).
 
@@ -389,13 +391,14 @@ def read_interrupted_run(name: str, runs: Path, *, study: str | None = None) -> 
         name: a run id, or a run directory.
         runs: the folder of runs.
         study: expected name of the study; None for any.
+        trust: whether commands are executed that another user may have written.
 
     Raises:
         UsageError, InvalidRunError: the run does not exist, is of another study, or cannot be resumed.
     """
     for path in (Path(name), runs / name):
         if (path / JOBS).is_dir():
-            merge_leftover_jobs(path)
+            merge_leftover_jobs(path, trust=trust)
     run = store.read_run(name, runs)
     manifest = run.manifest
     require(
@@ -419,27 +422,30 @@ def read_interrupted_run(name: str, runs: Path, *, study: str | None = None) -> 
     )
     for name in (store.TRIALS, trials.CHECKS):
         fileio.check_appendable(run.path / name)
-    return run
+    return dataclasses.replace(run, manifest=read_trusted_manifest(run, trust=trust))
 
 
-def merge_leftover_jobs(path: Path) -> None:
+def merge_leftover_jobs(path: Path, *, trust: bool) -> None:
     """Merge the records left by jobs of a killed process into their run, and remove the jobs. A run without a manifest
-    begins with that of the first job.
+    begins with that of the first job. Raises `UsageError` if another user may have written its commands, unless `trust`
+    is true.
 
     Running SLURM jobs are cancelled first; other jobs ended with the process.
     """
     with store.lock_run(path):
-        manifest = store.read_manifest(path) if store.is_run(path) else None
-        known = store.read_run(str(path), path.parent).records if manifest else ()
+        run = store.read_run(str(path), path.parent) if store.is_run(path) else None
+        manifest = None if run is None else read_trusted_manifest(run, trust=trust)
         # A job that was killed before its order was written has measured nothing.
         folders = sorted(order.parent for order in (path / JOBS).glob(f"*/{ORDER}"))
-        plans = [plan for folder in folders if (plan := read_order(folder).plan) is not None]
+        plans = [plan for folder in folders if (plan := read_order(folder, None).plan) is not None]
 
-        def begin(first: Manifest) -> Manifest:
-            return manifest or msgspec.structs.replace(first, run=path.name, order=plans[0].order, status="running")
+        def begin(first: Run) -> Manifest:
+            return manifest or msgspec.structs.replace(
+                read_trusted_manifest(first, trust=trust), run=path.name, order=plans[0].order, status="running"
+            )
 
         mixed = bool(plans and plans[0].study["protocol"].get("mixed"))
-        settled = [record for record in known if record.settled]
+        settled = [record for record in (() if run is None else run.records) if record.settled]
         merged = MergedRun(path, begin, earlier=manifest, records=settled, mixed=mixed)
         deadline = time.monotonic() + END_TIMEOUT_S
         for folder in folders:

@@ -5,17 +5,20 @@ FOLDER/state.json   the machine of the job, and its outcome
 FOLDER/RUN/         an ordinary run with the replicates of the order
 FOLDER/job.log      the output of the job
 
-A job executes the commands in its order, so only its user may access the folder.
+A job executes the interpreters and requirements in its order. Others may be able to replace files in a shared folder,
+so the command line of the job has the SHA-256 of its order, and the job executes no other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorameter.errors import require
 from lorameter.machine.provenance import MachineFacts
-from lorameter.records import codec
+from lorameter.records import codec, fileio
 from lorameter.run.resume import PlanSpec
 from lorameter.run.workers import IfBusy
 
@@ -56,14 +59,32 @@ class JobState:
     """Whether the user can fix the error (`UsageError`)."""
 
 
-def job_command(folder: Path) -> list[str]:
-    """The command line of a job."""
-    return [sys.executable, "-m", "lorameter.run.sites.job", str(folder)]
+def job_command(folder: Path, digest: str) -> list[str]:
+    """The command line of a job; `digest` is that of its order."""
+    return [sys.executable, "-m", "lorameter.run.sites.job", str(folder), digest]
 
 
-def read_order(folder: Path) -> JobOrder:
-    """The order of a job. Raises `UsageError` if it was written by another version of lorameter."""
-    return codec.from_json(JobOrder, codec.parse((folder / ORDER).read_text()), ORDER)
+def write_order(folder: Path, order: JobOrder) -> str:
+    """Write the order of a job; returns its digest."""
+    text = codec.dumps(order)
+    fileio.write_whole(folder / ORDER, text)
+    return _hash(text)
+
+
+def read_order(folder: Path, digest: str | None) -> JobOrder:
+    """The order of a job. Raises `UsageError` if it does not have this digest; with None, nothing of it may be
+    executed."""
+    text = fileio.read_text(folder / ORDER)
+    require(
+        digest in (None, _hash(text)),
+        f"{folder / ORDER}: it is not the order that was submitted, so it was not executed: somebody else has replaced "
+        "it. Name a folder with --runs-dir that only you can write to.",
+    )
+    return codec.from_json(JobOrder, codec.parse(text), ORDER)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def read_state(folder: Path) -> JobState:

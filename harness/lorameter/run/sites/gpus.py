@@ -128,12 +128,12 @@ class LocalJobs:
         self.slots, self._hosts = tuple(hosts), hosts
         self._processes: dict[Path, subprocess.Popen[bytes]] = {}
 
-    def start(self, folder: Path, slot: str) -> None:
+    def start(self, folder: Path, slot: str, digest: str) -> None:
         """Start a job; it is killed when this process ends."""
         variables = self._hosts[slot].variables(os.environ) | {PARENT: str(os.getpid())}
         with (folder / LOG).open("wb") as log:
             self._processes[folder] = subprocess.Popen(
-                job_command(folder),
+                job_command(folder, digest),
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,4 +1,4 @@
-"""A job: `python -m lorameter.run.sites.job FOLDER` measures the replicates of an order into its folder.
+"""A job: `python -m lorameter.run.sites.job FOLDER DIGEST` measures the replicates of an order into its folder.
 
 The same command runs on a share of this machine, as a Ray task and in a SLURM job. A job is an ordinary run of some
 replicates in its own folder; the process that started it merges the records into the run.
@@ -26,11 +26,12 @@ from lorameter.run.workers import hold_devices, open_executor
 from lorameter.run.workers.environment import Host
 
 
-def run_job(folder: Path) -> None:
-    """Execute the order in a folder, and write the outcome into its state."""
-    order = read_order(folder)
-    state = JobState(site=order.site or _name_site())
+def run_job(folder: Path, digest: str) -> None:
+    """Execute the order in a folder, if it has this digest, and write the outcome into its state."""
+    state = JobState(site=_name_site())
     try:
+        order = read_order(folder, digest)
+        state = dataclasses.replace(state, site=order.site or state.site)
         with contextlib.suppress(OSError):  # nodes of a Ray cluster may not have the folder
             os.chdir(order.cwd)
         executor = open_executor()
@@ -64,4 +65,4 @@ def _name_site() -> str:
 if __name__ == "__main__":
     if parent := os.environ.pop(PARENT, ""):
         end_with_parent(int(parent))
-    run_job(Path(sys.argv[1]))
+    run_job(Path(sys.argv[1]), sys.argv[2])

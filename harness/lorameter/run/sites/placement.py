@@ -16,9 +16,8 @@ from pathlib import Path
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records import store
-from lorameter.records.fileio import write_document
 from lorameter.run.sites.driver import POLL_S, Launcher
-from lorameter.run.sites.folder import ORDER, JobOrder, JobState, read_state
+from lorameter.run.sites.folder import JobOrder, JobState, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs, check_spreadable, executors_of_ranks, local_sites
 from lorameter.run.sites.slurm import RayJobs, SlurmJobs
 from lorameter.run.workers import IfBusy, hold_devices, open_executor
@@ -106,8 +105,8 @@ def describe_node(launcher: Launcher, runs: Path, where: str) -> JobState:
     without a result."""
     with tempfile.TemporaryDirectory(prefix=".job-", dir=runs.resolve(), ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        write_document(folder / ORDER, JobOrder(site=launcher.slots[0], cwd=str(Path.cwd())))
-        launcher.start(folder, launcher.slots[0])
+        digest = write_order(folder, JobOrder(site=launcher.slots[0], cwd=str(Path.cwd())))
+        launcher.start(folder, launcher.slots[0], digest)
         while not (state := read_state(folder)).ended:
             end = launcher.describe_end(folder)
             if end and not (state := read_state(folder)).ended:

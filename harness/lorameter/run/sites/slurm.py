@@ -27,8 +27,8 @@ from typing import Any
 from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, format_error, require, shorten
 from lorameter.machine.processes import CPUS, PARENT
-from lorameter.records.fileio import scratch_folder, write_document
-from lorameter.run.sites.folder import LOG, ORDER, job_command, read_order
+from lorameter.records.fileio import scratch_folder
+from lorameter.run.sites.folder import LOG, job_command, read_order, write_order
 from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.protocol import format_on, format_sites, read_slurm
 
@@ -58,7 +58,7 @@ class SlurmJobs:
         """When squeue last listed each job, by `time.monotonic`."""
         self._polled_s = 0.0
 
-    def start(self, folder: Path, slot: str) -> None:
+    def start(self, folder: Path, slot: str, digest: str) -> None:
         """Submit a job. Raises `UsageError` with sbatch's message if it refuses."""
         words = [
             "sbatch",
@@ -66,7 +66,7 @@ class SlurmJobs:
             *sbatch_options(self._parameters),
             f"--output={str(folder / LOG).replace('%', '%%')}",
         ]
-        script = f"#!/bin/sh\nexec {shlex.join(job_command(folder))}\n"
+        script = f"#!/bin/sh\nexec {shlex.join(job_command(folder, digest))}\n"
         done = _run(words, script)
         job = done.stdout.strip().partition(";")[0]
         reason = shorten((done.stderr or done.stdout).strip())
@@ -230,7 +230,7 @@ class RayJobs:
         self.slots = tuple(self._shares)
         self._tasks: dict[Path, Any] = {}
 
-    def start(self, folder: Path, slot: str) -> None:
+    def start(self, folder: Path, slot: str, digest: str) -> None:
         """Submit a task."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -238,7 +238,7 @@ class RayJobs:
         there = NodeAffinitySchedulingStrategy(share.node, soft=False)
         options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": there, "max_retries": 0}
         task = self._ray.remote(run_on_node).options(**options)
-        self._tasks[folder] = task.remote(read_order(folder), share.share, share.shares)
+        self._tasks[folder] = task.remote(read_order(folder, digest), share.share, share.shares)
 
     def describe_end(self, folder: Path) -> str | None:
         """How the task of a job has ended, whose folder is then filled; None while it is queued or running."""
@@ -269,14 +269,14 @@ class RayJobs:
 def run_on_node(order: Any, share: int, shares: int) -> dict[str, bytes]:
     """Execute an order on this node; returns the files of the job's folder by their relative paths."""
     with scratch_folder() as folder:
-        write_document(folder / ORDER, order)
+        digest = write_order(folder, order)
         variables = {**os.environ, PARENT: str(os.getpid())}
         if shares > 1:
             cpus = share_cpus(os.sched_getaffinity(0), shares, f"site {order.site}")[share]
             variables[CPUS] = ",".join(map(str, cpus))
         with (folder / LOG).open("wb") as log:
             process = subprocess.Popen(
-                job_command(folder), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                job_command(folder, digest), env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
             try:
                 process.wait()
