@@ -67,7 +67,7 @@ def check_run(name: str, run: Path) -> None:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """Return the last record of each trial; a trial that takes long has earlier ones, written while it was under way."""
+    """Return the last record of each trial; a long trial has earlier ones, written while it was under way."""
     lines = (run / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     return list({record["trial"]: record for record in map(json.loads, lines)}.values())
 
