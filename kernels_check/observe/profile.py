@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -219,6 +220,9 @@ class StepProfile:
 
 AROUND = "the program already runs a profiler, which a second one would end"
 INSIDE = "the step runs a profiler of its own, which ends any other"
+KINETO_LEVEL = "KINETO_LOG_LEVEL"
+SILENT = 99
+"""Higher than the level of any message."""
 
 
 class ProfilerRecording:
@@ -316,16 +320,29 @@ def is_recording() -> bool:
 
 @contextmanager
 def quiet_kineto() -> Iterator[None]:
-    """Silence the two lines that Kineto writes to stderr per profile."""
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = "99"
+    """Silence what Kineto writes to stderr, and restore its level for the program's own profiles.
+
+    Kineto takes its level from the environment when the first profile of the process starts. It has no function that
+    sets another one later, so the variable in its library is set. Without kernels_check, the level would be the
+    environment's, or the one that torch sets where the environment has none.
+    """
+    named = os.environ.get(KINETO_LEVEL)
+    level = None
+    with suppress(OSError, ValueError, AttributeError):  # a build without these names
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        library.suppressLibkinetoLogMessages()  # torch's level; does nothing if the environment names one
+        level = ctypes.c_int.in_dll(library, "_ZN9libkineto6Logger14severityLevel_E")
+        before = level.value or library.atoi((named or "").encode())  # 0 until the first profile
+        level.value = SILENT
+    os.environ[KINETO_LEVEL] = str(SILENT)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("KINETO_LOG_LEVEL", None)
-        else:
-            os.environ["KINETO_LOG_LEVEL"] = before
+        os.environ.pop(KINETO_LEVEL)
+        if named is not None:
+            os.environ[KINETO_LEVEL] = named
+        if level is not None:
+            level.value = before
 
 
 def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:

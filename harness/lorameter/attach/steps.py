@@ -13,8 +13,8 @@ and freed. Instead, functions of torch and transformers are replaced for the who
 torch.compile traces the unchanged training: in a replaced function it finds only the original call, and the meter's
 code around that call is never compiled. Backward passes are observed in `torch.autograd.backward`, which
 `Tensor.backward` calls. The forward pass before it began at the start of the step, or at the end of the preceding data
-wait, backward pass or update. The gradient norm is the result of `torch.nn.utils.clip_grad_norm_`, and the loss under a
-gradient scaler is the argument of its `scale`.
+wait, backward pass or update. The gradient norm is the result of `torch.nn.utils.clip_grad_norm_` or of accelerate's
+function of this name, which the Trainer calls, and the loss under a gradient scaler is the argument of its `scale`.
 
 On a CPU the time of a part is read from the host's clock. On a GPU the host runs ahead of the device, and synchronising
 at each border would change the step, so CUDA events mark the borders and are read after the step.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -162,6 +163,8 @@ class Steps:
         hooks = self._hooks
         hooks.callback(patch(torch.autograd, "backward", before=self._begin_backward, after=self._end_backward))
         hooks.callback(patch(torch.nn.utils, "clip_grad_norm_", after=self._store_norm))
+        if accelerate := sys.modules.get("accelerate"):
+            hooks.callback(patch(accelerate.Accelerator, "clip_grad_norm_", after=self._store_norm))
         hooks.callback(patch(torch.amp.GradScaler, "scale", after=self._store_loss))
         hooks.callback(register_optimizer_step_pre_hook(self._make_update_hook("begin")).remove)
         hooks.callback(register_optimizer_step_post_hook(self._make_update_hook("end")).remove)
