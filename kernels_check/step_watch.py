@@ -15,7 +15,6 @@ from types import TracebackType
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
-from kernels_check.isolation import judge_calls
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.modules import restore_training, synchronise
@@ -242,8 +241,6 @@ class Watch:
     def _decide(self, check: Check, observation: Observation) -> Check:
         """The check, or why one step of this kind is not conclusive for it."""
         why, judged = None, PATHS[check.path]
-        if check.path == "packing.isolated" and self._own_step:
-            check = judge_safely(check.path, check.required, partial(judge_calls, observation))
         # A fault in an earlier step remains a fault.
         is_settled = check.path == "peft.learning" and check.observed is not True and not self._steps.undecided
         if self._steps.compiled and judged.by_modules:
