@@ -42,7 +42,8 @@ def watch(model: nn.Module, requirements: Mapping[str, Json] | None = None) -> W
 
     Args:
         model: the trained model, as PEFT returned it; referenced weakly.
-        requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported.
+        requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported. If
+            ``packing.isolated`` is required, the packed calls of the step are repeated as forward passes at its end.
 
     Returns:
         A context manager, which can be entered again for the next step. ``checks`` holds the results.
@@ -63,8 +64,7 @@ def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[s
         requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported.
 
     Returns:
-        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. If
-        ``packing.isolated`` is required, it is also judged by forward passes of the step's own packed calls. If the
+        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. If the
         program runs a profiler around this call or inside ``step``, that profiler is left undisturbed, and paths that
         need profiler data are ``unknown``, with the reason.
 

@@ -14,10 +14,11 @@ uses the same random numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -61,9 +62,7 @@ def probe_isolation(model: nn.Module, batch: Mapping[str, Any]) -> Check:
 
 
 def probe_calls(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation:
-    """The finding of ``packing.isolated``: repeats the ``calls`` that have packed records, with some records changed."""
-    if not calls:
-        return undecided("no call of the model itself was seen", present=False)
+    """The finding of ``packing.isolated``: repeats the ``calls`` with packed records, with some of them changed."""
     leaks: list[str] = []
     counts: list[int] = []
     with ExitStack() as stack:
@@ -85,8 +84,7 @@ def probe_calls(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation
     if leaks:
         return failed("; ".join([*leaks, _REMEDY]))
     if not counts:
-        reason = f"no row of any call of the model shows two records; to show them, a call needs {_SHOWN_BY}"
-        return undecided(reason, present=False)
+        return undecided(f"no row of a call that was seen shows two records: a call needs {_SHOWN_BY}", present=False)
     modes = " and ".join(dict.fromkeys("in train" if call.training else "in eval" for call in calls))
     return passed(f"{counts[0]} records: perturbations changed no other logit, {modes}")
 
@@ -94,16 +92,10 @@ def probe_calls(model: nn.Module, calls: Sequence[ModelCall]) -> PathObservation
 def _find_leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) -> Iterator[str]:
     """Describe the first change that reached another record, if there is one.
 
-    A change may also move other logits through the whole batch: experts get groups of another size, which rounds
-    differently. So a row with a suspected leak is repeated in a batch of two, the row itself and the changed one, and
-    with both exchanged: only a leak within the row makes a difference then, of the same kind as before.
-
     Raises:
         _UnclearError: neither a difference nor its absence is conclusive.
     """
-    name, tokens = find_tokens(batch) or ("", None)
-    if tokens is None:
-        raise _UnclearError("batch has no input_ids or inputs_embeds of [rows, tokens]")
+    name, tokens = cast("tuple[str, Tensor]", find_tokens(batch))  # the records were read from them
     other, drawn = _other_tokens(tokens, model), RandomState()
     differing = (other != tokens).any(-1) if tokens.dim() == 3 else other != tokens
 
@@ -131,28 +123,53 @@ def _find_leaks(model: nn.Module, batch: Mapping[str, Any], records: Records) ->
         if suspected and bool(_difference(logits(batch, tokens), reference)[inside].any()):
             raise _UnclearError("two forwards of the same batch differ even with the same random numbers")
         for row in suspected:
-            pair, both = _repeat_row(batch, row, *tokens.shape[:2]), torch.stack([tokens[row], values[row]])
-            again = _difference(logits(pair, both.flip(0)), logits(pair, both))[0, others[row]]
-            before = moves[row, others[row]]
-            if not bool(again.any()):
-                continue
-            if float((again - before).norm()) >= float(before.norm()):
-                raise _UnclearError(
-                    f"changing records {which} changed other logits by up to {float(before.abs().max()):.2g}, but "
-                    "otherwise in a batch of two rows: make the forward depend on each row alone"
+            pair, rest = _repeat_row(batch, row, *tokens.shape[:2]), others[row]
+            again = _exchange(partial(logits, pair), torch.stack([tokens[row], values[row]]), rest, moves[row, rest])
+            if bool(again.any()):
+                first = int(numbers[row][moved[row] & rest].min()) + 1
+                yield (
+                    f"{'train' if model.training else 'eval'}: changing records {which} of row {row} changed the "
+                    f"logits of {int(again.any(dim=-1).sum())} other tokens by up to {float(again.abs().max()):.2g}, "
+                    f"first those of record {first}"
                 )
-            first = int(numbers[row][moved[row] & others[row]].min()) + 1
-            yield (
-                f"{'train' if model.training else 'eval'}: changing records {which} of row {row} changed the logits of "
-                f"{int(again.any(dim=-1).sum())} other tokens by up to {float(again.abs().max()):.2g}, first those of "
-                f"record {first}"
-            )
-            return
+                return
+
+
+def _exchange(logits: Callable[[Tensor], Tensor], rows: Tensor, others: Tensor, moves: Tensor) -> Tensor:
+    """The moves of the tokens outside the changed records that a change within their own row causes.
+
+    A change may also move them through the batch: experts get groups of another size, which round differently. In a
+    batch of the row and the changed row, exchanging both makes a difference only by an effect within the row. If it
+    makes none, each row must depend on the other one, or the model treats a batch of two rows in another way.
+
+    Args:
+        logits: the logits of a batch of two such rows.
+        rows: tokens of the row and of the changed row.
+        others: which of its tokens are in other records.
+        moves: how their logits moved in the batch itself.
+
+    Raises:
+        _UnclearError: neither an effect within the row nor one through the batch explains ``moves``.
+    """
+    beside = logits(rows)
+    again = _difference(logits(rows.flip(0)), beside)[0, others]
+    if bool(again.any()):
+        is_explained = float((again - moves).norm()) < float(moves.norm())
+    else:
+        alone = [logits(one.expand_as(rows)) for one in rows.split(1)]
+        is_explained = any(bool(_difference(beside[at], one[at]).any()) for at, one in enumerate(alone))
+    if not is_explained:
+        raise _UnclearError(
+            f"a change moved the logits of other records by up to {float(moves.abs().max()):.2g}, but differently in a "
+            "batch of two rows: make the forward depend on each row alone"
+        )
+    return again
 
 
 def _difference(left: Tensor, right: Tensor) -> Tensor:
-    """The difference in float32, zero where both are the same infinity."""
-    return torch.where(left == right, 0.0, left.float() - right.float())
+    """The difference in float32, zero where both are the same infinity or not a number."""
+    is_same = (left == right) | (left.isnan() & right.isnan())
+    return torch.where(is_same, 0.0, left.float() - right.float())
 
 
 def _repeat_row(batch: Mapping[str, Any], row: int, rows: int, tokens: int) -> dict[str, Any]:
@@ -177,9 +194,8 @@ def _other_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
     have effects beyond their embedding: padding, and placeholders of images."""
     if tokens.is_floating_point():
         return tokens.roll(1, -1)
-    ids = sorted(special_tokens(configurations(model), but=("bos", "eos")))
-    special = torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
-    is_special = torch.isin(tokens, special)
+    special = sorted(special_tokens(configurations(model), but=("bos", "eos")))
+    is_special = torch.isin(tokens, tokens.new_tensor(special))
     known = tokens[~is_special].unique()
     if known.numel() < 2:  # only one distinct token: use the adjacent id
         return torch.where(is_special, tokens, torch.where(tokens > 0, tokens - 1, tokens + 1))

@@ -64,7 +64,7 @@ CONTROLS: tuple[Control, ...] = (
         small(checkpoint, base_faults.pack), small(checkpoint, base_faults.pack_without_cache),
         "eval: changing records 1", "use_cache=False", not_words=("train:",)),
     control("a boundary lost between later records", "packing.isolated", True, small(base_faults.merge_two_records),
-        small(base_faults.mask_blocks), "first those of record 4 of row 0", "a mask of blocks",
+        small(base_faults.mask_blocks), "first those of record 4", "a mask of blocks",
         not_words=("record 2",)),
     control("a step that passes a mask of ones, which its batch does not", "packing.isolated", True,
         small(base_faults.pack_without_cache, base_faults.pass_mask_of_ones),
