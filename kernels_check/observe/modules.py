@@ -299,6 +299,21 @@ class Modes:
             module.training = training
 
 
+class Buffers:
+    """The buffers of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [(one._buffers, name, value) for one in model.modules() for name, value in one._buffers.items()]
+        self._held = [(*one, one[2]._version, one[2].detach().clone()) for one in held if one[2] is not None]
+
+    def restore(self) -> None:
+        """Restore the buffers that were replaced, and the values of those that were written to."""
+        for buffers, name, value, version, values in self._held:
+            buffers[name] = value
+            if value._version != version:
+                value.detach().copy_(values)
+
+
 @contextmanager
 def restore_training(model: nn.Module) -> Iterator[None]:
     """Restore the state of a training at the end of the block, also after an exception.

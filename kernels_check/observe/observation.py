@@ -37,6 +37,7 @@ from kernels_check.observe.execution import (
     read_compilations,
     recomputed_blocks,
 )
+from kernels_check.observe.isolation import probe_calls
 from kernels_check.observe.layers import (
     AttentionLayers,
     LayerProducts,
@@ -47,7 +48,7 @@ from kernels_check.observe.layers import (
 from kernels_check.observe.learning import GradientRecord, Gradients, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossRecord, ModelCall, loss_of_step
 from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, training_modes
-from kernels_check.observe.padding import PaddingRecord, count_padding, isolation_by_inputs
+from kernels_check.observe.padding import PaddingRecord, count_padding, packed_or_all
 from kernels_check.observe.parts import (
     ParameterStatus,
     embedding_modules,
@@ -232,8 +233,8 @@ class Observation:
 
     @cached_property
     def isolation(self) -> PathObservation:
-        """Whether packed records are isolated from each other."""
-        return isolation_by_inputs(self.model_calls, self.attention_layers.calls)
+        """Whether packed records are isolated from each other, by forward passes of the step's own calls."""
+        return probe_calls(self.model, packed_or_all(self.model_calls))
 
     @cached_property
     def padding(self) -> PaddingRecord | None:

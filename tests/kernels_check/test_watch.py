@@ -291,22 +291,6 @@ def test_a_failing_hook_is_not_an_error_of_the_step(training, monkeypatch):
     assert "a hook failed: OSError: no more of it" in watched.checks[0].reason
 
 
-@pytest.mark.parametrize(
-    ("more", "status"),
-    [({"use_cache": False}, "active"), ({"use_cache": True}, "fallback"), ({"use_cache": False, "mask": 1}, "unknown")],
-)
-def test_packed_records_are_judged_by_the_inputs_of_the_model(training, more, status):
-    """A mask from positions isolates the records; without one they leak; a padding mask needs several forwards."""
-    run = training()
-    mask = torch.ones(2, 16, dtype=torch.long)
-    mask[:, -1] = 0
-    run.inputs |= {"position_ids": torch.arange(8).repeat(2, 2), "use_cache": more["use_cache"]}
-    run.inputs |= {"attention_mask": mask} if "mask" in more else {}
-    with kernels_check.watch(run.model, {"packing.isolated": True}) as watched:
-        run.step()
-    assert _by_path(watched)["packing.isolated"].status == status, watched.checks
-
-
 def test_a_watched_model_can_be_freed(training):
     """A finished watch keeps neither the step's tensors nor the model alive."""
     run = training()
