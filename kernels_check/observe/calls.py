@@ -355,7 +355,9 @@ def _requires_grad(output: Any) -> bool:
 
 def _replays_saved_results() -> bool:
     """Whether a selective checkpoint that has saved results recomputes what runs now in this thread."""
-    recomputing = (one for one in _get_current_dispatch_mode_stack() if isinstance(one, checkpoint._CachedTorchDispatchMode))
+    recomputing = (
+        one for one in _get_current_dispatch_mode_stack() if isinstance(one, checkpoint._CachedTorchDispatchMode)
+    )
     entries = (one for mode in recomputing for held in mode.storage.values() for one in held.values())
     return any(one is not checkpoint._RECOMPUTE and one is not checkpoint._CONSUMED for one in entries)
 

@@ -233,7 +233,6 @@ class StepProfile:
     missing: str | None = None
     """Why nothing was recorded, so that all properties based on operators are unknown."""
 
-
     def reached(self, nodes: range) -> bool:
         """Whether a backward pass ran any of these autograd nodes."""
         place = bisect_left(self.evaluated, nodes.start)
