@@ -48,9 +48,9 @@ def judge_class(observation: Observation, required: Json) -> PathObservation:
         return _report_missing_optimizer(observation)
     observed = join_values(optimizer.classes[0] for optimizer in observation.optimizers)
     matches = all(is_class(one.classes, str(required), one.steps_by) for one in observation.optimizers)
-    others = [one.steps_by for one in observation.optimizers if one.steps_by == one.classes[0]]
     steps = format_count(observation.optimizer_steps, "time")
     reason = f"{observed} stepped {steps} in {format_count(observation.calls, 'call')}"
+    reason += f", by the step of {join_values(one.steps_by for one in observation.optimizers)}"
     return PathObservation(observed=observed, reason=reason, satisfies=matches)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from kernels_check.observe.calls import Calls
 from kernels_check.observe.adapter import adapter_attributes, adapter_roles
+from kernels_check.observe.calls import Calls
 from kernels_check.observe.modules import (
     ModelTree,
     block_names,
