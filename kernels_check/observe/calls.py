@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _get_sequence_nr
+from torch._C._autograd import _get_sequence_nr
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -67,7 +67,7 @@ class ModuleCall:
     checkpoint switches them off and recomputes the module."""
     in_backward: bool
     """Whether the autograd engine was running: the module is recomputed for it (gradient checkpointing)."""
-    nodes: range
+    nodes: range = range(0)
     """Numbers of the autograd nodes that its thread created in it; without an end while the call is open."""
     takes_gradient: bool = False
     """Whether an argument can receive a gradient."""

@@ -105,7 +105,7 @@ def _name_class(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _find_stepping(kind: Any) -> type:
+def _find_stepping(kind: Any) -> Any:
     """The class of an optimizer that defines its ``step``; torch puts a wrapper of it into the class itself."""
     function = unwrap(kind.step)
     return next(one for one in reversed(kind.__mro__) if unwrap(vars(one).get("step", unwrap)) is function)
