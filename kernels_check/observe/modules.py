@@ -6,8 +6,8 @@ lists inside a block (the experts of a mixture) belong to it. In a model without
 block.
 
 Hooks change nothing in a step. An exception in a hook is recorded and does not reach the step. torch.compile does not
-trace hooks. Copying or saving a module also copies its hooks; in the copy and in the file they do nothing and do not
-refer to this project.
+trace hooks. A copy of a module and a saved module carry none of these hooks. Only a class that lists its own state
+copies them; then they do nothing in the copy and do not refer to this project.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def largest_magnitude(gradient: Tensor) -> Tensor | None:
             return torch.stack(sizes).amax() if sizes else None
         if not gradient.numel():
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
-        norm: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=wide)
         return norm
 
 
@@ -232,6 +233,29 @@ class ModuleHook:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy as a function that takes any arguments and does nothing."""
         return getattr, (nullcontext(), "__exit__")
+
+
+@contextmanager
+def left_out_of_copies() -> Iterator[None]:
+    """Leave the hooks of this module out of every copy, and of every file, made of a module inside the block."""
+
+    def state(module: nn.Module) -> Any:
+        kept = dict(vars(module))
+        for hooks, *options in _HOOKS:
+            own = [key for key, hook in kept[hooks].items() if isinstance(hook, ModuleHook)]
+            for name in (hooks, *options) if own else ():
+                kept[name] = type(kept[name])((key, value) for key, value in kept[name].items() if key not in own)
+        return kept
+
+    with patch.object(nn.Module, "__getstate__", state):
+        yield
+
+
+_HOOKS = (
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+"""Attributes of a module with its hooks, each with those that hold the options of these hooks by the same keys."""
 
 
 class HookGuard:
