@@ -44,7 +44,8 @@ class RedactingParser(SafeParser):
         for word in rest:
             option = word.partition("=")[0]
             if option.startswith("--"):
-                near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+                known = self._option_string_actions.keys() - {"--help"}
+                near = difflib.get_close_matches(option, known, n=1)
                 hint = f"Did you mean {near[0]}?" if near else f"`{self.prog} --help` lists them."
                 self.error(f"unknown option {option}. {hint}")
         return found, rest

@@ -292,6 +292,10 @@ def read_run(name: str, folder: Path) -> Run:
 def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / MANIFEST
     if not fileio.is_file(source):
+        for place in (Path(name), path):
+            if fileio.is_folder(place) or fileio.is_file(place):
+                what = f"a folder without {MANIFEST}" if fileio.is_folder(place) else "damaged, or no packed run"
+                raise UsageError(f"run {name!r}: {place} is {what}. {_ASK_AGAIN}")
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
@@ -363,6 +367,13 @@ def refusal_while_live(path: Path) -> str:
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; on every Python version, they include runs whose manifest is a broken link."""
     return sorted(path for path in folder.glob("*") if is_run(path))
+
+
+def latest_run(folder: Path) -> str:
+    """The id of the newest run in a folder. Raises `UsageError` if there is none."""
+    if not (runs := list_runs(folder)):
+        raise UsageError(f"no run in {folder}. Measure one (`lorameter run`), or name one, or another --runs-dir.")
+    return runs[-1].name
 
 
 def is_run(path: Path) -> bool:
