@@ -8,6 +8,7 @@ hosted.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -179,11 +180,14 @@ class GroupRunner:
 
     def _prepare(self) -> None:
         """Run each trial from its first step to the point where only timed turns are left."""
-        budget, protocol = self._budget, self._run.plan.study.protocol
-        self._run_untimed("build")
-        if self._group.turns:
-            steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
-            budget.require_one(steps * sum(self._records.values("build_step_time_s")))
+        budget, protocol, live = self._budget, self._run.plan.study.protocol, self._records.live()
+        steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
+        first = 1 if budget.is_judging and self._group.turns else len(live)
+        for trials in (live[:first], live[first:]):  # one trial alone first: its step shows whether any fits
+            self._run_untimed("build", trials=trials)
+            known = self._records.values("build_step_time_s")
+            if self._group.turns and known:
+                budget.require_one(steps * statistics.fmean(known) * len(self._records.live()))
         self._run_untimed("verify")
         self._run_untimed("warm_up", arguments={"steps": 1} if budget.limit_s is not None else {})
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")) / self._parallel)

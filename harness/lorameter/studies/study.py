@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from lorameter.errors import UsageError, require, shorten
 from lorameter.records import codec
@@ -66,6 +66,8 @@ class Study:
     """Further facts for readers of the results."""
     profile: str = ""
     """Name of the profile that adapted the study to a machine."""
+    needs: Literal["", "cuda"] = ""
+    """The device that the profile needs."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Original values of the study that a profile or an option has replaced, by field: `workload.batch_size`."""
     engine: Engine | None = None
@@ -142,6 +144,13 @@ class Study:
             name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}", strict=True)
             for name, fields in self.workloads.items()
         }
+
+    def obstacle(self, device: str) -> str:
+        """Why nothing can be measured on a device ("cpu" or "cuda"); empty if it can."""
+        what = f"profile {self.profile!r}" if self.needs else self.engine.title if self.engine else ""
+        if device == "cuda" or not (self.needs or (self.engine and self.engine.needs)):
+            return ""
+        return f"{what} runs on a GPU only and this machine measures on the CPU; measure it on a machine with one"
 
     def check_distinct(self) -> None:
         """Raise `UsageError` if two variants are the same configuration on the same workload."""

@@ -19,6 +19,7 @@ workload.batch_size = 8         # a field of the workload for this variant only;
 [engine]                        # the feature that the claims are about, see lorameter.studies.claim
 [profile.NAME]                  # all of the above except variants, for one kind of machine
 devices = ["A100"]              # parts of the names of devices that use this profile; "cpu" is any CPU
+needs = "cuda"                  # it is refused on a machine without a GPU
 workload.model = "random:"      # the model of the study with random weights
 """
 
@@ -30,7 +31,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -128,6 +129,7 @@ class Profile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table `[profile.NAME]`: the fields of the study that have other values on one kind of machine."""
 
     devices: tuple[str, ...] = ()
+    needs: Literal["", "cuda"] = ""
 
 
 class StudyFile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,14 +181,16 @@ def load_study(name_or_path: str, *, profile: str | None = None, target: Target 
         return written if target is None else written.fit(target)
     known = unknown_word_message(profile, list(file.profile)) if file.profile else "this study has none."
     require(profile in file.profile, f"{where}: profile = {profile!r}: {known}")
-    changes = {key: value for key, value in data["profile"][profile].items() if key != "devices"}
+    changes = {key: value for key, value in data["profile"][profile].items() if key not in ("devices", "needs")}
     fitted = _merge(data, {**changes, "notes": [*file.notes, *file.profile[profile].notes]})
     workload = fitted.get("workload", {})
     if workload.get("model") == _OWN_RANDOM:
         own = written.workload.model.removeprefix(_OWN_RANDOM)
         fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own}"}
     study = _parse(path, fitted)
-    study = dataclasses.replace(study, profile=profile, replaced=_find_replaced(written, study))
+    study = dataclasses.replace(
+        study, profile=profile, needs=file.profile[profile].needs, replaced=_find_replaced(written, study)
+    )
     return study if target is None else study.fit(target)
 
 
