@@ -335,9 +335,18 @@ def write_number(value: float | None, form: str = "g") -> Cell:
     return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value)
 
 
+def write_share(share: float, low: float | None, high: float | None) -> tuple[str, str]:
+    """A share of a gain in per cent, and its interval."""
+    text, interval = split_interval(100 * share, *(None if end is None else 100 * end for end in (low, high)), "1")
+    return f"{text} %", interval
+
+
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
-    """A ratio with its interval, and optionally its verdict; a dash if there is no ratio."""
+    """A ratio or share with its interval, and optionally its verdict; a dash if there is neither."""
     ratio, low, high = comparison.ratio, comparison.low, comparison.high
+    if comparison.share is not None:
+        text, interval = write_share(comparison.share, low, high)
+        return Cell(text=text, interval=interval, verdict=verdict, value=comparison.share, low=low, high=high)
     return Cell(text="–", verdict=verdict) if ratio is None else value_cell(ratio, low, high, "1", verdict=verdict)
 
 

@@ -136,6 +136,9 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
         if names := [name for name, ratio in table.ratios.items() if ratio.verdict == verdict]:
             spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=verdict_tone(verdict))]
             spans.append(Span(text=first_few(names, MAX_NAMED)))
+    reasons = {one.reason for one in table.ratios.values()}
+    if len(reasons) == 1 and _label(table) == "loss" and not differing:  # no gain is known
+        spans = [Span(text=reason) for reason in reasons]
     if spans:
         yield to_line(*spans, label=_label(table))
 
