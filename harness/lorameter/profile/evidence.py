@@ -249,7 +249,7 @@ class RequestEvidence:
         merged: time of a request with the adapter merged.
         merged_calls: calls in a single-token pass with the adapter merged.
         adapter_dtype: the observed dtype.
-        bytes_per_s: peak memory bandwidth.
+        bytes_per_s: peak memory bandwidth, unless a pass is faster.
         unquantised_bytes: additional bytes of the base without quantisation, if they fit into memory; else None.
     """
 
@@ -273,7 +273,7 @@ def gather_request_evidence(
     profile: RequestProfile, account: RequestAccount, merged: RequestAccount | None
 ) -> RequestEvidence:
     """The evidence in a profile and its accounts."""
-    memory = profile.peaks.get("memory")
+    memory = account.decode.mbu if account.prefill.mbu else None
     return RequestEvidence(
         variant=profile.variant,
         device=profile.device,
@@ -287,7 +287,7 @@ def gather_request_evidence(
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
         adapter_dtype=find_observed(profile, "peft.dtype"),
-        bytes_per_s=None if memory is None else memory.per_s,
+        bytes_per_s=None if memory is None else memory.peak.per_s,
         unquantised_bytes=_unquantised_bytes(profile),
     )
 

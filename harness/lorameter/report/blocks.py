@@ -285,9 +285,9 @@ def to_line(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
     return Line(spans=spans, label=label, indented=indented)
 
 
-def make_invalid_lines(reasons: str | None) -> tuple[Line, ...]:
+def make_invalid_lines(reasons: str | None, remedy: str = "") -> tuple[Line, ...]:
     """The first line of an invalid run's report; empty for a valid run."""
-    line = Line(spans=(Span(text=f"INVALID: {reasons}", tone="alarm"),), indented=False, last=True)
+    line = to_line(Span(text=f"INVALID: {reasons}", tone="alarm"), f". {remedy}" if remedy else "", indented=False)
     return () if reasons is None else (line,)
 
 
@@ -337,7 +337,8 @@ def write_number(value: float | None, form: str = "g") -> Cell:
 
 def write_share(share: float, low: float | None, high: float | None) -> tuple[str, str]:
     """A share of a gain in per cent, and its interval."""
-    text, interval = split_interval(100 * share, *(None if end is None else 100 * end for end in (low, high)), "1")
+    ends = [None if end is None else 100 * end for end in (low, high)]
+    text, interval = split_interval(100 * share, ends[0], ends[1], "1")
     return f"{text} %", interval
 
 

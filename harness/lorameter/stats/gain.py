@@ -7,8 +7,9 @@ same replicates, with the interval of Fieller (1954, J. R. Stat. Soc. B 16): the
 dropout on the same tokens, so it is a constant of the base. The interval is bounded only if the gain of the reference
 is not zero; otherwise no share is stated.
 
-The difference of both losses is paired and shares the scatter of the run, with the same family correction, as the log
-ratio of times does (`lorameter.stats.effect`). Its correlation with the gain of the reference is that of the pairs.
+The variants of a run share one error rate (Holm), as times do, but no scatter: a share far from 1 depends on the
+scatter of the reference itself, which the shared variance of differences leaves out. With it, the intervals of four
+simulated variants with a share of 0.4 covered all of them in 90 % of the runs; without, in 95 %.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorameter.stats.effect import Effect, Pairing, mean_difference, paired_effect
-from lorameter.stats.intervals import quantile
 from lorameter.stats.samples import checked_trials, trial_medians
 from lorameter.stats.verdict import Comparison, Verdict, VerdictRule
 
@@ -31,35 +31,22 @@ class Gain:
     gain: Effect
     """The untrained loss minus that of the base."""
     difference: Effect
-    """The loss of the candidate minus that of the base; its scatter may be shared."""
+    """The loss of the candidate minus that of the base."""
     correlation: float
     """Of the two over replicates."""
 
-    @property
-    def share(self) -> float:
-        """The candidate's part of the base's gain."""
-        return 1 - self.difference.log_ratio / self.gain.log_ratio
-
-    def reach(self, tail: float) -> float:
-        """Half the interval of the base's gain with error rate `tail` on each side; infinite with one replicate."""
-        return self._critical(tail) * self.gain.spread.standard_error if self.gain.spread else math.inf
-
-    def interval(self, tail: float) -> tuple[float, float]:
-        """Fieller's interval of the share, for a gain above `reach`."""
+    def interval(self, tail: float) -> tuple[float, float] | None:
+        """Fieller's interval of the share with error rate `tail` on each side; None if the base has no gain."""
+        if self.gain.spread is None or self.difference.spread is None:
+            return None
         gain, difference = self.gain.log_ratio, self.difference.log_ratio
-        assert self.gain.spread is not None
-        assert self.difference.spread is not None
-        error, other = self.gain.spread.standard_error, self.difference.spread.standard_error
-        square, common = self._critical(tail) ** 2, self.correlation * error * other
-        # Of 1 - share, the ratio of the difference to the gain.
-        squared, linear, constant = (
-            gain**2 - square * error**2, gain * difference - square * common, difference**2 - square * other**2
-        )  # fmt: skip
-        root = math.sqrt(max(linear**2 - squared * constant, 0.0))
+        reach, other = (one.half_width(tail) for one in (self.gain.spread, self.difference.spread))
+        if gain <= reach:
+            return None
+        # The roots of 1 - share, the ratio of the difference to the gain.
+        squared, linear = gain**2 - reach**2, gain * difference - self.correlation * reach * other
+        root = math.sqrt(max(linear**2 - squared * (difference**2 - other**2), 0.0))
         return 1 - (linear + root) / squared, 1 - (linear - root) / squared
-
-    def _critical(self, tail: float) -> float:
-        return max(quantile(self.difference.spread.df, tail), 0.0) if self.difference.spread else math.inf
 
 
 def estimate_gain(
@@ -71,54 +58,41 @@ def estimate_gain(
     ours, theirs = (trial_medians(checked_trials("losses", trials, positive=False)) for trials in (base, candidate))
     gain, difference = paired_effect(untrained - ours, "replicate"), mean_difference(ours, theirs, pairing)
     errors = [one.spread.standard_error if one.spread else 0.0 for one in (gain, difference)]
-    if not all(errors):
-        correlation = 0.0
-    elif pairing == "none":  # only the losses of the base are in both
-        correlation = errors[0] / errors[1]
-    else:
-        correlation = float(np.corrcoef(-ours, theirs - ours)[0, 1])
+    correlation = 0.0
+    if all(errors):  # not paired, only the losses of the base are in both
+        paired = pairing != "none"
+        correlation = float(np.corrcoef(-ours, theirs - ours)[0, 1]) if paired else errors[0] / errors[1]
     return Gain(untrained=untrained, gain=gain, difference=difference, correlation=correlation)
 
 
 def decide_gain(gain: Gain, rule: VerdictRule) -> Comparison:
     """The verdict on a gain: tolerance and margin are parts of the base's gain."""
     mean, spread, replicates = gain.gain.log_ratio, gain.difference.spread, gain.difference.replicates
-    losses = f"untrained {gain.untrained:.4f}, reference {gain.untrained - mean:.4f}"
-    if spread is None or gain.gain.spread is None:
-        why = f"one replicate gives no interval of the gain ({losses}): measure 5, at least 2"
-        return Comparison(verdict="inconclusive", reason=why, replicates=replicates)
-    tail = rule.tail(spread)
-    reach, level = gain.reach(tail), f"{100 * (1 - 2 * tail):.4g} %"
-    if mean <= reach:
+    tail = rule.alpha / 2 if spread is None else rule.tail(spread)
+    ends, narrow, level = gain.interval(tail), gain.interval(rule.alpha), f"{100 * (1 - 2 * tail):.4g} % interval"
+    losses = f"untrained {gain.untrained:.4f}, reference {gain.untrained - mean:.4f}, {replicates} replicates"
+    if ends is None or narrow is None:
         why = (
-            f"the reference's gain is not resolved, so no share of it is: {losses}, gain {mean:.4f} with the {level} "
-            f"interval [{mean - reach:.4f}, {mean + reach:.4f}]; train for more steps, or measure more replicates"
+            f"the reference's gain of {mean:.4f} is not resolved: its {level} reaches zero ({losses}), so no share of "
+            "it can be stated; train for more steps, or measure more replicates"
         )
         return Comparison(verdict="inconclusive", reason=why, replicates=replicates)
-    (low, high), narrow = gain.interval(tail), gain.interval(rule.alpha)
-    verdict: Verdict = "inconclusive"
-    if high < 1 - rule.tolerance:
-        verdict = "regressed"
-    elif low > 1 + rule.tolerance:
-        verdict = "improved"
-    elif 1 - rule.margin < narrow[0] and narrow[1] < 1 + rule.margin and gain.difference.pairing != "none":
-        verdict = "equivalent"
-    words = {
-        "regressed": f"which is less by more than {100 * rule.tolerance:.3g} % of it",
-        "improved": f"which is more by more than {100 * rule.tolerance:.3g} % of it",
-        "equivalent": f"which is all of it ± {100 * rule.margin:.3g} %: {_percent(narrow)} in the narrower interval of "
-        f"{100 * (1 - 2 * rule.alpha):.4g} %",
-        "inconclusive": "so it is open whether it learned as much; measure more replicates, or train for more steps",
-    }
-    return Comparison(
-        verdict=verdict,
-        share=gain.share,
-        low=low,
-        high=high,
-        reason=f"learned {100 * gain.share:.3g} % of the reference's gain, {level} interval {_percent((low, high))}, "
-        f"{words[verdict]} ({losses}; {replicates} replicates)",
-        replicates=replicates,
+    (low, high), share = ends, 1 - gain.difference.log_ratio / mean
+    equal = gain.difference.pairing != "none" and 1 - rule.margin < narrow[0] and narrow[1] < 1 + rule.margin
+    limit, inner = f"by more than {100 * rule.tolerance:.3g} % of it", f"{100 * (1 - 2 * rule.alpha):.4g} %"
+    outcomes: tuple[tuple[bool, Verdict, str], ...] = (
+        (high < 1 - rule.tolerance, "regressed", f"less {limit}"),
+        (low > 1 + rule.tolerance, "improved", f"more {limit}"),
+        (
+            equal,
+            "equivalent",
+            f"all of it ± {100 * rule.margin:.3g} %, as the {inner} interval {_percent(narrow)} shows",
+        ),
+        (True, "inconclusive", "so it is open whether that is as much; measure more replicates, or train longer"),
     )
+    verdict, words = next((verdict, words) for holds, verdict, words in outcomes if holds)
+    reason = f"learned {100 * share:.3g} % of the reference's gain, {level} {_percent(ends)}: {words} ({losses})"
+    return Comparison(verdict=verdict, share=share, low=low, high=high, reason=reason, replicates=replicates)
 
 
 def _percent(ends: tuple[float, float]) -> str:

@@ -242,16 +242,21 @@ class Pair:
     """A note for the reason of the verdict: dropped pairs of disturbed trials, or samples that give only a ratio."""
     untrained: float | None = None
     """Of a loss, its value before training in the base; None if it was not measured."""
-    shared: Effect | Gain | None = None
+    shared: Effect | None = None
     """The effect with the scatter that it shares with others; None if it shares none."""
 
     @property
-    def effect(self) -> Effect | Gain:
+    def judged(self) -> Effect | Gain:
+        """What is judged: the effect, or the gain of a loss. Raises ValueError as `estimate_effect` does."""
+        if self.untrained is None:
+            return self.effect
+        return estimate_gain(self.untrained, self.base, self.candidate, self.pairing)
+
+    @property
+    def effect(self) -> Effect:
         """The effect of the candidate. Raises ValueError as `estimate_effect` does."""
         if self.shared is not None:
             return self.shared
-        if self.untrained is not None:
-            return estimate_gain(self.untrained, self.base, self.candidate, self.pairing)
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
         return estimate_effect(base, candidate, self.pairing)
 
@@ -359,17 +364,14 @@ def pairs_against(base: Series | None, others: Mapping[K, Series], metric: str) 
         return {}
     pairs = {key: make_pairs(base, series, metric) for key, series in others.items() if series is not base}
     pairs = {key: pair for key, pair in pairs.items() if pair.base and pair.candidate}
-    if is_memory(metric):
+    if is_memory(metric) or base.untrained(metric) is not None:
         return pairs
-    effects: dict[K, Effect | Gain] = {}
+    effects: dict[K, Effect] = {}
     for key, pair in pairs.items():
         with contextlib.suppress(ValueError):  # `judge` reports samples without a ratio
             effects[key] = pair.effect
-    contrasts = {key: one.difference if isinstance(one, Gain) else one for key, one in effects.items()}
     replicates = len(base.measured(metric))
-    for key, one in share_scatter({key: one for key, one in contrasts.items() if one.replicates == replicates}).items():
-        found = effects[key]
-        effects[key] = dataclasses.replace(found, difference=one) if isinstance(found, Gain) else one
+    effects |= share_scatter({key: effect for key, effect in effects.items() if effect.replicates == replicates})
     return {key: dataclasses.replace(pair, shared=effects.get(key)) for key, pair in pairs.items()}
 
 
@@ -406,7 +408,7 @@ def judge(
                 base, candidate = ([size for (size,) in trials] for trials in (pair.base, pair.candidate))
                 found[key] = compare_bytes(base, candidate, tolerance=limits[key].tolerance)
             else:
-                effects[key] = pair.effect
+                effects[key] = pair.judged
         except ValueError as error:
             found[key] = Comparison(verdict="invalid", reason=f"the samples cannot be compared: {error}")
     if family is None:
