@@ -136,9 +136,9 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
         if names := [name for name, ratio in table.ratios.items() if ratio.verdict == verdict]:
             spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=verdict_tone(verdict))]
             spans.append(Span(text=first_few(names, MAX_NAMED)))
-    reasons = {one.reason for one in table.ratios.values() if one.verdict == "inconclusive"}
-    if len(reasons) == 1 and _label(table) == "loss" and len(spans) == 2:  # no gain is known
-        spans = [Span(text=reason) for reason in reasons]
+    reasons = {(one.verdict, one.reason) for one in table.ratios.values()}
+    if len(reasons) == 1 and _label(table) == "loss":
+        spans = [Span(text=reason) for verdict, reason in reasons if verdict == "inconclusive"] or spans
     if spans:
         yield to_line(*spans, label=_label(table))
 
@@ -323,6 +323,7 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "deviations": list(view.study.deviations),
         "notes": list(view.study.notes),
         "tables": [_encode_table(table) | ({"alone": True} if view.alone else {}) for table in view.tables],
+        "outcomes": [_encode_table(table) for table in view.outcomes],
         "failures": list(view.validity.failures),
         "notices": codec.to_json(view.notices),
         "counts": view.counts,

@@ -211,7 +211,8 @@ def _tabulate_metric(view: RunView, phase: Phase, metric: str) -> PhaseTable:
 def _tabulate(view: RunView, phase: Phase, metric: str, control: Comparison | None, *, whole: bool) -> PhaseTable:
     """A table of a phase: its primary metric and (with `whole`) all other metrics that are columns of it."""
     reference, series = view.study.reference, view.series
-    ratios = _compare(view, metric, control)
+    compared = list_ratios(view.groups, view.study, metric, control, view.selection.limits_of)
+    ratios = {name: mark_invalid(one, view.validity.invalid) for name, one in compared.items()}
     columns = list(_columns(view, phase, metric, ratios, whole=whole))
     heads = tuple(head for head, _ in columns)
     lines = zip(*(cells for _, cells in columns), strict=True)
@@ -227,12 +228,6 @@ def _tabulate(view: RunView, phase: Phase, metric: str, control: Comparison | No
         control=control,
         note=_baseline_note(series.values(), phase) if whole else "",
     )
-
-
-def _compare(view: RunView, metric: str, control: Comparison | None) -> dict[str, Comparison]:
-    """Every other variant compared with the reference in a metric."""
-    compared = list_ratios(view.groups, view.study, metric, control, view.selection.limits_of)
-    return {name: mark_invalid(one, view.validity.invalid) for name, one in compared.items()}
 
 
 _Column: TypeAlias = tuple[ColumnHeader, list[Cell]]
@@ -272,16 +267,7 @@ def _columns(
     yield ColumnHeader(text="required paths", drop_priority=1, collapse_if_constant=True), checks
     for place, name in enumerate(others):
         yield _metric_column(shown, name, priority=3 if name == "tokens_per_s" else 6 + place)
-    losses = [] if view.alone else [name for name in others if METRICS[name].is_loss]
-    for name in losses[-1:]:
-        control = compare_control(view.groups, reference, name, family=1)
-        gains = {
-            found: write_ratio(one) for found, one in _compare(view, name, control).items() if one.share is not None
-        }
-        if gains:
-            cells = [Cell(text="reference") if one.name == reference else gains.get(one.name, Cell(text="–"))
-                     for one in shown]  # fmt: skip
-            yield ColumnHeader(text=f"gain, {reference} = 100 %", key="gain_share", right=True, drop_priority=5), cells
+    if not view.alone and any(METRICS[name].is_loss for name in others):
         yield _untrained_column(shown)
     tails = [series.percentile(metric, TAIL) if phase == "generate" else None for series in shown]
     if any(tails):
