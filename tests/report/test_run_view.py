@@ -263,7 +263,7 @@ def test_the_report_of_an_invalid_run_begins_with_the_reason(run, read_formats, 
     for form in ("text", "markdown", "page"):
         whole = without_escapes(" ".join(found[form]))
         assert whole.count(INVALID[run]) == 1, form
-        assert re.search(r"INVALID: .*? (Stop|Read|Resume|Restore|Measure) ", whole), form
+        assert re.search(r"INVALID: .*? (Stop|Read|See|Restore|Measure) ", whole), form
     assert found["summary"].count("<p>") > 2
     for form in ("text", "markdown", "github", "page"):
         first = without_escapes(found[form][0])

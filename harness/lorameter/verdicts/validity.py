@@ -62,7 +62,7 @@ class InvalidReason(enum.StrEnum):
 
 _QUIETER = "Stop other work on this machine, and measure again"
 REMEDIES: dict[InvalidReason, str] = {
-    InvalidReason.INCOMPLETE: "Resume it: lorameter run --resume {run}",
+    InvalidReason.INCOMPLETE: "See its status",
     InvalidReason.DAMAGED_LINES: "Restore trials.jsonl, or measure again: lorameter run --resume {run}",
     InvalidReason.NO_RECORD: "Measure the others: lorameter run --resume {run}",
     InvalidReason.CONTROL_DIFFERS: _QUIETER,
