@@ -298,7 +298,7 @@ def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _C
 def _untrained_column(shown: Sequence[Series]) -> _Column:
     """The held-out loss of each variant before training, in a note if it is the same for all."""
     head = ColumnHeader(
-        text="untrained loss", key=METRICS[GAINED].untrained, right=True, drop_priority=5, collapse_if_constant=True
+        text="untrained loss", key=METRICS[GAINED].untrained, right=True, drop_priority=19, collapse_if_constant=True
     )
     losses = [series.untrained(GAINED) for series in shown]
     return head, [Cell(text="not measured") if loss is None else write_number(loss, ".4f") for loss in losses]
