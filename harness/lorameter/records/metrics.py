@@ -36,6 +36,8 @@ class Metric:
     """Derives its samples from a record, () if it has none; None if a record stores them under the metric's name."""
     is_loss: bool = False
     """Whether it depends on the number of training steps."""
+    untrained: str = ""
+    """Of a loss, the value of a record that has the same loss before training, if it is measured."""
     column: Literal["", "always", "one workload", "own workloads"] = ""
     """Whether it is a column of its phase's table, in addition to the primary metric: never · always · if all variants
     share a workload · if some have their own. Losses over different tokens are not shown together, and the tokens a
@@ -238,7 +240,13 @@ METRICS: dict[str, Metric] = {
             column="one workload",
         ),
         Metric(
-            name="held_out_loss", title="held-out loss", unit="1", phase="train", is_loss=True, column="one workload"
+            name="held_out_loss",
+            title="held-out loss",
+            unit="1",
+            phase="train",
+            is_loss=True,
+            untrained="held_out_loss_initial",
+            column="one workload",
         ),
         Metric(name="request_time_s", title="request", unit="s", phase="generate"),
         Metric(name="first_token_time_s", title="time to first token", unit="s", phase="generate", column="always"),
