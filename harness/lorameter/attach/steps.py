@@ -76,9 +76,7 @@ def compiles_here() -> bool:
     return callable(get_eval_frame_callback())
 
 
-def patch(
-    holder: Any, name: str, *, before: Before | None = None, after: After | None = None
-) -> Callable[[], None]:
+def patch(holder: Any, name: str, *, before: Before | None = None, after: After | None = None) -> Callable[[], None]:
     """Replace a function of a module or class so that it calls these two before and after.
 
     Returns:
