@@ -258,6 +258,18 @@ _HOOKS = (
 """Attributes of a module with its hooks, each with those that hold the options of these hooks by the same keys."""
 
 
+def hook_gradient(hooks: ExitStack, parameter: Tensor, hook: Callable[[Tensor], Any]) -> None:
+    """Call a hook with each gradient of a parameter, until the stack is closed."""
+    hooks.callback(_drop_empty_hooks, parameter)
+    hooks.push(parameter.register_hook(hook))
+
+
+def _drop_empty_hooks(parameter: Tensor) -> None:
+    """Without this, autograd calls into Python for each parameter that has had a hook, in every later step."""
+    if not parameter._backward_hooks:
+        parameter._backward_hooks = None
+
+
 class HookGuard:
     """Keeps the first exception of its hooks."""
 
