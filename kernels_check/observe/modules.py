@@ -339,8 +339,12 @@ class Buffers:
     """The buffers of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(one._buffers, name, value) for one in model.modules() for name, value in one._buffers.items()]
-        self._held = [(*one, one[2]._version, one[2].detach().clone()) for one in held if one[2] is not None]
+        self._held = [
+            (one._buffers, name, value, value._version, value.detach().clone())
+            for one in model.modules()
+            for name, value in one._buffers.items()
+            if value is not None
+        ]
 
     def restore(self) -> None:
         """Restore the buffers that were replaced, and the values of those that were written to."""
