@@ -86,7 +86,7 @@ def apply(example: Example, folder: Path) -> None:
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-LONG = ("A path of kernels_check", "A field of a variant")
+LONG = ("A path of kernels_check", "A field of a variant", "A quantisation")
 """Examples that load torch; `make test` skips them."""
 
 
