@@ -168,7 +168,7 @@ def oom(record):
     return record.replaced(status="oom", samples={}, memory={}) if record.trial == "r1-nf4" else record
 
 
-@pytest.mark.parametrize(("change", "expected"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4 is oom")])
+@pytest.mark.parametrize(("change", "expected"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4: oom")])
 def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compare, change, expected):
     """On either side the exit code is 4; the other variant keeps its verdict."""
     write_run("good", BASE)
@@ -310,7 +310,7 @@ def test_files_of_lorameter_are_compared_by_their_trials(saved, compare):
     ({"facts": {}}, 5, "fingerprint: 'known' in the base, 'unknown' in the candidate"),
     ({"about": {"invalid": "its status is 'interrupted'"}}, 4, "'interrupted'"),
     ({"about": None}, 4, "it does not say whether its run is valid"),
-    ({"about": {"invalid": None, "failed": {"nf4": "trial r0-nf4 is oom"}}}, 4, "r0-nf4 is oom"),
+    ({"about": {"invalid": None, "failed": {"nf4": "trial r0-nf4: oom"}}}, 4, "r0-nf4 is oom"),
     ({"counts": (3, 3, 3, 4)}, 4, "and 12 were saved"),
     ({"counts": (3, 3, 3)}, 4, "and 12 were saved"),
     ({"counts": (3, 3, 3, 3, 0)}, 4, "and 12 were saved"),
