@@ -53,7 +53,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
     assert 1.01 < row["low"] < 1.2 < row["high"]
     assert set(row) == {
         "variant", "metric", "verdict", "ratio", "low", "high", "tolerance", "margin", "reason", "interleaving",
-        "replicates", "replicates_needed", "mde80", "site",
+        "replicates", "replicates_needed", "mde80", "share", "site",
     }  # fmt: skip
     assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
     assert document["schema"] == 2
@@ -310,7 +310,7 @@ def test_files_of_lorameter_are_compared_by_their_trials(saved, compare):
     ({"facts": {}}, 5, "fingerprint: 'known' in the base, 'unknown' in the candidate"),
     ({"about": {"invalid": "its status is 'interrupted'"}}, 4, "'interrupted'"),
     ({"about": None}, 4, "it does not say whether its run is valid"),
-    ({"about": {"invalid": None, "failed": {"nf4": "trial r0-nf4: oom"}}}, 4, "r0-nf4 is oom"),
+    ({"about": {"invalid": None, "failed": {"nf4": "trial r0-nf4 is oom"}}}, 4, "r0-nf4 is oom"),
     ({"counts": (3, 3, 3, 4)}, 4, "and 12 were saved"),
     ({"counts": (3, 3, 3)}, 4, "and 12 were saved"),
     ({"counts": (3, 3, 3, 3, 0)}, 4, "and 12 were saved"),
