@@ -19,10 +19,11 @@ from lorameter.records.metrics import METRICS, PEAKS, Phase
 from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
+from lorameter.studies.quantization import FIELDS
 from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
-from lorameter.studies.variant import FORMS, FOUR_BIT_FIELDS, KEYS, ScriptVariant, Variant
+from lorameter.studies.variant import FORMS, KEYS, ScriptVariant, Variant
 from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_id
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
@@ -98,8 +99,8 @@ class Settings:
             command = side.get("spec") if side.get("kind") == SIDE else variant.command
             return {"method": variant.method_name, "command": command}
         settings = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
-        if isinstance(variant, Variant) and not variant.is_4bit:
-            settings |= dict.fromkeys(FOUR_BIT_FIELDS)
+        if isinstance(variant, Variant):
+            settings |= {key: variant.effective(key) for key in FIELDS}
         peft = getattr(variant, "peft", None)
         return settings | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
 

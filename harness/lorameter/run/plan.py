@@ -326,7 +326,8 @@ def choose_measures(
     """Measures of the trials that take turns (including a cold start after they have ended), and of isolated trials."""
     if study.of_scripts:  # each script has its own process and allocator, whatever else is live
         return ("steps", "peaks"), ()
-    unwanted = {"merged"} if not study.protocol.merged else set()
+    merges = study.protocol.merged and all(variant.format.merges for variant in study.built)
+    unwanted = set() if merges else {"merged"}
     unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
     wanted = [
         measure

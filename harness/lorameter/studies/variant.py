@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
-from lorameter.errors import require, shorten
+from lorameter.errors import UsageError, require, shorten
 from lorameter.records import codec
 from lorameter.studies import protocol, script
+from lorameter.studies.quantization import FIELDS, Quantization, find_quantization
 
 DType = Literal["float32", "bfloat16", "float16"]
 ChosenDType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,8 +35,6 @@ ADAPTER_FIELDS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
 )
 """Fields in which variants on one base may differ: they affect only the adapter, not the base."""
-FOUR_BIT_FIELDS = ("double_quant", "compute_dtype")
-"""Fields that only have an effect if the base is stored in 4 bits."""
 ADAMW = ("adamw", "adamw_fused")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 """Optimizers with a short name; all others are named by their class or by PEFT."""
@@ -131,8 +130,9 @@ class Variant(AnyVariant):
     dtype: ChosenDType = "bfloat16"
     """Dtype of the base weights that are not quantised; "auto" is bfloat16 where the machine multiplies it at least as
     fast as float32, else float32."""
-    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
-    """Storage format of the base weights in bitsandbytes; "none" leaves them in `dtype`."""
+    quantization: str = "none"
+    """Storage format of the base weights: "int8", "nf4" or "fp4" of bitsandbytes, or a format of another package
+    (docs/extending.md); "none" leaves them in `dtype`."""
     double_quant: bool = True
     """Also quantise the quantisation constants; only used for nf4 and fp4."""
     compute_dtype: ChosenDType = "bfloat16"
@@ -190,12 +190,16 @@ class Variant(AnyVariant):
         label = _label(self.name)
         minimum = {"warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1}
         protocol.check_minimum(label, self, minimum, positive=("learning_rate",))
+        try:
+            stored = self.format
+        except UsageError as error:
+            raise UsageError(f"{label}: {error}") from None
         _check(
             label,
             self,
             (self.warmup_ratio < 1, "warmup_ratio", "a share below 1 is expected", "Use 0 up to below 1."),
             (
-                not (self.prepare_for_kbit and self.quantization == "none"),
+                stored.is_quantised or not self.prepare_for_kbit,
                 "prepare_for_kbit",
                 "preparation is for a quantised base and quantization is 'none'",
                 "Set quantization, or leave prepare_for_kbit out.",
@@ -207,7 +211,7 @@ class Variant(AnyVariant):
                 'Set dtype or autocast to "bfloat16".',
             ),
             (
-                not (self.attention == "flash_attention_2" and self.dtype == "float32" and self.quantization == "none"),
+                not (self.attention == "flash_attention_2" and self.dtype == "float32" and not stored.is_quantised),
                 "attention",
                 "flash-attn takes bfloat16 or float16 only, and requests meet float32 weights without autocast",
                 'Set dtype to "bfloat16".',
@@ -218,21 +222,62 @@ class Variant(AnyVariant):
                 "lr and weight_decay are keys of the variant",
                 "Write learning_rate and weight_decay.",
             ),
+            (
+                stored.merges or not self.merge_adapter,
+                "merge_adapter",
+                f"no adapter can be merged into {self.quantization} weights",
+                "Leave it out.",
+            ),
         )
 
     @property
     def _unread(self) -> tuple[str, ...]:
-        return (*(() if self.is_4bit else FOUR_BIT_FIELDS), *(() if self.optimizer_args else ("optimizer_args",)))
+        unread = [key for key in FIELDS if key not in self.format.fields]
+        return (*unread, *(() if self.optimizer_args else ("optimizer_args",)))
+
+    @property
+    def format(self) -> Quantization:
+        """The declaration of its quantisation."""
+        return find_quantization(self.quantization)
+
+    def effective(self, key: str) -> Any:
+        """The value of a field of the quantisation; None if the format does not read it."""
+        return getattr(self, key) if key in self.format.fields else None
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a stored weight of a linear layer, without quantisation constants."""
+        return self.format.bits or (32 if self.dtype == "float32" else 16)
+
+    @property
+    def storage(self) -> str:
+        """The storage format of the linear layers, in one word."""
+        return self.quantization if self.format.is_quantised else self.dtype
+
+    @property
+    def storage_checks(self) -> dict[str, Any]:
+        """What kernels_check must read from the linear layers that have the adapter, by path."""
+        own = {f"base.{key}": getattr(self, key) for key in self.format.fields}
+        return {"base.bits": self.stored_bits, "base.quant_type": self.format.quant_type, **own}
+
+    def unquantised(self) -> Self:
+        """The variant on a base that is not quantised."""
+        return dataclasses.replace(self, quantization="none", prepare_for_kbit=False)
 
     @property
     def dtypes(self) -> set[str | None]:
         """The dtypes in which a step computes, and "auto"."""
-        return {self.dtype, self.autocast} | ({self.compute_dtype} if self.is_4bit else set())
+        return {self.dtype, self.autocast, self.base_dtype}
+
+    @property
+    def base_dtype(self) -> ChosenDType:
+        """The dtype in which the frozen layers compute without autocast."""
+        return cast(ChosenDType, self.effective("compute_dtype") or self.dtype)
 
     @property
     def product_dtype(self) -> DType:
         """The dtype of the products of the frozen layers, which must not be open."""
-        return cast(DType, self.compute_dtype if self.is_4bit else self.autocast or self.dtype)
+        return cast(DType, self.effective("compute_dtype") or self.autocast or self.dtype)
 
     def with_dtype(self, dtype: DType) -> Self:
         """The variant with this dtype in place of "auto"; bfloat16 for flash-attn, which has no float32."""
@@ -252,11 +297,6 @@ class Variant(AnyVariant):
         return any(self.setting(key) not in (None, "none") for key in ("bias", "peft.bias"))
 
     @property
-    def is_4bit(self) -> bool:
-        """Whether the base is stored in 4 bits."""
-        return self.quantization in ("nf4", "fp4")
-
-    @property
     def multiplies_float32(self) -> bool:
         """Whether a step has float32 matrix products, to which `tf32` could apply.
 
@@ -265,13 +305,12 @@ class Variant(AnyVariant):
         """
         if self.autocast not in (None, "float32"):
             return False
-        base = self.compute_dtype if self.is_4bit else self.dtype
-        return "float32" in (base, self.adapter_dtype or "float32") or self.prepare_for_kbit
+        return "float32" in (self.base_dtype, self.adapter_dtype or "float32") or self.prepare_for_kbit
 
     @property
     def needs_bitsandbytes(self) -> bool:
         """Whether a part of it runs in bitsandbytes."""
-        return self.quantization != "none" or self.optimizer.startswith(("paged", "bitsandbytes."))
+        return "bitsandbytes" in self.format.libraries or self.optimizer.startswith(("paged", "bitsandbytes."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,12 +338,13 @@ class LoraVariant(Variant):
     def __post_init__(self) -> None:
         label = _label(self.name)
         protocol.check_minimum(label, self, {"r": 1, "lora_dropout": 0}, positive=("lora_alpha",))
+        Variant.__post_init__(self)
         _check(
             label,
             self,
             (self.lora_dropout < 1, "lora_dropout", "a probability below 1 is expected", "Use 0 up to below 1."),
             (
-                not (self.quantization != "none" and self.rewrites_base),
+                not (self.format.is_quantised and self.rewrites_base),
                 "init_lora_weights",
                 f"this initialisation rewrites the base weights, which {self.quantization} does not allow",
                 'Use "default", "gaussian" or "orthogonal", or quantization = "none".',
@@ -316,7 +356,6 @@ class LoraVariant(Variant):
                 "Use an even r.",
             ),
         )
-        Variant.__post_init__(self)
         for module in self.target_modules:
             protocol.check_word(label, "target_modules", module)
             require(module, f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
@@ -361,7 +400,7 @@ class FullVariant(Variant):
             _label(self.name),
             self,
             (
-                self.quantization == "none",
+                not self.format.is_quantised,
                 "quantization",
                 "quantised weights do not train",
                 'Use quantization = "none".',
