@@ -234,3 +234,12 @@ def test_sizes_of_full_fine_tuning_are_listed(called, tmp_path):
     code, text = called("list", "sizes", "lora-or-full", "--json")
     full = next(one for one in json.loads(text)["sizes"] if one["variant"] == "full")
     assert (code, full["share"]) == (0, 1.0)
+
+
+def test_a_claim_whose_parts_are_no_list_is_refused(called, tmp_path):
+    """The error names the key."""
+    path = tmp_path / "own.toml"
+    path.write_text(STUDY.format("") + '[[claim]]\nid = "c"\nsays = "s"\nparts = 5\n')
+    code, text = called("list", "variants", path)
+    assert code == 2
+    assert "parts = 5: a list is expected" in text
