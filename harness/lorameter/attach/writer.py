@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
-from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, tokens_in
+from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, WRAP, read_command, tokens_in
 from lorameter.attach.measures import (
     MAX_TIMED,
     Columns,
@@ -337,7 +337,7 @@ class Writer:
         path, self._run = self._run.path, None  # from here on a failure leaves a complete run
         if self._report:
             print_report(path)
-        else:
+        elif not os.environ.get(WRAP):  # the program that wraps the command prints it, wherever the script has printed
             print_notice(f"run {path.name} is written")
 
     def _judge(self, error: BaseException | None) -> tuple[Status, Failure | None]:
