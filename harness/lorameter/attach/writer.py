@@ -161,6 +161,7 @@ REPORT_TIMEOUT_S = 120.0
 FLUSH_INTERVAL_S = 1.0
 """Maximum seconds of training that a killed process loses."""
 REPORT_AT_ONCE = ObserverReply()
+REPORT_LATER = ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
 
 
 class Writer:
@@ -257,7 +258,7 @@ class Writer:
         self._warm = True
         self._begin_stretch()
         while True:
-            reading = yield ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
+            reading = yield REPORT_LATER
             self._energy.step(reading)
             columns = {}
             if len(self._timed) < MAX_TIMED:
