@@ -42,6 +42,8 @@ SEED_SD, LOSS_SD = 0.01, 0.003
 """Standard deviation of the log loss that all settings of a replicate share, and of each setting alone."""
 TOKEN_S = 0.02
 EFFECTS = ("trend-up", "trend-down", "differs", "highest", "lowest", "best", "largest-effect")
+UNTRAINED_LOSS = 2 * math.exp(0.5)
+"""Twice the loss after training, so that an effect is the same part of the gain as of the loss."""
 WRONG_STATEMENTS = ((True, "supported"), (False, "refuted"))
 """Wrong verdicts if nothing has an effect: a supported effect, and a refuted equality. The rule `rises` is left out,
 since it compares exact counts."""
@@ -100,7 +102,10 @@ def _simulate_replicate(
                 "request_time_s": tuple(requests[index]), "open_ended_request_time_s": tuple(open_ended[index]),
                 "open_ended_tokens": tuple(tokens[index]),
             },
-            values={"held_out_loss": loss, "trainable_parameters": 921_600.0 * parameters},
+            values={
+                "held_out_loss": loss, "held_out_loss_initial": UNTRAINED_LOSS,
+                "trainable_parameters": 921_600.0 * parameters,
+            },
         )  # fmt: skip
 
 
