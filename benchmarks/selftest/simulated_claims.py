@@ -42,8 +42,6 @@ SEED_SD, LOSS_SD = 0.01, 0.003
 """Standard deviation of the log loss that all settings of a replicate share, and of each setting alone."""
 TOKEN_S = 0.02
 EFFECTS = ("trend-up", "trend-down", "differs", "highest", "lowest", "best", "largest-effect")
-UNTRAINED_LOSS = 2 * math.exp(0.5)
-"""Twice the loss after training, so that an effect is the same part of the gain as of the loss."""
 WRONG_STATEMENTS = ((True, "supported"), (False, "refuted"))
 """Wrong verdicts if nothing has an effect: a supported effect, and a refuted equality. The rule `rises` is left out,
 since it compares exact counts."""
@@ -103,8 +101,9 @@ def _simulate_replicate(
                 "open_ended_tokens": tuple(tokens[index]),
             },
             values={
-                "held_out_loss": loss, "held_out_loss_initial": UNTRAINED_LOSS,
-                "trainable_parameters": 921_600.0 * parameters,
+                "held_out_loss": loss, "trainable_parameters": 921_600.0 * parameters,
+                # Twice the trained loss, so that an effect is the same part of the gain as of the loss.
+                "held_out_loss_initial": 2 * math.exp(0.5),
             },
         )  # fmt: skip
 
