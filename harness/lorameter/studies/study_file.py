@@ -333,7 +333,8 @@ def _parse(path: Path, data: Table) -> Study:
 
 
 def _claim(where: str, written: Table) -> Claim:
-    for part in written.get("parts", ()):
+    parts = written.get("parts")
+    for part in parts if isinstance(parts, list) else ():  # else `from_json` names the type
         if isinstance(part, Mapping):
             check_limits(part, where)
     claim = codec.from_json(Claim, written, where, strict=True)
