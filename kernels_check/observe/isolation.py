@@ -151,13 +151,13 @@ def _exchange(logits: Callable[[Tensor], Tensor], rows: Tensor, others: Tensor, 
     Raises:
         _UnclearError: neither an effect within the row nor one through the batch explains ``moves``.
     """
-    beside = logits(rows)
-    again = _difference(logits(rows.flip(0)), beside)[0, others]
+    pair = logits(rows)
+    again = _difference(logits(rows.flip(0)), pair)[0, others]
     if bool(again.any()):
         is_explained = float((again - moves).norm()) < float(moves.norm())
     else:
         alone = [logits(one.expand_as(rows)) for one in rows.split(1)]
-        is_explained = any(bool(_difference(beside[at], one[at]).any()) for at, one in enumerate(alone))
+        is_explained = any(bool(_difference(pair[at], one[at]).any()) for at, one in enumerate(alone))
     if not is_explained:
         raise _UnclearError(
             f"a change moved the logits of other records by up to {float(moves.abs().max()):.2g}, but differently in a "

@@ -63,7 +63,7 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
 
 
 def describe_other_writer(file: BinaryIO) -> str:
-    """Who else may have written an open file, apart from this user; empty if nobody."""
+    """Who else may have written an open file, apart from this user; empty if no other user."""
     status = os.fstat(file.fileno())
     owner = str(status.st_uid)
     with contextlib.suppress(KeyError):  # a user of another machine

@@ -38,7 +38,7 @@ class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields
     name: Line
     site: Line = ""
     started_unix_s: UnixTime
-    wall_time_s: UnixTime
+    wall_time_s: Annotated[float, msgspec.Meta(ge=0, lt=2**40)]
     checks: tuple[str, ...] = ()  # type: ignore[assignment]  # hashes of the evidence
     tokens: dict[str, bool | int | float | str | list[Token] | None] = msgspec.field(default_factory=dict)
 

@@ -77,7 +77,7 @@ def read_order(folder: Path, digest: str | None) -> JobOrder:
     text = fileio.read_text(folder / ORDER)
     require(
         digest in (None, _hash(text)),
-        f"{folder / ORDER}: it is not the order that was submitted, so it was not executed: somebody else has replaced "
+        f"{folder / ORDER}: it is not the order that was submitted, so it was not executed: another user has replaced "
         "it. Name a folder with --runs-dir that only you can write to.",
     )
     return codec.from_json(JobOrder, codec.parse(text), ORDER)
