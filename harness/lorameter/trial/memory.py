@@ -145,6 +145,7 @@ class Pages:
 def read_pages() -> Pages:
     """Read the mappings of this process; takes milliseconds. First returns malloc's free memory to the system."""
     give_back_free()
+    resident_bytes = host_bytes("VmRSS")  # first, since the list of the mappings takes megabytes itself
     files: Counter[str] = Counter()
     ranges: list[tuple[int, int, str]] = []
     generated = 0
@@ -155,7 +156,7 @@ def read_pages() -> Pages:
             files[mapping.path] += mapping.rss
         elif mapping.path == "[anon]" and "x" in mapping.perms:  # the kernel's own pages have names
             generated += mapping.rss
-    return Pages(resident_bytes=host_bytes("VmRSS"), files=files, generated_bytes=generated, ranges=tuple(ranges))
+    return Pages(resident_bytes=resident_bytes, files=files, generated_bytes=generated, ranges=tuple(ranges))
 
 
 # --- live tensors -----------------------------------------------------------------------------------------------------
