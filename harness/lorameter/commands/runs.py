@@ -156,9 +156,7 @@ def _list_changes(study: Study, variant: AnyVariant) -> str:
 
 def _list_sizes(options: argparse.Namespace) -> int:
     study = _load_named(options).with_overrides(model=options.model)
-    require(
-        not study.of_scripts, f"list sizes: the variants of {study.name} are commands, whose models are their scripts'."
-    )
+    require(study.supports("built"), f"list sizes: the variants of {study.name} define their models themselves.")
     from lorameter.trial.building.build import sizes_of_study  # loads torch, so only for a readable study
 
     model, sizes = study.workload.model, sizes_of_study(study)

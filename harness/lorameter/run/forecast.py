@@ -49,7 +49,7 @@ from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
-from lorameter.studies.request import BaseKey, TrialRequest, base_key
+from lorameter.studies.request import BaseKey, Request, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import AnyVariant, Variant
 from lorameter.studies.workload import Workload
@@ -122,8 +122,8 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
     The `executor`, which is not started yet, times the steps; None if steps cannot be timed.
     """
     expected = _forecast_time(plan, machine, runs, executor)
-    if plan.study.of_scripts:
-        return dataclasses.replace(expected, unknown="it is the scripts' own")
+    if not plan.study.supports("built"):
+        return dataclasses.replace(expected, unknown="it is the variants' own")
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     needs = needed_bytes(plan.arms, machine, runs)
     memory = max(_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups)
@@ -240,7 +240,7 @@ class _SimulatedExecutor(Executor):
         """Launch a worker in no time."""
         return _SimulatedWorker(self)
 
-    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+    def start_interpreter(self, log_path: str, timeout_s: float, request: Request | None = None) -> PartialRecord:
         """Advance by the imports of a new interpreter, and with a request by the rest of a cold start."""
         self.now_s += self.times.import_s
         rest = PartialRecord() if request is None else self.launch().ask("cold", request.trial, 0.0)
@@ -302,8 +302,8 @@ class _SimulatedWorker(Worker):
 
 def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
     """Time each variant on two layers of its model, in a separate process; or return why this failed."""
-    if plan.study.of_scripts:
-        return "steps of scripts are not timed in advance"
+    if not plan.study.supports("built"):
+        return "only what lorameter builds is timed in advance"
     if executor is None:
         return "steps are not timed on other machines"
     if any(slot.workload.ranks > 1 for slot in plan.slots):

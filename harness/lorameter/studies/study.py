@@ -18,12 +18,13 @@ from typing import Any
 
 from lorameter.errors import UsageError, require, shorten
 from lorameter.records import codec
-from lorameter.records.record import Line
+from lorameter.records.metrics import PHASE_OF, Phase, phases_of
+from lorameter.records.record import Line, Measure
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
-from lorameter.studies.script import check_scripts, name_of_words, script_workload, split_command
-from lorameter.studies.variant import AnyVariant, DType, LoraVariant, ScriptVariant, Variant
+from lorameter.studies.script import check_own_workload, name_of_words, script_workload, split_command
+from lorameter.studies.variant import AnyVariant, DType, ScriptVariant, Support, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 WORKLOAD_PREFIX = "workload."
@@ -35,6 +36,14 @@ RESERVED = ("-control", "-isolated")
 def is_of_tokens(axis: str) -> bool:
     """Whether the levels of this axis have losses over different tokens."""
     return axis.startswith(WORKLOAD_PREFIX) and axis.removeprefix(WORKLOAD_PREFIX) in OF_TOKENS
+
+
+def common_measures(variants: Iterable[AnyVariant], ranks: int) -> tuple[Measure, ...]:
+    """What can be measured of every variant; of several ranks, training alone."""
+    found = [measure for measure, phase in PHASE_OF.items() if ranks == 1 or phase == "train"]
+    for variant in variants:
+        found = [measure for measure in found if measure in variant.measures]
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +103,15 @@ class Study:
         require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
         for key in self.replaced:
             self._value_of_field(key)
-        if self.scripts:
+        for variant in self.variants:
             require(
-                not self.built,
-                f"{where}: variant {self.built[0].name if self.built else ''!r} has no command and others have one: a "
-                "script and a variant of lorameter's own have no common step. Write a separate study for it.",
+                variant.executor == self.form.executor,
+                f"{where}: variant {variant.name!r} is {variant.form}, and {self.variants[0].name!r} is "
+                f"{self.form.form}: they run in processes of different kinds, and have no common step. Write a "
+                "separate study for it.",
             )
-            check_scripts(self)
+        if not self.supports("workload"):
+            check_own_workload(self)
         if self.engine is not None:
             engine = f"{where}, [engine]: variant = {self.engine.variant!r}"
             require_known(engine, self.engine.variant, names)
@@ -114,25 +125,28 @@ class Study:
         return any(part.of_memory for claim in self.claims for part in claim.parts)
 
     @property
-    def of_scripts(self) -> bool:
-        """Whether its variants are commands, which define model, data and training themselves."""
-        return isinstance(self.variants[0], ScriptVariant)
+    def form(self) -> type[AnyVariant]:
+        """The form of its first variant, whose executor all have."""
+        return type(self.variants[0])
 
     @property
-    def scripts(self) -> tuple[ScriptVariant, ...]:
-        """Its commands; empty if lorameter builds the variants."""
-        return tuple(variant for variant in self.variants if isinstance(variant, ScriptVariant))
+    def measures(self) -> tuple[Measure, ...]:
+        """What can be measured of every variant."""
+        return common_measures(self.variants, self.workload.ranks)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases in which every variant can be measured."""
+        return phases_of(self.measures)
+
+    def supports(self, what: Support) -> bool:
+        """Whether every variant supports this."""
+        return all(what in variant.supports for variant in self.variants)
 
     @property
     def built(self) -> tuple[Variant, ...]:
-        """The variants that lorameter builds; empty if they are commands."""
+        """The variants that lorameter builds."""
         return tuple(variant for variant in self.variants if isinstance(variant, Variant))
-
-    @property
-    def trains_only(self) -> bool:
-        """Whether only training is measured: for commands, for several ranks, and for methods other than short-form
-        LoRA."""
-        return self.workload.ranks > 1 or not all(isinstance(variant, LoraVariant) for variant in self.variants)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
@@ -166,7 +180,7 @@ class Study:
                 "another reference.",
             )
             require(
-                not (self.of_scripts or self.workload.ranks > 1),
+                self.supports("workload") and self.workload.ranks == 1,
                 f"{where}: commands and variants of several ranks cannot have their own workload. Remove it.",
             )
             for key in fields:

@@ -1,7 +1,9 @@
 """A variant: one configuration to be measured, independent of how it is measured.
 
 It is a fine-tuning that lorameter builds (`LoraVariant` for LoRA in short form, `PeftVariant` for any PEFT method,
-`FullVariant` for all weights), or a command that trains (`ScriptVariant`).
+`FullVariant` for all weights), or a command that trains (`ScriptVariant`). These are forms of variants. A form declares
+the key that selects it in a study, its executor, and what it supports; no other module asks for the form itself. Other
+packages register further forms as entry points of the group `FORM_GROUP`, under the name of their key.
 
 The fields have the names of PEFT, transformers and bitsandbytes, so that a variant reads like the code that it
 describes. Values that are invalid in themselves are refused here; `feasibility` checks values that depend on the model
@@ -13,13 +15,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
-from lorameter.errors import require, shorten
+from lorameter.errors import UsageError, require, shorten
 from lorameter.records import codec
+from lorameter.records.metrics import PHASE_OF
+from lorameter.records.record import Measure
 from lorameter.studies import protocol, script
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -41,6 +47,19 @@ PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 """Optimizers with a short name; all others are named by their class or by PEFT."""
 
 
+FORM_GROUP = "lorameter.forms"
+"""The group of entry points by which other packages register forms."""
+Support = Literal["workload", "built", "own training"]
+"""What a form supports in addition to its measures:
+
+- workload: model, data and requests are those of [workload]
+- built: lorameter builds the model, so its memory, sizes and step times can be estimated, its base shared, extra work
+  put into its adapters, and its trials placed on sites; nothing that the study names is executed
+- own training: the variant trains what it defines itself, so its process reports data and software, and a single
+  training can be followed without a control
+"""
+
+
 class AnyVariant(abc.ABC):
     """One configuration to be measured; the group key of every result.
 
@@ -48,7 +67,33 @@ class AnyVariant(abc.ABC):
     """
 
     __slots__ = ()
+    key: ClassVar[str]
+    """The key of a study that selects the form; for an entry point, its name."""
+    form: ClassVar[str]
+    """The form, as in "the variant is ..."."""
+    executor: ClassVar[str] = "local"
+    """The executor of its trials: a name in `lorameter.run.workers.EXECUTORS`, or MODULE:CLASS."""
+    measures: ClassVar[tuple[Measure, ...]] = ("steps", "peaks")
+    """What can be measured; a form without "steps" is not trained."""
+    supports: ClassVar[frozenset[Support]] = frozenset()
     name: str
+
+    @classmethod
+    def trains(cls) -> bool:
+        """Whether it is trained before its requests."""
+        return "steps" in cls.measures
+
+    @property
+    def summary(self) -> str:
+        """Its settings in one line, for a form without a workload."""
+        return ", ".join(f"{key} {value}" for key, value in self.settings.items())
+
+    def on_side(self, kind: str, spec: str) -> Self:
+        """The variant on a side of an A/B; only a command is itself replaced by a side."""
+        return self
+
+    def check_side(self, kind: str) -> None:  # noqa: B027 # optional
+        """Raise `UsageError` if a side of this kind could not replace what the variant runs in."""
 
     @property
     @abc.abstractmethod
@@ -58,11 +103,10 @@ class AnyVariant(abc.ABC):
     @staticmethod
     def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
         """The class of the variant in a table of a study, a record or a message."""
-        if table.get("command"):
-            return ScriptVariant
-        if "peft" in table:
-            return PeftVariant
-        return FullVariant if "method" in table else LoraVariant
+        own = next((form for form in FORMS if form.key in table), LoraVariant)
+        if own is not LoraVariant or table.keys() <= {*form_keys(LoraVariant)}:
+            return own  # without a look at the installed packages, which a new process would have to read
+        return next((form for form in all_forms() if form.key in table), LoraVariant)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,6 +148,10 @@ class ScriptVariant(AnyVariant):
     Raises `UsageError` for a command that cannot be started.
     """
 
+    key: ClassVar[str] = "command"
+    form: ClassVar[str] = "a command, whose script defines the training"
+    executor: ClassVar[str] = "script"
+    supports: ClassVar[frozenset[Support]] = frozenset(("own training",))
     method_name: ClassVar[str] = "script"
     name: str = field(default="", compare=False)
     command: str
@@ -118,6 +166,23 @@ class ScriptVariant(AnyVariant):
     def __post_init__(self) -> None:
         script.check_script(_label(self.name), self)
 
+    @property
+    def summary(self) -> str:
+        """The command, and where it runs."""
+        settings = [f"cwd {self.cwd}"] if self.cwd else []
+        settings += [f"{name}={value}" for name, value in self.env.items()]
+        settings += [f"python {self.python}"] if self.python else []
+        return " ".join([self.command, *([f"({', '.join(settings)})"] if settings else [])])
+
+    def on_side(self, kind: str, spec: str) -> Self:
+        """The command of the side, if the sides are commands."""
+        return dataclasses.replace(self, command=spec) if kind == script.SIDE else self
+
+    def check_side(self, kind: str) -> None:
+        """Raise `UsageError` if the command brings its own interpreter, and the side would replace it."""
+        if kind in ("interpreter", "requirements"):
+            script.check_side(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant(AnyVariant):
@@ -126,6 +191,7 @@ class Variant(AnyVariant):
     Raises `UsageError` for an invalid value, with the key, the value and a remedy.
     """
 
+    supports: ClassVar[frozenset[Support]] = frozenset(("workload", "built"))
     name: str = field(default="", compare=False)
 
     dtype: ChosenDType = "bfloat16"
@@ -277,6 +343,9 @@ class Variant(AnyVariant):
 class LoraVariant(Variant):
     """LoRA in its short form."""
 
+    key: ClassVar[str] = ""
+    form: ClassVar[str] = "LoRA in its short form, and neither a command nor in the form of PEFT"
+    measures: ClassVar[tuple[Measure, ...]] = tuple(PHASE_OF)
     method_name: ClassVar[str] = "LORA"
     r: int = 16
     """Rank of the update, LoRA's r (Hu et al. 2021, arXiv 2106.09685)."""
@@ -325,6 +394,8 @@ class LoraVariant(Variant):
 class PeftVariant(Variant):
     """Any PEFT method, with its configuration as `save_pretrained` writes it."""
 
+    key: ClassVar[str] = "peft"
+    form: ClassVar[str] = "a method of PEFT, whose own fields are written as peft.KEY"
     peft: dict[str, Any] = field(hash=False)
     """PEFT configuration: `{ peft_type = "VERA", r = 256 }`, or the path of an adapter_config.json or of its folder,
     which is read with the study. All arguments of its PEFT class can be set; others have PEFT's defaults."""
@@ -349,6 +420,8 @@ class PeftVariant(Variant):
 class FullVariant(Variant):
     """Full fine-tuning: all weights of the model train, in their stored dtype."""
 
+    key: ClassVar[str] = "method"
+    form: ClassVar[str] = "full fine-tuning, which has no adapter"
     method_name: ClassVar[str] = "full fine-tuning"
     method: Literal["full"]
     """"full" trains all weights; for a PEFT method use `peft`."""
@@ -376,6 +449,7 @@ class FullVariant(Variant):
 
 
 FORMS: tuple[type[AnyVariant], ...] = (LoraVariant, ScriptVariant, PeftVariant, FullVariant)
+"""The forms of this package; the first has no key, and is taken if no key selects another."""
 if TYPE_CHECKING:
     BuiltVariant = Variant
 else:
@@ -389,8 +463,30 @@ def form_keys(form: type[AnyVariant]) -> tuple[str, ...]:
     return tuple(sorted(every, key=lambda key: (key != "name", key not in form.__annotations__)))
 
 
-KEYS = tuple(dict.fromkeys(key for form in FORMS for key in form_keys(form)))
-"""Keys of a variant of any form."""
+@functools.cache
+def all_forms() -> tuple[type[AnyVariant], ...]:
+    """The forms of this package and of the installed ones. Raises `UsageError` for one that cannot be loaded."""
+    forms = list(FORMS)
+    for point in importlib.metadata.entry_points(group=FORM_GROUP):
+        try:
+            form = point.load()
+        except Exception as error:  # any code of the package may have run
+            raise UsageError(
+                f"{FORM_GROUP}: the form {point.name!r} of {point.value} cannot be loaded: {shorten(str(error))}. "
+                "Repair or uninstall its package."
+            ) from None
+        require(
+            isinstance(form, type) and issubclass(form, AnyVariant) and form.key == point.name,
+            f"{FORM_GROUP}: {point.value} is registered as {point.name!r}, and is no form of a variant with this key. "
+            "Correct its package.",
+        )
+        forms.append(form)
+    return tuple(forms)
+
+
+def all_keys() -> tuple[str, ...]:
+    """Keys of a variant of any form."""
+    return tuple(dict.fromkeys(key for form in all_forms() for key in form_keys(form)))
 
 
 def _label(name: str) -> str:
