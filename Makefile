@@ -62,15 +62,15 @@ proof-long: $(STAMP)
 	$(BIN)/pytest tests -m faults -n 3 --dist loadfile -rs --disable-warnings
 	$(BIN)/pytest tests -m selftest -rs --disable-warnings
 
-# Tests that the oldest supported libraries have broken: Python 3.12, torch 2.11 built for CUDA, transformers 5.17.
+# Tests that the oldest supported libraries have broken, and those that depend most on the build of torch: Python 3.12,
+# torch 2.11 built for CUDA, transformers 5.17.
 LOWER := $(VENV)/lower
 test-lower-bound: $(STAMP)
 	$(BIN)/python -m uv venv --quiet --clear --python 3.12 $(LOWER)
 	$(BIN)/python -m uv pip install --quiet --python $(LOWER) -e '.[dev]' torch==2.11.0 'transformers==5.17.*' \
 	scikit-learn pandas pyarrow
-	$(LOWER)/bin/pytest tests/models/costs tests/kernels_check/judges/test_execution.py \
-	tests/kernels_check/trace/test_recording.py tests/kernels_check/test_selftest.py tests/trial/test_trial.py \
-	tests/run/workers/test_local.py tests/profile tests/machine tests/gpu
+	$(LOWER)/bin/pytest tests/contract tests/attach tests/kernels_check tests/models/costs tests/trial/test_trial.py \
+	tests/run/workers/test_local.py tests/profile tests/machine tests/gpu -n 3 --dist loadfile --no-loadscope-reorder
 
 # All claims about GPUs, in steps that are resumed where they were stopped; writes a report under reports/, with the
 # device in its name, and docs/gpu.md. Without a GPU all steps are rehearsed. GPU_OPTIONS: --minutes, --only, --again,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kernels_check.check import STATUSES, Check, Requirement
-    from kernels_check.isolation import probe_isolation
     from kernels_check.judges.paths import REQUIREMENTS
+    from kernels_check.observe.isolation import probe_isolation
     from kernels_check.rules import Rule, classify
     from kernels_check.step_watch import Watch, verify, watch, watch_request
     from kernels_check.trace.recording import TraceError
@@ -51,7 +51,7 @@ _HOME = {
     "Rule": "rules",
     "TraceError": "trace.recording",
     "classify": "rules",
-    "probe_isolation": "isolation",
+    "probe_isolation": "observe.isolation",
     "read_trace": "trace.summary",
     "verify": "step_watch",
     "Watch": "step_watch",

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from rich import box
@@ -68,9 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would search the hub for attention kernels
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
-    for path in PATHS:
-        print(f"kernels_check probe: {path.name}", file=sys.stderr)
-        found.append(try_path(path, device))
+    # An interrupted compilation leaves half a library in its cache, which the next one would load.
+    with tempfile.TemporaryDirectory(prefix="kernels-check-") as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        with mock.patch.dict(os.environ, caches):
+            for path in PATHS:
+                print(f"kernels_check probe: {path.name}", file=sys.stderr)
+                found.append(try_path(path, device))
     machine = {
         "device": device,
         "name": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),

@@ -15,7 +15,6 @@ from types import TracebackType
 from torch import nn
 
 from kernels_check.check import Check, Json, judge_safely
-from kernels_check.isolation import judge_calls
 from kernels_check.judges.attention import judge_request
 from kernels_check.judges.paths import PATHS, validate
 from kernels_check.observe.modules import restore_training, synchronise
@@ -43,7 +42,8 @@ def watch(model: nn.Module, requirements: Mapping[str, Json] | None = None) -> W
 
     Args:
         model: the trained model, as PEFT returned it; referenced weakly.
-        requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported.
+        requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported. If
+            ``packing.isolated`` is required, the packed calls of the step are repeated as forward passes at its end.
 
     Returns:
         A context manager, which can be entered again for the next step. ``checks`` holds the results.
@@ -64,8 +64,7 @@ def verify(model: nn.Module, step: Callable[[], object], requirements: Mapping[s
         requirements: expected values by path, see ``REQUIREMENTS``. Other paths are also reported.
 
     Returns:
-        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. If
-        ``packing.isolated`` is required, it is also judged by forward passes of the step's own packed calls. If the
+        One check per path, in the order of ``REQUIREMENTS``. A requirement is met only by status ``active``. If the
         program runs a profiler around this call or inside ``step``, that profiler is left undisturbed, and paths that
         need profiler data are ``unknown``, with the reason.
 
@@ -242,8 +241,6 @@ class Watch:
     def _decide(self, check: Check, observation: Observation) -> Check:
         """The check, or why one step of this kind is not conclusive for it."""
         why, judged = None, PATHS[check.path]
-        if check.path == "packing.isolated" and self._own_step:
-            check = judge_safely(check.path, check.required, partial(judge_calls, observation))
         # A fault in an earlier step remains a fault.
         is_settled = check.path == "peft.learning" and check.observed is not True and not self._steps.undecided
         if self._steps.compiled and judged.by_modules:

@@ -116,7 +116,7 @@ def no_steps_are_timed(monkeypatch):
 
     time_steps = forecast.time_steps
 
-    def constant_times(plan, executor):
+    def constant_times(plan, executor, if_busy="refuse"):
         found = time_steps(plan, None)
         if executor is None or not plan.study.supports("built"):
             return found

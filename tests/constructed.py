@@ -295,10 +295,13 @@ def make_loss_nan(record: Json) -> Json:
 
 
 def make_path_inactive(record: Json) -> Json:
-    """Make a required path of one variant inactive in every trial."""
-    if record["name"] == NF4 and record["checks"]:
-        record["checks"][0] |= {"observed": "math", "status": "fallback", "reason": "forward: 4 math"}
-    return record
+    """Make a required path of one variant inactive in every trial, which makes each of them invalid."""
+    if record["name"] != NF4 or not record["checks"]:
+        return record
+    checks = [record["checks"][0] | {"observed": "math", "status": "fallback", "reason": "forward: 4 math"}]
+    message = f"{checks[0]['path']}: required {checks[0]['required']!r}, forward: 4 math"
+    failed = fail_record(record, "invalid", "verify", "RequiredPathNotActive", message)
+    return failed | {"checks": checks + record["checks"][1:]}
 
 
 def interrupt_third_replicate(record: Json) -> Json | None:

@@ -53,12 +53,15 @@ def require(holds: object, message: str) -> None:
         raise UsageError(message)
 
 
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
+# Each pattern reads a text once, however long it is: none begins again within what it has read in vain.
+_USER = re.compile(r"(?<=[A-Za-z0-9+.-])(://)[^\s/?#]*@")
 """A quote in it is part of a password: no address ends before its host."""
-_PASSWORD = re.compile(r"(?<![\w.%+~-])[\w.%+~-]+:(?!//)(?!\d+(?:[/?#'\",)\s]|$))[^\s@]\S*@(?!sha256:)(?=[\w\[])")
-"""A user and a password in an invalid form of an address: without a scheme, as in git and scp, or with an unescaped
-character. A host with a port is not a match, so that a revision after a path is kept."""
-_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*\?)(?:[^\s#'\"]|['\"](?![\s,.:;)\]}]|$))+")
+_LOGIN = re.compile(r"(?<!\S)\S*@(?!sha256:)(?=[\w\[])")
+"""A word up to the last sign before a host."""
+_PASSWORD = re.compile(r"(?<![\w.%+~-])[\w.%+~-]++:(?!//)(?!\d+(?:[/?#'\",)\s]|$))[^\s@].*", re.DOTALL)
+"""In such a word a user and a password in an invalid form of an address: without a scheme, as in git and scp, or with
+an unescaped character. A host with a port is not a match, so that a revision after a path is kept."""
+_QUERY = re.compile(r"(?<=[A-Za-z0-9+.-])(://[^\s?#'\"]*+)(?:(\?)(?:[^\s#'\"]|['\"](?![\s,.:;)\]}]|$))+)?")
 """A quote that is not followed by more of the address belongs to the surrounding text."""
 _IN_ADDRESS = re.compile(
     r"://[^\s/?#:]*:[^\s/?#]*@|https?://(?!\*\*\*@)[^\s/?#]+@"
@@ -141,9 +144,10 @@ def redact(text: str, *, whole_addresses: bool = True) -> str:
     """
     if whole_addresses or _IN_ADDRESS.search(text):
         if "@" in text:
-            text = _PASSWORD.sub(f"{HIDDEN}@", _USER.sub(rf"\1{HIDDEN}@", text))
+            text = _USER.sub(rf"\1{HIDDEN}@", text)
+            text = _LOGIN.sub(lambda word: _PASSWORD.sub(f"{HIDDEN}@", word[0]), text)
         if "://" in text:
-            text = _QUERY.sub(rf"\1{HIDDEN}", text)
+            text = _QUERY.sub(lambda address: f"{address[1]}?{HIDDEN}" if address[2] else address[0], text)
     text = _OWN_SHAPE.sub(HIDDEN, text)
     return _without_named(text) if _HINT.search(text) else text
 

@@ -248,6 +248,10 @@ def _gradient_faults(judged: Mapping[str, Tensor], observation: Observation) -> 
         ("frozen", [name for name in judged if name not in trainable]),
         ("without gradient", [name for name in trainable if name not in observation.gradients]),
         ("gradient always zero", [name for name in zero if name not in unproven and name not in rare]),
+        (
+            "gradient from outside their layers, such as a penalty on the weights, and none from the loss",
+            [name for name in reached if name in observation.reached_outside],
+        ),
         ("gradient not finite", [name for name in reached if not observation.gradients[name].finite]),
     )
     doubts = _count(

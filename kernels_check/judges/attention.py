@@ -77,11 +77,12 @@ def judge_backend(observation: Observation, required: Json) -> PathObservation:
     good = [
         name
         for name, calls in layers.forward.items()
-        if name not in (*layers.unknown, *layers.partial)
+        if name not in (*layers.unknown, *layers.partial, *layers.unused)
         and (required is None or all(call.backend in accepted for call in calls))
     ]
     unrecognised = ["unrecognised"] if layers.unknown or layers.partial else []
-    incomplete = _describe_gap(layers)
+    unrecognised += ["unused"] if layers.unused else []
+    incomplete, faulty = _describe_gap(layers), bool(wrong or layers.unused)
     clauses = [
         f"forward: {count_values(call.backend for call in forward)}",
         f"backward: {count_values(call.backend for call in backward) or 'none'}",
@@ -92,6 +93,11 @@ def judge_backend(observation: Observation, required: Json) -> PathObservation:
         others = [name for name in layers.forward if name not in good]
         clauses += [f"not as required in {name_some(others)}"] if others else []
         clauses.append(f"likely cause: {likely_cause(observation.model, wrong)}")
+    if layers.unused:
+        clauses.append(
+            f"its result is not used in {len(layers.unused)} of {len(layers.names)} layers, which train without a "
+            f"gradient through it: {name_some(layers.unused)}"
+        )
     clauses += [incomplete, _describe_unjudged(layers)]
     if _cpu_flash(forward):
         largest = max(call.head_size or 0 for call in forward)
@@ -105,8 +111,8 @@ def judge_backend(observation: Observation, required: Json) -> PathObservation:
     return PathObservation(
         observed=join_values([*(call.backend for call in forward), *unrecognised]),
         reason=join_clauses(*clauses),
-        status="unknown" if incomplete and not wrong and (layers.doubtful or _has_unassigned_calls(layers)) else None,
-        satisfies=not wrong and not incomplete,
+        status="unknown" if incomplete and not faulty and (layers.doubtful or _has_unassigned_calls(layers)) else None,
+        satisfies=not faulty and not incomplete,
     )
 
 

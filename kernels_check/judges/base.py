@@ -56,11 +56,13 @@ _ROUNDED = "except rounding, because PEFT merges the adapter into nn.MultiheadAt
 
 def judge_bits(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.bits`` over every layer with an adapter."""
+    idle = dict.fromkeys(observation.idle_fourbit, "its 4-bit weight took part in no product of the step")
     stored, census = observation.storage, observation.census
     density = [item.bits_per_weight for item in stored.values() if item.bits_per_weight is not None]
     reason = f"{sum(density) / len(density):.3f} bits a weight with scales in {len(density)} layers" if density else ""
     remedy = _BITS_REMEDY.get(required) if isinstance(required, int) else None
-    bits = {name: item.bits for name, item in stored.items()}
+    bits = {name: None if name in idle else item.bits for name, item in stored.items()}
+    stored = {name: replace(item, problem=idle.get(name, item.problem)) for name, item in stored.items()}
     finding = _judge_layers(stored, bits, required, reason, remedy)
     known = Counter(value for value in bits.values() if value is not None)
     if not known:
@@ -119,7 +121,7 @@ def judge_format(
 
 def judge_frozen(observation: Observation, required: Json) -> PathObservation:
     """Judge ``base.frozen``: no part of the base changes, receives a gradient, or would change with one."""
-    digest, change = observation.after, observation.after.since(observation.before)
+    digest, change = observation.after, observation.change
     if not digest.parts and not observation.before.parts and not digest.unseen:
         return absent(_NO_BASE)
     what = f"every byte of {_size(digest.total_bytes)} in {len(digest.parts)} parts"
@@ -163,7 +165,7 @@ def judge_learning(observation: Observation, required: Json) -> PathObservation:
     """
     if observation.adapter_layers:
         return PathObservation(observed=False, present=False, reason="an adapter trains in place of the base")
-    base, moved = observation.base_parameters, set(observation.after.since(observation.before).changed)
+    base, moved = observation.base_parameters, set(observation.change.changed)
     if not observation.optimizer_steps:
         return undecided(f"no torch.optim.Optimizer stepped in {format_count(observation.calls, 'call')}")
     faults = _count_parameters(

@@ -30,7 +30,7 @@ _PADDED = "pack the records into full rows, or sort them by length"
 
 
 def judge_isolation(observation: Observation, required: Json) -> PathObservation:
-    """Judge ``packing.isolated`` by the inputs of the model."""
+    """Judge ``packing.isolated`` by forward passes of the step's own packed calls."""
     return observation.isolation
 
 

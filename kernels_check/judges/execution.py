@@ -44,7 +44,7 @@ def judge_checkpointing(observation: Observation, required: Json) -> PathObserva
     modes = "train" if any(observation.modes.values()) else "eval"
     cause = f"the flag is on but nothing recomputes in {modes} mode; transformers does so in train mode only"
     if is_recomputed:
-        cause = "only part of the layers recompute: look for a layer whose gradient_checkpointing is off"
+        cause = "only a part is recomputed: look for a layer whose gradient_checkpointing is off, or for a context_fn"
     return replace(finding, status="fallback", reason=f"{reason}; {cause}")
 
 

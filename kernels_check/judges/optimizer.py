@@ -47,22 +47,26 @@ def judge_class(observation: Observation, required: Json) -> PathObservation:
     if not observation.optimizers:
         return _report_missing_optimizer(observation)
     observed = join_values(optimizer.classes[0] for optimizer in observation.optimizers)
-    matches = all(is_class(optimizer.classes, str(required)) for optimizer in observation.optimizers)
+    matches = all(is_class(one.classes, str(required), one.steps_by) for one in observation.optimizers)
     steps = format_count(observation.optimizer_steps, "time")
     reason = f"{observed} stepped {steps} in {format_count(observation.calls, 'call')}"
+    reason += f", by the step of {join_values(one.steps_by for one in observation.optimizers)}"
     return PathObservation(observed=observed, reason=reason, satisfies=matches)
 
 
-def is_class(classes: tuple[str, ...], required: str) -> bool:
+def is_class(classes: tuple[str, ...], required: str, steps_by: str = "") -> bool:
     """Decide whether an optimizer, given by the qualified names of its class and its bases, is the required one.
 
     The most derived class that comes from the required name's top-level package counts, and it must agree in the last
     component: ``torch.optim.adamw.AdamW`` and a user's class derived from it satisfy ``torch.optim.AdamW``. Deeper
-    bases do not count: torch derives AdamW from Adam, and an AdamW does not prove an Adam.
+    bases do not count: torch derives AdamW from Adam, and an AdamW does not prove an Adam. A derived class that defines
+    its own ``step``, given by ``steps_by``, may update in any way and is not the required class.
     """
     package = required.partition(".")[0]
     own = next((name for name in classes if name.partition(".")[0] == package), None)
-    return own is not None and own.rpartition(".")[2] == required.rpartition(".")[2]
+    if own is None or own.rpartition(".")[2] != required.rpartition(".")[2]:
+        return False
+    return steps_by not in classes[: classes.index(own)]
 
 
 def judge_fused(observation: Observation, required: Json) -> PathObservation:

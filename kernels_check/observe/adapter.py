@@ -203,6 +203,7 @@ _ROLES = (
     ("model", "peft.peft_model", "PeftModel"),
     ("tuner", "peft.tuners.tuners_utils", "BaseTuner"),
     ("tuner", "peft.tuners.adaption_prompt.model", "AdaptionPromptModel"),
+    ("gate", "peft.tuners.xlora.model", "XLoraModel"),
     ("attention", "peft.tuners.adaption_prompt.layer", "_BaseAdaptedAttention"),
     ("attention", "peft.tuners.adaption_prompt.layer", "AdaptedAttention"),
     ("copy", "peft.utils.other", "AuxiliaryTrainingWrapper"),
@@ -313,9 +314,10 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     These are the parameters that the active methods train, the selected biases of the base, and all other parameters of
     the adapter that require a gradient.
     """
-    layers = adapter_layers(tree)
+    layers, idle = adapter_layers(tree), _idle_by_design(tree)
     names = {id(value): name for name, value in tree.parameters}
-    trained = {names.get(id(value), name): value for layer in layers for name, value in layer.weights()}
+    weights = ((name, value) for layer in layers for name, value in layer.weights() if id(value) not in idle)
+    trained = {names.get(id(value), name): value for name, value in weights}
     for name in biases_of_adapters(tree):
         place, _, key = name.rpartition(".")
         value = getattr(tree.model.get_submodule(place), key)
@@ -323,7 +325,7 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
     own = adapter_parameters(tree)
     used = {layer.name: set(layer.held) for layer in layers}
     unused = (_restrict(one, set(one.held) - used.get(one.name, set())) for one in _every_layer(tree))
-    unused_parameters = {id(value) for layer in unused for _, value in layer.weights()}
+    unused_parameters = idle | {id(value) for layer in unused for _, value in layer.weights()}
     for name, value in tree.parameters:
         if name in own and value.requires_grad and id(value) not in unused_parameters:
             trained.setdefault(name, value)
@@ -333,6 +335,21 @@ def trained_parameters(tree: ModelTree) -> dict[str, Tensor]:
         for name, value in trained.items()
         if not is_wrapper(value) or any(part.numel() for _, part in plain_parts(value.detach()))
     }
+
+
+_UPDATES = ("shadow_update_transform", "shadow_update_gate")
+"""Attributes with which a layer of SHADOW updates the state for the next layer."""
+
+
+def _idle_by_design(tree: ModelTree) -> frozenset[int]:
+    """Parameters that a method holds without training them: the experts of X-LoRA, of which it trains only the gate,
+    and the update in the last layer of SHADOW, whose state no further layer reads."""
+    gated = tuple(f"{name}." for name, module in tree.modules if "gate" in adapter_roles(module))
+    layers = adapter_layers(tree)
+    experts = (value for layer in layers if layer.name.startswith(gated) for _, value in layer.weights())
+    updates = [replace(layer, trains=_UPDATES) for layer in layers if set(_UPDATES) <= {*layer.trains}]
+    last = (value for layer in updates[-1:] for _, value in layer.weights())
+    return frozenset({id(value) for value in experts if not value.requires_grad} | set(map(id, last)))
 
 
 @cache_in_tree

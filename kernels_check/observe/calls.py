@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kernels_check.observe.adapter import AdapterLayer, adapter_layers
 from kernels_check.observe.base import is_packed
@@ -40,9 +43,11 @@ from kernels_check.observe.modules import (
     ModelTree,
     ModuleHook,
     backward_task,
+    left_out_of_copies,
     modules_by_name,
     training_modes,
 )
+from kernels_check.observe.operators import FOURBIT, PRODUCTS
 
 MARK = "lorameter.call#"
 """Prefix of the profiler's record of a module call; the number of the call follows."""
@@ -63,6 +68,12 @@ class ModuleCall:
     checkpoint switches them off and recomputes the module."""
     in_backward: bool
     """Whether the autograd engine was running: the module is recomputed for it (gradient checkpointing)."""
+    nodes: range = range(0)
+    """Numbers of the autograd nodes that its thread created in it; without an end while the call is open."""
+    takes_gradient: bool = False
+    """Whether an argument can receive a gradient."""
+    replays: bool = False
+    """Whether it is a recomputation in which a selective checkpoint returns products that it saved."""
     differentiable: bool = False
     """Whether its output can receive a gradient."""
     cut: bool = False
@@ -218,6 +229,7 @@ class CallRecorder:
         for name, module in modules_by_name(self._tree).items():
             names.setdefault(id(module), []).append(name)
         with self._hooks as hooks:
+            hooks.enter_context(left_out_of_copies())
             for _, module in self._tree.modules:
                 self._hook(module, tuple(names[id(module)]), hooks)
             yield
@@ -263,6 +275,9 @@ class CallRecorder:
             caller=caller,
             with_grad=with_grad or context is not None,
             in_backward=in_backward,
+            nodes=range(_get_sequence_nr(), sys.maxsize),
+            takes_gradient=with_grad and (_requires_grad(args) or _requires_grad(kwargs)),
+            replays=in_backward and _replays_saved_products(),
             differentiable=context is not None and any(context.needs_input_grad),
         )
         with self._lock:  # two threads may call the model at the same time
@@ -316,6 +331,7 @@ class CallRecorder:
             if closed.model_call is not None:
                 self._open_model_calls.remove(closed.model_call)
         call, with_grad = self._log[closed.number], torch.is_grad_enabled()
+        call.nodes = range(call.nodes.start, _get_sequence_nr())
         repacked = is_packed(getattr(module._parameters.get("weight"), "quant_state", None))
         call.cut = with_grad and repacked and any(isinstance(one, Tensor) and one.requires_grad for one in args)
         call.differentiable = call.differentiable or (with_grad and _requires_grad(output))
@@ -336,6 +352,16 @@ def _requires_grad(output: Any) -> bool:
     if isinstance(output, Mapping | list | tuple):
         return any(map(_requires_grad, output.values() if isinstance(output, Mapping) else output))
     return any(isinstance(one, Tensor) and one.requires_grad for one in getattr(output, "__dict__", {}).values())
+
+
+def _replays_saved_products() -> bool:
+    """Whether a selective checkpoint that has saved results of products recomputes what runs now in this thread."""
+    recomputing = (
+        one for one in _get_current_dispatch_mode_stack() if isinstance(one, checkpoint._CachedTorchDispatchMode)
+    )
+    saved = ((operator.name(), held) for mode in recomputing for operator, held in mode.storage.items())
+    entries = (one for name, held in saved if name in PRODUCTS | FOURBIT for one in held.values())
+    return any(one is not checkpoint._RECOMPUTE and one is not checkpoint._CONSUMED for one in entries)
 
 
 def _function_context() -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 
 import torch
@@ -119,6 +119,11 @@ class DigestDifference:
     """Buffers that are not saved with the model."""
     incomparable: tuple[str, ...] = ()
     """Parts of tensors that were sharded in one digest and unsharded in the other."""
+
+    def __or__(self, other: DigestDifference) -> DigestDifference:
+        """The parts that differ at either of two times."""
+        pairs = ((one.name, (*getattr(self, one.name), *getattr(other, one.name))) for one in fields(self))
+        return DigestDifference(**{name: tuple(dict.fromkeys(parts)) for name, parts in pairs})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

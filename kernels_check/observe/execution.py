@@ -23,7 +23,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import PurePath
 from traceback import FrameSummary
@@ -223,6 +223,9 @@ class BlockRecomputed:
         return self.recomputed_calls >= self.calls and not self.kept
 
 
+SAVED = "the products that a selective checkpoint saved"
+
+
 def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
     """Every block that was called and received a gradient."""
     names = block_names(tree)
@@ -232,11 +235,14 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
     """By block and module: the block calls that contain the module's forward calls."""
     again: dict[str, Counter[str]] = {}
     """By block and module: the module's calls in the backward pass."""
+    replayed: set[str] = set()
+    """Blocks that a selective checkpoint recomputed with saved products."""
     for number in sorted(calls.relevant):
         call = calls.all[number]
         block, name = _locate(call.names, names)
         if block is not None and call.in_backward:
             again.setdefault(block, Counter())[name] += 1
+            replayed |= {block} if call.replays else set()
         elif block is not None:
             around[number] = number if name == block else around.get(call.caller, number)
             if calls.all[around[number]].differentiable:
@@ -246,9 +252,10 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
         for name, module in modules_by_name(tree).items()
         if any(value is not None and value.dim() > 1 for value in module._parameters.values())
     }
-    return tuple(
+    blocks = (
         _measure_block(name, forward[name], again.get(name, Counter()), matrices) for name in names if name in forward
     )
+    return tuple(replace(one, kept=(*one.kept, SAVED)) if one.name in replayed else one for one in blocks)
 
 
 def _measure_block(

@@ -17,9 +17,18 @@ from typing import Any
 
 from torch import nn
 
+from kernels_check.observe.adapter import adapter_attributes, adapter_roles
 from kernels_check.observe.calls import Calls
-from kernels_check.observe.modules import ModelTree, cache_in_tree, modules_by_name, outermost
+from kernels_check.observe.modules import (
+    ModelTree,
+    block_names,
+    cache_in_tree,
+    find_enclosing,
+    modules_by_name,
+    outermost,
+)
 from kernels_check.observe.operators import AttentionCall, Product
+from kernels_check.observe.profile import StepProfile
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 _LIBRARY = "transformers."
@@ -47,6 +56,8 @@ class AttentionLayers:
     """Calls of the model that train nothing: for a reference, an evaluation or a generation inside the step."""
     partial: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Layers in which known implementations ran for some heads only: their features and all features, by layer name."""
+    unused: tuple[str, ...] = ()
+    """Layers that train, and through whose attention no gradient came back: its result was dropped."""
     failed: tuple[AttentionCall, ...] = ()
     """Calls of the model that raised, and calls inside them."""
     expected: int | None = None
@@ -70,20 +81,16 @@ class AttentionLayers:
 def attention_layers(
     tree: ModelTree,
     calls: Calls,
-    attention: Sequence[AttentionCall],
-    mixing: Collection[int],
-    reductions: Collection[int],
+    profile: StepProfile,
 ) -> AttentionLayers:
     """Attribute the attention of one step.
 
     Args:
         tree: the model.
         calls: calls of its modules.
-        attention: all calls of the step.
-        mixing: numbers of the module calls with the operators of eager attention (``StepProfile.mixing``).
-        reductions: numbers of the module calls with operators from which attention could be written out elementwise.
+        profile: operators of the step.
     """
-    forward = [call for call in attention if call.direction == "forward"]
+    forward = [call for call in profile.attention if call.direction == "forward"]
     inside = [call for call in forward if call.call is not None and call.call in calls.relevant]
     modules, blocks = modules_by_name(tree), _announced_blocks(tree)
     compiled = [call for call in forward if call.compiled and (call.call is None or call in inside)]
@@ -91,11 +98,11 @@ def attention_layers(
     ran: dict[str, list[AttentionCall]] = {}
     for call in inside:
         name = calls.all[call.call or 0].name
-        if call not in compiled and not type(modules[name]).__module__.startswith(_ADAPTERS):
+        if call not in compiled and not _computes_adapter(name, tree):
             ran.setdefault(name, []).append(call)
-    missing = _AttentionSearch(tree, calls, ran, mixing, blocks).missing() if ran else {}
+    missing = _AttentionSearch(tree, calls, ran, profile.mixing, blocks).missing() if ran else {}
     certain = {name: count for name, (count, is_sure) in missing.items() if is_sure}
-    reduced = calls.around(reductions)
+    reduced = calls.around(profile.reductions)
     uncertain = {name: count for name, (count, _) in missing.items() if not reduced.isdisjoint(calls.called(name))}
     found = uncertain | certain
     unknown = {name: found[name] for name in outermost(found)}
@@ -104,6 +111,7 @@ def attention_layers(
         unknown=unknown,
         doubtful=bool(unknown) and certain.keys().isdisjoint(unknown),
         partial={name: part for name, found in ran.items() if (part := _part(modules[name], found))},
+        unused=tuple(name for name, found in ran.items() if _is_unused(found, tree, calls, profile)),
         compiled=tuple(compiled),
         elsewhere=tuple(call for call in forward if call.call is None and not call.compiled),
         without_training=tuple(
@@ -114,6 +122,33 @@ def attention_layers(
         entries=_entries(calls, compiled),
         regions=tuple(Counter(call.region for call in compiled if call.call is None and not call.recomputed).values()),
     )
+
+
+def _computes_adapter(name: str, tree: ModelTree) -> bool:
+    """Whether a module computes an adapter, such as the gate of X-LoRA."""
+    gated = ((place, module) for place, module in tree.modules if "gate" in adapter_roles(module))
+    own = type(modules_by_name(tree)[name]).__module__.startswith(_ADAPTERS)
+    return own or find_enclosing(name, adapter_attributes(gated)) is not None
+
+
+def _is_unused(found: Sequence[AttentionCall], tree: ModelTree, calls: Calls, profile: StepProfile) -> bool:
+    """Whether a layer trains and no gradient came back through its attention.
+
+    It trains if a gradient came back to what it computed before the attention, or to its block where its own inputs
+    take a gradient. Only torch's fused operators are judged: others need not have a backward operator of their own.
+    """
+    backward = [one.node for one in profile.attention if one.direction == "backward"]
+    names, expected = block_names(tree), False
+    for one in found:
+        call = calls.all[one.call or 0]
+        is_fused = one.op.startswith("aten::_scaled") and one.backend != "math"
+        if not is_fused or any(node in call.nodes for node in backward):
+            return False
+        around = (calls.all[number] for number in calls.enclosing(one.call))
+        block = next((outer for outer in around if not names.keys().isdisjoint(outer.names)), call)
+        expected |= profile.reached(range(call.nodes.start, one.node))
+        expected |= call.takes_gradient and profile.reached(block.nodes)
+    return expected
 
 
 def _part(module: nn.Module, found: Sequence[AttentionCall]) -> tuple[int, int] | None:

@@ -6,8 +6,8 @@ lists inside a block (the experts of a mixture) belong to it. In a model without
 block.
 
 Hooks change nothing in a step. An exception in a hook is recorded and does not reach the step. torch.compile does not
-trace hooks. Copying or saving a module also copies its hooks; in the copy and in the file they do nothing and do not
-refer to this project.
+trace hooks. A copy of a module and a saved module carry none of these hooks. Only a class that lists its own state
+copies them; then they do nothing in the copy and do not refer to this project.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def largest_magnitude(gradient: Tensor) -> Tensor | None:
             return torch.stack(sizes).amax() if sizes else None
         if not gradient.numel():
             return gradient.new_zeros(()).float()  # a sparse gradient of no rows
-        norm: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(gradient, float("inf"), dtype=wide)
         return norm
 
 
@@ -232,6 +233,41 @@ class ModuleHook:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy as a function that takes any arguments and does nothing."""
         return getattr, (nullcontext(), "__exit__")
+
+
+@contextmanager
+def left_out_of_copies() -> Iterator[None]:
+    """Leave the hooks of this module out of every copy, and of every file, made of a module inside the block."""
+
+    def state(module: nn.Module) -> Any:
+        kept = dict(vars(module))
+        for hooks, *options in _HOOKS:
+            own = [key for key, hook in kept[hooks].items() if isinstance(hook, ModuleHook)]
+            for name in (hooks, *options) if own else ():
+                kept[name] = type(kept[name])((key, value) for key, value in kept[name].items() if key not in own)
+        return kept
+
+    with patch.object(nn.Module, "__getstate__", state):
+        yield
+
+
+_HOOKS = (
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+"""Attributes of a module with its hooks, each with those that hold the options of these hooks by the same keys."""
+
+
+def hook_gradient(hooks: ExitStack, parameter: Tensor, hook: Callable[[Tensor], Any]) -> None:
+    """Call a hook with each gradient of a parameter, until the stack is closed."""
+    hooks.callback(_drop_empty_hooks, parameter)
+    hooks.push(parameter.register_hook(hook))
+
+
+def _drop_empty_hooks(parameter: Tensor) -> None:
+    """Without this, autograd calls into Python for each parameter that has had a hook, in every later step."""
+    if not parameter._backward_hooks:
+        parameter._backward_hooks = None
 
 
 class HookGuard:
@@ -297,6 +333,25 @@ class Modes:
         """Restore every module's mode one by one: ``model.train()`` would lose mixed modes."""
         for module, training in self._modes:
             module.training = training
+
+
+class Buffers:
+    """The buffers of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [
+            (one._buffers, name, value, value._version, value.detach().clone())
+            for one in model.modules()
+            for name, value in one._buffers.items()
+            if value is not None
+        ]
+
+    def restore(self) -> None:
+        """Restore the buffers that were replaced, and the values of those that were written to."""
+        for buffers, name, value, version, values in self._held:
+            buffers[name] = value
+            if value._version != version:
+                value.detach().copy_(values)
 
 
 @contextmanager

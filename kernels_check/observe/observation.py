@@ -25,7 +25,7 @@ from kernels_check.observe import adapter, parts
 from kernels_check.observe import digest as digests
 from kernels_check.observe.base import Storage, wrapped_storage
 from kernels_check.observe.calls import CallRecorder, Calls, LayerCall
-from kernels_check.observe.digest import Digest, hash_base
+from kernels_check.observe.digest import Digest, DigestDifference, hash_base
 from kernels_check.observe.execution import (
     BlockRecomputed,
     Compilations,
@@ -37,6 +37,7 @@ from kernels_check.observe.execution import (
     read_compilations,
     recomputed_blocks,
 )
+from kernels_check.observe.isolation import probe_calls
 from kernels_check.observe.layers import (
     AttentionLayers,
     LayerProducts,
@@ -47,7 +48,7 @@ from kernels_check.observe.layers import (
 from kernels_check.observe.learning import GradientRecord, Gradients, ParameterUpdates, Updates
 from kernels_check.observe.loss import BackwardPasses, LossRecord, ModelCall, loss_of_step
 from kernels_check.observe.modules import HookGuard, ModelTree, RandomState, is_checkpointing_enabled, training_modes
-from kernels_check.observe.padding import PaddingRecord, count_padding, isolation_by_inputs
+from kernels_check.observe.padding import PaddingRecord, count_padding, packed_or_all
 from kernels_check.observe.parts import (
     ParameterStatus,
     embedding_modules,
@@ -84,6 +85,8 @@ class Observation:
     """The base before the first call."""
     after: Digest
     """The base after the last call."""
+    change: DigestDifference = field(default_factory=DigestDifference)
+    """The parts of the base that differed from ``before`` when any of the calls began or ended."""
     profile: StepProfile
     calls: int
     optimizer_steps: int
@@ -170,6 +173,17 @@ class Observation:
     trained_parameters = _read_tree(adapter.trained_parameters)
     """Parameters of the adapter that must learn, by name."""
 
+    @cached_property
+    def reached_outside(self) -> frozenset[str]:
+        """Parameters that a gradient reached although none came back through a call of their layers, by name."""
+        names, through = {id(value): name for name, value in self.tree.parameters}, dict[str, bool]()
+        for layer in self.adapter_layers if self.profile.evaluated else ():
+            own = [self.modules.all[number] for number in self.modules.by_name.get(layer.name, ())]
+            used = not own or any(self.profile.reached(call.nodes) for call in own)
+            for name in (names.get(id(value), "") for _, value in layer.weights()):
+                through[name] = used or through.get(name, False)
+        return frozenset(name for name in self.reached if not through.get(name, True))
+
     token_parameters = _read_tree(adapter.token_parameters)
     """Parameters of the adapter that only some vocabulary tokens use, by name."""
 
@@ -182,9 +196,7 @@ class Observation:
     @cached_property
     def attention_layers(self) -> AttentionLayers:
         """The layers in which attention ran or should have run."""
-        return attention_layers(
-            self.tree, self.modules, self.profile.attention, self.profile.mixing, self.profile.reductions
-        )
+        return attention_layers(self.tree, self.modules, self.profile)
 
     @cached_property
     def base_products(self) -> LayerProducts:
@@ -197,6 +209,15 @@ class Observation:
     def fourbit_products(self) -> LayerProducts:
         """The 4-bit products of every linear layer with a 4-bit weight, by layer name."""
         return match_products(fourbit_layers(self.tree), self.modules, self.profile.fourbit)
+
+    @cached_property
+    def idle_fourbit(self) -> list[str]:
+        """Layers with an adapter that ran and whose 4-bit weight took part in no product; none if code was compiled."""
+        own = fourbit_layers(self.tree)
+        around = {name: name for name in self.storage if f"{name}.base_layer" in own}
+        found = match_products(around, self.modules, self.profile.fourbit)
+        hidden = self.profile.missing is not None or self.profile.compiler_lookups or self.profile.compiled_regions
+        return [] if hidden else [name for name in found.without if name not in found.by_layer]
 
     @cached_property
     def storage(self) -> dict[str, Storage]:
@@ -232,8 +253,8 @@ class Observation:
 
     @cached_property
     def isolation(self) -> PathObservation:
-        """Whether packed records are isolated from each other."""
-        return isolation_by_inputs(self.model_calls, self.attention_layers.calls)
+        """Whether packed records are isolated from each other, by forward passes of the step's own calls."""
+        return probe_calls(self.model, packed_or_all(self.model_calls))
 
     @cached_property
     def padding(self) -> PaddingRecord | None:
@@ -280,6 +301,7 @@ class StepObserver:
         """
         self.compiled, self.observation = False, None
         tree, series = self._continue_series()
+        series.compare_base(tree)
         recording = ProfilerRecording()
         recorder = CallRecorder(tree, series.guard, marked=recording.missing is None)
         with series.step(tree, recorder.backwards):
@@ -337,6 +359,7 @@ class _Series:
         self.begun = 0
         """Number of steps that have begun."""
         self._before = hash_base(tree)
+        self._change = DigestDifference()
         self._others: dict[str, None] = {}
         """Classes of optimizers that stepped and hold no parameter of the model."""
         self._stepped: list[GroupRecord] = []
@@ -387,12 +410,18 @@ class _Series:
         self.guard(self.gradients.end_call)(tree.model)
         self.guard(self.updates.end_call)()
 
+    def compare_base(self, tree: ModelTree) -> Digest:
+        """Add the parts of the base that differ now from those before the first step."""
+        now = self._before if not self.begun else hash_base(tree)
+        self._change |= now.since(self._before)
+        return now
+
     def observe(
         self, model: nn.Module, recorder: CallRecorder, profile: StepProfile, *, drew_random: bool
     ) -> Observation:
         """All observations, for the judges."""
         final, calls = ModelTree(model), recorder.calls()
-        after, updates = hash_base(final), self.updates.by_name()
+        after, updates = self.compare_base(final), self.updates.by_name()
         changed = {after.parts[name].owner for name in after.changed_parts(self._before) if name in after.parts}
         changed |= {name for name, one in updates.items() if one.moved or one.written}
         return Observation(
@@ -400,6 +429,7 @@ class _Series:
             final_tree=final,
             before=self._before,
             after=after,
+            change=self._change,
             profile=profile,
             calls=self.begun,
             optimizer_steps=self.updates.steps,

@@ -83,6 +83,11 @@ class Operator:
         """Its arguments: metadata for tensors, values for others."""
         return getattr(self.event.extra_fields, "inputs", ())
 
+    @property
+    def node(self) -> int:
+        """Number of the next autograd node when it began; of its own node, if it runs one; -1 without autograd."""
+        return int(getattr(self.event.extra_fields, "sequence_number", -1))
+
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of an input; empty if it is not a tensor."""
         return tuple(getattr(self.inputs[index], "sizes", ())) if index < len(self.inputs) else ()
@@ -196,6 +201,8 @@ class AttentionCall:
     """Features that it returns for each token, over all heads."""
     taken: int | None = None
     """Features of each token that the next weight layer takes, usually the output projection."""
+    node: int = -1
+    """Number of the next autograd node when it began; for a call of the backward pass, of the node that ran it."""
 
     @property
     def compiled(self) -> bool:
@@ -354,7 +361,8 @@ def _masks(event: Operator, scores: tuple[int, ...]) -> bool:
 def _named(event: Operator, backend: str) -> AttentionCall:
     backward = re.search(r"backward|bwd", event.name, re.IGNORECASE) is not None
     if backward:
-        return AttentionCall(op=event.name, backend=backend, direction="backward", dtype=event.dtype(0))
+        node = next((one.node for one in (event, *ancestors(event)) if one.name.startswith(BACKWARD_ROOT)), -1)
+        return AttentionCall(op=event.name, backend=backend, direction="backward", dtype=event.dtype(0), node=node)
     if event.name == "aten::_safe_softmax":  # the only trace of an SDPA call that was not recorded otherwise
         return AttentionCall(
             op=event.name,
@@ -384,6 +392,7 @@ def _named(event: Operator, backend: str) -> AttentionCall:
         head_size=shapes[0][-1] if shapes and shapes[0] else None,
         heads=shapes[0][1] if four_dimensional else None,
         width=shapes[0][1] * shapes[2][-1] if four_dimensional and event.shape(2) else None,
+        node=event.node,
     )
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels_check.check import PathObservation, failed, passed, undecided
 from kernels_check.observe.loss import (
     ModelCall,
     configurations,
@@ -32,15 +31,13 @@ from kernels_check.observe.loss import (
     special_tokens,
     training_calls,
 )
-from kernels_check.observe.modules import ModelTree, is_checkpointing_enabled
-from kernels_check.observe.operators import AttentionCall
+from kernels_check.observe.modules import ModelTree
 
 PADDING = -1
 NUMBERED = ("seq_idx", "sequence_ids", "segment_ids", "document_ids")
 CUMULATED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
 _IGNORED = -100
 """The label that the loss ignores."""
-PASSED_ON = "position_ids that restart at each record, seq_idx, cu_seq_lens_q, or an attention_mask of blocks"
 
 
 class LayoutError(ValueError):
@@ -165,7 +162,8 @@ def _number_by_mask(name: str, value: Tensor, rows: int, tokens: int) -> Tensor 
         return _number_by_values(name, value, rows, tokens)
     if value.dim() not in (3, 4) or value.shape[-2:] != (tokens, tokens):
         return None
-    blocks = mask_to_bool(value if value.dim() == 3 else value[:, 0])
+    allowed = mask_to_bool(value)
+    blocks = allowed if value.dim() == 3 else allowed.all(dim=1)  # a head that leaks does not hide a boundary
     numbers = pad((~blocks.diagonal(-1, dim1=1, dim2=2)).cumsum(dim=1), (1, 0))
     hidden = masked_positions(value, rows, tokens)
     unseen = ~blocks.diagonal(dim1=1, dim2=2).expand(rows, tokens)
@@ -345,68 +343,12 @@ def _unchanging_positions(positions: Any, numbers: Tensor) -> Tensor:
     return pad(equal, (1, 0)) | pad(equal, (0, 1))
 
 
-_LEAK = (
-    "positions separate records only without a cache (by default there is one) and without a two-dimensional mask: "
-    "pass use_cache=False and no attention_mask, or a mask of blocks to a model whose mask ignores positions (OPT)"
-)
-_VERIFY = "only forward passes show whether records are isolated: call probe_isolation"
-
-
-def report_leaks(leaks: Sequence[str]) -> PathObservation:
-    """The finding of ``packing.isolated`` for changes that reached other records, each given as a phrase."""
-    return failed("; ".join([*leaks, _LEAK]))
-
-
-def isolation_by_inputs(calls: Sequence[ModelCall], attention: Sequence[AttentionCall]) -> PathObservation:
-    """Judge packed calls by the mask, positions and lengths that the model received, without a forward pass.
-
-    Args:
-        calls: calls of the model in a step.
-        attention: every attention call in the model's forward passes.
-    """
-    try:
-        read = [(call, find_packed_records(call.arguments)) for call in packed_or_all(calls)]
-        packed = [(call, records) for call, records in read if records is not None and records.packed]
-    except LayoutError as error:
-        return undecided(str(error), present=False)
-    if not packed:
-        reason = f"no row of any call in the step shows two records; to show them, a call needs {PASSED_ON}"
-        return undecided(reason, present=False)
-    count, by = packed[0][1].count, packed[0][1].by
-    by_lengths = ["varlen" in call.op or call.backend == "flex" for call in attention]
-    unmasked = not any(by_lengths) and all(call.mask is False for call in attention)
-    masked = any(isinstance(call.arguments.get("attention_mask"), Tensor) for call, _ in packed)
-    cached = any(call.arguments.get("past_key_values") is not None or _caches(call) for call, _ in packed)
-    partly = not all(by_length or call.mask for by_length, call in zip(by_lengths, attention, strict=True))
-    leak = "attention received neither a mask nor lengths, so the records of a row attend to each other"
-    summary = f"{by} give the records, no mask or cache hides them, and every attention call received them"
-    findings = (
-        (
-            all(records.by == "attention_mask" for _, records in packed),
-            passed(f"{count} records: each call had a mask of blocks"),
-        ),
-        (not attention, undecided("no attention call of the model was observed")),
-        (unmasked, report_leaks([leak])),
-        (masked, undecided(f"an attention_mask with {by}: {_VERIFY}")),
-        (cached, undecided(f"the model may have built a cache: {_VERIFY}")),
-        (partly, undecided(f"some attention calls received no mask: {_VERIFY}")),
-    )
-    return next((found for applies, found in findings if applies), passed(f"{count} records: {summary}"))
-
-
 def packed_or_all(calls: Sequence[ModelCall]) -> list[ModelCall]:
     """The calls that train: for each, the inner calls with packed records, or else those with tokens."""
     trained = training_calls(calls)
     return [
         one for call in trained for one in call.matching(has_packed_records) or call.matching(names_tokens) or [call]
     ]
-
-
-def _caches(call: ModelCall) -> bool:
-    """Whether a call may build a cache, by its argument or else the configuration; recomputation disables it."""
-    configured = any(getattr(one, "use_cache", False) for one in configurations(call.module))
-    requested = call.arguments.get("use_cache")
-    return bool(configured and not is_checkpointing_enabled(call.module) if requested is None else requested)
 
 
 def has_packed_records(arguments: Mapping[str, Any]) -> bool:

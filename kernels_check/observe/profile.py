@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import unwrap
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -56,6 +59,8 @@ class OptimizerRecord:
 
     classes: tuple[str, ...]
     """Qualified names of its class and every base class, the class first."""
+    steps_by: str = ""
+    """The one of these classes whose ``step`` runs."""
     learning_rates: tuple[float, ...]
     parameters: frozenset[int]
     """Ids of the parameters that it updates."""
@@ -76,6 +81,7 @@ def describe_optimizer(optimizer: Any) -> OptimizerRecord:
     tensors = {id(value): value for state in states for value in state if isinstance(value, Tensor)}.values()
     return OptimizerRecord(
         classes=class_names(optimizer),
+        steps_by=_name_class(_find_stepping(type(optimizer))),
         learning_rates=tuple(learning_rate(group) for group in optimizer.param_groups),
         parameters=frozenset(map(id, parameters)),
         state_bytes=sum(value.nbytes for value in tensors),
@@ -93,7 +99,17 @@ def optimized_by(optimizer: Any) -> list[Tensor]:
 
 def class_names(optimizer: Any) -> tuple[str, ...]:
     """Qualified names of its class and every base class, the class first."""
-    return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__)
+    return tuple(map(_name_class, type(optimizer).__mro__))
+
+
+def _name_class(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _find_stepping(kind: Any) -> Any:
+    """The class of an optimizer that defines its ``step``; torch puts a wrapper of it into the class itself."""
+    function = unwrap(kind.step)
+    return next(one for one in reversed(kind.__mro__) if unwrap(vars(one).get("step", unwrap)) is function)
 
 
 def learning_rate(group: Any) -> float:
@@ -213,12 +229,22 @@ class StepProfile:
     """For each region of the forward pass, the module call in which it was entered; None outside the model."""
     eager: frozenset[int] = frozenset()
     """Numbers of the module calls in which products or attention of the forward pass ran outside all regions."""
+    evaluated: tuple[int, ...] = ()
+    """Numbers of the autograd nodes that the backward passes ran, in order."""
     missing: str | None = None
     """Why nothing was recorded, so that all properties based on operators are unknown."""
+
+    def reached(self, nodes: range) -> bool:
+        """Whether a backward pass ran any of these autograd nodes."""
+        place = bisect_left(self.evaluated, nodes.start)
+        return place < len(self.evaluated) and self.evaluated[place] in nodes
 
 
 AROUND = "the program already runs a profiler, which a second one would end"
 INSIDE = "the step runs a profiler of its own, which ends any other"
+KINETO_LEVEL = "KINETO_LOG_LEVEL"
+SILENT = 99
+"""Higher than the level of any message."""
 
 
 class ProfilerRecording:
@@ -287,6 +313,7 @@ class ProfilerRecording:
             kernels=Counter(rule.name for rule in rules if rule is not None),
             compiled_regions=len(regions),
             compiler_lookups=sum(one.name == COMPILER_LOOKUP for one in operators),
+            evaluated=tuple(sorted(one.node for one in operators if one.name.startswith(BACKWARD_ROOT))),
             entered=tuple(one.call for one in regions if not one.in_backward),
             eager=frozenset(
                 call
@@ -316,16 +343,29 @@ def is_recording() -> bool:
 
 @contextmanager
 def quiet_kineto() -> Iterator[None]:
-    """Silence the two lines that Kineto writes to stderr per profile."""
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = "99"
+    """Silence what Kineto writes to stderr, and restore its level for the program's own profiles.
+
+    Kineto takes its level from the environment when the first profile of the process starts. It has no function that
+    sets another one later, so the variable in its library is set. Without kernels_check, the level would be the
+    environment's, or the one that torch sets where the environment has none.
+    """
+    named = os.environ.get(KINETO_LEVEL)
+    level = None
+    with suppress(OSError, ValueError, AttributeError):  # a build without these names
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        library.suppressLibkinetoLogMessages()  # torch's level; does nothing if the environment names one
+        level = ctypes.c_int.in_dll(library, "_ZN9libkineto6Logger14severityLevel_E")
+        before = level.value or library.atoi((named or "").encode())  # 0 until the first profile
+        level.value = SILENT
+    os.environ[KINETO_LEVEL] = str(SILENT)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("KINETO_LOG_LEVEL", None)
-        else:
-            os.environ["KINETO_LOG_LEVEL"] = before
+        os.environ.pop(KINETO_LEVEL)
+        if named is not None:
+            os.environ[KINETO_LEVEL] = named
+        if level is not None:
+            level.value = before
 
 
 def read_events(roots: Iterable[Any]) -> tuple[list[Operator], list[Write]]:

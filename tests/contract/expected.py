@@ -23,9 +23,11 @@ DIGITS = 10
 NOTICE = {"code": "str", "message": "str", "remedy": "str"}
 NULLABLE = {
     "low": "float", "high": "float", "mde80": "float", "replicates_needed": "int", "invalid": "str", "reason": "str",
-    "explained": "bool", "first_difference": "int",
+    "explained": "bool", "first_difference": "int", "cuda": "str",
+    "measured_bytes": "int", "error": "float",
 }  # fmt: skip
-"""Keys whose presence depends on the noise of the machine, with their types."""
+"""Keys whose value depends on the noise of the machine, the build of torch, or whether a stored run is of this CPU,
+with their types."""
 MACHINE = ("settings", "libraries", "git")
 """Keys of the provenance whose content depends on the machine and on the checkout."""
 
@@ -52,9 +54,9 @@ def check_shape(name: str, actual: Any) -> None:
 def check_run(name: str, run: Path) -> None:
     """Compare the file names of a run, and keys and types of its manifest and of the last record of each trial, with
     isolated trials separately."""
-    last = {record["trial"]: record for record in read_records(run)}
-    assert {record["status"] for record in last.values()} == {"ok"}
-    records = [_remove_host(record) for record in last.values()]
+    records = read_records(run)
+    assert {record["status"] for record in records} == {"ok"}
+    records = [_remove_host(record) for record in records]
     kinds = {
         "records": [record for record in records if not record["trial"].endswith("-isolated")],
         "isolated records": [record for record in records if record["trial"].endswith("-isolated")],
@@ -65,8 +67,9 @@ def check_run(name: str, run: Path) -> None:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of trials.jsonl."""
-    return [json.loads(line) for line in (run / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Return the last record of each trial; a long trial has earlier ones, written while it was under way."""
+    lines = (run / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    return list({record["trial"]: record for record in map(json.loads, lines)}.values())
 
 
 def parse(text: str) -> Any:

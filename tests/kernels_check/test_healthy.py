@@ -173,6 +173,7 @@ METHODS = {
     "prefix tuning": lambda: peft.PrefixTuningConfig(**PROMPT),
     "LoRA of one layer": lambda: peft.LoraConfig(r=4, layers_to_transform=[1], **TARGETS),
     "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=[*range(1, 96)], **TASK),
+    "SHADOW": lambda: peft.ShadowConfig(shadow_num_hidden_layers=1, **TASK),
     "cartridge": lambda: peft.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=1, **TASK),
 }
 KINDS = ("DoRA", "modules_to_save", "IA3", "VBLoRA", "adaption prompt", "prompt tuning")
@@ -201,9 +202,41 @@ def test_a_healthy_run_is_active(tuned, method):
     required = {"peft.attached": True, "peft.learning": True, "peft.dtype": "float32", "base.frozen": True}
     checks = {check.path: check for check in run.verify(required)}
     assert [(path, checks[path].reason) for path in PATHS if not checks[path].met] == []
-    trained = sum(value.requires_grad for value in run.model.parameters())
+    idle = 8 if method == "SHADOW" else 0  # no layer reads the state that its last layer updates
+    trained = sum(value.requires_grad for value in run.model.parameters()) - idle
     assert f"{trained} of {trained} trainable parameters" in checks["peft.learning"].reason
     assert len(run.losses) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_gate_of_x_lora_trains_and_its_experts_are_frozen_by_design(training, tmp_path):
+    """Neither the frozen experts nor the gate's softmax are faults; a gate that no optimizer holds is one."""
+    run = training(
+        quant=None, dtype="float32", adapter=lambda: peft.LoraConfig(r=4, init_lora_weights=False, **TARGETS)
+    )
+    run.model.save_pretrained(tmp_path / "one")
+    for value in run.optimizer.param_groups[0]["params"]:
+        value.data.neg_().mul_(value.abs())
+    run.model.save_pretrained(tmp_path / "two")
+    base = run.model.unload()
+    base.config.use_cache = False
+    experts = {"0": str(tmp_path / "one"), "1": str(tmp_path / "two")}
+    gate = {"hidden_size": 128, "xlora_depth": 1}
+    run.model = peft.get_peft_model(base, peft.XLoraConfig(adapters=experts, **gate, **TASK)).train()
+    run.optimizer = adamw(run.model)
+    required = {"peft.attached": True, "peft.learning": True, "base.frozen": True, "attention.backend": "flash"}
+    checks = {check.path: check for check in run.verify(required)}
+    assert [(path, checks[path].reason) for path in required if not checks[path].met] == []
+    run.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    assert not run.check("peft.learning", True).met
+
+
+def test_a_model_in_float64_is_judged(training):
+    """Gradients in float64 are read as those of other types are."""
+    run = training(quant=None, dtype="float64")
+    checks = {check.path: check for check in run.verify({"peft.learning": True, "attention.dtype": "float64"})}
+    assert checks["peft.learning"].met, checks["peft.learning"].reason
+    assert checks["attention.dtype"].met, checks["attention.dtype"].reason
 
 
 @pytest.mark.filterwarnings("ignore")

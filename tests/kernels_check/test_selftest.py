@@ -111,3 +111,12 @@ def test_paths_that_a_cpu_cannot_run_are_explained(name, words):
     found = try_path(BY_NAME[name], "cpu")
     assert found.status == "unavailable"
     assert words in found.reason
+
+
+def test_the_probe_compiles_into_its_own_cache(monkeypatch, tmp_path):
+    """The shared cache gets no library that an interruption could leave half written, and none is read from it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
+    monkeypatch.setattr(probe, "PATHS", (BY_NAME["compile"],))
+    torch.compiler.reset()
+    assert main(["probe", "--json"]) == 0
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]

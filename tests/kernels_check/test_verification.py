@@ -15,6 +15,7 @@ import pytest
 import torch
 from negative_controls.catalogue import CONTROLS
 from negative_controls.faults import Verifier
+from torch.profiler import ProfilerActivity, profile
 
 import kernels_check
 from kernels_check.check import PathObservation
@@ -99,14 +100,24 @@ def test_importing_the_package_loads_no_torch():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_profile_writes_nothing_to_stderr(training, capfd, monkeypatch):
-    """Kineto's messages are silenced, and its environment variable is restored."""
-    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
-    run = training()
-    capfd.readouterr()
-    run.verify({})
-    assert "USDT" not in capfd.readouterr().err
-    assert "KINETO_LOG_LEVEL" not in os.environ
+def test_only_the_programs_own_profiles_write_to_stderr(training, capfd):
+    """The profile of a check writes nothing, also after a profile of the program, which writes the same lines again
+    after the check."""
+
+    def count_lines(profiled):
+        capfd.readouterr()
+        profiled()
+        return len(capfd.readouterr().err.splitlines())
+
+    def own():
+        with profile(activities=[ProfilerActivity.CPU]):
+            torch.ones(2).add(1)
+
+    run, before = training(), os.environ.get("KINETO_LOG_LEVEL")
+    own()  # the first one of a process writes more
+    alone = count_lines(own)
+    assert (count_lines(lambda: run.verify({})), count_lines(own)) == (0, alone)
+    assert os.environ.get("KINETO_LOG_LEVEL") == before
 
 
 @pytest.mark.parametrize(

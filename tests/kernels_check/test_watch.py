@@ -135,14 +135,24 @@ def test_an_error_of_the_step_is_raised_and_hooks_are_removed(training):
     assert all(check.met for check in watched.checks if check.required is not None)
 
 
+def _do_nothing(*_):
+    pass
+
+
 def test_a_model_is_copied_and_saved_while_it_is_watched(training):
-    """Copies, as for a checkpoint or a weight average, carry no hooks of the watch."""
+    """Copies, as for a checkpoint or a weight average, carry no hooks of the watch, and keep those of the user."""
     run = training(quant=None)
     before = _traces(run.model)
     with kernels_check.watch(run.model, REQUIRED) as watched:
+        own = run.model.register_forward_hook(_do_nothing)
         average = copy.deepcopy(run.model)
+        own.remove()
         run.step()
-        torch.save(run.model, io.BytesIO())
+        torch.save(run.model, file := io.BytesIO())
+    file.seek(0)
+    assert _traces(torch.load(file, weights_only=False)) == before
+    assert [*map(len, (average._forward_hooks, average._forward_pre_hooks))] == [1, 0]
+    assert _traces(average)[:2] == (before[0] + 1, before[1])
     assert all(check.met for check in watched.checks if check.required is not None), watched.checks
     assert _traces(run.model) == before
     torch.save(copy.deepcopy(average), io.BytesIO())
@@ -289,22 +299,6 @@ def test_a_failing_hook_is_not_an_error_of_the_step(training, monkeypatch):
     assert run.losses == plain.losses
     assert {check.status for check in watched.checks} == {"unknown"}
     assert "a hook failed: OSError: no more of it" in watched.checks[0].reason
-
-
-@pytest.mark.parametrize(
-    ("more", "status"),
-    [({"use_cache": False}, "active"), ({"use_cache": True}, "fallback"), ({"use_cache": False, "mask": 1}, "unknown")],
-)
-def test_packed_records_are_judged_by_the_inputs_of_the_model(training, more, status):
-    """A mask from positions isolates the records; without one they leak; a padding mask needs several forwards."""
-    run = training()
-    mask = torch.ones(2, 16, dtype=torch.long)
-    mask[:, -1] = 0
-    run.inputs |= {"position_ids": torch.arange(8).repeat(2, 2), "use_cache": more["use_cache"]}
-    run.inputs |= {"attention_mask": mask} if "mask" in more else {}
-    with kernels_check.watch(run.model, {"packing.isolated": True}) as watched:
-        run.step()
-    assert _by_path(watched)["packing.isolated"].status == status, watched.checks
 
 
 def test_a_watched_model_can_be_freed(training):

@@ -106,7 +106,7 @@ def measured(small_study):
             max_minutes=None if limit_s is None else limit_s / 60, **protocol,
         )  # fmt: skip
         plan = make_plan(dataclasses.replace(small_study, protocol=changed), interleaving=level, phases=phases)
-        executor = SimulatedExecutor(costs or {})
+        executor = measure.executor = SimulatedExecutor(costs or {})
         budget = Budget(limit_s, clock=executor.clock, replicates=replicates)
         budget.import_s, budget.load_s = executor.costs["imports"], executor.costs["cold"]
         site = RunContext(device="cpu")
@@ -192,11 +192,13 @@ def test_too_little_time_is_reported_and_training_is_still_measured(measured):
 
 
 def test_a_limit_too_short_for_one_replicate_is_refused(measured):
-    """After the first steps, the error gives the needed minutes in one sentence."""
+    """After the first step of the first trial, before another one is built, the error gives the needed minutes in one
+    sentence."""
     with pytest.raises(
-        UsageError, match=r"max_minutes = 0\.5: .* takes 1 min 45 s .* not even one fits\. Give 2 minutes"
+        UsageError, match=r"max_minutes = 0\.5: .* takes about 1 min .* not even one fits\. Give 2 minutes"
     ):
         measured(30.0)
+    assert [command for _, command in measured.executor.commands if command == "build"] == ["build"]
 
 
 def test_a_replicate_that_turns_out_slower_ends_the_run(measured, monkeypatch):

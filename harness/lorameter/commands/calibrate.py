@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES
@@ -49,12 +50,26 @@ def run_calibrate(options: argparse.Namespace) -> int:
         f"--inject-rows = {rows}: not a valid amount of work. Use 1 to {MAX_ROWS}, or omit it.",
     )
     study, variant = _load_calibrated(options)
+    minutes = study.protocol.max_minutes
+    end_s = None if minutes is None else time.monotonic() + 60 * minutes
     with open_placement(study, options.runs_dir) as placement:
         if rows is None:
-            pilot = study.with_protocol(replicates=3)
-            ratios = [_measure_pilot(pilot, variant, count, placement, options) for count in PILOT_ROWS]
+            pilot, left, ratios = study.with_protocol(replicates=3), study.protocol.replicates, list[float]()
+            for place, count in enumerate(PILOT_ROWS, start=1):
+                later = left + (len(PILOT_ROWS) - place) * pilot.protocol.replicates
+                ratios.append(_measure_pilot(_limit(pilot, end_s, later), variant, count, placement, options))
             rows = rows_for_slowdown(INJECTED, *ratios)
-        return _show_calibration(_measure_injected(study, variant, rows, placement, options), options)
+        run = _measure_injected(_limit(study, end_s, 0), variant, rows, placement, options)
+        return _show_calibration(run, options)
+
+
+def _limit(study: Study, end_s: float | None, later: int) -> Study:
+    """The study with its share of the time until `end_s`, by replicates, of which `later` follow."""
+    if end_s is None:
+        return study
+    minutes, count = (end_s - time.monotonic()) / 60, study.protocol.replicates
+    require(minutes > 0, "--max-minutes: the pilots of the calibration took all of it. Give more, or --inject-rows.")
+    return study.with_protocol(max_minutes=minutes * count / (count + later))
 
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:

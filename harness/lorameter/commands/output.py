@@ -86,7 +86,7 @@ def show_result(
         sys.stdout.flush()
         _add_to_summary(document)
     else:
-        show(document, console_for(), verbose=vars(options).get("verbose", False))
+        show(document, console_for(), verbose=vars(options).get("verbose"))
     save_page(vars(options).get("html"), document, page)
 
 

@@ -43,7 +43,7 @@ from lorameter.verdicts.series import is_mixed
 
 def run_report(options: argparse.Namespace) -> int:
     """Print the report of a run, complete or not. For an A/B run, print the gate's report under the run's policy."""
-    run = _read_run(options.run, options)
+    run = _read_run(options.run or store.latest_run(store.runs_dir(options.runs_dir)), options)
     gc.freeze()  # the run is needed until the end, and the garbage collector would take seconds to scan a large one
     if run.manifest.sides:
         require(
@@ -85,7 +85,7 @@ def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict
 def make_run_page(view: RunView) -> dict[str, Any]:
     """Return the title, the variants, the figures and the reproduction commands of a run's page."""
     return {
-        "title": view.study.title,
+        "title": view.study.headline,
         "names": view.variants,
         "figures": draw_run_figures(view),
         "reproduction": reproduction_steps(view.run),

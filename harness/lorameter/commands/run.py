@@ -40,7 +40,7 @@ from lorameter.run.resume import is_finished, restore_plan
 from lorameter.run.runner import find_unfinished
 from lorameter.run.sites.driver import read_interrupted_run
 from lorameter.run.sites.placement import Placement, open_placement
-from lorameter.run.workers import open_executor
+from lorameter.run.workers import IfBusy, open_executor
 from lorameter.run.workers.sides import command_sides, name_sides
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import HERE, Protocol
@@ -127,9 +127,10 @@ def forecast_study(
     runs = store.runs_dir(options.runs_dir)
     plan, notices = plan_study(study, placement, runs, wanted)
     cannot_measure_here = any(notice.code == NOT_HERE for notice in notices)
-    expected = forecast(
-        plan, placement.machine, runs, None if cannot_measure_here or placement.is_remote else open_executor()
-    )
+    executor = None if cannot_measure_here or placement.is_remote else open_executor()
+    if_busy: IfBusy = "share" if options.if_busy == "share" else "refuse"  # no wait for an estimate
+    expected = forecast(plan, placement.machine, runs, executor, if_busy=if_busy)
+    require(expected.replicates != 0, f"{expected.basis}.")
     if cannot_measure_here:  # time and memory on another machine are unknown
         why = "it cannot be measured on this machine"
         expected = Forecast(time_s=None, basis=why, disk_bytes=expected.disk_bytes, unknown=why)

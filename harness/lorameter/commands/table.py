@@ -299,7 +299,7 @@ COMMANDS = (
         help="print the report of a run",
         example="lorameter report 20261120-101500-mine-3f2a --html report.html",
         arguments=(
-            RUN,
+            argument("run", metavar="RUN", nargs="?", help="a run id or a run directory; default: the latest run"),
             *shared_options("metric"),
             argument("--variant", metavar="V", action="append", default=[], help="only this one; repeatable"),
             argument("--phase", choices=PHASES, action="append", default=[], help="only this one; repeatable"),

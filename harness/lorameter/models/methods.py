@@ -48,6 +48,10 @@ LORA = MethodFacts(keeps_base=True, several=True, mixes=True, merges=True, reloa
 """The facts about LoRA in its short form; fields that are exceptions are checked separately."""
 
 
+PROBE_LIMIT_S = 60.0
+"""Maximum seconds in which a method is tried."""
+
+
 def method_facts(variants: Sequence[Variant]) -> dict[str, MethodFacts]:
     """The facts about each variant's method, by the variant's name; unknown methods are probed now. LoRA in its short
     form with a short-named optimizer needs no probe.
@@ -94,15 +98,22 @@ def _read(path: Path) -> MethodFacts | None:
 
 
 def _probe(variants: Sequence[Variant]) -> tuple[MethodFacts, ...]:
-    done = subprocess.run(
-        [sys.executable, "-m", PROBE],
-        input=json.dumps(codec.to_json(list(variants))),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    limit_s = PROBE_LIMIT_S * len(variants)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", PROBE],
+            input=json.dumps(codec.to_json(list(variants))),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            cwd=Path(__file__).parents[2],
+            timeout=limit_s,
+        )
+    except subprocess.TimeoutExpired:
+        raise InvalidRunError(
+            f"the methods of PEFT could not be tried on a tiny model within {limit_s:g} s. Use smaller values in peft."
+        ) from None
     try:
         return codec.from_json(
             tuple[MethodFacts, ...], json.loads(done.stdout.rpartition("\n\n")[2]), "facts of methods"

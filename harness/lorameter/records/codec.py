@@ -21,6 +21,7 @@ import msgspec
 from lorameter.errors import UsageError, refused_value
 
 T = TypeVar("T")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _WORDS = {"object": ("a table", "Write it as { key = value }."), "array": ("a list", "Write it as [ ... ].")}
 
 
@@ -29,13 +30,20 @@ class NotReadableError(ValueError):
 
 
 def parse(text: str | bytes) -> Any:
-    """Parse JSON text into plain data. Raises `NotReadableError`."""
+    """Parse JSON text into plain data. Raises `NotReadableError`, also for half a character (a lone surrogate), which
+    no text can hold."""
     try:
-        return json.loads(text)
+        data = json.loads(text)
+        if _ESCAPED_HALF.search(text if isinstance(text, str) else text.decode()):
+            json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
         raise NotReadableError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.end])
+        raise NotReadableError(f"a text in it has half a character ({half})") from None
     except ValueError as error:  # truncated text, binary data, numbers with thousands of digits
         raise NotReadableError(str(error).partition(";")[0]) from None
+    return data
 
 
 def to_json(value: Any) -> Any:

@@ -81,7 +81,7 @@ def read_text(path: Path, check: Callable[[BinaryIO], object] = lambda file: Non
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise NotReadableError(f"it has more than {MAX_BYTES >> 20} MiB, the limit")
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise NotReadableError(error.strerror or str(error)) from None
     except ValueError as error:  # an invalid file name, or bytes that are not text

@@ -7,7 +7,7 @@ a loss follow from that entry, so a new metric is added only here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,14 @@ def phases_of(measures: Iterable[Measure]) -> tuple[Phase, ...]:
     return tuple(phase for phase in PHASES if phase in found)
 
 
+def common_measures(measures: Iterable[Collection[Measure]], *, ranks: int) -> tuple[Measure, ...]:
+    """What can be measured of every variant, by what can be measured of each; of several ranks, training alone."""
+    found = [one for one, phase in PHASE_OF.items() if ranks == 1 or phase == "train"]
+    for known in measures:
+        found = [one for one in found if one in known]
+    return tuple(found)
+
+
 Samples = tuple[float, ...]
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""
@@ -49,6 +57,8 @@ class Metric:
     """Derives its samples from a record, () if it has none; None if a record stores them under the metric's name."""
     is_loss: bool = False
     """Whether it depends on the number of training steps."""
+    untrained: str = ""
+    """Of a loss, the value of a record that has the same loss before training, if it is measured."""
     column: Literal["", "always", "one workload", "own workloads"] = ""
     """Whether it is a column of its phase's table, in addition to the primary metric: never · always · if all variants
     share a workload · if some have their own. Losses over different tokens are not shown together, and the tokens a
@@ -251,7 +261,13 @@ METRICS: dict[str, Metric] = {
             column="one workload",
         ),
         Metric(
-            name="held_out_loss", title="held-out loss", unit="1", phase="train", is_loss=True, column="one workload"
+            name="held_out_loss",
+            title="held-out loss",
+            unit="1",
+            phase="train",
+            is_loss=True,
+            untrained="held_out_loss_initial",
+            column="one workload",
         ),
         Metric(name="request_time_s", title="request", unit="s", phase="generate"),
         Metric(name="first_token_time_s", title="time to first token", unit="s", phase="generate", column="always"),

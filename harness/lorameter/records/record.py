@@ -29,6 +29,10 @@ Line = Annotated[str, msgspec.Meta(pattern=r"^[^\n\r\v\f\x1c-\x1e\x85\u2028\u202
 """A name on one line. CI runners read output line by line, and would interpret a second line as a command."""
 
 
+UnixTime = Annotated[float, msgspec.Meta(ge=0, lt=2**40)]
+"""Seconds since 1970 that have a date."""
+
+
 def require_readable(data: Any, source: Path) -> None:
     """Raise `UsageError` for data from a file of a run that does not follow this schema."""
     if not isinstance(data, dict):

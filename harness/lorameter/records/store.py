@@ -33,8 +33,9 @@ from lorameter.errors import UsageError
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import hold_lock, is_locked, scratch_folder, write_document, write_whole
+from lorameter.records.manifest_tables import ManifestTables
 from lorameter.records.os_errors import MACHINE_ERRORS, translate_os_errors, translate_write_errors
-from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, require_readable
+from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, UnixTime, require_readable
 from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, add_steps, encode_record, read_trials
 from lorameter.records.trials import TRIALS as TRIALS
 
@@ -64,7 +65,7 @@ class TimeBreakdown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class Resumption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One resumption of an interrupted run."""
 
-    unix_s: float
+    unix_s: UnixTime
     harness: str | None
     """Version and content of the harness that resumed the run (`provenance.harness_identity`)."""
     commit: str | None
@@ -100,7 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     order: tuple[Line, ...]
     """Trial ids in the order of the plan; ids of replicates that were not needed are removed at the end."""
     seed: int
-    created_unix_s: float
+    created_unix_s: UnixTime
     provenance: dict[str, Any]
     fingerprint: str
     """Hash of the provenance fields that must agree for two runs to be compared."""
@@ -140,6 +141,7 @@ def read_manifest(path: Path, check: Callable[[BinaryIO], object] = lambda file:
     except (NotReadableError, UnicodeError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
+    codec.from_json(ManifestTables, data, source.name)
     if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:
         raise UsageError(f"{source}: sides = {', '.join(manifest.sides)}: base and candidate are expected. Restore it.")
     return manifest
@@ -290,6 +292,10 @@ def read_run(name: str, folder: Path) -> Run:
 def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / MANIFEST
     if not fileio.is_file(source):
+        for place in (Path(name), path):
+            if fileio.is_folder(place) or fileio.is_file(place):
+                what = f"a folder without {MANIFEST}" if fileio.is_folder(place) else "damaged, or no packed run"
+                raise UsageError(f"run {name!r}: {place} is {what}. {_ASK_AGAIN}")
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
@@ -363,6 +369,13 @@ def refusal_while_live(path: Path) -> str:
 def list_runs(folder: Path) -> list[Path]:
     """Directories of runs, oldest first; on every Python version, they include runs whose manifest is a broken link."""
     return sorted(path for path in folder.glob("*") if is_run(path))
+
+
+def latest_run(folder: Path) -> str:
+    """The id of the newest run in a folder. Raises `UsageError` if there is none."""
+    if not (runs := list_runs(folder)):
+        raise UsageError(f"no run in {folder}. Measure one (`lorameter run`), or name one, or another --runs-dir.")
+    return runs[-1].name
 
 
 def is_run(path: Path) -> bool:

@@ -12,15 +12,17 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from lorameter.errors import UsageError, redact, shorten
+from kernels_check.check import Check
+from lorameter.errors import UsageError, redact, refused_value, shorten
 from lorameter.records import codec, fileio
-from lorameter.records.record import SCHEMA, Line, TrialRecord, require_readable
+from lorameter.records.record import SCHEMA, Line, TrialRecord, UnixTime, require_readable
 
 TRIALS, CHECKS = "trials.jsonl", "checks.jsonl"
 HASH_DIGITS = 16
@@ -35,8 +37,17 @@ class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields
     trial: Line
     name: Line
     site: Line = ""
+    started_unix_s: UnixTime
+    wall_time_s: UnixTime
     checks: tuple[str, ...] = ()  # type: ignore[assignment]  # hashes of the evidence
     tokens: dict[str, bool | int | float | str | list[Token] | None] = msgspec.field(default_factory=dict)
+
+
+class _Counts(msgspec.Struct):
+    """The counts among the tokens of a record."""
+
+    real_tokens: Token = 0
+    padded_tokens: Token = 0
 
 
 class StoredCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,7 +56,12 @@ class StoredCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     hash: str
     check: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        msgspec.convert(self.check, Check)  # its readers use every field
 
+
+_LISTS = re.compile(r"(base_)?answer_\d+|(cold_)?completion")
+"""Keys of a record's tokens that hold a list; all others hold one value."""
 _RECORD = msgspec.json.Decoder(StoredRecord, strict=False)
 _CHECK = msgspec.json.Decoder(StoredCheck)
 _FIELDS = tuple(field.name for field in msgspec.structs.fields(TrialRecord) if field.name != "checks")
@@ -145,12 +161,17 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
         record = codec.from_json(StoredRecord, data, where)
     if record.schema != SCHEMA:
         require_readable({"schema": record.schema}, source)
-    times = record.started_unix_s + record.wall_time_s
-    sums = [sum(record.values.values()), *map(sum, record.samples.values())] if record.status == "ok" else []
-    if not all(map(math.isfinite, (times, *sums))):
+    named = f"{where}, trial {shorten(record.trial, 60)}"
+    codec.from_json(_Counts, record.tokens, f"{named}, tokens", strict=True)
+    for key, value in record.tokens.items():
+        if isinstance(value, list) != bool(_LISTS.fullmatch(key)):
+            raise refused_value(f"{named}, tokens", key, value, "another type is expected", "Restore the file.")
+    measured = [record.values.values(), *record.samples.values()] if record.status == "ok" else []
+    # A spread is computed from squares.
+    if not all(math.isfinite(one * one) for one in (sum(map(abs, numbers)) for numbers in measured)):
         raise UsageError(
-            f"{where}, trial {shorten(record.trial, 60)}: a number in times, samples or values is not finite, and the "
-            f"trial is {record.status}. Restore the file, or measure again."
+            f"{named}: a number in samples or values is not finite, or too large, and the trial is "
+            f"{record.status}. Restore the file, or measure again."
         )
     return record
 

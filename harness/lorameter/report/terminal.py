@@ -373,15 +373,16 @@ def console_for(file: object | None = None, *, stderr: bool = False) -> Console:
     return console
 
 
-def show(document: Document, console: Console, *, verbose: bool = False) -> None:
-    """Print a report and repeat its verdict below it; `verbose` expands collapsed blocks."""
+def show(document: Document, console: Console, *, verbose: bool | None = None) -> None:
+    """Print a report and repeat its verdict below it; `verbose` expands collapsed blocks, and is None for a command
+    without this option."""
     with console.capture() as captured:
-        _print(document, console, verbose=verbose)
-        if not verbose and any(isinstance(block, Collapsible) for block in document):
+        _print(document, console, verbose=bool(verbose))
+        if verbose is False and any(isinstance(block, Collapsible) for block in document):
             console.print(draw_text("--verbose shows full notices and statistics.", "faint"))
         if last := _repeated_sections(document):
             console.print()
-            _print(last, console, verbose=verbose)
+            _print(last, console, verbose=bool(verbose))
     console.file.write(re.sub(" +$", "", captured.get().replace(_GLUE, " "), flags=re.MULTILINE))
     console.file.flush()
 

@@ -196,7 +196,12 @@ def export_csv(table: TableName, rows: Iterable[Row]) -> Iterator[str]:
     writer = csv.DictWriter(_Echo(), table_columns(table), extrasaction="ignore", lineterminator="\n")
     yield writer.writeheader()
     for row in rows:
-        yield writer.writerow(row)
+        yield writer.writerow({key: _as_text(value) for key, value in row.items()})
+
+
+def _as_text(value: Any) -> Any:
+    """A text that a spreadsheet would execute as a formula, with an apostrophe before it; any other value unchanged."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _write_parquet(table: TableName, rows: Iterable[Row], target: Path) -> None:

@@ -206,8 +206,8 @@ class Budget:
         if needed_s > self.limit_s:
             raise TimeLimitTooShortError(
                 f"max_minutes = {self.limit_s / 60:g}: by the first steps of this run a replicate of "
-                f"{format_count(self._trials, 'trial')} takes {format_duration(needed_s)} at least, so not even one "
-                f"fits. Give {math.ceil(needed_s / 60)} minutes or more, fewer variants (--variant) or a smaller model."
+                f"{format_count(self._trials, 'trial')} takes about {format_duration(needed_s)}, so not even one fits. "
+                f"Give {math.ceil(needed_s / 60)} minutes or more, fewer variants (--variant) or a smaller model."
             )
 
     def close_replicate(self, steps_per_turn: int) -> None:

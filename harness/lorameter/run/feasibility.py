@@ -61,7 +61,7 @@ def check_feasible(
     Raises:
         UsageError: the message names study, variant, key, value and remedy.
     """
-    obstacle = "" if study.engine is None else study.engine.obstacle(machine.device)
+    obstacle = study.obstacle(machine.device)
     require(not obstacle or shown_only, f"study {study.name}: {obstacle}.")
     remedy = f"lorameter run {study.name} there; nothing of this plan would be measured here."
     elsewhere = (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()

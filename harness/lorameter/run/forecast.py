@@ -46,7 +46,7 @@ from lorameter.run.feasibility import processes_on_device
 from lorameter.run.plan import Arm, Group, Plan, Slot
 from lorameter.run.prepare import RunContext, make_request, max_parallel
 from lorameter.run.runner import run_plan
-from lorameter.run.workers import Executor, TrialFiles, Worker, WorkerLostError, hold_devices
+from lorameter.run.workers import Executor, IfBusy, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
 from lorameter.studies.request import BaseKey, Request, base_key
@@ -115,13 +115,16 @@ class PlanTimes:
     basis: str
 
 
-def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None) -> Forecast:
+def forecast(
+    plan: Plan, machine: Machine, runs: Path, executor: Executor | None = None, *, if_busy: IfBusy = "refuse"
+) -> Forecast:
     """Predict the time, the width of the intervals, the largest memory of processes that are live at the same time, and
     the disk space of a run.
 
-    The `executor`, which is not started yet, times the steps; None if steps cannot be timed.
+    The `executor`, which is not started yet, times the steps; None if steps cannot be timed. If its device is in use
+    (`if_busy`), it times them nevertheless, or not at all.
     """
-    expected = _forecast_time(plan, machine, runs, executor)
+    expected = _forecast_time(plan, machine, runs, time_steps(plan, executor, if_busy))
     if not plan.study.supports("built"):
         return dataclasses.replace(expected, unknown="it is the variants' own")
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
@@ -139,18 +142,14 @@ def forecast(plan: Plan, machine: Machine, runs: Path, executor: Executor | None
     return dataclasses.replace(expected, disk_bytes=tokens + len(plan.slots) * 64 * 1024 + adapter * 4)
 
 
-def _forecast_time(plan: Plan, machine: Machine, runs: Path, executor: Executor | None) -> Forecast:
-    """The time of a plan and the width of its intervals."""
+def _forecast_time(plan: Plan, machine: Machine, runs: Path, times: PlanTimes | str) -> Forecast:
+    """The time of a plan and the width of its intervals; `times` is a text if they are unknown."""
     protocol = plan.study.protocol
-    limit_s = None if protocol.max_minutes is None else 60 * protocol.max_minutes
     sd, noise = _scatter(plan, machine, runs)
-    times = time_steps(plan, executor)
     if isinstance(times, str):
-        replicates = protocol.replicates if limit_s is None else None
+        replicates = protocol.replicates if protocol.max_minutes is None else None
         width = None if replicates is None else half_width(sd, replicates, plan)
-        return Forecast(
-            time_s=limit_s, basis=times, replicates=replicates, half_width=width, noise=noise if width else ""
-        )
+        return Forecast(time_s=None, basis=times, replicates=replicates, half_width=width, noise=noise if width else "")
     try:
         ends, skipped = simulate(plan, times)
     except TimeLimitTooShortError as error:
@@ -300,7 +299,7 @@ class _SimulatedWorker(Worker):
 # --- the times it uses ------------------------------------------------------------------------------------------------
 
 
-def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
+def time_steps(plan: Plan, executor: Executor | None, if_busy: IfBusy = "refuse") -> PlanTimes | str:
     """Time each variant on two layers of its model, in a separate process; or return why this failed."""
     if not plan.study.supports("built"):
         return "only what lorameter builds is timed in advance"
@@ -309,7 +308,7 @@ def time_steps(plan: Plan, executor: Executor | None) -> PlanTimes | str:
     if any(slot.workload.ranks > 1 for slot in plan.slots):
         return "steps of several ranks are not timed in advance"
     try:
-        with hold_devices([executor], "refuse"), scratch_folder() as folder, contextlib.closing(executor):
+        with hold_devices([executor], if_busy), scratch_folder() as folder, contextlib.closing(executor):
             executor.start(folder, plan.study.workload.threads)
             hello = executor.hello()
             first = {slot.variant.name: slot for slot in reversed(plan.slots)}

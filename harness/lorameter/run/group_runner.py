@@ -8,6 +8,7 @@ hosted.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -147,9 +148,8 @@ class GroupRunner:
         try:
             for launch in self._group.launches:
                 self._launch(launch)
-            self._run_untimed("build")
+            self._prepare()
             if self._trains:
-                self._check_and_warm_up()
                 self._train()
                 self._run_untimed("save_adapter")
             self._budget.lap(self._rest)
@@ -189,12 +189,18 @@ class GroupRunner:
             request = self._requests[slot.trial] = make_request(self._run.plan, slot, self._run.context, place)
             self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
-    def _check_and_warm_up(self) -> None:
-        """Run each trial from its first step to the point where only timed turns are left."""
-        budget, protocol = self._budget, self._run.plan.study.protocol
-        if self._group.turns:
-            steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
-            budget.require_one(steps * sum(self._records.values("build_step_time_s")))
+    def _prepare(self) -> None:
+        """Run each trial from its first step to the point where only timed turns are left; others are built."""
+        budget, protocol, live = self._budget, self._run.plan.study.protocol, self._records.live()
+        steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
+        first = 1 if budget.is_judging and self._group.turns else len(live)
+        for trials in (live[:first], live[first:]):  # one trial alone first: its step shows whether any fits
+            self._run_untimed("build", trials=trials)
+            known = self._records.values("build_step_time_s")
+            if self._group.turns and known:
+                budget.require_one(steps * statistics.fmean(known) * len(self._records.live()))
+        if not self._trains:
+            return
         self._run_untimed("verify")
         self._run_untimed("warm_up", arguments={"steps": 1} if budget.limit_s is not None else {})
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")) / self._parallel)

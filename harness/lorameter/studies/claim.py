@@ -266,9 +266,3 @@ class Engine:
                 f"[engine.proof]: {shorten(path, 60)} = {shorten(repr(value), 60)}: no observable value. Use "
                 f'true, a word, "{ANY}", "{LESS}" or "{SAFE}".',
             )
-
-    def obstacle(self, device: str) -> str:
-        """Why nothing can be measured on a device ("cpu" or "cuda"); empty if it can."""
-        if not self.needs or device == self.needs:
-            return ""
-        return f"{self.title} runs on a GPU only and this machine measures on the CPU; measure it on a machine with one"

@@ -1,7 +1,6 @@
 """A study: a named set of variants, their common settings, the protocol of the measurement, and the claims.
 
-`lorameter.studies.study_file` reads it from TOML. A study of commands is also made of one command line, or of one
-with and without an engine.
+`lorameter.studies.study_file` reads it from TOML. A study of commands can also be made of one command line.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from lorameter.errors import UsageError, require, shorten
 from lorameter.records import codec
-from lorameter.records.metrics import PHASE_OF, Phase, phases_of
+from lorameter.records.metrics import Phase, common_measures, phases_of
 from lorameter.records.record import Line, Measure
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
@@ -36,14 +35,6 @@ RESERVED = ("-control", "-isolated")
 def is_of_tokens(axis: str) -> bool:
     """Whether the levels of this axis have losses over different tokens."""
     return axis.startswith(WORKLOAD_PREFIX) and axis.removeprefix(WORKLOAD_PREFIX) in OF_TOKENS
-
-
-def common_measures(variants: Iterable[AnyVariant], ranks: int) -> tuple[Measure, ...]:
-    """What can be measured of every variant; of several ranks, training alone."""
-    found = [measure for measure, phase in PHASE_OF.items() if ranks == 1 or phase == "train"]
-    for variant in variants:
-        found = [measure for measure in found if measure in variant.measures]
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +66,8 @@ class Study:
     """Further facts for readers of the results."""
     profile: str = ""
     """Name of the profile that adapted the study to a machine."""
+    needs: Literal["", "cuda"] = ""
+    """The device that the profile needs."""
     replaced: dict[str, Any] = field(default_factory=dict)
     """Original values of the study that a profile or an option has replaced, by field: `workload.batch_size`."""
     engine: Engine | None = None
@@ -106,9 +99,8 @@ class Study:
         for variant in self.variants:
             require(
                 variant.executor == self.form.executor,
-                f"{where}: variant {variant.name!r} is {variant.form}, and {self.variants[0].name!r} is "
-                f"{self.form.form}: they run in processes of different kinds, and have no common step. Write a "
-                "separate study for it.",
+                f"{where}: variant {variant.name!r} is {variant.form}, and others are {self.form.form}, which runs in "
+                "other processes: they have no common step. Write a separate study for it.",
             )
         if not self.supports("workload"):
             check_own_workload(self)
@@ -132,7 +124,7 @@ class Study:
     @property
     def measures(self) -> tuple[Measure, ...]:
         """What can be measured of every variant."""
-        return common_measures(self.variants, self.workload.ranks)
+        return common_measures([one.measures for one in self.variants], ranks=self.workload.ranks)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -156,6 +148,13 @@ class Study:
             name: codec.from_json(Workload, {**common, **fields}, f"{where} {name!r}", strict=True)
             for name, fields in self.workloads.items()
         }
+
+    def obstacle(self, device: str) -> str:
+        """Why nothing can be measured on a device ("cpu" or "cuda"); empty if it can."""
+        what = f"profile {self.profile!r}" if self.needs else self.engine.title if self.engine else ""
+        if device == "cuda" or not (self.needs or (self.engine and self.engine.needs)):
+            return ""
+        return f"{what} runs on a GPU only and this machine measures on the CPU; measure it on a machine with one"
 
     def check_distinct(self) -> None:
         """Raise `UsageError` if two variants are the same configuration on the same workload."""
@@ -265,6 +264,12 @@ class Study:
             if getattr(own, one.name) != getattr(self.workload, one.name)
         )
         return (*variant.differences(self.variant(self.reference)), *others)
+
+    @property
+    def headline(self) -> str:
+        """The title, with the measured model where a profile or an option has replaced that of the study."""
+        model = self.workload.model
+        return self.title if self.replaced.get("workload.model", model) == model else f"{self.title}, on {model}"
 
     @property
     def deviations(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ workload.batch_size = 8         # a field of the workload for this variant only;
 [engine]                        # the feature that the claims are about, see lorameter.studies.claim
 [profile.NAME]                  # all of the above except variants, for one kind of machine
 devices = ["A100"]              # parts of the names of devices that use this profile; "cpu" is any CPU
+needs = "cuda"                  # it is refused on a machine without a GPU
 workload.model = "random:"      # the model of the study with random weights
 """
 
@@ -31,21 +32,21 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from lorameter.errors import UsageError, redact, refused_value, require
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
-from lorameter.records.metrics import phases_of
+from lorameter.records.metrics import common_measures, phases_of
 from lorameter.records.store import Run
 from lorameter.studies import protocol
 from lorameter.studies.claim import Claim, Engine, check_limits
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
-from lorameter.studies.study import WORKLOAD_PREFIX, Study, Target, common_measures, unknown_word_message
+from lorameter.studies.study import WORKLOAD_PREFIX, Study, Target, unknown_word_message
 from lorameter.studies.variant import AnyVariant, PeftVariant, Variant, all_forms, all_keys, form_keys
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
@@ -117,6 +118,7 @@ class Profile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table `[profile.NAME]`: the fields of the study that have other values on one kind of machine."""
 
     devices: tuple[str, ...] = ()
+    needs: Literal["", "cuda"] = ""
 
 
 class StudyFile(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -182,14 +184,16 @@ def _fit(path: Path, data: Table, file: StudyFile, written: Study, profile: str 
         return written if target is None else written.fit(target)
     known = unknown_word_message(profile, list(file.profile)) if file.profile else "this study has none."
     require(profile in file.profile, f"{where}: profile = {profile!r}: {known}")
-    changes = {key: value for key, value in data["profile"][profile].items() if key != "devices"}
+    changes = {key: value for key, value in data["profile"][profile].items() if key not in ("devices", "needs")}
     fitted = _merge(data, {**changes, "notes": [*file.notes, *file.profile[profile].notes]})
     workload = fitted.get("workload", {})
     if workload.get("model") == _OWN_RANDOM:
         own = written.workload.model.removeprefix(_OWN_RANDOM)
         fitted["workload"] = {**workload, "model": f"{_OWN_RANDOM}{own}"}
     study = _parse(path, fitted)
-    study = dataclasses.replace(study, profile=profile, replaced=_find_replaced(written, study))
+    study = dataclasses.replace(
+        study, profile=profile, needs=file.profile[profile].needs, replaced=_find_replaced(written, study)
+    )
     return study if target is None else study.fit(target)
 
 
@@ -299,7 +303,8 @@ def _parse(path: Path, data: Table) -> Study:
     variants = tuple(_variant(where, index, file.controls, row) for index, row in enumerate(rows))
     # Defaults: some forms define their own model and data, and not all can be measured in every phase.
     own_workload = {} if all("workload" in one.supports for one in variants) else {"model": OWN, "data": OWN}
-    own_protocol = {"phases": list(phases_of(common_measures(variants, file.workload.get("ranks", 1))))}
+    measures = common_measures([one.measures for one in variants], ranks=file.workload.get("ranks", 1))
+    own_protocol = {"phases": list(phases_of(measures))}
     for section in ("workload", "protocol"):
         check_keys(f"{where}, [{section}]", section, getattr(file, section))
     title = " ".join((file.title or path.stem).split())  # one line, because it is the header of every report

@@ -1,9 +1,8 @@
 """A variant: one configuration to be measured, independent of how it is measured.
 
 It is a fine-tuning that lorameter builds (`LoraVariant` for LoRA in short form, `PeftVariant` for any PEFT method,
-`FullVariant` for all weights), or a command that trains (`ScriptVariant`). These are forms of variants. A form declares
-the key that selects it in a study, its executor, and what it supports; no other module asks for the form itself. Other
-packages register further forms as entry points of the group `FORM_GROUP`, under the name of their key.
+`FullVariant` for all weights), or a command that trains (`ScriptVariant`). Such a form
+declares its key in a study, its executor and what it supports. Other packages register forms in `FORM_GROUP`.
 
 The fields have the names of PEFT, transformers and bitsandbytes, so that a variant reads like the code that it
 describes. Values that are invalid in themselves are refused here; `feasibility` checks values that depend on the model
@@ -179,7 +178,7 @@ class ScriptVariant(AnyVariant):
         return dataclasses.replace(self, command=spec) if kind == script.SIDE else self
 
     def check_side(self, kind: str) -> None:
-        """Raise `UsageError` if the command brings its own interpreter, and the side would replace it."""
+        """Raise `UsageError` if the side would replace the interpreter that the command brings."""
         if kind in ("interpreter", "requirements"):
             script.check_side(self)
 
@@ -301,7 +300,8 @@ class Variant(AnyVariant):
         return cast(DType, self.compute_dtype if self.is_4bit else self.autocast or self.dtype)
 
     def with_dtype(self, dtype: DType) -> Self:
-        """The variant with this dtype in place of "auto"."""
+        """The variant with this dtype in place of "auto"; bfloat16 for flash-attn, which has no float32."""
+        dtype = "bfloat16" if self.attention == "flash_attention_2" else dtype
         values = {"dtype": dtype, "compute_dtype": dtype, "autocast": None if dtype == "float32" else dtype}
         open_fields = {key: value for key, value in values.items() if getattr(self, key) == "auto"}
         return dataclasses.replace(self, **open_fields)  # type: ignore[arg-type]

@@ -130,6 +130,8 @@ def compare_losses(sides: ScriptPair) -> LossAgreement:
     if not base or not all(base) or not all(candidate):
         return LossAgreement(found="unknown", reason="no trial recorded every loss of both scripts")
     steps = min(map(len, (*base, *candidate)))
+    if min(map(min, (*base, *candidate))) <= 0:
+        return LossAgreement(found="unknown", reason="a loss is not above 0, so they have no ratio")
     try:
         first, trend = (
             compare_trials(

@@ -6,6 +6,7 @@ Batches, and ways to pass them, that leak between records or are mostly padding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -49,6 +50,21 @@ def drift_offset(run: SmallRun) -> None:
     """Change the offset of all scales of a weight."""
     layer = adapter_layers(run.model)[1].base
     after_each_step(run, lambda: layer.weight.quant_state.offset.add_(1e-3))
+
+
+def flip_each_step(run: SmallRun) -> None:
+    """Change the sign of a norm in each update, so that an even number of steps leaves the base as it was."""
+    norm = run.model.base_model.model.model.norm.weight
+    after_each_step(run, lambda: norm.data.neg_())
+
+
+def cache_float_products(run: SmallRun) -> None:
+    """Dequantise the targets once, and multiply by the float weights from then on."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for base in (layer.base for layer in adapter_layers(run.model)):
+        weight = dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.bfloat16)
+        base.forward = partial(nn.functional.linear, weight=weight)
 
 
 def drift_int8_scales(run: SmallRun) -> None:

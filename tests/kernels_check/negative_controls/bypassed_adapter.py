@@ -43,6 +43,17 @@ def _train_a_norm(run: SmallRun) -> None:
     run.optimizer.add_param_group({"params": [norm]})
 
 
+def train_by_a_penalty(run: SmallRun, *, detached: bool = True) -> None:
+    """Add a penalty on the adapter to a loss; with ``detached``, no gradient of the loss is left."""
+    factors = [value for value in run.model.parameters() if value.requires_grad]
+
+    def passes(run: SmallRun) -> Any:
+        loss = run.model(**run.inputs, labels=run.inputs["input_ids"]).loss
+        return backward((loss.detach() if detached else loss) + sum((one - 1).square().sum() for one in factors))
+
+    run.passes = passes
+
+
 def disable_in_the_step(run: SmallRun) -> None:
     """Keep `disable_adapter()` around the training forward, after two healthy steps."""
     run.step()

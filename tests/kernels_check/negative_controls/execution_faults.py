@@ -14,7 +14,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from negative_controls.small_run import SmallRun, backward, forget_compilations, replace_step, wrap_step
 
@@ -131,6 +131,31 @@ def checkpoint_layers(run: SmallRun, layers: tuple[int, ...] = (0, 1), part: str
         layer = decoder_layers(run)[index]
         module = getattr(layer, part) if part else layer
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def save_products(run: SmallRun, *, what: tuple[Any, ...] = (torch.ops.aten.mm.default,)) -> None:
+    """Recompute the layers by selective checkpoints that save the results of these operators."""
+    run.inputs["use_cache"] = False
+    contexts = partial(create_selective_checkpoint_contexts, list(what))
+    for layer in decoder_layers(run):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
+def step_itself(parameters: Any) -> Any:
+    """Return an optimizer of a class that is derived from AdamW and updates by the signs of the gradients."""
+
+    class Signed(torch.optim.AdamW):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for value in self.param_groups[0]["params"]:
+                value.sub_(value.grad.sign(), alpha=1e-4)
+
+    return Signed(parameters, lr=1e-3)
+
+
+def inherit_step(parameters: Any) -> Any:
+    """Return an optimizer of a derived class that keeps the step of AdamW."""
+    return type("Named", (torch.optim.AdamW,), {})(parameters, lr=1e-3)
 
 
 def two_passes(run: SmallRun) -> None:

@@ -70,6 +70,18 @@ def split_heads(run: SmallRun, *, by_hand: bool) -> None:
     run.model.get_base_model().config._attn_implementation = name
 
 
+def drop_attention(run: SmallRun, *, detached: bool = False) -> None:
+    """Call SDPA in every layer and drop its result; with ``detached``, call it on other tensors."""
+    for block in _layers(run):
+        block.self_attn.forward = _by_hand(block.self_attn, partial(_attend_and_drop, detached=detached))
+
+
+def _attend_and_drop(query: Any, key: Any, value: Any, *, detached: bool) -> Any:
+    states = [one.detach() if detached else one for one in (query, key, value)]
+    scaled_dot_product_attention(*states, is_causal=True)
+    return value.cumsum(2) / value.shape[2]
+
+
 def skip_attention(run: SmallRun) -> None:
     """Remove the attention of a block and keep its feed-forward part."""
     block = _layers(run)[1]

@@ -110,7 +110,7 @@ def _lay_out_chart(chart: Chart) -> Layout:
 
 def _scale(axis: Axis, values: Iterable[float | None], begin: float, end: float) -> Scale:
     """A scale that includes all values and the axis' line, with some margin."""
-    found = [one for one in (*values, axis.line_at) if one is not None and math.isfinite(one)]
+    found = [one for one in (*values, axis.line_at) if one is not None and math.isfinite(one * one)]
     low, high = axis.span or ((min(found), max(found)) if found else (0.0, 1.0))
     if axis.log:
         room = (high / low) ** 0.04 if high > low else 1.1

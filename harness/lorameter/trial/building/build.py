@@ -298,7 +298,7 @@ class Sizes:
 
     variant: str
     trainable_parameters: int
-    """PEFT's own count."""
+    """PEFT's own count; for full fine-tuning, all parameters."""
     base_parameters: int
     """Parameters of the model without the adapter; tied ones count once, quantised ones as if unquantised."""
     adapter_bytes: int
@@ -332,7 +332,9 @@ def count_sizes(variant: Variant, source: ModelSource) -> Sizes:
         why = "no formula is known for the size of its state"
         raise refused_value(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
     model = _attached(variant, source)
-    trainable, everything = model.get_nb_trainable_parameters()
+    full = isinstance(variant, FullVariant)  # then it is no model of PEFT
+    numbers = (sum(parameter.numel() for parameter in model.parameters()),) * 2
+    trainable, everything = numbers if full else model.get_nb_trainable_parameters()
     adapter = sum(parameter.numel() for parameter in peft_methods.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(variant, LoraVariant) and trainable != adapter and variant.quantization != "none":

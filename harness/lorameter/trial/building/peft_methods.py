@@ -31,6 +31,7 @@ from kernels_check.observe.modules import find_enclosing
 from lorameter.errors import UsageError, format_error, refused_value
 from lorameter.models import catalogue, shapes
 from lorameter.studies.study import suggest
+from lorameter.studies.study_file import OTHER_NAMES
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
 from lorameter.trial.building.base_model import unpack_4bit
 from lorameter.trial.data.tokens import load_tokenizer
@@ -59,6 +60,9 @@ def make_config(variant: Variant, *, steps: int | None = None) -> PeftConfig:
     arguments = {
         key: value for key, value in variant.peft.items() if key in fields or value not in (None, False, {}, [])
     }
+    for key in arguments.keys() - fields:
+        why, near = f"{known[name].__name__} has no such field", suggest(OTHER_NAMES.get(key, key), sorted(fields))
+        raise refused_value(where, f"peft.{key}", arguments[key], why, near)
     arguments |= {"peft_type": name, "inference_mode": False}  # a saved configuration is in inference mode
     arguments["task_type"] = arguments.get("task_type") or "CAUSAL_LM"
     if "total_step" in fields and arguments.get("total_step") is None and steps is not None:
