@@ -100,7 +100,11 @@ def _simulate_replicate(
                 "request_time_s": tuple(requests[index]), "open_ended_request_time_s": tuple(open_ended[index]),
                 "open_ended_tokens": tuple(tokens[index]),
             },
-            values={"held_out_loss": loss, "trainable_parameters": 921_600.0 * parameters},
+            values={
+                "held_out_loss": loss, "trainable_parameters": 921_600.0 * parameters,
+                # Twice the trained loss, so that an effect is the same part of the gain as of the loss.
+                "held_out_loss_initial": 2 * math.exp(0.5),
+            },
         )  # fmt: skip
 
 

@@ -6,7 +6,9 @@ happened, where, the offending value, and what to do about it.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 EXIT_PASS = 0
 EXIT_REGRESSION = 1
@@ -45,6 +47,13 @@ def refused_value(where: str, key: str, value: object, why: str, remedy: str) ->
     """The common form of a refused value: file or object, key, value, reason, remedy."""
     named = f"{shorten(where)}: {shorten(key)}" if key else shorten(where)
     return UsageError(f"{named} = {shorten(repr(value))}: {why}. {remedy}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown word: the nearest known one in any case, or all of them."""
+    lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1)
+    return f"Did you mean {lower[near[0]]!r}?" if near else f"Known: {', '.join(lower.values())}."
 
 
 def require(holds: object, message: str) -> None:

@@ -305,3 +305,64 @@ def test_a_full_disk_at_the_end_does_not_change_the_exit_code(tmp_path):
     assert done.returncode == 7, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ERRORS = """
+import logging, os, traceback
+import torch
+
+logging.basicConfig(level=logging.DEBUG)
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((4,), float(index)) if index < 19 else fail()
+
+def fail(*args):
+    raise ValueError("mine")
+
+def attempt(call):
+    try:
+        call()
+    except ValueError:
+        traceback.print_exc()
+
+def train():
+    for rows in torch.utils.data.DataLoader(Rows()):
+        loss = model(rows).square().mean()
+        loss.backward()
+        optimizer.step()
+
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+attempt(train)
+attempt(lambda: optimizer.step(fail))
+loss = model(torch.ones(4)).mean()
+loss.register_hook(fail)
+attempt(loss.backward)
+os.close(1)
+os.close(2)
+"""
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """Standard error of a script that logs everything and catches errors of its training: alone, and wrapped."""
+    folder = tmp_path_factory.mktemp("errors")
+    (folder / "train.py").write_text(ERRORS)
+    words = sys.executable, "train.py"
+    return [done.stderr.splitlines() for done in (run(folder, *words), wrap(folder, *words))]
+
+
+def test_tracebacks_and_the_log_of_a_script_are_its_own(errors):
+    """Errors of loading, of an update and of a backward pass have no frame of the meter, and the meter logs nothing."""
+    alone, wrapped = errors
+    assert sum(line == "ValueError: mine" for line in alone) == 3
+    assert [line for line in wrapped if not line.startswith("lorameter: ")] == alone
+
+
+def test_a_script_that_closes_its_standard_error_is_reported(errors):
+    """The program that wraps the command names the run, on its own standard error."""
+    assert [line for line in errors[1] if line.startswith("lorameter: run ") and line.endswith(" is written")]

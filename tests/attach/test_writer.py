@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 
+import msgspec
 import pytest
 
 from kernels_check import Check
@@ -154,7 +155,7 @@ def test_an_error_ends_the_trial_and_keeps_its_steps(write, error, status, kind)
 def test_a_loss_that_is_not_a_number_makes_the_trial_invalid(write):
     """The message has the step."""
     readings = steps(15)
-    readings[9] = dataclasses.replace(readings[9], loss=float("nan"))
+    readings[9] = msgspec.structs.replace(readings[9], loss=float("nan"))
     run, _, _ = write(readings)
     (record,) = run.records
     assert (record.status, record.failure.kind) == ("invalid", "LossNotFinite")

@@ -36,7 +36,7 @@ from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run_view import make_run_view
-from lorameter.studies.study import study_of_command
+from lorameter.studies.study import Target, study_of_command
 from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 
@@ -299,7 +299,7 @@ def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, re
 
 def test_title_and_steps_are_those_of_the_measurement(write_run, read_formats):
     """A study whose profile replaces the model is titled with the measured one, and the plan has the steps trained."""
-    written = load_study("llama2-lora-parameters", device="cpu")
+    written = load_study("llama2-lora-parameters", target=Target(kind="cpu", dtype="bfloat16", why="a test"))
     assert not any("steps" in note or "SmolLM2" in note for note in written.notes)
     study = dataclasses.replace(written, claims=())
     path = write_run(

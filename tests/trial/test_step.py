@@ -22,8 +22,9 @@ from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
-from lorameter.trial.building.base_model import evaluation_mode, unpack_4bit
+from lorameter.trial.building.base_model import evaluation_mode
 from lorameter.trial.building.build import SharedBase, build
+from lorameter.trial.building.quantizers import unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.memory import resident_bytes

@@ -51,7 +51,7 @@ def copy_batch(batch: Any) -> BatchParts:
     """
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
-    if not isinstance(batch, Mapping):
+    if not isinstance(batch, (dict, Mapping)):  # the first is decided without a call of Python
         whole = type(batch) is torch.Tensor and batch.dim() == 2 and not batch.is_floating_point()
         return BatchParts(batch.shape[0], batch.shape) if whole else BatchParts()
     ids, vectors = batch.get("input_ids"), batch.get("inputs_embeds")
@@ -79,7 +79,7 @@ def count_tokens(copied: BatchParts) -> Tokens:
     rows, length = copied.shape
     real, convention = rows * length, BY_ALL
     if copied.mask is not None:
-        real, convention = int((copied.mask != 0).sum()), BY_MASK
+        real, convention = int(torch.count_nonzero(copied.mask)), BY_MASK
     elif copied.positions is not None and copied.labels is not None:
         filler = (copied.positions == 0) & (copied.labels == IGNORED)
         real, convention = real - int(torch.cumprod(filler.flip(-1), dim=-1).sum()), BY_POSITIONS
@@ -89,6 +89,8 @@ def count_tokens(copied: BatchParts) -> Tokens:
 def total_tokens(batches: Sequence[BatchParts]) -> Tokens:
     """The tokens of all batches of a step; a count that one of them lacks is None."""
     found = [count_tokens(batch) for batch in batches]
+    if len(found) == 1:
+        return found[0]
     return Tokens(
         sequences=sum_known([tokens.sequences for tokens in found]),
         padded_tokens=sum_known([tokens.padded_tokens for tokens in found]),

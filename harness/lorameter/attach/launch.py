@@ -188,6 +188,7 @@ def finalize_run(path: Path, code: int, folder: Path, *, required: bool) -> bool
     if manifest.status == "running" or record is not run.records[-1]:
         record = record.replaced(tokens=record.tokens | tokens_in(record.samples))
         RunWriter(path.parent, manifest).finish_with(record)
+    print_notice(f"run {path.name} is written")
     return record.status != "ok"
 
 

@@ -214,7 +214,8 @@ class Energy:
 
     def step(self, reading: StepReading) -> None:
         """Add a step to the interval."""
-        self._interval.update(energy_steps=1, energy_tokens=reading.real_tokens or 0)
+        if self._gpu is not None:
+            self._interval.update(energy_steps=1, energy_tokens=reading.real_tokens or 0)
         self._tokens_unknown = self._tokens_unknown or reading.real_tokens is None
 
     def end(self) -> None:

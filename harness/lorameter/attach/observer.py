@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
+import msgspec
+
 from kernels_check.terminal import escape_control_chars
 from lorameter.errors import format_error, redact
 
@@ -60,8 +62,7 @@ class TrainingInfo:
         return {name: float(count) for name in names if (count := getattr(self, name)) is not None}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReading:
+class StepReading(msgspec.Struct, frozen=True, kw_only=True):
     """The measurements of one step; a value is None if this source cannot observe it."""
 
     number: int

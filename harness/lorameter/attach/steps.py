@@ -100,6 +100,8 @@ def patch(holder: Any, name: str, *, before: Before | None = None, after: After 
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next  # without this frame; `raise` does not add it
             if call_after is not None:
                 call_after(args, None, error)
             raise

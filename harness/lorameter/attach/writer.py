@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
-from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, read_command, tokens_in
+from lorameter.attach.launch import REQUIRE, RUN, UNSEEN_END, WRAP, read_command, tokens_in
 from lorameter.attach.measures import (
     MAX_TIMED,
     Columns,
@@ -161,6 +161,7 @@ REPORT_TIMEOUT_S = 120.0
 FLUSH_INTERVAL_S = 1.0
 """Maximum seconds of training that a killed process loses."""
 REPORT_AT_ONCE = ObserverReply()
+REPORT_LATER = ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
 
 
 class Writer:
@@ -257,7 +258,7 @@ class Writer:
         self._warm = True
         self._begin_stretch()
         while True:
-            reading = yield ObserverReply(flush_interval_s=FLUSH_INTERVAL_S)
+            reading = yield REPORT_LATER
             self._energy.step(reading)
             columns = {}
             if len(self._timed) < MAX_TIMED:
@@ -337,7 +338,7 @@ class Writer:
         path, self._run = self._run.path, None  # from here on a failure leaves a complete run
         if self._report:
             print_report(path)
-        else:
+        elif not os.environ.get(WRAP):  # the program that wraps the command prints it, wherever the script has printed
             print_notice(f"run {path.name} is written")
 
     def _judge(self, error: BaseException | None) -> tuple[Status, Failure | None]:

@@ -22,9 +22,10 @@ from lorameter.results.export import DASHBOARDS, TABULAR, export_text, write_tab
 from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
 from lorameter.run.workers import open_executor
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
-from lorameter.studies.variant import AnyVariant, LoraVariant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import workload_variant_id
 
 

@@ -322,4 +322,4 @@ def _unquantised_bytes(profile: RequestProfile) -> int | None:
     """The additional bytes of the base in 16 or 32 bits, if they are expected to fit."""
     extra = estimate_extra_bytes(profile, profile.shape).get("quantization")
     fits = extra is not None and profile.memory.peak_bytes + extra <= SPARE_SHARE * profile.memory_bytes
-    return extra if fits and profile.variant.quantization != "none" else None
+    return extra if fits and profile.variant.format.is_quantised else None

@@ -107,7 +107,7 @@ def _dequantisation(evidence: ProfileEvidence) -> Iterator[Finding]:
     fits, extra = evidence.fits("quantization"), format_bytes(evidence.extra_bytes.get("quantization", 0))
     yield _make_finding(
         "dequantisation", evidence.step_s, share,
-        f"unpacking {evidence.variant.quantization} weights takes {share:.1%} of a step",
+        f"unpacking {evidence.variant.storage} weights takes {share:.1%} of a step",
         f'quantization = "none" needs about {extra} more memory, and that much is unused.'
         if fits
         else "Unpacked weights may not fit into memory. Each weight is unpacked once in each pass, so a larger batch "
@@ -137,8 +137,8 @@ def _wide_compute(evidence: ProfileEvidence) -> Iterator[Finding]:
     share, variant = evidence.categories.get("matmul", 0.0), evidence.variant
     if variant.product_dtype != "float32" or variant.tf32 or not evidence.wide_registers:
         return
-    key = "compute_dtype" if variant.is_4bit else "dtype"
-    tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and not variant.is_4bit else ""
+    key = "compute_dtype" if variant.effective("compute_dtype") else "dtype"
+    tf32 = "; tf32 = true keeps the weights" if evidence.device == "cuda" and key == "dtype" else ""
     yield _make_finding(
         "float32-compute", evidence.step_s, share, f"products in float32 take {share:.1%} of a step",
         f'{key} = "bfloat16" runs them in 16 bits{tf32}.', changes={key: "bfloat16"},
@@ -373,7 +373,7 @@ def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
         "adapter-unmerged", evidence, WHOLE, cost,
         f"the unmerged adapter takes {cost / request.value:.1%} of a request, as measured in the same process "
         f"with it merged{calls}",
-        f"merge_adapter = true merges it before requests.{rounding if evidence.variant.quantization != 'none' else ''}",
+        f"merge_adapter = true merges it before requests.{rounding if evidence.variant.format.is_quantised else ''}",
         changes={"merge_adapter": True},
     )  # fmt: skip
 
@@ -384,7 +384,7 @@ def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
     fits = more < unpacking
     yield _request_finding(
         "dequantisation", evidence, LATER, unpacking - more if fits else unpacking,
-        f"unpacking {evidence.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
+        f"unpacking {evidence.variant.storage} weights takes {format_value(unpacking, 's')} of each later token",
         f'quantization = "none" reads about {format_bytes(extra or 0)} more a token, in {format_value(more, "s")}.'
         if fits
         else "A kernel that multiplies packed weights directly would not unpack them.",
@@ -424,7 +424,7 @@ def _cache_reallocated(evidence: RequestEvidence) -> Iterator[Finding]:
 
 def _mixed_types(evidence: RequestEvidence) -> Iterator[Finding]:
     variant, cost = evidence.variant, evidence.prefill.casts_s + evidence.passes * evidence.decode.casts_s
-    narrow = variant.compute_dtype if variant.is_4bit else variant.dtype
+    narrow = variant.base_dtype
     wide = evidence.adapter_dtype == "float32" and not variant.merge_adapter
     if narrow == "float32" or not (wide or variant.prepare_for_kbit):
         return

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pwd
 import secrets
@@ -277,12 +278,28 @@ def hold_lock(target: Path, busy: str, report: Callable[[str], object]) -> Itera
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(lock_file(target))
     try:
-        acquired = lock.acquire(timeout=TEST_LOCK_S)
+        with _unlogged():
+            lock.acquire(timeout=TEST_LOCK_S)
     except filelock.Timeout:
         report(busy)
-        acquired = lock.acquire()
-    with acquired:
+        with _unlogged():
+            lock.acquire()
+    try:
         yield
+    finally:
+        with _unlogged():
+            lock.release()
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep filelock's messages of the block out of the log of the process, which may be that of a user's script."""
+    logger = logging.getLogger("filelock")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def is_locked(target: Path) -> bool:

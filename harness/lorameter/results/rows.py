@@ -19,9 +19,11 @@ from lorameter.records.metrics import METRICS, PEAKS, Phase
 from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
+from lorameter.studies.form import form_keys, own_forms
+from lorameter.studies.quantization import FIELDS
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
-from lorameter.studies.variant import FORMS, FOUR_BIT_FIELDS, Variant, form_keys
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_id
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
@@ -96,8 +98,8 @@ class Settings:
         side = self._run.manifest.sides.get(record.side, {})
         variant = variant.on_side(side.get("kind", ""), side.get("spec", ""))
         settings = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
-        if isinstance(variant, Variant) and not variant.is_4bit:
-            settings |= dict.fromkeys(FOUR_BIT_FIELDS)
+        if isinstance(variant, Variant):
+            settings |= {key: variant.effective(key) for key in FIELDS}
         peft = getattr(variant, "peft", None)
         return settings | {"method": variant.method_name, "peft_config": codec.dumps(peft) if peft else None}
 
@@ -277,11 +279,11 @@ _NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
 """Fields of a variant that have no column: its label, the folder of its command, and contents of other columns."""
 
 
-_HINTS = {key: hint for form in (*FORMS, Workload) for key, hint in get_type_hints(form).items()}
+_HINTS = {key: hint for form in (*own_forms(), Workload) for key, hint in get_type_hints(form).items()}
 OF_VARIANT = (
     *(
         FrameColumn(key, _KINDS.get(_HINTS[key], "text"), f"`{key}` of the variant")
-        for key in dict.fromkeys(key for form in FORMS for key in form_keys(form))
+        for key in dict.fromkeys(key for form in own_forms() for key in form_keys(form))
         if key not in _NO_SETTINGS
     ),
     FrameColumn("method", "text", "the training method: PEFT's name of it, `full fine-tuning` or `script`"),
@@ -383,6 +385,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         FrameColumn("candidate", "text", "the numerator: the variant, or the candidate of an A/B"),
         _METRIC,
         FrameColumn("ratio", "number", "candidate over base; above 1 is worse, also for rates"),
+        FrameColumn("share", "number", "of a loss, in place of the ratio: the part of the base's gain"),
         FrameColumn("low", "number", "lower end of its interval; missing if there is none"),
         FrameColumn("high", "number", "upper end"),
         FrameColumn("verdict", "text", "`improved`, `regressed`, `equivalent`, `inconclusive`, `invalid`, …"),

@@ -35,8 +35,9 @@ from lorameter.run.forecast import live_group_bytes, needed_bytes
 from lorameter.run.plan import Arm, Plan, Sides, Slot, build_arms, list_variants, list_workloads, make_plan
 from lorameter.run.prepare import RunContext, begin_record, make_request
 from lorameter.run.workers import Executor, WorkerLostError
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.study import Study
-from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, Variant
+from lorameter.studies.variant import ADAPTER_FIELDS, LoraVariant, Variant
 from lorameter.studies.workload import make_absolute
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")

@@ -33,7 +33,6 @@ NOT_HERE = "needs-gpu"
 """Code of the notice about a displayed plan whose engine needs another device."""
 MAX_NAMED = 5
 """Maximum variants that a notice names."""
-NF4_BLOCK = 64  # elements per quantisation block, bitsandbytes' default
 
 
 def check_feasible(
@@ -227,6 +226,7 @@ def _check_support(where: str, variant: Variant, workload: Workload, machine: Ma
     lora, on_cpu = variant if isinstance(variant, LoraVariant) else None, "and this machine measures on the CPU"
     flash, liger = variant.attention == "flash_attention_2", "liger_kernel = True"
     attention, quantization = f"attention = {variant.attention!r}", f"quantization = {variant.quantization!r}"
+    stored, absent = variant.format, [one for one in variant.format.libraries if importlib.util.find_spec(one) is None]
     initialisation = f"init_lora_weights = {getattr(variant, 'init_lora_weights', None)!r}"
     sharded, torch, ddp = ranks and workload.strategy == "fsdp2", library_version("torch"), 'Use strategy = "ddp"'
     with_ranks, with_adapters = f"with ranks = {workload.ranks}", f"with adapters = {workload.adapters}"
@@ -248,12 +248,18 @@ def _check_support(where: str, variant: Variant, workload: Workload, machine: Ma
          f"of several ranks LoRA in its short form is measured, and the method is {variant.method_name}",
          "Leave ranks out."),
         (ranks and variant.compile, "compile = True", f"{with_ranks}, ranks are measured without it", "Leave it out."),
-        (sharded and variant.quantization == "int8", quantization,
-         f"{with_ranks}, FSDP2 does not shard the weights of LLM.int8, whose scales are stored separately",
+        (sharded and stored.fsdp2_since is None, quantization, f"{with_ranks}, FSDP2 {stored.fsdp2_obstacle}",
          f"{ddp}, or another quantization."),
-        (sharded and variant.is_4bit and not shards_4bit(torch), quantization,
-         f"{with_ranks}, FSDP2 of torch {torch} shards no integers, as which 4-bit weights are stored",
-         f'Use torch {SHARDS_INTEGERS} or later, or strategy = "ddp".'),
+        (sharded and not stored.is_sharded_by(torch), quantization,
+         f"{with_ranks}, FSDP2 of torch {torch} {stored.fsdp2_obstacle}",
+         f'Use torch {stored.fsdp2_since} or later, or strategy = "ddp".'),
+        (absent, quantization, f"it needs the package {', '.join(absent)}, which is not installed",
+         f"Run pip install {' '.join(absent)}."),
+        (machine.device not in stored.devices, quantization,
+         f"it runs on {' and '.join(stored.devices)} only, and this machine measures on {machine.device}",
+         "Use another quantization here."),
+        (not stored.gradients, quantization, "no gradient passes through its layers, so nothing trains before them",
+         "Use another quantization."),
         (sharded and variant.optimizer in PAGED, f"optimizer = {variant.optimizer!r}",
          f"{with_ranks}, optimizers of bitsandbytes take no sharded parameters",
          'Use "adamw" or "adamw_fused", or strategy = "ddp".'),
@@ -281,8 +287,9 @@ def _check_support(where: str, variant: Variant, workload: Workload, machine: Ma
 
 
 def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machine) -> None:
-    """Raise `UsageError` for 4-bit layers of a width that bitsandbytes cannot run on this CPU."""
-    if not (variant.is_4bit and machine.device == "cpu" and machine.avx512_bf16):
+    """Raise `UsageError` for quantised layers of a width that the format cannot run on this CPU."""
+    block = variant.format.repacked_block
+    if not (block and machine.device == "cpu" and machine.avx512_bf16):
         return
     taken = {layer.inputs for layer in linear_layers(shape).values()}
     widths = {
@@ -292,10 +299,10 @@ def check_widths(where: str, variant: Variant, shape: ModelShape, machine: Machi
     }
     for name, width in widths.items():
         require(
-            width not in taken or width % NF4_BLOCK == 0,
-            f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {NF4_BLOCK} do "
-            "not divide, and bitsandbytes cannot run such a layer on a CPU with AVX512-BF16. "
-            f'Use a model whose widths are multiples of {NF4_BLOCK}, or quantization = "none".',
+            width not in taken or width % block == 0,
+            f"{where}: quantization = {variant.quantization!r}: {name} is {width}, which blocks of {block} do "
+            f"not divide, and {', '.join(variant.format.libraries)} cannot run such a layer on a CPU with AVX512-BF16. "
+            f'Use a model whose widths are multiples of {block}, or quantization = "none".',
         )
 
 
@@ -319,7 +326,7 @@ def _target_notices(where: str, variant: LoraVariant, model: str, shape: ModelSh
 
 def _variant_notices(variant: Variant, workload: Workload, machine: Machine) -> list[Notice]:
     """Notices about paged optimizers on a CPU, and about 4-bit weights with FSDP2."""
-    sharded_4bit = workload.ranks > 1 and workload.strategy == "fsdp2" and variant.is_4bit
+    sharded_4bit = workload.ranks > 1 and workload.strategy == "fsdp2" and variant.format.loses_state
     notices = (
         (variant.optimizer in PAGED and machine.device == "cpu", "paged-on-cpu",
          f"{variant.optimizer} pages nothing on a CPU; its trials are invalid unless the study allows the fallback.",
@@ -338,18 +345,6 @@ def _variant_notices(variant: Variant, workload: Workload, machine: Machine) -> 
         for applies, code, message, remedy in notices
         if applies
     ]
-
-
-SHARDS_INTEGERS = "2.12"
-"""In earlier versions of torch, FSDP2 gives every shard a gradient, which integers cannot have:
-pytorch/pytorch#177844."""
-
-
-def shards_4bit(torch: str | None) -> bool:
-    """Whether FSDP2 in this version of torch can shard 4-bit weights, which are stored as integers."""
-    from packaging.version import Version
-
-    return torch is None or Version(torch).release >= Version(SHARDS_INTEGERS).release
 
 
 def processes_on_device(workload: Workload, device: str) -> int:

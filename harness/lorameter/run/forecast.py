@@ -49,9 +49,10 @@ from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, IfBusy, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import BaseKey, Request, base_key
 from lorameter.studies.script import OWN
-from lorameter.studies.variant import AnyVariant, Variant
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.series import group_trials, pairs_against
 
@@ -129,7 +130,8 @@ def forecast(
         return dataclasses.replace(expected, unknown="it is the variants' own")
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     needs = needed_bytes(plan.arms, machine, runs)
-    memory = max(_group_bytes(group, needs, machine, forked=not plan.sides) for group in plan.groups)
+    kinds = {frozenset(slot.arm.name for slot in group.slots): group for group in plan.groups}
+    memory = max(_group_bytes(group, needs, machine, forked=not plan.sides) for group in kinds.values())
     expected = dataclasses.replace(expected, memory_bytes=None if math.isinf(memory) else int(memory))
     unknown = next(filter(None, (missing_formula(arm.built, shape_of[arm.workload]) for arm in plan.arms)), None)
     if unknown is not None:
@@ -195,6 +197,11 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
     """
     plan = dataclasses.replace(plan, study=plan.study.with_protocol(precision=None))  # the scatter is not simulated
     protocol = plan.study.protocol
+    # Without a limit, all replicates after those of peaks and cold starts take the same time.
+    begin = (protocol.peak_replicates, protocol.cold_replicates or 0)
+    count = 2 + max((one for one in begin if one < protocol.replicates), default=0)
+    if protocol.max_minutes is None:
+        plan = dataclasses.replace(plan, groups=tuple(one for one in plan.groups if one.replicate < count))
     executor = _SimulatedExecutor(plan, times)
     budget = Budget(
         None if protocol.max_minutes is None else 60 * protocol.max_minutes,
@@ -216,7 +223,9 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
 
     executors = {slot.executor: executor for slot in plan.slots}
     run_plan(plan, executors, context, save=save, display=Display(), budget=budget)
-    return list(ends.values()), tuple(sorted(budget.skipped))
+    found = list(ends.values())
+    later = range(1, protocol.replicates - count + 1 if protocol.max_minutes is None else 1)
+    return found + [found[-1] + more * (found[-1] - found[-2]) for more in later], tuple(sorted(budget.skipped))
 
 
 class _SimulatedExecutor(Executor):

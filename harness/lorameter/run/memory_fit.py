@@ -31,6 +31,7 @@ from lorameter.models.shapes import ModelShape
 from lorameter.records.units import format_bytes, format_percent
 from lorameter.run.feasibility import check_widths
 from lorameter.studies import protocol
+from lorameter.studies.quantization import SMALLEST
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import MAX_BATCH, MIN_LENGTH, Workload
 
@@ -289,7 +290,7 @@ def _changes(fitter: Fitter, variant: Variant, workload: Workload) -> list[_Chan
     the workload fits unchanged."""
     possible = (
         (not variant.gradient_checkpointing, _Change("gradient_checkpointing", True)),
-        (not variant.is_4bit, _Change("quantization", "nf4")),
+        (variant.stored_bits > (SMALLEST.bits or 0), _Change("quantization", SMALLEST.name)),
         (variant.dtype == "float32", _Change("dtype", "bfloat16")),
         # Preparation casts head, embeddings and norms.
         (variant.prepare_for_kbit and element_bytes(variant.dtype) == 2, _Change("prepare_for_kbit", False)),

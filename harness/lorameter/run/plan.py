@@ -26,9 +26,10 @@ from lorameter.errors import UsageError, redact, require
 from lorameter.records import codec
 from lorameter.records.metrics import PHASE_OF, PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.protocol import MAX_ROUNDS, Protocol
 from lorameter.studies.study import Study
-from lorameter.studies.variant import AnyVariant, Variant
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 T = TypeVar("T")
@@ -356,7 +357,8 @@ def choose_measures(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """Measures of the trials that take turns (including a cold start after they have ended), and of isolated trials."""
-    unwanted = {"merged"} if not study.protocol.merged else set()
+    merges = study.protocol.merged and all(variant.format.merges for variant in study.built)
+    unwanted = set() if merges else {"merged"}
     unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
     wanted = [
         measure

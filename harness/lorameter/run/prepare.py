@@ -18,8 +18,9 @@ from lorameter.records.record import BaseSummary, Notice, Status, TokenSummary, 
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import BaseKey, BaseRequest, Request, base_key, base_words
-from lorameter.studies.variant import AnyVariant, Variant
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 

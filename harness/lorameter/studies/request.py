@@ -18,8 +18,10 @@ from typing import Any
 
 from lorameter.records.metrics import Phase
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import AnyVariant, BuiltVariant, LoraVariant, Variant
+from lorameter.studies.quantization import SMALLEST
+from lorameter.studies.variant import BuiltVariant, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 
@@ -82,14 +84,14 @@ BaseKey = tuple[str, int, str, str, bool]
 def base_key(variant: Variant, workload: Workload) -> BaseKey:
     """A key that is equal for trials on the same base: model, seed of random weights, dtype, quantisation, and double
     quantisation. The compute dtype of a 4-bit layer does not affect the stored base."""
-    nested = variant.is_4bit and variant.double_quant
+    nested = bool(variant.effective("double_quant"))
     return workload.model, workload.data_seed, variant.dtype, variant.quantization, nested
 
 
 def base_words(variant: Variant, workload: Workload) -> str:
     """A description of the base."""
-    quantised = "" if variant.quantization == "none" else f", {variant.quantization}"
-    nested = " with double quantisation" if variant.is_4bit and variant.double_quant else ""
+    quantised = f", {variant.quantization}" if variant.format.is_quantised else ""
+    nested = " with double quantisation" if variant.effective("double_quant") else ""
     return f"{workload.model}, {variant.dtype}{quantised}{nested}"
 
 
@@ -183,34 +185,30 @@ def serving_modes(variant: Variant) -> tuple[tuple[ServingMode, ...], ...]:
     own = dataclasses.replace(variant, merge_adapter=False)
     if isinstance(own, LoraVariant):
         own = dataclasses.replace(own, init_lora_weights="default")
-    name = _storage_format(own)
+    name = own.storage
     reference = ServingMode(name=f"unmerged, {name}", variant=own)
     groups: list[tuple[ServingMode, ...]] = [
         (
             reference,
             dataclasses.replace(reference, name=f"{WITHOUT}{name}", adapter=False),
-            dataclasses.replace(reference, name=f"merged into {name}", merged=True),
+            *((dataclasses.replace(reference, name=f"merged into {name}", merged=True),) if own.format.merges else ()),
         ),
         (dataclasses.replace(reference, name=f"{reference.name}{AGAIN}"),),
     ]
-    if own.quantization != "none":
+    if own.format.dequantises:
         groups.append((ServingMode(name=f"merged, {name} dequantised", variant=own, merged=True, dequantised=True),))
     # The 16-bit base and the 4-bit one, except the variant's own. The 16-bit dtype is the variant's if it has one; the
     # 4-bit base is NF4, with the other settings of the variant.
-    plain = dataclasses.replace(own, quantization="none", prepare_for_kbit=False)
+    plain = own.unquantised()
     others = [dataclasses.replace(plain, dtype=own.dtype if own.dtype != "float32" else "bfloat16")]
-    if not own.is_4bit:
-        others.append(dataclasses.replace(plain, quantization="nf4"))
-    for other in (one for one in others if _storage_format(one) != name):
-        unmerged = ServingMode(name=f"unmerged, {_storage_format(other)}", variant=other)
-        merged = dataclasses.replace(unmerged, name=f"merged into {_storage_format(other)}", merged=True)
+    smallest = dataclasses.replace(plain, quantization=SMALLEST.name)
+    if own.stored_bits > smallest.stored_bits:
+        others.append(smallest)
+    for other in (one for one in others if one.storage != name):
+        unmerged = ServingMode(name=f"unmerged, {other.storage}", variant=other)
+        merged = dataclasses.replace(unmerged, name=f"merged into {other.storage}", merged=True)
         groups.append((unmerged, merged))
     return tuple(groups)
-
-
-def _storage_format(variant: Variant) -> str:
-    """The storage format of the base's linear layers, in one word."""
-    return variant.dtype if variant.quantization == "none" else variant.quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,24 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from lorameter.errors import UsageError, require, shorten
+from lorameter.errors import UsageError, require, shorten, suggest
 from lorameter.records import codec
 from lorameter.records.metrics import Phase, common_measures, phases_of
 from lorameter.records.record import Line, Measure
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
+from lorameter.studies.form import AnyVariant, Support
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
 from lorameter.studies.script import check_own_workload, name_of_words, script_workload, split_command
-from lorameter.studies.variant import AnyVariant, DType, ScriptVariant, Support, Variant
+from lorameter.studies.variant import DType, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 WORKLOAD_PREFIX = "workload."
@@ -386,13 +386,6 @@ def require_known(where: str, name: str, known: Sequence[str]) -> None:
 def unknown_word_message(word: str, known: Sequence[str]) -> str:
     """The message about an unknown word, with the nearest known one."""
     return f"not known. {suggest(word, known)}"
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown word: the nearest known one in any case, or all of them."""
-    lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(word.lower(), lower, n=1)
-    return f"Did you mean {lower[near[0]]!r}?" if near else f"Known: {', '.join(lower.values())}."
 
 
 # --- studies of commands ----------------------------------------------------------------------------------------------

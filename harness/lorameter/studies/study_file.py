@@ -43,11 +43,12 @@ from lorameter.records.metrics import common_measures, phases_of
 from lorameter.records.store import Run
 from lorameter.studies import protocol
 from lorameter.studies.claim import Claim, Engine, check_limits
+from lorameter.studies.form import AnyVariant, all_forms, all_keys, form_keys
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
 from lorameter.studies.study import WORKLOAD_PREFIX, Study, Target, unknown_word_message
-from lorameter.studies.variant import AnyVariant, PeftVariant, Variant, all_forms, all_keys, form_keys
+from lorameter.studies.variant import PeftVariant, Variant
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
 _CALLED = {"workload": "[workload]", "protocol": "[protocol]", "controls": "[controls] and [[variant]]"}
@@ -334,7 +335,8 @@ def _parse(path: Path, data: Table) -> Study:
 
 
 def _claim(where: str, written: Table) -> Claim:
-    for part in written.get("parts", ()):
+    parts = written.get("parts")
+    for part in parts if isinstance(parts, list) else ():  # else `from_json` names the type
         if isinstance(part, Mapping):
             check_limits(part, where)
     claim = codec.from_json(Claim, written, where, strict=True)

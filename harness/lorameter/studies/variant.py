@@ -1,8 +1,7 @@
 """A variant: one configuration to be measured, independent of how it is measured.
 
 It is a fine-tuning that lorameter builds (`LoraVariant` for LoRA in short form, `PeftVariant` for any PEFT method,
-`FullVariant` for all weights), or a command that trains (`ScriptVariant`). Such a form
-declares its key in a study, its executor and what it supports. Other packages register forms in `FORM_GROUP`.
+`FullVariant` for all weights), or a command that trains (`ScriptVariant`).
 
 The fields have the names of PEFT, transformers and bitsandbytes, so that a variant reads like the code that it
 describes. Values that are invalid in themselves are refused here; `feasibility` checks values that depend on the model
@@ -12,20 +11,16 @@ or the machine. Where PEFT has no default, the defaults are those of the QLoRA p
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from lorameter.errors import UsageError, require, shorten
-from lorameter.records import codec
 from lorameter.records.metrics import PHASE_OF
 from lorameter.records.record import Measure
 from lorameter.studies import protocol, script
+from lorameter.studies.form import AnyVariant, Support
+from lorameter.studies.quantization import FIELDS, Quantization, find_quantization
 
 DType = Literal["float32", "bfloat16", "float16"]
 ChosenDType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -39,105 +34,9 @@ ADAPTER_FIELDS = frozenset(
     ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
 )
 """Fields in which variants on one base may differ: they affect only the adapter, not the base."""
-FOUR_BIT_FIELDS = ("double_quant", "compute_dtype")
-"""Fields that only have an effect if the base is stored in 4 bits."""
 ADAMW = ("adamw", "adamw_fused")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 """Optimizers with a short name; all others are named by their class or by PEFT."""
-
-
-FORM_GROUP = "lorameter.forms"
-"""The group of entry points by which other packages register forms."""
-Support = Literal["workload", "built", "own training"]
-"""What a form supports in addition to its measures:
-
-- workload: model, data and requests are those of [workload]
-- built: lorameter builds the model, so its memory, sizes and step times can be estimated, its base shared, extra work
-  put into its adapters, and its trials placed on sites; nothing that the study names is executed
-- own training: the variant trains what it defines itself, so its process reports data and software, and a single
-  training can be followed without a control
-"""
-
-
-class AnyVariant(abc.ABC):
-    """One configuration to be measured; the group key of every result.
-
-    `name` is a label and not a part of the identity: two variants that differ only in name are the same variant.
-    """
-
-    __slots__ = ()
-    key: ClassVar[str]
-    """The key of a study that selects the form; for an entry point, its name."""
-    form: ClassVar[str]
-    """The form, as in "the variant is ..."."""
-    executor: ClassVar[str] = "local"
-    """The executor of its trials: a name in `lorameter.run.workers.EXECUTORS`, or MODULE:CLASS."""
-    measures: ClassVar[tuple[Measure, ...]] = ("steps", "peaks")
-    """What can be measured; a form without "steps" is not trained."""
-    supports: ClassVar[frozenset[Support]] = frozenset()
-    name: str
-
-    @classmethod
-    def trains(cls) -> bool:
-        """Whether it is trained before its requests."""
-        return "steps" in cls.measures
-
-    @property
-    def summary(self) -> str:
-        """Its settings in one line, for a form without a workload."""
-        return ", ".join(f"{key} {value}" for key, value in self.settings.items())
-
-    def on_side(self, kind: str, spec: str) -> Self:
-        """The variant on a side of an A/B; only a command is itself replaced by a side."""
-        return self
-
-    def check_side(self, kind: str) -> None:  # noqa: B027 # optional
-        """Raise `UsageError` if a side of this kind could not replace what the variant runs in."""
-
-    @property
-    @abc.abstractmethod
-    def method_name(self) -> str:
-        """The method, by PEFT's name if it has one."""
-
-    @staticmethod
-    def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
-        """The class of the variant in a table of a study, a record or a message."""
-        own = next((form for form in FORMS if form.key in table), LoraVariant)
-        if own is not LoraVariant or table.keys() <= {*form_keys(LoraVariant)}:
-            return own  # without a look at the installed packages, which a new process would have to read
-        return next((form for form in all_forms() if form.key in table), LoraVariant)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings in which two variants may differ, by name; the keys of a PEFT configuration are `peft.KEY`."""
-        own = {key: getattr(self, key) for key in form_keys(type(self)) if key != "name"}
-        return own | {f"peft.{key}": value for key, value in own.pop("peft", {}).items()}
-
-    def setting(self, key: str) -> Any:
-        """The value of one of the settings, or of "method"; None if this form does not have it."""
-        return self.method_name if key == "method" else self.settings.get(key)
-
-    @property
-    def id(self) -> str:
-        """Short content id: equal for equal configurations, on any machine, with keys in any order."""
-        content = {
-            key: value for key, value in codec.to_json(self).items() if key != "name" and key not in self._unread
-        }
-        return hashlib.sha256(codec.dumps(content).encode()).hexdigest()[:12]
-
-    @property
-    def _unread(self) -> tuple[str, ...]:
-        """Fields without an effect, which must not distinguish two variants."""
-        return ()
-
-    def differences(self, other: AnyVariant) -> tuple[str, ...]:
-        """Names of the settings in which two variants differ; for two methods, "method" and the common settings."""
-        ours, theirs = self.settings, other.settings
-        if type(self) is not type(other):
-            own = tuple(key for key in ours if key in theirs and ours[key] != theirs[key])
-            return ("method", *(key for key in own if key != "method"))
-        missing = object()
-        return tuple(key for key in {**ours, **theirs} if ours.get(key, missing) != theirs.get(key, missing))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +95,9 @@ class Variant(AnyVariant):
     dtype: ChosenDType = "bfloat16"
     """Dtype of the base weights that are not quantised; "auto" is bfloat16 where the machine multiplies it at least as
     fast as float32, else float32."""
-    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
-    """Storage format of the base weights in bitsandbytes; "none" leaves them in `dtype`."""
+    quantization: str = "none"
+    """Storage format of the base weights: "int8", "nf4" or "fp4" of bitsandbytes, or a format of another package
+    (docs/extending.md); "none" leaves them in `dtype`."""
     double_quant: bool = True
     """Also quantise the quantisation constants; only used for nf4 and fp4."""
     compute_dtype: ChosenDType = "bfloat16"
@@ -255,12 +155,16 @@ class Variant(AnyVariant):
         label = _label(self.name)
         minimum = {"warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "gradient_accumulation": 1}
         protocol.check_minimum(label, self, minimum, positive=("learning_rate",))
+        try:
+            stored = self.format
+        except UsageError as error:
+            raise UsageError(f"{label}: {error}") from None
         _check(
             label,
             self,
             (self.warmup_ratio < 1, "warmup_ratio", "a share below 1 is expected", "Use 0 up to below 1."),
             (
-                not (self.prepare_for_kbit and self.quantization == "none"),
+                stored.is_quantised or not self.prepare_for_kbit,
                 "prepare_for_kbit",
                 "preparation is for a quantised base and quantization is 'none'",
                 "Set quantization, or leave prepare_for_kbit out.",
@@ -272,7 +176,7 @@ class Variant(AnyVariant):
                 'Set dtype or autocast to "bfloat16".',
             ),
             (
-                not (self.attention == "flash_attention_2" and self.dtype == "float32" and self.quantization == "none"),
+                not (self.attention == "flash_attention_2" and self.dtype == "float32" and not stored.is_quantised),
                 "attention",
                 "flash-attn takes bfloat16 or float16 only, and requests meet float32 weights without autocast",
                 'Set dtype to "bfloat16".',
@@ -283,21 +187,62 @@ class Variant(AnyVariant):
                 "lr and weight_decay are keys of the variant",
                 "Write learning_rate and weight_decay.",
             ),
+            (
+                stored.merges or not self.merge_adapter,
+                "merge_adapter",
+                f"no adapter can be merged into {self.quantization} weights",
+                "Leave it out.",
+            ),
         )
 
     @property
     def _unread(self) -> tuple[str, ...]:
-        return (*(() if self.is_4bit else FOUR_BIT_FIELDS), *(() if self.optimizer_args else ("optimizer_args",)))
+        unread = [key for key in FIELDS if key not in self.format.fields]
+        return (*unread, *(() if self.optimizer_args else ("optimizer_args",)))
+
+    @property
+    def format(self) -> Quantization:
+        """The declaration of its quantisation."""
+        return find_quantization(self.quantization)
+
+    def effective(self, key: str) -> Any:
+        """The value of a field of the quantisation; None if the format does not read it."""
+        return getattr(self, key) if key in self.format.fields else None
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a stored weight of a linear layer, without quantisation constants."""
+        return self.format.bits or (32 if self.dtype == "float32" else 16)
+
+    @property
+    def storage(self) -> str:
+        """The storage format of the linear layers, in one word."""
+        return self.quantization if self.format.is_quantised else self.dtype
+
+    @property
+    def storage_checks(self) -> dict[str, Any]:
+        """What kernels_check must read from the linear layers that have the adapter, by path."""
+        own = {f"base.{key}": getattr(self, key) for key in self.format.fields}
+        return {"base.bits": self.stored_bits, "base.quant_type": self.format.quant_type, **own}
+
+    def unquantised(self) -> Self:
+        """The variant on a base that is not quantised."""
+        return dataclasses.replace(self, quantization="none", prepare_for_kbit=False)
 
     @property
     def dtypes(self) -> set[str | None]:
         """The dtypes in which a step computes, and "auto"."""
-        return {self.dtype, self.autocast} | ({self.compute_dtype} if self.is_4bit else set())
+        return {self.dtype, self.autocast, self.base_dtype}
+
+    @property
+    def base_dtype(self) -> ChosenDType:
+        """The dtype in which the frozen layers compute without autocast."""
+        return cast(ChosenDType, self.effective("compute_dtype") or self.dtype)
 
     @property
     def product_dtype(self) -> DType:
         """The dtype of the products of the frozen layers, which must not be open."""
-        return cast(DType, self.compute_dtype if self.is_4bit else self.autocast or self.dtype)
+        return cast(DType, self.effective("compute_dtype") or self.autocast or self.dtype)
 
     def with_dtype(self, dtype: DType) -> Self:
         """The variant with this dtype in place of "auto"; bfloat16 for flash-attn, which has no float32."""
@@ -317,11 +262,6 @@ class Variant(AnyVariant):
         return any(self.setting(key) not in (None, "none") for key in ("bias", "peft.bias"))
 
     @property
-    def is_4bit(self) -> bool:
-        """Whether the base is stored in 4 bits."""
-        return self.quantization in ("nf4", "fp4")
-
-    @property
     def multiplies_float32(self) -> bool:
         """Whether a step has float32 matrix products, to which `tf32` could apply.
 
@@ -330,13 +270,12 @@ class Variant(AnyVariant):
         """
         if self.autocast not in (None, "float32"):
             return False
-        base = self.compute_dtype if self.is_4bit else self.dtype
-        return "float32" in (base, self.adapter_dtype or "float32") or self.prepare_for_kbit
+        return "float32" in (self.base_dtype, self.adapter_dtype or "float32") or self.prepare_for_kbit
 
     @property
     def needs_bitsandbytes(self) -> bool:
         """Whether a part of it runs in bitsandbytes."""
-        return self.quantization != "none" or self.optimizer.startswith(("paged", "bitsandbytes."))
+        return "bitsandbytes" in self.format.libraries or self.optimizer.startswith(("paged", "bitsandbytes."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,12 +306,13 @@ class LoraVariant(Variant):
     def __post_init__(self) -> None:
         label = _label(self.name)
         protocol.check_minimum(label, self, {"r": 1, "lora_dropout": 0}, positive=("lora_alpha",))
+        Variant.__post_init__(self)
         _check(
             label,
             self,
             (self.lora_dropout < 1, "lora_dropout", "a probability below 1 is expected", "Use 0 up to below 1."),
             (
-                not (self.quantization != "none" and self.rewrites_base),
+                not (self.format.is_quantised and self.rewrites_base),
                 "init_lora_weights",
                 f"this initialisation rewrites the base weights, which {self.quantization} does not allow",
                 'Use "default", "gaussian" or "orthogonal", or quantization = "none".',
@@ -384,7 +324,6 @@ class LoraVariant(Variant):
                 "Use an even r.",
             ),
         )
-        Variant.__post_init__(self)
         for module in self.target_modules:
             protocol.check_word(label, "target_modules", module)
             require(module, f"{label}: target_modules = {list(self.target_modules)}: an empty name. Remove it.")
@@ -433,7 +372,7 @@ class FullVariant(Variant):
             _label(self.name),
             self,
             (
-                self.quantization == "none",
+                not self.format.is_quantised,
                 "quantization",
                 "quantised weights do not train",
                 'Use quantization = "none".',
@@ -448,45 +387,11 @@ class FullVariant(Variant):
         return True
 
 
-FORMS: tuple[type[AnyVariant], ...] = (LoraVariant, ScriptVariant, PeftVariant, FullVariant)
-"""The forms of this package; the first has no key, and is taken if no key selects another."""
 if TYPE_CHECKING:
     BuiltVariant = Variant
 else:
     BuiltVariant = AnyVariant
 """A `Variant` as a field of a message or a document; its form determines the class (`AnyVariant.class_for`)."""
-
-
-def form_keys(form: type[AnyVariant]) -> tuple[str, ...]:
-    """Keys of a variant of one form: its name, the fields of this form only, and those of `Variant`."""
-    every = [one.name for one in dataclasses.fields(form)]  # type: ignore[arg-type]
-    return tuple(sorted(every, key=lambda key: (key != "name", key not in form.__annotations__)))
-
-
-@functools.cache
-def all_forms() -> tuple[type[AnyVariant], ...]:
-    """The forms of this package and of the installed ones. Raises `UsageError` for one that cannot be loaded."""
-    forms = list(FORMS)
-    for point in importlib.metadata.entry_points(group=FORM_GROUP):
-        try:
-            form = point.load()
-        except Exception as error:  # any code of the package may have run
-            raise UsageError(
-                f"{FORM_GROUP}: the form {point.name!r} of {point.value} cannot be loaded: {shorten(str(error))}. "
-                "Repair or uninstall its package."
-            ) from None
-        require(
-            isinstance(form, type) and issubclass(form, AnyVariant) and form.key == point.name,
-            f"{FORM_GROUP}: {point.value} is registered as {point.name!r}, and is no form of a variant with this key. "
-            "Correct its package.",
-        )
-        forms.append(form)
-    return tuple(forms)
-
-
-def all_keys() -> tuple[str, ...]:
-    """Keys of a variant of any form."""
-    return tuple(dict.fromkeys(key for form in all_forms() for key in form_keys(form)))
 
 
 def _label(name: str) -> str:

@@ -29,8 +29,8 @@ from lorameter.records.record import Failure, PartialRecord
 from lorameter.stats import is_steady
 from lorameter.studies.request import COMMANDS, TrialRequest
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_model import is_packed, unpack_4bit
 from lorameter.trial.building.build import SharedBase, build, build_requirements, judge_checks
+from lorameter.trial.building.quantizers import is_packed, unpack_4bit
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.memory import resident_bytes
 from lorameter.trial.process import Lap, Stopwatch, TrialTelemetry, release_unused, synchronize

@@ -15,7 +15,7 @@ from torch import nn
 
 from kernels_check import verify
 from kernels_check.observe.adapter import adapter_layers
-from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
+from lorameter.studies.quantization import BUILT_IN
 
 
 def _tuned(base, *, optimizer=torch.optim.AdamW, everything=False, **options):
@@ -157,10 +157,9 @@ def alone(tmp_path):
 
 
 def _shard(run: SmallRun) -> None:
-    if any(parameter.dtype == torch.uint8 for parameter in run.model.parameters()) and not shards_4bit(
-        torch.__version__
-    ):
-        pytest.skip(f"FSDP2 shards 4-bit weights from torch {SHARDS_INTEGERS} on")
+    in_4_bits = any(parameter.dtype == torch.uint8 for parameter in run.model.parameters())
+    if in_4_bits and not BUILT_IN["nf4"].is_sharded_by(torch.__version__):
+        pytest.skip(f"FSDP2 shards 4-bit weights from torch {BUILT_IN['nf4'].fsdp2_since} on")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -71,7 +71,7 @@ def ratio_of(source, row):
     estimate = estimate_memory(variant, workload, shape, phase=source["phase"], device="cuda").total_bytes
     if source["measured"] == "device":
         estimate += CUDA_CONTEXT_BYTES
-    if source.get("keeps_4bit_inputs") and variant.is_4bit and not variant.gradient_checkpointing:
+    if source.get("keeps_4bit_inputs") and variant.stored_bits == 4 and not variant.gradient_checkpointing:
         # bitsandbytes before 0.43.2 (its pull request 1270) saved the input of each 4-bit layer.
         inputs = {layer.stage: layer.inputs for layer in linear_layers(shape).values() if layer.stage != "attended"}
         tokens = workload.batch_size * workload.sequence_length

@@ -25,6 +25,7 @@ from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload
 from lorameter.trial.building import base_cache, base_model
 from lorameter.trial.building.build import SharedBase, base_digest
+from lorameter.trial.building.quantizers import EightBit, FourBit
 from lorameter.trial.data.tokens import prepare
 from lorameter.trial.trial import Trial
 
@@ -94,7 +95,8 @@ def tensors_of(model):
     """Return all tensors of a model by name: parameters, buffers, quantisation constants."""
     found = dict(model.named_buffers()) | {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        found |= {f"{name}.{key}": value for key, value in base_model.quantisation_constants(parameter).items()}
+        constants = EightBit(PLAIN).constants(parameter) | FourBit(PLAIN).constants(parameter)
+        found |= {f"{name}.{key}": value for key, value in constants.items()}
     return found | {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 

@@ -14,7 +14,7 @@ import torch
 from lorameter.records import codec
 from lorameter.records.metrics import get_samples
 from lorameter.records.record import TrialRecord
-from lorameter.run.feasibility import SHARDS_INTEGERS, shards_4bit
+from lorameter.studies.quantization import BUILT_IN
 
 pytestmark = pytest.mark.selftest  # tests/run/workers/test_ranks.py measures a healthy training by two ranks
 SCRIPT = Path(__file__).with_name("scenarios.py")
@@ -47,7 +47,7 @@ def ddp():
 @pytest.fixture(scope="module")
 def healthy():
     """The records of the other healthy runs, except those that this torch version cannot shard."""
-    names = [name for name in HEALTHY if "fsdp2, qlora" not in name or shards_4bit(torch.__version__)]
+    names = [name for name in HEALTHY if "fsdp2, qlora" not in name or BUILT_IN["nf4"].is_sharded_by(torch.__version__)]
     return {name: record for name, (record, _) in run_scenarios(*names).items()}
 
 
@@ -121,8 +121,8 @@ def test_nf4_that_fsdp2_gathers_wrongly_is_refused_with_the_repair(sabotaged):
     message keeps them."""
     from bitsandbytes.nn.modules import has_avx512bf16
 
-    if not shards_4bit(torch.__version__):
-        pytest.skip(f"FSDP2 shards 4-bit weights from torch {SHARDS_INTEGERS} on")
+    if not BUILT_IN["nf4"].is_sharded_by(torch.__version__):
+        pytest.skip(f"FSDP2 shards 4-bit weights from torch {BUILT_IN['nf4'].fsdp2_since} on")
     if not has_avx512bf16():
         pytest.skip("4-bit weights are not rearranged on this CPU, so there is no fault")
     record, _ = sabotaged["in eval mode"]

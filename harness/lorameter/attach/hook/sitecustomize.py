@@ -69,6 +69,12 @@ def print_notice(text: str) -> None:
         print("lorameter: " + visible, file=sys.__stderr__, flush=True)
 
 
+def drop_frame(error: BaseException) -> None:
+    """Remove the frame that has caught this error from its traceback; a `raise` without an argument does not add it."""
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next
+
+
 def call_own(module: str, name: str, *args: Any) -> Any:
     """Call a function of a module of lorameter, whether or not this interpreter has it installed."""
     finder = PackageFinder()
@@ -107,7 +113,11 @@ def attach_trainer(module: Any) -> None:
     build = module.Trainer.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
+        try:
+            build(self, *args, **kwargs)
+        except BaseException as error:
+            drop_frame(error)
+            raise
         call_safely(call_own, "meter", "add_meter", self)
 
     module.Trainer.__init__ = functools.wraps(build)(init)
@@ -129,12 +139,17 @@ def attach_optimizers(module: Any) -> None:
 
         @functools.wraps(step)
         def update(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            if not compiling():  # Dynamo takes it for true, and traces nothing else of this function
-                if not source:
-                    source.append(call_safely(call_own, "sources", "OptimizerSource"))
-                if source[0] is not None:
-                    source[0].end_update(args[0])
+            if compiling():  # Dynamo takes it for true, and traces nothing else of this function
+                return step(*args, **kwargs)
+            try:
+                result = step(*args, **kwargs)
+            except BaseException as error:
+                drop_frame(error)
+                raise
+            if not source:
+                source.append(call_safely(call_own, "sources", "OptimizerSource"))
+            if source[0] is not None:
+                source[0].end_update(args[0])
             return result
 
         return update

@@ -125,16 +125,6 @@ def _moments(optimizer: str, elements: int) -> int:
 # --- stored base weights ----------------------------------------------------------------------------------------------
 
 
-QUANTIZATION_BLOCK = 64
-"""Weights that share a scale in bitsandbytes' 4-bit types (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
-NESTED_BLOCK = 256
-"""Scales that share a float32 scale under double quantisation (same section)."""
-CODEBOOK_BYTES = 16 * 4
-"""The table of the 4-bit values, one for each layer."""
-NESTED_BYTES = 256 * 4 + 4
-"""With double quantisation: the table of the 8-bit scale values, and the mean of the scales."""
-
-
 def element_bytes(dtype: str) -> int:
     """Bytes of an element."""
     return 4 if dtype == "float32" else 2
@@ -142,23 +132,4 @@ def element_bytes(dtype: str) -> int:
 
 def weight_bytes(inputs: int, outputs: int, variant: Variant) -> int:
     """Bytes of the weights, without quantisation constants."""
-    weights = inputs * outputs
-    if variant.quantization == "none":
-        return weights * element_bytes(variant.dtype)
-    return weights if variant.quantization == "int8" else -(-weights // 2)
-
-
-def constant_bytes(inputs: int, outputs: int, variant: Variant, *, repacked: bool = False) -> int:
-    """Bytes of the quantisation constants: for 8 bits a float32 per output; for 4 bits a table, and a scale per block.
-
-    `repacked` is bitsandbytes' CPU layout of 4-bit weights, with one bfloat16 scale a block and no double quantisation
-    (`_convert_weight_packed_for_cpu` of bitsandbytes 0.50).
-    """
-    if variant.quantization == "none":
-        return 0
-    if variant.quantization == "int8":
-        return 4 * outputs
-    blocks = -(-inputs * outputs // QUANTIZATION_BLOCK)
-    if variant.double_quant and not repacked:
-        return CODEBOOK_BYTES + blocks + 4 * -(-blocks // NESTED_BLOCK) + NESTED_BYTES
-    return CODEBOOK_BYTES + (2 if repacked else 4) * blocks
+    return -(-inputs * outputs * variant.stored_bits // 8)

@@ -30,7 +30,6 @@ from lorameter.models.costs.lora import (
     adapter_parameters,
     adapter_tensors,
     as_lora,
-    constant_bytes,
     element_bytes,
     optimizer_state_bytes,
     paged_state_bytes,
@@ -46,7 +45,8 @@ from lorameter.models.shapes import (
     read_config,
 )
 from lorameter.records.record import MEMORY_PHASES, MemoryPhase, order_memory_kinds
-from lorameter.studies.variant import LoraVariant, Variant, form_keys
+from lorameter.studies.form import form_keys
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 MIB = 2**20
@@ -169,10 +169,10 @@ def estimate_memory(
             outside_allocator={"context": CUDA_CONTEXT_BYTES, "paged_optimizer_state": paged},
         )
     kinds |= {"process": baseline_bytes(None) if process_bytes is None else process_bytes, **LIBRARY_BYTES}
-    if stored == variant.dtype and not variant.prepare_for_kbit and variant.quantization != "none":
+    if stored == variant.dtype and not variant.prepare_for_kbit and variant.format.is_quantised:
         # Embeddings and norms are still pages of the file, which keeps all of it in memory.
         kinds["checkpoint_pages"] = linear_elements(shape) * element_bytes(variant.dtype)
-    if repacks and phase == "generate" and variant.is_4bit:
+    if repacks and phase == "generate" and variant.format.repacked_block:
         kinds["checkpoint_pages"] = kinds["linear_weights"] + kinds["quantization_state"]
         kinds["quantization_state"] = _constants(variant, shape, repacked=True)
     return MemoryEstimate(phase=phase, kinds=order_memory_kinds(kinds))
@@ -246,8 +246,9 @@ def _resident(variant: Variant, shape: ModelShape) -> dict[str, int]:
 
 def _constants(variant: Variant, shape: ModelShape, *, repacked: bool = False) -> int:
     """Bytes of the quantisation constants in all linear layers."""
+    nested, widths = bool(variant.effective("double_quant")), linear_widths(shape).values()
     return shape.layers * sum(
-        constant_bytes(*sizes, variant, repacked=repacked) for sizes in linear_widths(shape).values()
+        variant.format.constant_bytes(*sizes, nested=nested, repacked=repacked) for sizes in widths
     )
 
 
@@ -307,7 +308,7 @@ def mapped_from_tokens(variant: Variant, shape: ModelShape) -> int:
 def _dequantised(variant: Variant, shape: ModelShape) -> int:
     """Bytes of the largest layer in its compute dtype."""
     largest = max(inputs * outputs for inputs, outputs in linear_widths(shape).values())
-    return largest * element_bytes(variant.compute_dtype) if variant.is_4bit else 0
+    return largest * element_bytes(variant.base_dtype) if variant.format.unpacks else 0
 
 
 def _request(variant: Variant, workload: Workload, shape: ModelShape, device: str) -> dict[str, int]:
@@ -369,7 +370,7 @@ class Activations:
     def block(self) -> int:
         """Bytes for one block at the beginning of its backward pass."""
         # The output of a quantised layer has the dtype of its input, also under autocast.
-        size = self._attention if self._variant.quantization == "none" else self._stream
+        size = self._stream if self._variant.format.is_quantised else self._attention
         gated = 3 * self._tokens * self._shape.intermediate_size * size
         total = self._family.norms * self._norm() + self._adapters() + self._attended() + gated
         if size != self._stream:

@@ -33,8 +33,8 @@ from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.fileio import scratch_folder
 from lorameter.records.record import BaseSummary, Failure, Notice, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.workers.environment import Host, describe
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import BaseRequest, Request
-from lorameter.studies.variant import AnyVariant
 from lorameter.studies.workload import Workload
 
 EXECUTORS = {

@@ -54,8 +54,9 @@ from lorameter.run.workers.script_sandbox import (
     take_snapshot,
     working_folder,
 )
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import Request
-from lorameter.studies.variant import AnyVariant, ScriptVariant
+from lorameter.studies.variant import ScriptVariant
 
 
 def has_own_interpreter(host: Host) -> bool:

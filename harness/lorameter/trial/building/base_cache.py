@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import time
@@ -30,7 +31,6 @@ import transformers
 import xxhash
 from torch import nn
 from transformers.initialization import no_init_weights
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from lorameter.errors import refused_value
 from lorameter.models import bases, catalogue
@@ -41,15 +41,8 @@ from lorameter.records.record import BaseSummary, PartialRecord
 from lorameter.studies.request import BaseRequest, TrialRequest, base_words
 from lorameter.studies.variant import Variant
 from lorameter.trial.building import base_model
-from lorameter.trial.building.base_model import (
-    bnb_config,
-    fill_layer,
-    load_base,
-    make_skeleton,
-    mark_quantised,
-    quantisation_constants,
-    unquantised_modules,
-)
+from lorameter.trial.building.base_model import load_base, make_skeleton
+from lorameter.trial.building.quantizers import make_quantizer
 
 
 def open_base(request: TrialRequest) -> tuple[transformers.PreTrainedModel, bool]:
@@ -97,23 +90,21 @@ def map_base(folder: Path, variant: Variant, device: str) -> transformers.PreTra
     if hasattr(config, "quantization_config"):  # quantised layers are inserted below
         del config.quantization_config
     config.name_or_path = saved["name_or_path"]
-    quantization = bnb_config(variant)
+    quantizer = make_quantizer(variant)
     with no_init_weights():  # random initialisation without storage would take longer than everything else here
         model = make_skeleton(config, variant)
-        if quantization is not None:
-            replace_with_bnb_linear(model, unquantised_modules(model), quantization)
+        quantizer.outline(model)
     for name, stored in saved["weights"].items():
         place, _, key = name.rpartition(".")
         module, weight = model.get_submodule(place), stored.to(device)
         if key in module._buffers:
             module._buffers[key] = weight
         elif constants := saved["constants"].get(name):
-            fill_layer(module, weight, {part: constant.to(device) for part, constant in constants.items()})
+            quantizer.fill(module, weight, {part: constant.to(device) for part, constant in constants.items()})
         else:
             module.register_parameter(key, nn.Parameter(weight, requires_grad=name not in saved["frozen"]))
     model.tie_weights()
-    if quantization is not None:
-        mark_quantised(model, quantization)
+    quantizer.mark(model)
     for name in saved["marks"].keys() - vars(model).keys():
         setattr(model, name, saved["marks"][name])
     if saved["device_map"] is not None:
@@ -124,9 +115,10 @@ def map_base(folder: Path, variant: Variant, device: str) -> transformers.PreTra
 
 def _write(model: Any, folder: Path, request: BaseRequest, load_s: float) -> BaseSummary:
     places, parameters = getattr(model, "hf_device_map", None), dict(model.named_parameters())  # tied ones appear once
+    constants = make_quantizer(request.variant).constants
     saved = {
         "weights": dict(model.named_buffers()) | {name: one.data for name, one in parameters.items()},
-        "constants": {name: quantisation_constants(one) for name, one in parameters.items()},
+        "constants": {name: constants(one) for name, one in parameters.items()},
         "frozen": [name for name, one in parameters.items() if not one.requires_grad],
         "marks": {name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
         "name_or_path": model.config.name_or_path,
@@ -144,7 +136,7 @@ def _write(model: Any, folder: Path, request: BaseRequest, load_s: float) -> Bas
         model.config.to_json_file(draft / "config.json", use_diff=False)
         summary = BaseSummary(
             path=str(folder.absolute()), hash=digest, base=base_words(request.variant, request.workload), bytes=size,
-            conversions=1, quantisations=int(request.variant.quantization != "none"), seconds=load_s, load_s=load_s,
+            conversions=1, quantisations=int(request.variant.format.is_quantised), seconds=load_s, load_s=load_s,
         )  # fmt: skip
         write_document(draft / bases.DESCRIPTION, summary)  # completes the base
     return summary
@@ -153,17 +145,19 @@ def _write(model: Any, folder: Path, request: BaseRequest, load_s: float) -> Bas
 def _facts_of(source: ModelSource, request: BaseRequest) -> dict[str, Any]:
     """Everything that determines the content of a base."""
     variant, cuda = request.variant, request.device.startswith("cuda")
+    classes = type(make_quantizer(variant)).__mro__[:-1]  # without `object`, which has no file
+    files = (base_model.__file__, __file__, *map(inspect.getfile, classes))
     return {
-        "code": _digest(Path(str(one)).read_bytes() for one in (base_model.__file__, __file__)),
+        "code": _digest(Path(str(one)).read_bytes() for one in files),
         "source": _identity(source),
         "seed": request.workload.data_seed if source.random else None,
         "dtype": variant.dtype,
         "quantization": variant.quantization,
-        "double_quant": variant.double_quant if variant.is_4bit else None,
+        "double_quant": variant.effective("double_quant"),
         # Other kernels may generate and round numbers differently.
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "libraries": {"torch": f"{torch.__version__} {torch.version.git_version}"}
-        | {name: _installed(name) for name in ("transformers", "bitsandbytes")},
+        | {name: _installed(name) for name in ("transformers", *variant.format.libraries)},
     }
 
 

@@ -5,9 +5,6 @@ its 16-bit form: the peak is the quantised model plus one layer. The architectur
 module in float32 from a separate seed (run seed and module name), and the result is cast. So the weights depend only on
 the seed and the name: two builds are bit-equal, an NF4 variant quantises the same weights as an unquantised variant
 has, and float32 and bfloat16 differ only by rounding. CPU and CUDA generate different numbers.
-
-Linear layers are replaced by bitsandbytes layers by the function of transformers, with every attribute that
-`from_pretrained` sets, because PEFT and transformers choose their code paths by these attributes.
 """
 
 from __future__ import annotations
@@ -20,14 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from kernels_check.observe.modules import Modes, without_repacking
 from lorameter.errors import LorameterError, format_error, refused_value, shorten
@@ -35,6 +27,7 @@ from lorameter.models import catalogue
 from lorameter.models.catalogue import ModelSource
 from lorameter.records.os_errors import is_out_of_memory
 from lorameter.studies.variant import Variant
+from lorameter.trial.building.quantizers import make_quantizer
 
 
 def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) -> transformers.PreTrainedModel:
@@ -42,7 +35,7 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
 
     Args:
         source: result of `catalogue.resolve`.
-        variant: its dtype, quantization, double_quant, compute_dtype and attention are used.
+        variant: its dtype, its storage format with the fields that this reads, and its attention are used.
         device: torch device ("cpu", "cuda", "cuda:1").
         seed: seed of random weights; otherwise unused. The global random state is not changed.
 
@@ -59,16 +52,19 @@ def load_base(source: ModelSource, variant: Variant, *, device: str, seed: int) 
             method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
             why = f"the checkpoint is already quantised ({method}), which overrides the variant"
             raise refused_value("models", "model", source.label, why, "Name the unquantised checkpoint.")
-        return _load_whole(
+        quantizer = make_quantizer(variant)
+        model = _load_whole(
             source.label,
             source.location,
             config=config,
             dtype=getattr(torch, variant.dtype),
             attn_implementation=variant.attention,
-            quantization_config=bnb_config(variant),
             device_map={"": device},
+            **quantizer.load_options(),
             **options,
         )
+        quantizer.convert(model, device)
+        return model
 
 
 def empty_model(source: ModelSource, variant: Variant) -> transformers.PreTrainedModel:
@@ -148,8 +144,8 @@ _REMEDY = "Save the model again."
 
 def _random_model(source: ModelSource, variant: Variant, device: str, seed: int) -> transformers.PreTrainedModel:
     model = make_skeleton(read_architecture(source), variant)
-    quantization = bnb_config(variant)
-    packed = set(quantised_names(model)) if quantization is not None else set()
+    quantizer = make_quantizer(variant)
+    packed = set(quantizer.names(model))
     with torch.no_grad(), torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
         for name in [
             name for name, _ in model.named_modules()
@@ -158,10 +154,9 @@ def _random_model(source: ModelSource, variant: Variant, device: str, seed: int)
             module = model.get_submodule(name)
             _materialise(model, name, module, device)
             if name in packed:
-                model.set_submodule(name, quantise_linear(module, quantization, device))
+                model.set_submodule(name, quantizer.quantise(module, device))
     model.tie_weights()
-    if quantization is not None:
-        mark_quantised(model, quantization)
+    quantizer.mark(model)
     return model.eval()
 
 
@@ -198,120 +193,6 @@ def _materialise(model: transformers.PreTrainedModel, name: str, module: nn.Modu
         module.register_parameter(key, nn.Parameter(parameter.to(meta.dtype), requires_grad=meta.requires_grad))
     for key, buffer in module.named_buffers(recurse=False):
         module._buffers[key] = buffer.to(device)
-
-
-# --- quantisation -----------------------------------------------------------------------------------------------------
-
-
-def bnb_config(variant: Variant) -> transformers.BitsAndBytesConfig | None:
-    """The quantisation configuration of a variant for transformers; None for quantization "none"."""
-    if variant.quantization == "none":
-        return None
-    if variant.quantization == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=variant.quantization,
-        bnb_4bit_use_double_quant=variant.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, variant.compute_dtype),
-    )
-
-
-def unquantised_modules(model: transformers.PreTrainedModel) -> list[str]:
-    """Names of the modules that transformers does not quantise."""
-    names: list[str] = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    return names
-
-
-def quantised_names(model: transformers.PreTrainedModel) -> list[str]:
-    """Names of the linear layers that transformers would quantise."""
-    excluded = unquantised_modules(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, excluded)
-    ]
-
-
-def quantise_linear(module: Any, config: transformers.BitsAndBytesConfig, device: str) -> Any:
-    """The bitsandbytes layer of a materialised linear layer, on `device`."""
-    weight = module.weight.data
-    if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
-        weight = weight.T.contiguous()
-    layer: Any = replace_with_bnb_linear(nn.Sequential(module), None, config)[0]
-    if config.load_in_8bit:
-        packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-    else:
-        packed = bnb.nn.Params4bit(weight, requires_grad=False, **layer.weight.__dict__)
-    layer.weight = packed.to(device)
-    if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.data.to(device), requires_grad=False)
-    return layer
-
-
-def quantisation_constants(weight: Any) -> dict[str, torch.Tensor]:
-    """The constants of a quantised weight, by the names of bitsandbytes.
-
-    A 4-bit weight must be in its stored layout (see below).
-    """
-    if isinstance(weight, bnb.nn.Params4bit):
-        return dict(weight.quant_state.as_dict(packed=True))
-    if isinstance(weight, bnb.nn.Int8Params):
-        return {"SCB": weight.SCB}
-    return {}
-
-
-def fill_layer(layer: Any, weight: torch.Tensor, constants: dict[str, torch.Tensor]) -> None:
-    """Give a bitsandbytes layer an already quantised weight with its constants, without copying them."""
-    if isinstance(layer, bnb.nn.Linear4bit):
-        layer.weight = bnb.nn.Params4bit.from_prequantized(
-            weight, constants, requires_grad=False, device=weight.device, module=layer
-        )
-    else:
-        layer.weight = bnb.nn.Int8Params(
-            weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=constants["SCB"]
-        )
-
-
-def mark_quantised(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
-    """Set the attributes that `from_pretrained` sets; PEFT chooses its layers and `save_pretrained` its format by
-    them."""
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.modules_to_not_convert = unquantised_modules(model)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.hf_quantizer = quantizer
-    quantizer.postprocess_model(model)
-
-
-# --- layout of 4-bit weights ------------------------------------------------------------------------------------------
-# At the first forward pass in eval mode on a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in place and
-# rounds their scales to bfloat16. After that, backward passes silently lose gradients, and merging gives wrong weights
-# (docs/troubleshooting.md).
-
-
-def linear4bit_layers(model: Any) -> list[Any]:
-    """All bitsandbytes 4-bit layers of a model."""
-    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-
-
-def is_packed(model: Any) -> bool:
-    """Whether 4-bit layers use bitsandbytes' packed CPU layout."""
-    return any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in linear4bit_layers(model))
-
-
-def unpack_4bit(model: Any) -> None:
-    """Convert 4-bit layers back to their stored layout after inference on a CPU; their scales stay rounded to bfloat16.
-
-    `state_dict()` restores the weights. Without double quantisation it leaves the scales transposed
-    (`_convert_weight_packed_for_cpu_inverse` in bitsandbytes 0.50.2).
-    """
-    for layer in linear4bit_layers(model):
-        packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-        layer.state_dict()
-        state = layer.weight.quant_state
-        if packed and not state.nested and state.absmax.ndim == 2:
-            state.absmax = state.absmax.T.reshape(-1).float()
 
 
 @contextlib.contextmanager

@@ -241,8 +241,8 @@ BACKENDS = {"sdpa": "fused", "eager": "eager", "flash_attention_2": "flash_atten
 def build_requirements(
     variant: Variant, trained_shapes: tuple[int, ...], *, packed: bool, on_linear: bool = True
 ) -> dict[str, Any]:
-    """Requirements for kernels_check that follow from a variant, by path: quantization = "nf4" requires nf4. A study
-    can add more.
+    """Requirements for kernels_check that follow from a variant, by path: an NF4 base requires nf4. A study can add
+    more.
 
     Args:
         variant: the variant as in the study.
@@ -250,8 +250,7 @@ def build_requirements(
         packed: whether the workload packs records, which must then be isolated from each other.
         on_linear: whether linear layers have the adapter; their storage is then checked, else that of the whole base.
     """
-    bits = {"none": 32 if variant.dtype == "float32" else 16, "int8": 8}.get(variant.quantization, 4)
-    full, linear_4bit = isinstance(variant, FullVariant), variant.is_4bit and on_linear
+    full = isinstance(variant, FullVariant)
     optimizer = peft_methods.find_optimizer(variant)  # a class, or a function of PEFT, which chooses the class itself
     share = 0.0
     if variant.optimizer in PAGED:
@@ -262,11 +261,8 @@ def build_requirements(
         # PEFT's preparation casts the norms to float32, which makes queries and keys float32 unless autocast converts
         # them.
         "attention.dtype": variant.autocast or ("float32" if variant.prepare_for_kbit else variant.dtype),
-        "base.bits": bits if on_linear else None,
-        "base.quant_type": variant.quantization if on_linear else None,
-        "base.double_quant": variant.double_quant if linear_4bit else None,
-        "base.compute_dtype": variant.compute_dtype if linear_4bit else None,
-        "base.bytes_in_4bit": 0.01 if variant.is_4bit and not on_linear else None,
+        **(variant.storage_checks if on_linear else {}),
+        "base.bytes_in_4bit": 0.01 if variant.stored_bits == 4 and not on_linear else None,
         "base.frozen": None if variant.trains_base else True,  # biases of the base may be meant to train
         "base.learning": True if full else None,
         "peft.attached": None if full else True,
@@ -332,12 +328,11 @@ def count_sizes(variant: Variant, source: ModelSource) -> Sizes:
         why = "no formula is known for the size of its state"
         raise refused_value(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
     model = _attached(variant, source)
-    full = isinstance(variant, FullVariant)  # then it is no model of PEFT
-    numbers = (sum(parameter.numel() for parameter in model.parameters()),) * 2
-    trainable, everything = numbers if full else model.get_nb_trainable_parameters()
+    numbers = (sum(parameter.numel() for parameter in model.parameters()),) * 2  # if it is no model of PEFT
+    trainable, everything = getattr(model, "get_nb_trainable_parameters", lambda: numbers)()
     adapter = sum(parameter.numel() for parameter in peft_methods.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if isinstance(variant, LoraVariant) and trainable != adapter and variant.quantization != "none":
+    if isinstance(variant, LoraVariant) and trainable != adapter and variant.format.is_quantised:
         raise refused_value(
             f"sizes: variant {variant.name!r}", "bias", variant.bias,
             "bitsandbytes casts a bias to the type of its input in the first step, so its bytes are not known before",

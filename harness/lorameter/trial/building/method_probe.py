@@ -5,7 +5,6 @@ Reads variants as JSON from standard input and prints the facts about each (`lor
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -37,8 +36,7 @@ def probe(variant: Variant) -> MethodFacts:
     except UsageError as error:
         return MethodFacts(refused=str(error).removeprefix(f"variant {variant.name!r}: "))
     except Exception as error:  # the exception's type depends on the method
-        plain = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
-        if variant.quantization == "none" or not _can(lambda: _try_method(plain)):
+        if not variant.format.is_quantised or not _can(lambda: _try_method(variant.unquantised())):
             return MethodFacts()
         message = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         why = f"PEFT does not train {variant.method_name} on this quantised base ({shorten(message, 200)})"

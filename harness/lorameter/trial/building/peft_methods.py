@@ -28,12 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels_check.observe.adapter import adapter_attributes
 from kernels_check.observe.modules import find_enclosing
-from lorameter.errors import UsageError, format_error, refused_value
+from lorameter.errors import UsageError, format_error, refused_value, suggest
 from lorameter.models import catalogue, shapes
-from lorameter.studies.study import suggest
 from lorameter.studies.study_file import OTHER_NAMES
 from lorameter.studies.variant import ADAMW, ALL_LINEAR, PAGED, FullVariant, LoraVariant, PeftVariant, Variant
-from lorameter.trial.building.base_model import unpack_4bit
+from lorameter.trial.building.quantizers import unpack_4bit
 from lorameter.trial.data.tokens import load_tokenizer
 
 _PAGED = dict(zip(PAGED, ("PagedAdamW32bit", "PagedAdamW8bit"), strict=True))

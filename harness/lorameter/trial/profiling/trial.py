@@ -30,8 +30,8 @@ from lorameter.records.activity import (
 from lorameter.records.record import MemoryPhase, PartialRecord
 from lorameter.records.units import format_count
 from lorameter.studies.request import TrialRequest
-from lorameter.trial.building.base_model import unpack_4bit
 from lorameter.trial.building.build import SharedBase
+from lorameter.trial.building.quantizers import unpack_4bit
 from lorameter.trial.memory import measure_breakdown, read_pages
 from lorameter.trial.process import Stopwatch, give_back_free, release_unused
 from lorameter.trial.profiling.phases import (

@@ -28,8 +28,8 @@ from lorameter.records.record import PartialRecord
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.workload import Repair
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_model import linear4bit_layers
 from lorameter.trial.building.build import SharedBase, judge_checks
+from lorameter.trial.building.quantizers import linear4bit_layers
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import Lap
 from lorameter.trial.step import TrainStep, compute_loss, model_inputs

@@ -312,7 +312,7 @@ def compare_losses(several: Sequence[float], one: Sequence[float], variant: Vari
     if len(pairs) < MIN_STEPS:
         reason = f"{len(pairs)} steps are too few to compare: take {MIN_STEPS} or more"
         return check(required=True, observed=None, status="unknown", reason=reason)
-    compute = {variant.autocast or variant.dtype, variant.compute_dtype if variant.is_4bit else variant.dtype}
+    compute = {variant.autocast or variant.dtype, variant.base_dtype}
     tolerance = EXACT if compute == {"float32"} and variant.adapter_dtype in (None, "float32") else ROUNDED
     for step, (loss, expected) in enumerate(pairs, start=1):
         if not abs(loss - expected) <= tolerance * abs(expected):

@@ -14,7 +14,6 @@ mode that runs out of memory must not lose the results of the others.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,8 +30,9 @@ from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PROMPTS, SERVED, LogitDistance, PartialRecord, ServedAnswers
 from lorameter.studies.request import ServingMode, ServingRequest, TrialRequest
 from lorameter.trial.building import peft_methods
-from lorameter.trial.building.base_model import load_base, unpack_4bit
+from lorameter.trial.building.base_model import load_base
 from lorameter.trial.building.build import seed_everything, set_precision
+from lorameter.trial.building.quantizers import make_quantizer
 from lorameter.trial.data.stream import TokenStream
 from lorameter.trial.process import prepare_process, synchronize
 from lorameter.trial.serving.server import answer_logits, generate
@@ -109,9 +109,7 @@ def load_served(request: ServingRequest, mode: ServingMode) -> Any:
     source = catalogue.resolve(trial.workload.model)
     base: Any = load_base(source, variant, device=trial.device, seed=trial.workload.data_seed)
     if mode.dequantised:
-        unpack_4bit(base)
-        base = base.dequantize(dtype=getattr(torch, variant.dtype))
-        variant = dataclasses.replace(variant, quantization="none", prepare_for_kbit=False)
+        base, variant = make_quantizer(variant).dequantise(base), variant.unquantised()
     seed_everything(trial.seed)
     return peft_methods.load(base, variant, Path(request.adapter)).eval()
 
