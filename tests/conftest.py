@@ -118,7 +118,7 @@ def no_steps_are_timed(monkeypatch):
 
     def constant_times(plan, executor, if_busy="refuse"):
         found = time_steps(plan, None)
-        if executor is None or plan.study.of_scripts:
+        if executor is None or not plan.study.supports("built"):
             return found
         times = forecast.TrialTimes(step_s=0.5, evaluate_s=0.5, request_s=0.5, load_s=0.5)
         trials = {arm.variant.name: times for arm in plan.arms}

@@ -32,9 +32,8 @@ from lorameter.machine.processes import pin_to_cpus
 from lorameter.records import codec
 from lorameter.records.record import PartialRecord
 from lorameter.run.plan import make_plan
-from lorameter.run.prepare import RunContext, make_script_request
+from lorameter.run.prepare import RunContext, make_request
 from lorameter.run.workers import TrialFiles
-from lorameter.run.workers.script import TOKENS
 from lorameter.studies.study import study_of_command
 
 URL = "https://me:hf_abc@example.org/data?token=xyz"
@@ -60,7 +59,7 @@ def parent(listener, monkeypatch, tmp_path):
     study = study_of_command("python train.py")
     plan = make_plan(study, phases=("train",), interleaving="lockstep")
     files = TrialFiles(scratch=str(tmp_path), log_path=str(tmp_path / "log"))
-    request = make_script_request(plan, plan.slots[0], RunContext(device="cpu", tokens={study.workload: TOKENS}), files)
+    request = make_request(plan, plan.slots[0], RunContext(device="cpu"), files)
 
     def run(script):
         with contextlib.suppress(SystemExit):

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def apply(example: Example, folder: Path) -> None:
             assert not target.exists(), f"{path} exists already"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(block + "\n", encoding="utf-8")
+            if target.name == "pyproject.toml":
+                register(tomllib.loads(block)["project"], folder)
             continue
         lines = target.read_text(encoding="utf-8").splitlines()
         places = [number for number, text_line in enumerate(lines) if text_line.strip() == line]
@@ -84,6 +87,21 @@ def apply(example: Example, folder: Path) -> None:
         (place,) = places
         lines[place : place + 1] = block.splitlines() if how == "the line" else [lines[place], *block.splitlines()]
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def register(project: dict, folder: Path) -> None:
+    """Write the metadata that pip would install for a package, beside its modules."""
+    metadata = folder / f"{project['name']}-{project['version']}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = [
+        line
+        for group, points in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))
+    ]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
 
 
 LONG = ("A path of kernels_check", "A field of a variant", "A quantisation")

@@ -9,7 +9,7 @@ from lorameter.profile.remedy import choose_finding, finding_phase, judge_remedy
 from lorameter.profile.rules import Finding
 from lorameter.records import store
 from lorameter.records.record import Failure
-from lorameter.run.build_plan import build_plan
+from lorameter.run.build_plan import PlanOptions, build_plan
 from lorameter.studies.study_file import load_variant
 
 
@@ -68,7 +68,7 @@ def test_a_remedy_of_the_workload_is_the_same_variant_on_its_own(padded, machine
     assert suggested.differences(present) == ()
     assert pair.own_workloads == {suggested.name: dataclasses.replace(padded.workload, layout="packed")}
     assert pair.protocol.epochs == 0.0
-    plan, _ = build_plan(pair, machine, free_bytes=None, phases=("train",))
+    plan, _ = build_plan(pair, machine, PlanOptions(phases=("train",)), free_bytes=None)
     assert plan.interleaving in ("lockstep", "replicates")
     assert "2 workloads" in plan.why
     assert {slot.executor for slot in plan.slots} == {""}
@@ -114,7 +114,7 @@ def test_a_remedy_of_requests_is_judged_by_requests_only(write_run, small_study,
     pair = make_pair(study, study.variants[0], wait)
     protocol = pair.protocol
     assert (protocol.merged, protocol.epochs, protocol.turns, protocol.generate_requests) == (False, 0.0, 2, 12)
-    plan, _ = build_plan(pair, machine, free_bytes=None, phases=(finding_phase(wait),))
+    plan, _ = build_plan(pair, machine, PlanOptions(phases=(finding_phase(wait),)), free_bytes=None)
     assert {measure for slot in plan.slots for measure in slot.measures} == {"steps", "requests", "peaks"}
 
     def answer(record):

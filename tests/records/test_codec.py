@@ -25,7 +25,7 @@ from lorameter.records.fileio import read_json, read_text, read_toml, write_docu
 from lorameter.records.record import Notice, PartialRecord, find_unmet, judge_required
 from lorameter.records.store import read_run
 from lorameter.run.forecast import measured_peaks
-from lorameter.studies.variant import AnyVariant
+from lorameter.studies.form import AnyVariant
 
 
 def test_nan_is_named_not_written_as_json():

@@ -37,7 +37,9 @@ def plan(small_study, machine, monkeypatch):
         monkeypatch.setattr(planning, "live_group_bytes", lambda members, *_, **_options: len(members) * GIB)
         protocol = dataclasses.replace(study.protocol, replicates=replicates)
         study = dataclasses.replace(study, protocol=protocol)
-        return planning.build_plan(study, machine, free_bytes=free, sides=present_sides(0), **options)[0]
+        return planning.build_plan(
+            study, machine, free_bytes=free, options=planning.PlanOptions(sides=present_sides(0), **options)
+        )[0]
 
     return make
 

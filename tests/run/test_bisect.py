@@ -16,7 +16,7 @@ from lorameter.records import codec, store
 from lorameter.records.fileio import write_document
 from lorameter.run import bisect as bisect_candidates
 from lorameter.run.bisect import MAX_FACTOR, Candidate, bisect, find_earlier_run, list_steps
-from lorameter.run.build_plan import build_plan
+from lorameter.run.build_plan import PlanOptions, build_plan
 from lorameter.run.workers.sides import command_sides
 from lorameter.stats import Comparison, compare_trials
 
@@ -193,7 +193,7 @@ def test_the_command_lists_without_measuring(repository, monkeypatch, capsys):
 def test_a_measured_comparison_of_the_same_sides_is_reused(write_run, small_study, machine):
     """The newest complete run of the same study, variant, phase, sides and machine is reused."""
     sides = command_sides("a", "b")
-    plan, _ = build_plan(small_study, machine, free_bytes=None, select=["plain"], phases=("train",))
+    plan, _ = build_plan(small_study, machine, PlanOptions(select=["plain"], phases=("train",)), free_bytes=None)
     plan = dataclasses.replace(plan, sides=sides)
     device = probe_machine().device_name
 

@@ -46,7 +46,7 @@ def write(folder, text):
 def test_a_study_of_commands_needs_nothing_else(tmp_path):
     """Model, data and phases are filled in, and all else is as in any study."""
     study = load_study(write(tmp_path, TOML))
-    assert study.of_scripts
+    assert study.form.executor == "script"
     assert study.protocol.phases == ("train",)
     assert study.workload.model == study.workload.data == "script"
     assert study.variant("liger").env == {"OMP_NUM_THREADS": "2"}
@@ -92,9 +92,8 @@ def test_an_invalid_command_is_refused(fields, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TOML + '\n[[variant]]\nname = "other"\nr = 8\n', "'other' has no command and others have one"),
-        (TOML + "\n[workload]\nbatch_size = 8\n", "batch_size = 8: the variants are commands"),
-        (TOML + '\n[protocol]\nphases = ["train", "cold"]\n', "of which training is measured and nothing else"),
+        (TOML + '\n[[variant]]\nname = "other"\nr = 8\n', "'other' is LoRA in its short form"),
+        (TOML + "\n[workload]\nbatch_size = 8\n", "batch_size = 8: the variant is a command"),
         (TOML + "\n[protocol]\nepochs = 1.0\n", "whose data is not known"),
         (TOML.replace('"liger"', '"plain"'), "used twice"),
         (TOML + "\n[controls]\nr = 8\n", "r = 8: the variant is a command"),

@@ -23,7 +23,7 @@ from lorameter.machine import provenance
 from lorameter.records import codec
 from lorameter.run.feasibility import check_feasible
 from lorameter.studies.study import Target
-from lorameter.studies.study_file import KEYS, builtin_studies, load_study, load_variant
+from lorameter.studies.study_file import builtin_studies, list_keys, load_study, load_variant
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import DataColumns, Workload
 
@@ -401,7 +401,7 @@ def test_a_target_that_no_module_has_is_refused(answer):
     assert answer(f"[controls]\ntarget_modules = ['self_attn.q_proj', 'lm_head', 'embed_tokens']\n{ONE}")[0] == 0
 
 
-TWELVE = KEYS["controls"][:12]
+TWELVE = list_keys()["controls"][:12]
 ONE_LIMITS = "[[variant]]\nname = 'x'\n"
 
 

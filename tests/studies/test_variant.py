@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from lorameter.errors import UsageError
+from lorameter.studies.form import form_keys
 from lorameter.studies.protocol import Protocol, read_slurm
 from lorameter.studies.request import base_key, serving_modes
 from lorameter.studies.study_file import load_study
-from lorameter.studies.variant import LoraVariant, form_keys
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import Workload, make_absolute, resolve
 
 

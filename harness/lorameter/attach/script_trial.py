@@ -44,7 +44,7 @@ from lorameter.records.os_errors import describe_error
 from lorameter.records.record import Failure, Notice, PartialRecord, Status, judge_required
 from lorameter.records.units import format_count
 from lorameter.stats import is_steady, is_warm
-from lorameter.studies.request import ScriptRequest
+from lorameter.studies.request import Request
 
 EXIT_ORPHAN = 75
 """Exit code of a process whose parent has ended."""
@@ -145,7 +145,7 @@ class ScriptTrial:
             os._exit(EXIT_ORPHAN)
 
     def _prepare(self, request: dict[str, Any]) -> PartialRecord:
-        self._request = codec.from_json(ScriptRequest, request, "trial request")
+        self._request = codec.from_json(Request, request, "trial request")
         return PartialRecord()
 
     def _build(self) -> PartialRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from lorameter.commands.options import CALIBRATED_STUDY, CALIBRATION_REPLICATES
 from lorameter.commands.output import print_result, show_result
@@ -25,6 +24,7 @@ from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection
 from lorameter.report.estimate import describe_calibration
 from lorameter.run.bisect import bisect, find_earlier_run, list_steps
+from lorameter.run.build_plan import PlanOptions
 from lorameter.run.resume import is_calibration
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import open_executor
@@ -89,7 +89,8 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
 
 def _measure_injected(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> Run:
     """Measure an A/B of the current interpreter with itself, with extra work in the candidate; training only."""
-    return measure_study(study, placement, options, select=[variant], phases=("train",), sides=present_sides(rows))
+    wanted = PlanOptions(select=[variant], phases=("train",), sides=present_sides(rows))
+    return measure_study(study, placement, options, wanted)
 
 
 def _measure_pilot(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> float:
@@ -139,7 +140,8 @@ def run_bisect(options: argparse.Namespace) -> int:
     study = load_study(options.study, target=make_target(open_executor().machine()))
     study = apply_overrides(study, options, effort="standard")
     require(
-        not study.of_scripts, f"bisect: study {study.name} is of scripts. Compare two sides of one with `lorameter ab`."
+        study.supports("built"),
+        f"bisect: study {study.name} is of scripts or other processes. Compare two sides of one with `lorameter ab`.",
     )
     variant = study.variant(options.variant or study.reference).name
     candidates = list_steps(options.good, options.bad, Path.cwd())
@@ -172,13 +174,13 @@ def run_bisect(options: argparse.Namespace) -> int:
 def _measure_sides(study: Study, variant: str, sides: tuple[str, str], options: argparse.Namespace) -> Run:
     """Measure one A/B of two candidates; with --resume, reuse an earlier one with the same plan."""
     placement, runs = Placement(), store.runs_dir(options.runs_dir, make=True)
-    plan_options: dict[str, Any] = {
-        "select": [variant],
-        "phases": (METRICS[options.metric].phase,),
-        "sides": {name: name_side(spec, Path.cwd()) for name, spec in zip(SIDES, sides, strict=True)},
-    }
+    wanted = PlanOptions(
+        select=[variant],
+        phases=(METRICS[options.metric].phase,),
+        sides={name: name_side(spec, Path.cwd()) for name, spec in zip(SIDES, sides, strict=True)},
+    )
     if options.resume:
-        plan, _ = plan_study(study, placement, runs, **plan_options)
+        plan, _ = plan_study(study, placement, runs, wanted)
         if (earlier := find_earlier_run(plan, runs)) is not None:
             return earlier
-    return measure_study(study, placement, options, **plan_options)
+    return measure_study(study, placement, options, wanted)

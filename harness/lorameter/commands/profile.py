@@ -36,6 +36,7 @@ from lorameter.report.blocks import Document, to_line
 from lorameter.report.parity import describe_differing_answers, describe_parity
 from lorameter.report.profile import describe_profile, describe_remedy, describe_requests
 from lorameter.report.terminal import console_for, show
+from lorameter.run.build_plan import PlanOptions
 from lorameter.run.sites.placement import Placement
 from lorameter.run.workers import hold_devices, open_executor
 from lorameter.studies.protocol import HERE
@@ -85,7 +86,7 @@ def run_profile(options: argparse.Namespace) -> int:
 def _try(study: Study, variant: Variant, finding: Finding, options: argparse.Namespace) -> RemedyResult:
     """Measure the current variant and the suggested one, like any two variants."""
     pair, phases = make_pair(study, variant, finding), (finding_phase(finding),)
-    return judge_remedy(measure_study(pair, Placement(), options, phases=phases), finding)
+    return judge_remedy(measure_study(pair, Placement(), options, PlanOptions(phases=phases)), finding)
 
 
 _ProfileResult = tuple[Path, dict[str, Any], Document, Sequence[Finding]]

@@ -22,8 +22,8 @@ from lorameter.commands.run import (
     apply_overrides,
     find_interrupted,
     forecast_study,
-    load_requested_study,
     measure_study,
+    read_requested_study,
     resume,
 )
 from lorameter.errors import LorameterError, redact, require
@@ -38,6 +38,7 @@ from lorameter.report.comparison import describe_gate
 from lorameter.report.run import describe_run
 from lorameter.report.run_view import make_run_view
 from lorameter.report.terminal import PIPED_WIDTH, render_text
+from lorameter.run.build_plan import PlanOptions
 from lorameter.run.sites.placement import open_placement
 from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
@@ -130,7 +131,7 @@ class Session:
         options = self._options
         if self._interrupted is not None:
             return read_study(self._interrupted).with_overrides(on=options.on, sites=options.sites)
-        return apply_overrides(load_requested_study(options, target), options)
+        return apply_overrides(read_requested_study(options)(target), options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -161,9 +162,7 @@ class Session:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Deselect tests of phases that a resumed run, a script or a multi-rank trial does not have."""
-        if self._interrupted is None and not self._study.trains_only:
-            return
-        phases = self._study.protocol.phases if self._interrupted is None else self._interrupted.manifest.phases
+        phases = self._study.phases if self._interrupted is None else self._interrupted.manifest.phases
         lacking = [item for item in items if _read_phase(item) not in (None, *phases)]
         self._config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in lacking]
@@ -188,15 +187,15 @@ class Session:
     def _measure(self, names: list[str], phases: set[str]) -> None:
         """Measure the plan of the selected tests, or forecast it."""
         study, options = self._study, self._options
-        plan_options = {"select": names, "phases": sorted(phases), "interleaving": options.interleave}
+        wanted = PlanOptions(select=names, phases=sorted(phases), interleaving=options.interleave)
         with open_placement(study, options.runs_dir) as placement:
             if placement.is_remote:
                 study = self._study = self._load_study(make_target(placement.machine))
             if options.dry_run:
-                self._planned, _ = forecast_study(study, placement, options, **plan_options)
+                self._planned, _ = forecast_study(study, placement, options, wanted)
                 return
             self._prepare_gate(collect(study, placement.facts, study.workload.threads))
-            self._run = measure_study(study, placement, options, **plan_options)
+            self._run = measure_study(study, placement, options, wanted)
 
     def _prepare_gate(self, provenance: Mapping[str, Any]) -> None:
         """Read the base and compare it with the plan, because otherwise hours of measurement could end as "not
@@ -212,7 +211,7 @@ class Session:
         runs = store.runs_dir(self._options.runs_dir)
         base = read_base(self._gate, runs, fingerprint=fingerprint(provenance), study=study.name)
         require(not base.broken, f"--lorameter-base: {base.broken}. Give a valid run.")
-        if study.of_scripts:
+        if study.supports("own training"):
             known = base.facts or {}
             facts |= {name: known[name] for name in REPORTED if name in known}
         differences = session_differences(base, study, facts)

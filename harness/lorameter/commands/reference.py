@@ -21,8 +21,9 @@ from kernels_check import REQUIREMENTS
 from lorameter.results.rows import DTYPES, SETTINGS, TABLES, FrameColumn
 from lorameter.studies import claim, study_file
 from lorameter.studies.claim import Claim, ClaimPart, Engine
+from lorameter.studies.form import AnyVariant, form_keys
 from lorameter.studies.protocol import Protocol
-from lorameter.studies.variant import AnyVariant, FullVariant, LoraVariant, PeftVariant, ScriptVariant, form_keys
+from lorameter.studies.variant import FullVariant, LoraVariant, PeftVariant, ScriptVariant
 from lorameter.studies.workload import OF_VARIANTS, DataColumns, Workload
 from lorameter.verdicts import gate
 from lorameter.verdicts.gate import LimitRule, Policy

@@ -31,7 +31,7 @@ from lorameter.report.phrases import warn_before_run
 from lorameter.report.run import describe_run, encode_spending
 from lorameter.report.run_view import RunView, make_run_view
 from lorameter.report.terminal import console_for, show
-from lorameter.run.build_plan import build_plan
+from lorameter.run.build_plan import PlanOptions, build_plan
 from lorameter.run.feasibility import NOT_HERE
 from lorameter.run.forecast import Forecast, forecast
 from lorameter.run.measure import measure
@@ -45,8 +45,8 @@ from lorameter.run.workers.sides import command_sides, name_sides
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import HERE, Protocol
 from lorameter.studies.script import OWN, name_of_words, split_command, time_steps
-from lorameter.studies.study import Study, Target, study_of_command, study_of_engine
-from lorameter.studies.study_file import load_study, read_study
+from lorameter.studies.study import Study, study_of_command, study_of_engine
+from lorameter.studies.study_file import StudyFor, load_study, read_study, read_study_file
 from lorameter.studies.workload import LOSSES, SYNTHETIC
 from lorameter.verdicts.calibrate import MAX_ROWS
 from lorameter.verdicts.gate import load_policy
@@ -86,19 +86,18 @@ def apply_overrides(
     )
 
 
-def plan_study(study: Study, placement: Placement, runs: Path, **plan_options: Any) -> tuple[Plan, tuple[Notice, ...]]:
-    """Plan a study for a placement, with further arguments of `build_plan`; returns the plan and the notices before the
-    run starts."""
-    return build_plan(study, placement.machine, free_bytes=placement.free_bytes, runs=runs, **plan_options)
+def plan_study(study: Study, placement: Placement, runs: Path, wanted: PlanOptions) -> tuple[Plan, tuple[Notice, ...]]:
+    """Plan a study for a placement; returns the plan and the notices before the run starts."""
+    return build_plan(study, placement.machine, wanted, free_bytes=placement.free_bytes, runs=runs)
 
 
 def measure_study(
     study: Study,
     placement: Placement,
     options: argparse.Namespace,
+    wanted: PlanOptions,
     *,
     policy: Mapping[str, Any] | None = None,
-    **plan_options: Any,
 ) -> Run:
     """Plan a study and measure it.
 
@@ -106,27 +105,27 @@ def measure_study(
         study: the study with the options' changes.
         placement: the machines that measure it.
         options: options of the command.
+        wanted: what to plan.
         policy: policy of an A/B, stored with the run.
-        plan_options: arguments of `build_plan`.
     """
     runs, console = store.runs_dir(options.runs_dir, make=True), console_for(stderr=True)
-    plan, notices = plan_study(study, placement, runs, **plan_options)
+    plan, notices = plan_study(study, placement, runs, wanted)
     with placement.hold(options.if_busy) as waited:
         if waited:
-            plan, notices = plan_study(study, placement, runs, **plan_options)
+            plan, notices = plan_study(study, placement, runs, wanted)
         show(warn_before_run(notices), console)
         with LiveDisplay(console, device=placement.machine.device_name) as display:
             return measure(plan, runs=runs, display=display, notices=notices, policy=policy or {}, placement=placement)
 
 
 def forecast_study(
-    study: Study, placement: Placement, options: argparse.Namespace, **plan_options: Any
+    study: Study, placement: Placement, options: argparse.Namespace, wanted: PlanOptions
 ) -> tuple[Document, dict[str, Any]]:
     """Plan a study and forecast the time, memory and disk space of the plan, as a report and as JSON."""
     from lorameter.trial.data.records import describe_data
 
     runs = store.runs_dir(options.runs_dir)
-    plan, notices = plan_study(study, placement, runs, **plan_options)
+    plan, notices = plan_study(study, placement, runs, wanted)
     cannot_measure_here = any(notice.code == NOT_HERE for notice in notices)
     executor = None if cannot_measure_here or placement.is_remote else open_executor()
     if_busy: IfBusy = "share" if options.if_busy == "share" else "refuse"  # no wait for an estimate
@@ -191,7 +190,8 @@ def resume(run: Run, options: argparse.Namespace) -> Run:
         return run
     relocated = study.with_overrides(on=options.on, sites=options.sites, mixed=study.protocol.mixed)
     with open_placement(relocated, options.runs_dir) as placement:
-        plan = restore_plan(run, placement, max_minutes=options.max_minutes)
+        facts = None if run.manifest.sides else placement.facts
+        plan = restore_plan(run, facts, remote=placement.is_remote, max_minutes=options.max_minutes)
         unfinished = find_unfinished(plan, run.records, whole=placement.launcher is not None)
         remaining = [slot.trial for group in unfinished for slot in group.slots]
         state = f"{len(plan.slots) - len(remaining)} of {len(plan.slots)} trials are kept"
@@ -209,27 +209,29 @@ def run_study(options: argparse.Namespace) -> int:
         options.study or options.peft_experiments is not None,
         "run: no study named. Give one, as in `lorameter run lora-or-qlora`, or --resume RUN.",
     )
-    with open_placement(apply_overrides(load_requested_study(options), options), options.runs_dir) as placement:
-        study = apply_overrides(load_requested_study(options, make_target(placement.machine)), options)
-        plan_options: dict[str, Any] = {
-            "select": options.variant,
-            "phases": options.phase or study.protocol.phases,
-            "interleaving": options.interleave,
-        }
+    study_for = read_requested_study(options)
+    with open_placement(apply_overrides(study_for(None), options), options.runs_dir) as placement:
+        study = apply_overrides(study_for(make_target(placement.machine)), options)
+        wanted = PlanOptions(
+            select=options.variant,
+            phases=options.phase or study.protocol.phases,
+            interleaving=options.interleave,
+            shown_only=options.dry_run,
+        )
         if options.dry_run:
-            return _show_forecast(study, placement, options, shown_only=True, **plan_options)
-        run = measure_study(study, placement, options, **plan_options)
+            return _show_forecast(study, placement, options, wanted)
+        run = measure_study(study, placement, options, wanted)
     return _show(run, options)
 
 
-def _show_forecast(study: Study, placement: Placement, options: argparse.Namespace, **plan_options: Any) -> int:
-    document, data = forecast_study(study, placement, options, **plan_options)
+def _show_forecast(study: Study, placement: Placement, options: argparse.Namespace, wanted: PlanOptions) -> int:
+    document, data = forecast_study(study, placement, options, wanted)
     show_result(options, document, lambda: data)
     return EXIT_PASS
 
 
-def load_requested_study(options: argparse.Namespace, target: Target | None = None) -> Study:
-    """The study that the options name, from its own variants or from a script; `target` is as in `load_study`.
+def read_requested_study(options: argparse.Namespace) -> StudyFor:
+    """The study that the options name, from its own variants or from a script, for any machine.
 
     Raises:
         UsageError: the study does not exist, or options exclude each other.
@@ -239,20 +241,21 @@ def load_requested_study(options: argparse.Namespace, target: Target | None = No
             not options.study and options.script is None,
             "--peft-experiments: it is a study of its own. Leave the study and --command out.",
         )
-        return study_of_experiments(options.peft_experiments, options.select or (), quality=options.quality)
+        experiments = study_of_experiments(options.peft_experiments, options.select or (), quality=options.quality)
+        return lambda target: experiments
     _refuse_without("--peft-experiments", options, "select", "quality")
     if options.script is None:
         _refuse_without("--command", options, "cwd", "steps")
-        return load_study(options.study, profile=options.profile, target=target)
+        return read_study_file(options.study, profile=options.profile)
     require(
         options.profile is None,
         f"--profile {options.profile}: a script has no profile, since it brings its own model and data. Leave it out.",
     )
     require(not options.variant, "--variant: both are needed, with the engine and without it. Leave it out.")
     study = study_of_engine(load_study(options.study), options.script, cwd=options.cwd or "")
-    if options.steps is None:
-        return study
-    return dataclasses.replace(study, protocol=time_steps(study.protocol, options.steps))
+    if options.steps is not None:
+        study = dataclasses.replace(study, protocol=time_steps(study.protocol, options.steps))
+    return lambda target: study
 
 
 def _refuse_without(needed: str, options: argparse.Namespace, *names: str) -> None:
@@ -294,9 +297,9 @@ def run_ab(options: argparse.Namespace) -> int:
     if options.resume:
         return _show(resume(find_interrupted(options), options), options)
     _refuse_without("--resume", options, "trust")
-    command_study = study_of_commands(options)
+    commands = study_of_commands(options)
     require(
-        command_study is not None or options.study is not None,
+        commands is not None or options.study is not None,
         "ab: STUDY is missing. Give it, or resume an interrupted A/B by --resume RUN.",
     )
     needs_sides = options.base_command is None
@@ -305,25 +308,21 @@ def run_ab(options: argparse.Namespace) -> int:
             getattr(options, name) is not None,
             f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.",
         )
-    study = apply_overrides(command_study or load_study(options.study), options, effort="standard")
+    study_for: StudyFor = read_study_file(options.study) if commands is None else lambda target: commands
+    study = apply_overrides(study_for(None), options, effort="standard")
     if needs_sides:  # here, so that a wrong side is refused before a job waits in a queue
         side_names = {"base": options.base, "candidate": options.candidate}
         sides = name_sides(side_names, Path.cwd(), study.protocol, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
     else:
-        sides = command_sides(study.scripts[0].command, options.candidate_command)
+        sides = command_sides(str(study.variants[0].setting("command")), options.candidate_command)
     with open_placement(study, options.runs_dir) as placement:
-        loaded = command_study or load_study(options.study, target=make_target(placement.machine))
-        study = apply_overrides(loaded, options, effort="standard")
-        plan_options: dict[str, Any] = {
-            "select": options.variant,
-            "sides": sides,
-            "phases": options.phase or (study.protocol.phases if study.trains_only else AB_PHASES),
-        }
+        study = apply_overrides(study_for(make_target(placement.machine)), options, effort="standard")
+        phases = AB_PHASES if {*AB_PHASES} <= {*study.phases} else study.protocol.phases
+        wanted = PlanOptions(select=options.variant, sides=sides, phases=options.phase or phases)
         if options.dry_run:
-            return _show_forecast(study, placement, options, **plan_options)
-        run = measure_study(
-            study, placement, options, policy=codec.to_json(policy) if options.policy else None, **plan_options
-        )
+            return _show_forecast(study, placement, options, wanted)
+        stored_policy = codec.to_json(policy) if options.policy else None
+        run = measure_study(study, placement, options, wanted, policy=stored_policy)
     return _show(run, options)
 
 

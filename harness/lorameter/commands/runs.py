@@ -22,9 +22,10 @@ from lorameter.results.export import DASHBOARDS, TABULAR, export_text, write_tab
 from lorameter.results.history import DEFAULT_METRIC, list_runs, read_history
 from lorameter.results.prune import pack, parse_age, prune
 from lorameter.run.workers import open_executor
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
-from lorameter.studies.variant import AnyVariant, LoraVariant
+from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import workload_variant_id
 
 
@@ -156,9 +157,7 @@ def _list_changes(study: Study, variant: AnyVariant) -> str:
 
 def _list_sizes(options: argparse.Namespace) -> int:
     study = _load_named(options).with_overrides(model=options.model)
-    require(
-        not study.of_scripts, f"list sizes: the variants of {study.name} are commands, whose models are their scripts'."
-    )
+    require(study.supports("built"), f"list sizes: the variants of {study.name} define their models themselves.")
     from lorameter.trial.building.build import sizes_of_study  # loads torch, so only for a readable study
 
     model, sizes = study.workload.model, sizes_of_study(study)

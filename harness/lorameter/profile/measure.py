@@ -222,8 +222,9 @@ def open_trial(
             raise InvalidRunError(f"{variant.name}: {lost}") from None
         stack.callback(worker.close)
         record = begin_record(slot, "ok")
+        request = make_request(plan, slot, context, executor.make_place(slot.trial, slot.trial))
         yield TrialSession(
-            request=make_request(plan, slot, context, executor.make_place(slot.trial, slot.trial)),
+            request=codec.from_json(TrialRequest, codec.to_json(request), "trial request"),
             record=record.replaced(
                 started_unix_s=time.time(), tokens=context.token_facts(study.workload), notices=notices
             ),

@@ -7,16 +7,37 @@ a loss follow from that entry, so a new metric is added only here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.record import PartialRecord, TrialRecord
+from lorameter.records.record import Measure, PartialRecord, TrialRecord
 from lorameter.records.units import Unit
 
 Phase = Literal["train", "generate", "cold"]
 PHASES: tuple[Phase, ...] = ("train", "generate", "cold")
+PHASE_OF: dict[Measure, Phase] = {
+    "steps": "train", "requests": "generate", "open_ended": "generate", "merged": "generate", "cold": "cold",
+    "peaks": "train",
+}  # fmt: skip
+"""The phase to which each measure belongs."""
+
+
+def phases_of(measures: Iterable[Measure]) -> tuple[Phase, ...]:
+    """The phases that have one of these measures; peaks are measured beside others."""
+    found = {PHASE_OF[measure] for measure in measures if measure != "peaks"}
+    return tuple(phase for phase in PHASES if phase in found)
+
+
+def common_measures(measures: Iterable[Collection[Measure]], *, ranks: int) -> tuple[Measure, ...]:
+    """What can be measured of every variant, by what can be measured of each; of several ranks, training alone."""
+    found = [one for one, phase in PHASE_OF.items() if ranks == 1 or phase == "train"]
+    for known in measures:
+        found = [one for one in found if one in known]
+    return tuple(found)
+
+
 Samples = tuple[float, ...]
 LOSSES = ("warmup_loss", "timed_loss", "remaining_loss")
 """Samples that hold the loss of each step, in the order of the steps."""

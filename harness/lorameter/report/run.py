@@ -45,7 +45,6 @@ from lorameter.report.phrases import (
 from lorameter.report.run_view import ALL_ACTIVE, PEAK, PhaseTable, RunView, describe_required_paths
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads
-from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import LOSSES, Workload
 from lorameter.verdicts.same_training import describe_threads, library_versions
 from lorameter.verdicts.series import describe_machines, is_difference, is_memory, is_mixed
@@ -230,19 +229,22 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
     if study.dtype:
         yield "dtype", study.dtype
     yield "software", f"{versions}, Python {reported['python'] or 'unknown'}; {commit}"
-    if study.of_scripts:
-        yield from (("command", text) for text in _commands(run, study))
-    else:
+    if study.supports("workload"):
         yield "workload", _workload(study.workload, str(manifest.tokens.get("data", study.workload.data)))
         yield "tokens", _tokens(manifest.tokens)
+    else:
+        yield from ((study.form.key, text) for text in _summaries(run, study))
     for name, workload in read_own_workloads(run).items():
         pairs = ((field.name, getattr(workload, field.name)) for field in dataclasses.fields(workload))
         changed = ", ".join(f"{key} = {value}" for key, value in pairs if value != getattr(study.workload, key))
         yield "own", f"{name} has {changed}; {_tokens(manifest.tokens.get('own', {}).get(name, {}))}"
-    timed = {len(record.samples.get("step_time_s", ())) for record in run.records if record.status == "ok"} - {0}
-    timed = timed or {protocol.turns * protocol.steps_per_turn}
+    unit, planned, sample = "timed step", protocol.turns * protocol.steps_per_turn, "step_time_s"
+    if not study.form.trains():
+        unit, planned, sample = "timed request", protocol.generate_requests, "request_time_s"
+    timed = {len(record.samples.get(sample, ())) for record in run.records if record.status == "ok"} - {0}
+    timed = timed or {planned}
     least = f"{min(timed)} to " if len(timed) > 1 else ""  # a time limit changes the steps of a replicate
-    steps = f"{least}{format_count(max(timed), 'timed step')}"
+    steps = f"{least}{format_count(max(timed), unit)}"
     trained = sorted({int(one.values["training_steps"]) for one in run.records if "training_steps" in one.values})
     of = f" of {' to '.join(map(str, dict.fromkeys((trained[0], trained[-1]))))} trained" if trained else ""
     yield "plan", f"{_replicates(run)}, {steps}{of} a trial, order seed {manifest.seed}"
@@ -294,22 +296,15 @@ def _replicates(run: Run) -> str:
     return f"{len(replicates) - len(pending)} of {len(replicates)} replicates complete"
 
 
-def _commands(run: Run, study: Study) -> Iterator[str]:
-    """Each command, its folder, how its steps were recognised, and their number."""
-    for variant in study.scripts:
+def _summaries(run: Run, study: Study) -> Iterator[str]:
+    """What each variant runs, how its steps were recognised, and their number."""
+    for variant in study.variants:
         begun = [one for one in run.records if one.name == variant.name and "source" in one.tokens]
         sources = sorted({SOURCES.get(str(one.tokens["source"]), str(one.tokens["source"])) for one in begun})
         counts = sorted({int(one.values["training_steps"]) for one in begun if "training_steps" in one.values})
         recognised = f"; steps seen by {' and '.join(sources)}" if sources else ""
         steps = f", {' or '.join(map(str, counts))} steps a trial" if counts else ""
-        yield f"{variant.name}: {variant.command}{_place(variant)}{recognised}{steps}"
-
-
-def _place(variant: ScriptVariant) -> str:
-    settings = [f"cwd {variant.cwd}"] if variant.cwd else []
-    settings += [f"{name}={value}" for name, value in variant.env.items()]
-    settings += [f"python {variant.python}"] if variant.python else []
-    return f" ({', '.join(settings)})" if settings else ""
+        yield f"{variant.name}: {variant.summary}{recognised}{steps}"
 
 
 def encode_run(view: RunView) -> dict[str, Any]:

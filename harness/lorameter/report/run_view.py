@@ -279,7 +279,7 @@ def _columns(
 def _other_metrics(view: RunView, phase: Phase) -> Iterator[str]:
     """The metrics of a phase that at least one variant has, except the primary one."""
     names = phase_columns(phase, own_workloads=bool(view.run.manifest.own_workloads))
-    sides = pair_scripts(view.run, view.study) if view.study.of_scripts else {}
+    sides = pair_scripts(view.run, view.study) if view.study.supports("own training") else {}
     if any(side.tokens_differ for side in sides.values()):
         names += ("time_per_real_token_s",)
     on_cpu = phase == "train" and view.run.manifest.provenance.get("device") == "cpu"

@@ -19,11 +19,11 @@ from lorameter.records.metrics import METRICS, PEAKS, Phase
 from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
+from lorameter.studies.form import form_keys, own_forms
 from lorameter.studies.quantization import FIELDS
-from lorameter.studies.script import SIDE
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
-from lorameter.studies.variant import FORMS, KEYS, ScriptVariant, Variant
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_id
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
@@ -61,13 +61,14 @@ class Settings:
     def __init__(self, run: Run, study: Study) -> None:
         self._run, self._study = run, study
         self._variants = {variant.name: variant for variant in study.variants}
-        self._own_workloads = {} if study.of_scripts else read_own_workloads(run)
+        self._own_workloads = read_own_workloads(run)
         self._faults = run_validity(run, study).faults
 
     def describe(self, records: Sequence[TrialRecord]) -> Row:
         """The common columns of trials of one variant, role and side."""
         record, manifest = records[0], self._run.manifest
-        workload = None if self._study.of_scripts else self._own_workloads.get(record.name, self._study.workload)
+        has_workload = self._study.supports("workload")
+        workload = self._own_workloads.get(record.name, self._study.workload) if has_workload else None
         return {
             "run": manifest.run,
             "study": self._study.name,
@@ -94,10 +95,8 @@ class Settings:
         variant = self._variants.get(record.name)
         if variant is None:
             return {}
-        if isinstance(variant, ScriptVariant):
-            side = self._run.manifest.sides.get(record.side, {})
-            command = side.get("spec") if side.get("kind") == SIDE else variant.command
-            return {"method": variant.method_name, "command": command}
+        side = self._run.manifest.sides.get(record.side, {})
+        variant = variant.on_side(side.get("kind", ""), side.get("spec", ""))
         settings = {column.name: _plain(getattr(variant, column.name, None), column) for column in OF_VARIANT}
         if isinstance(variant, Variant):
             settings |= {key: variant.effective(key) for key in FIELDS}
@@ -280,11 +279,11 @@ _NO_SETTINGS = ("name", "cwd", "env", "python", "method", "peft")
 """Fields of a variant that have no column: its label, the folder of its command, and contents of other columns."""
 
 
-_HINTS = {key: hint for form in (*FORMS, Workload) for key, hint in get_type_hints(form).items()}
+_HINTS = {key: hint for form in (*own_forms(), Workload) for key, hint in get_type_hints(form).items()}
 OF_VARIANT = (
     *(
         FrameColumn(key, _KINDS.get(_HINTS[key], "text"), f"`{key}` of the variant")
-        for key in KEYS
+        for key in dict.fromkeys(key for form in own_forms() for key in form_keys(form))
         if key not in _NO_SETTINGS
     ),
     FrameColumn("method", "text", "the training method: PEFT's name of it, `full fine-tuning` or `script`"),

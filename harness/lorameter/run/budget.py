@@ -86,6 +86,8 @@ class Budget:
         self._begin = self._lap = self._entered = self.clock()
         self._once_s = self._dropped_s = 0.0
         self._admitted: set[Measure] = set()
+        self._kept: Measure = "steps"
+        """The part that is never dropped."""
         self._trials = self._begun = 1
         self._costs: dict[Measure, Cost] = {}
         self._past: list[dict[Measure, Cost]] = []
@@ -124,8 +126,9 @@ class Budget:
     def open_replicate(self, plan: Plan, groups: Sequence[Group], *, on_cpu: bool) -> tuple[Group, ...]:
         """Begin a replicate of these groups; returns the groups with the parts that are measured."""
         self._costs, self._entered, self._lap, self._once_s = {}, self.clock(), self.clock(), 0.0
-        self._trials = sum(len(group.slots) for group in groups if group.turns) or 1
+        self._trials = sum(len(group.slots) for group in groups if not group.isolated) or 1
         self._begun = 0
+        self._kept = "steps" if plan.study.form.trains() else "requests"
         if self.limit_s is None:
             return tuple(groups)
         if len(self._past) == 1:
@@ -145,7 +148,7 @@ class Budget:
 
     def enter(self, group: Group) -> None:
         """Begin a group of the replicate."""
-        self._begun += len(group.slots) if group.turns else 0
+        self._begun += 0 if group.isolated else len(group.slots)
         self._lap = self.clock()
 
     def lap(self, part: Measure | None, *, rounds: int = 0, once_s: float = 0.0) -> None:
@@ -177,7 +180,7 @@ class Budget:
         """Whether a part is measured. In the first replicate it is measured if three replicates with it fit, which is
         decided once; `seconds` is its time for all trials of the current group, `once_s` its additional time in the
         first replicate."""
-        if self.limit_s is None or part in self._admitted:
+        if self.limit_s is None or part == self._kept or part in self._admitted:
             return True
         if part in self.skipped or self._past:
             return part not in self.skipped
@@ -217,7 +220,7 @@ class Budget:
         (first,), later = self._past, self._target - 1
         needed_s = self.elapsed_s + later * self._replicate_s(first)
         for part in reversed(DROPPABLE):
-            if part in first and later * self._replicate_s(first) > self.left_s:
+            if part in first and part != self._kept and later * self._replicate_s(first) > self.left_s:
                 self._skip(part, needed_s)
         if "steps" in first and later * self._replicate_s(first) > self.left_s:
             self._steps = 1

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorameter.errors import UsageError, require
@@ -32,11 +33,11 @@ from lorameter.run.display import Display
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.forecast import live_group_bytes, needed_bytes
 from lorameter.run.plan import Arm, Plan, Sides, Slot, build_arms, list_variants, list_workloads, make_plan
-from lorameter.run.prepare import RunContext, begin_record, make_script_request
+from lorameter.run.prepare import RunContext, begin_record, make_request
 from lorameter.run.workers import Executor, WorkerLostError
-from lorameter.run.workers.script_sandbox import check_side
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.study import Study
-from lorameter.studies.variant import ADAPTER_FIELDS, AnyVariant, LoraVariant, Variant
+from lorameter.studies.variant import ADAPTER_FIELDS, LoraVariant, Variant
 from lorameter.studies.workload import make_absolute
 
 LEVELS: tuple[Interleaving, ...] = ("shared-base", "lockstep", "replicates")
@@ -50,39 +51,47 @@ variant serves the next variant, which then waits for fewer new pages than in it
 took 76 ms in both cases."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What a command asks of the plan of its study."""
+
+    select: Sequence[str] = ()
+    """Names of variants; empty for all."""
+    phases: Sequence[str] = PHASES
+    interleaving: str | None = None
+    """A level to use instead of the finest possible one."""
+    sides: Sides | None = None
+    """Sides of an A/B."""
+    shown_only: bool = False
+    """Whether the plan is only displayed: if an engine needs another device, that is then only a notice."""
+
+
 def build_plan(
     study: Study,
     machine: Machine,
+    options: PlanOptions = PlanOptions(),  # frozen
     *,
     free_bytes: int | None,
-    select: Sequence[str] = (),
-    phases: Sequence[str] = PHASES,
-    interleaving: str | None = None,
     runs: Path | None = None,
-    sides: Sides | None = None,
-    shown_only: bool = False,
 ) -> tuple[Plan, tuple[Notice, ...]]:
     """Build the plan of a study on this machine; returns it with notices.
 
     Args:
         study: the study to measure.
         machine: the machine that measures.
+        options: what to plan.
         free_bytes: memory that is free there now; None if unknown.
-        select: names of variants; empty for all.
-        phases: phases to measure.
-        interleaving: a level to use instead of the finest possible one.
         runs: folder of earlier runs, whose measured peaks show what fits into memory together.
-        sides: sides of an A/B.
-        shown_only: whether the plan is only displayed: if an engine needs another device, that is then only a notice.
 
     Raises:
         UsageError: the plan cannot be measured.
     """
+    sides, phases = options.sides, options.phases
     if sides:
         study = _check_sides(study, sides)
-    arms = build_arms(study, select, sides)
+    arms = build_arms(study, options.select, sides)
     workloads = list_workloads(study, arms)
-    notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=shown_only)
+    notices = check_feasible(study, machine, arms, free_bytes=free_bytes, phases=phases, shown_only=options.shown_only)
     needs = needed_bytes(arms, machine, runs)
     together = live_group_bytes(arms, needs, machine, forked=True)
     if sides:  # the three processes of one variant are live at the same time
@@ -91,15 +100,15 @@ def build_plan(
         list_variants(arms),
         together_bytes=together,
         free_bytes=free_bytes,
-        requested=interleaving,
+        requested=options.interleaving,
         workloads=len(workloads),
         ranks=max(workload.ranks for workload in workloads),
         adapters=max(workload.adapters for workload in workloads) if "generate" in phases else 1,
         sided=bool(sides),
         one_heap=machine.device == "cpu",
     )
-    provisional = study.of_scripts and interleaving is None and math.isinf(together) and free_bytes is not None
-    if provisional:
+    unknown = options.interleaving is None and math.isinf(together) and free_bytes is not None
+    if provisional := study.supports("own training") and unknown:
         level, why = "lockstep", "a rehearsal of the scripts settles it"
     plan = make_plan(study, arms=arms, phases=phases, interleaving=level, why=why, provisional=provisional, sides=sides)
     return plan, notices
@@ -109,7 +118,7 @@ def _check_sides(study: Study, sides: Sides) -> Study:
     """Refuse a study that an A/B cannot compare. Returns the study with absolute paths, because a relative path would
     differ in the worktree of a revision."""
     require(
-        not (sides["candidate"].slowdown_rows and study.of_scripts),
+        study.supports("built") or not sides["candidate"].slowdown_rows,
         f"study {study.name}: extra work goes into adapters of lorameter's own, and a script has none of them.",
     )
     require(
@@ -117,10 +126,10 @@ def _check_sides(study: Study, sides: Sides) -> Study:
         f"study {study.name}: its variants differ in what they are trained on, and an A/B compares two sides of "
         f"one variant on one workload. Measure it with `lorameter run {study.name}`.",
     )
-    if study.of_scripts:
-        if any(side.kind in ("interpreter", "requirements") for side in sides.values()):
-            for variant in study.scripts:
-                check_side(variant)
+    for variant in study.variants:
+        for side in sides.values():
+            variant.check_side(side.kind)
+    if not study.supports("workload"):
         return study
     prefix = RANDOM_PREFIX if study.workload.model.startswith(RANDOM_PREFIX) else ""
     path = Path(study.workload.model.removeprefix(prefix))
@@ -215,7 +224,7 @@ def shared_base_obstacle(variants: Sequence[AnyVariant]) -> str | None:
     for variant in variants:
         label, other = variant.name or variant.id, first.name or first.id
         if not isinstance(variant, Variant):
-            return f"{label} is a command, which has its own model"
+            return f"{label} is {variant.form}, and has its own process"
         if variant.method_name != first.method_name:
             return f"{label} and {other} have different methods, and PEFT allows one method on a base"
         facts = None if isinstance(variant, LoraVariant) else method_facts([variant])[variant.name]
@@ -271,7 +280,7 @@ def _rehearse(plan: Plan, slot: Slot, executor: Executor, context: RunContext) -
     trial = f"rehearsal-{slot.arm.name}"
     slot = dataclasses.replace(slot, trial=trial)
     record = begin_record(slot, "ok")
-    request = make_script_request(plan, slot, context, executor.make_place(trial, trial))
+    request = make_request(plan, slot, context, executor.make_place(trial, trial))
     commands: list[tuple[str, dict[str, object]]] = [
         ("prepare", {"request": codec.to_json(request)}),
         ("build", {}),

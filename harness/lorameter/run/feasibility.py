@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from lorameter.errors import UsageError, require, shorten
 from lorameter.machine.nvml import VARIABLE, describe_gpus, shared_boards, visible_devices, visible_gpus
@@ -24,9 +23,9 @@ from lorameter.models.shapes import ModelShape, linear_layers, unknown_layers
 from lorameter.records.record import Notice
 from lorameter.records.units import first_few, format_bytes
 from lorameter.run.plan import Arm, build_arms, list_workloads
-from lorameter.run.workers.script_sandbox import shared_notices
+from lorameter.run.workers import open_executor
 from lorameter.studies.study import Study
-from lorameter.studies.variant import PAGED, DType, LoraVariant, ScriptVariant, Variant
+from lorameter.studies.variant import PAGED, DType, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 from lorameter.trial.data.records import describe_data
 
@@ -67,9 +66,9 @@ def check_feasible(
     elsewhere = (Notice(code=NOT_HERE, message=f"{obstacle}.", remedy=remedy),) if obstacle else ()
     arms = arms or build_arms(study)
     _check_requirements(study)
-    if study.of_scripts:
-        commands = {one.variant.id: one.variant for one in arms if isinstance(one.variant, ScriptVariant)}
-        return (*elsewhere, *(notice for one in commands.values() for notice in shared_notices(one, Path.cwd())))
+    if not study.supports("built"):
+        variants = {one.variant.id: one.variant for one in arms}
+        return (*elsewhere, *open_executor(study.form.executor).check_variants(variants.values()))
     check_methods(f"study {study.name}", list({one.variant.name: one.built for one in arms}.values()))
     sources = {one.model: catalogue.resolve(one.model) for one in list_workloads(study, arms)}
     shape_of = {model: shapes.shape(source) for model, source in sources.items()}

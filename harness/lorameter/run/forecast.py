@@ -49,9 +49,10 @@ from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, IfBusy, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
-from lorameter.studies.request import BaseKey, TrialRequest, base_key
+from lorameter.studies.form import AnyVariant
+from lorameter.studies.request import BaseKey, Request, base_key
 from lorameter.studies.script import OWN
-from lorameter.studies.variant import AnyVariant, Variant
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.series import group_trials, pairs_against
 
@@ -125,8 +126,8 @@ def forecast(
     (`if_busy`), it times them nevertheless, or not at all.
     """
     expected = _forecast_time(plan, machine, runs, time_steps(plan, executor, if_busy))
-    if plan.study.of_scripts:
-        return dataclasses.replace(expected, unknown="it is the scripts' own")
+    if not plan.study.supports("built"):
+        return dataclasses.replace(expected, unknown="it is the variants' own")
     shape_of = {workload: shapes.shape(catalogue.resolve(workload.model)) for workload in plan.workloads}
     needs = needed_bytes(plan.arms, machine, runs)
     kinds = {frozenset(slot.arm.name for slot in group.slots): group for group in plan.groups}
@@ -247,7 +248,7 @@ class _SimulatedExecutor(Executor):
         """Launch a worker in no time."""
         return _SimulatedWorker(self)
 
-    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+    def start_interpreter(self, log_path: str, timeout_s: float, request: Request | None = None) -> PartialRecord:
         """Advance by the imports of a new interpreter, and with a request by the rest of a cold start."""
         self.now_s += self.times.import_s
         rest = PartialRecord() if request is None else self.launch().ask("cold", request.trial, 0.0)
@@ -309,8 +310,8 @@ class _SimulatedWorker(Worker):
 
 def time_steps(plan: Plan, executor: Executor | None, if_busy: IfBusy = "refuse") -> PlanTimes | str:
     """Time each variant on two layers of its model, in a separate process; or return why this failed."""
-    if plan.study.of_scripts:
-        return "steps of scripts are not timed in advance"
+    if not plan.study.supports("built"):
+        return "only what lorameter builds is timed in advance"
     if executor is None:
         return "steps are not timed on other machines"
     if any(slot.workload.ranks > 1 for slot in plan.slots):

@@ -25,9 +25,9 @@ from lorameter.records.trials import find_fault
 from lorameter.run.budget import MIN_ROUNDS, Budget
 from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
-from lorameter.run.prepare import RunContext, begin_record, make_request, make_script_request
+from lorameter.run.prepare import RunContext, begin_record, make_request
 from lorameter.run.workers import Executor, Worker, WorkerLostError
-from lorameter.studies.request import COMMANDS, TrialRequest
+from lorameter.studies.request import COMMANDS, Request
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,11 +84,11 @@ class GroupRecords:
         if trial in self._begun:
             started_unix_s, begin = self._begun[trial]
             changes |= {"started_unix_s": started_unix_s, "wall_time_s": time.monotonic() - begin}
-        record = record.replaced(**changes)
-        if flaw := find_fault(record):  # an invalid record would make the whole run unreadable
-            failure = Failure(phase="record", kind="Unreadable", message=flaw)
-            record = self.records[trial].merged(PartialRecord().failed("invalid", failure))
-        self.records[trial] = record
+        self.records[trial] = record.replaced(**changes)
+
+    def finish(self) -> None:
+        """Mark each record that could not be read again as invalid: it would make the whole run unreadable."""
+        self.records = {trial: _readable(record) for trial, record in self.records.items()}
 
     def add_lost_worker(self, trials: Iterable[str], lost: WorkerLostError) -> None:
         """Record that the process of these trials has died; trials that had already failed keep their failure."""
@@ -114,8 +114,20 @@ class GroupRecords:
         for record in self.records.values():
             if record.status == "ok":
                 record = record.replaced(status="interrupted", failure=failure, checks=())
-            self._run.save(record)
+            self._run.save(_readable(record))
         self._saved = self._run.budget.clock()
+
+
+def _readable(record: TrialRecord) -> TrialRecord:
+    """The record; without its unreadable parts, and invalid, if it could not be read again after writing."""
+    flaw = find_fault(record)
+    if flaw is None:
+        return record
+    empty = {part: getattr(PartialRecord(), part) for part in ("samples", "values", "memory", "tokens", "software")}
+    bare = record.replaced(**empty)
+    kept = {part: value for part in empty if not find_fault(bare.replaced(**{part: (value := getattr(record, part))}))}
+    failure = Failure(phase="record", kind="Unreadable", message=flaw)
+    return bare.replaced(**kept, status="invalid", failure=failure)
 
 
 class GroupRunner:
@@ -125,7 +137,8 @@ class GroupRunner:
         self._run, self._group, self._records, self._budget = run, group, records, run.budget
         self._workers: dict[str, Worker] = {}
         """Workers by the trials that they host."""
-        self._requests: dict[str, TrialRequest] = {}
+        self._requests: dict[str, Request] = {}
+        self._trains = run.plan.study.form.trains()
         self._timeout_s = run.plan.study.protocol.step_timeout_s
         self._request_s = 0.0
         """Seconds of one request of one trial."""
@@ -136,8 +149,9 @@ class GroupRunner:
             for launch in self._group.launches:
                 self._launch(launch)
             self._prepare()
-            self._train()
-            self._run_untimed("save_adapter")
+            if self._trains:
+                self._train()
+                self._run_untimed("save_adapter")
             self._budget.lap(self._rest)
             if "generate" in self._run.plan.phases:
                 self._generate()
@@ -170,16 +184,13 @@ class GroupRunner:
             self._workers[slot.trial] = worker
             started = PartialRecord(values={"start_latency_s": worker.start_latency_s})
             records.add(slot.trial, started, log=f"logs/{first.trial}.log")
-        make = make_script_request if self._run.plan.study.of_scripts else make_request
         for slot in launch:
             place = executor.make_place(slot.trial, first.trial)
-            request = make(self._run.plan, slot, self._run.context, place)
-            if isinstance(request, TrialRequest):
-                self._requests[slot.trial] = request
+            request = self._requests[slot.trial] = make_request(self._run.plan, slot, self._run.context, place)
             self._ask(slot.trial, "prepare", request=codec.to_json(request))
 
     def _prepare(self) -> None:
-        """Run each trial from its first step to the point where only timed turns are left."""
+        """Run each trial from its first step to the point where only timed turns are left; others are built."""
         budget, protocol, live = self._budget, self._run.plan.study.protocol, self._records.live()
         steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
         first = 1 if budget.is_judging and self._group.turns else len(live)
@@ -188,6 +199,8 @@ class GroupRunner:
             known = self._records.values("build_step_time_s")
             if self._group.turns and known:
                 budget.require_one(steps * statistics.fmean(known) * len(self._records.live()))
+        if not self._trains:
+            return
         self._run_untimed("verify")
         self._run_untimed("warm_up", arguments={"steps": 1} if budget.limit_s is not None else {})
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")) / self._parallel)
@@ -218,11 +231,11 @@ class GroupRunner:
         wanted = {"requests", "open_ended", "merged", "cold"} & {
             measure for slot in self._group.slots for measure in slot.measures
         }
-        if self._group.turns and not (wanted and self._begin_requests()):
+        if not self._group.isolated and not (wanted and self._begin_requests()):
             for part in ("open_ended", "merged"):  # both need requests, and their rounds are counted as missing
                 self._admits(part)
             return
-        if not self._group.turns:
+        if self._group.isolated:
             self._run_untimed("begin_generate")
         if self._admits("requests"):
             self._take_rounds("requests", "request", self._group.requests)
@@ -273,7 +286,7 @@ class GroupRunner:
             slot.replicate == 0 and slot.arm.role == "variant" and slot.variant.name == self._run.plan.study.reference
         )
 
-    def _add_cold(self, trial: str, measure: Callable[[Slot, TrialRequest], PartialRecord]) -> None:
+    def _add_cold(self, trial: str, measure: Callable[[Slot, Request], PartialRecord]) -> None:
         """Add a cold start. Its answer must equal that of the trained process; otherwise the trial is invalid."""
         try:
             fragment = measure(self._records.slots[trial], self._requests[trial])
@@ -287,7 +300,7 @@ class GroupRunner:
         self._records.add(trial, fragment)
         raise_refused(trial, fragment)
 
-    def _measure_parts(self, slot: Slot, request: TrialRequest) -> PartialRecord:
+    def _measure_parts(self, slot: Slot, request: Request) -> PartialRecord:
         """A cold start as the sum of two parts: the imports of a new interpreter, which depend on the environment and
         not on the variant, and are timed once per replicate and side; and loading plus the first answer, in a fresh
         child of a process that has imported the libraries. Raises `WorkerLostError`."""
@@ -307,7 +320,7 @@ class GroupRunner:
         samples = {"cold_start_time_s": (import_s + load_s,)}
         return msgspec.structs.replace(loaded, values=values, samples=samples)
 
-    def _measure_whole(self, slot: Slot, request: TrialRequest) -> PartialRecord:
+    def _measure_whole(self, slot: Slot, request: Request) -> PartialRecord:
         """A cold start in one new interpreter, to compare it with the sum. Raises `WorkerLostError`."""
         executor = self._run.executors[slot.executor]
         whole = executor.start_interpreter(request.log_path, self._timeout_s, request)
@@ -341,7 +354,9 @@ class GroupRunner:
     def _rest(self) -> Measure | None:
         """The part to which other time is booked; for isolated trials it is needed only once if they only measure
         peaks."""
-        return "steps" if self._group.turns else "merged" if self._records.live("merged") else None
+        if self._group.isolated:
+            return "merged" if self._records.live("merged") else None
+        return "steps" if self._trains else "requests"
 
     def _lap_requests(self) -> None:
         self._budget.lap("requests" if self._records.live("requests") else self._rest)

@@ -32,8 +32,9 @@ from lorameter.run.resume import check_same, continue_manifest, is_finished, mar
 from lorameter.run.runner import PlanRun, find_unfinished, run_plan
 from lorameter.run.sites.driver import measure_in_jobs
 from lorameter.run.sites.placement import Placement
-from lorameter.run.workers import SCRIPTS, Executor, open_executor
+from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.sides import DECLARED, open_side
+from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
 
 
@@ -45,7 +46,15 @@ def _describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> d
         for workload, tokens in prepared.items()
     }
     own = {name: described[workload] for name, workload in plan.own_workloads.items()}
-    return described[plan.study.workload] | ({"own": own} if own else {})
+    return described.get(plan.study.workload, _OWN_TOKENS) | ({"own": own} if own else {})
+
+
+_OWN_TOKENS = {
+    "hash": OWN, "data": "what the scripts themselves read", "synthetic": False, "tokenizer_substituted": False,
+    "train_sequences": 0, "real_tokens": 0, "padded_tokens": 0, "records": 0, "loss_tokens": None, "without_loss": 0,
+    "examples": [],
+}  # fmt: skip
+"""Stands for tokens that only the processes of the variants know."""
 
 
 def measure(
@@ -150,9 +159,10 @@ def _open_executors(
             name: stack.enter_context(open_side(side, repository=Path.cwd(), cache=cache_dir()))
             for name, side in plan.sides.items()
         }
-    kind = SCRIPTS if plan.study.of_scripts else None
     sides = {executor_name(arm, plan.arms): arm.side for arm in plan.arms}
-    executors = {name: open_executor(kind, host=hosts.get(side), label=name) for name, side in sides.items()}
+    executors = {
+        name: open_executor(plan.study.form.executor, host=hosts.get(side), label=name) for name, side in sides.items()
+    }
     if earlier is not None and plan.sides:
         check_same(earlier, _facts(plan, executors))
     return executors

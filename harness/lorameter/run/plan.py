@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lorameter.errors import UsageError, redact, require
-from lorameter.records.metrics import PHASES
+from lorameter.records import codec
+from lorameter.records.metrics import PHASE_OF, PHASES
 from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.protocol import MAX_ROUNDS, Protocol
 from lorameter.studies.study import Study
-from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 T = TypeVar("T")
@@ -125,9 +127,7 @@ def arms_on_sides(study: Study, select: Sequence[str], sides: Sides) -> tuple[Ar
     candidate, arms = sides["candidate"], list[Arm]()
     for variant in variants:
         base = Arm(variant=variant, side="base", workload=study.workload)
-        other = variant
-        if isinstance(variant, ScriptVariant) and candidate.kind == "command":
-            other = dataclasses.replace(variant, command=candidate.spec)
+        other = variant.on_side(candidate.kind, candidate.spec)
         arms += [
             base,
             dataclasses.replace(base, side="candidate", variant=other, slowdown_rows=candidate.slowdown_rows),
@@ -144,12 +144,6 @@ def list_variants(arms: Iterable[Arm]) -> tuple[AnyVariant, ...]:
 def list_workloads(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
     """The workloads of arms without repetition, the study's first."""
     return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
-
-
-_PHASE_OF: dict[Measure, str] = {
-    "steps": "train", "requests": "generate", "open_ended": "generate", "merged": "generate", "cold": "cold",
-    "peaks": "train",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +185,8 @@ class Group:
     turns: tuple[tuple[str, ...], ...] = ()
     requests: tuple[tuple[str, ...], ...] = ()
     open_ended: tuple[tuple[str, ...], ...] = ()
+    isolated: bool = False
+    """Whether its only trial measures what needs a separate process."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -249,7 +245,7 @@ def make_plan(
         study: the study to measure.
         arms: default: all variants of the study and its control. In an A/B (`arms_on_sides`) the sides of each variant
             are compared with each other.
-        phases: "train", "generate", "cold"; training always runs, since the others need its adapter.
+        phases: "train", "generate", "cold"; variants that train are always trained, since the others need the adapter.
         interleaving: the level of interleaving, chosen by `lorameter.run.build_plan`.
         why: the reason for the level, for the report.
         provisional: whether a rehearsal determines the level.
@@ -263,9 +259,10 @@ def make_plan(
         require(phase in PHASES, f"phase = {phase!r}: not known. Known: {', '.join(PHASES)}.")
     checked = tuple(phase for phase in PHASES if phase in phases)
     require(
-        not study.trains_only or checked == ("train",),
-        f"study {study.name}: phases {', '.join(checked)}: of commands, of several ranks, and of methods other than "
-        "LoRA in its short form, training is measured and nothing else. Leave the phases out.",
+        checked and {*checked} <= {*study.phases},
+        f"study {study.name}: phases {', '.join(checked)}: its variants can be measured in {', '.join(study.phases)}. "
+        "Of commands, of several ranks, and of methods other than LoRA in its short form, training is measured and "
+        "nothing else. Leave the phases out.",
     )
     protocol = study.protocol
     rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
@@ -283,7 +280,7 @@ def make_plan(
 
     def slot(arm: Arm, replicate: int, level: Interleaving, measures: tuple[Measure, ...]) -> Slot:
         return Slot(
-            trial=f"r{replicate}-{arm.name}" + ("" if "steps" in measures else "-isolated"),
+            trial=f"r{replicate}-{arm.name}" + ("-isolated" if measures == alone else ""),
             arm=arm,
             replicate=replicate,
             position=next(positions),
@@ -307,7 +304,7 @@ def make_plan(
             for one in _shuffle([one for one in panel if one in isolated], shuffler):
                 single = slot(one, replicate, "replicates", alone)
                 requests = ((single.trial,),) * protocol.generate_requests if "merged" in alone else ()
-                groups.append(Group(replicate=replicate, launches=((single,),), requests=requests))
+                groups.append(Group(replicate=replicate, launches=((single,),), requests=requests, isolated=True))
     return Plan(
         study=study,
         arms=arms,
@@ -320,21 +317,57 @@ def make_plan(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpec:
+    """The data from which a plan can be made again, by another process or later."""
+
+    study: dict[str, Any]
+    phases: tuple[str, ...]
+    selection: tuple[str, ...]
+    interleaving: Interleaving
+    why: str
+    order: tuple[str, ...]
+    """All trials of the whole plan."""
+    trials: tuple[str, ...]
+    """Trials that remain to be measured."""
+    sides: dict[Side, SideSpec] = field(default_factory=dict)
+
+
+def read_plan(written: PlanSpec) -> Plan:
+    """The plan, with the groups that remain to be measured. Raises `UsageError` if this version plans other trials."""
+    study = codec.from_json(Study, written.study, "study of the plan")
+    arms = build_arms(study, written.selection, written.sides)
+    plan = make_plan(
+        study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
+        sides=written.sides,
+    )  # fmt: skip
+    order, trials = set(written.order), set(written.trials)
+    # The order of a resumed run no longer has the replicates that were not needed.
+    groups = [group for group in plan.groups if order.issuperset(slot.trial for slot in group.slots)]
+    require(
+        tuple(slot.trial for group in groups for slot in group.slots) == written.order,
+        f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
+        "that version, or measure a new run.",
+    )
+    remaining = (group for group in groups if trials.issuperset(slot.trial for slot in group.slots))
+    return dataclasses.replace(plan, groups=tuple(remaining))
+
+
 def choose_measures(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """Measures of the trials that take turns (including a cold start after they have ended), and of isolated trials."""
-    if study.of_scripts:  # each script has its own process and allocator, whatever else is live
-        return ("steps", "peaks"), ()
     merges = study.protocol.merged and all(variant.format.merges for variant in study.built)
     unwanted = set() if merges else {"merged"}
     unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
     wanted = [
         measure
-        for measure, phase in _PHASE_OF.items()
-        if (phase in phases or measure in ("steps", "peaks")) and measure not in unwanted
+        for measure in study.measures
+        if (PHASE_OF[measure] in phases or measure in ("steps", "peaks")) and measure not in unwanted
     ]
     isolated = {"shared-base": ("merged", "peaks"), "lockstep": ("peaks",), "replicates": ()}[interleaving]
+    if not study.supports("built"):  # each has its own process and allocator, whatever else is live
+        isolated = ()
     return (
         tuple(measure for measure in wanted if measure not in isolated),
         tuple(measure for measure in wanted if measure in isolated),
@@ -356,7 +389,7 @@ def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -
         turns, requests, open_ended = (
             tuple(tuple(_shuffle(trials, shuffler)) for _ in range(count))
             for count in (
-                protocol.turns,
+                protocol.turns if "steps" in measures else 0,
                 protocol.generate_requests if "requests" in measures else 0,
                 protocol.open_ended_requests if "open_ended" in measures else 0,
             )
@@ -395,9 +428,9 @@ def measured_groups(plan: Plan, groups: Sequence[Group], skipped: Iterable[str],
     measured = []
     for group in groups:
         measures: tuple[Measure, ...] = tuple(one for one in group.slots[0].measures if one not in without)
-        if live and group.turns and group.replicate == 1 and "peaks" not in measures:
+        if live and not group.isolated and group.replicate == 1 and "peaks" not in measures:
             measures = (*measures, "peaks")
-        needless = not group.turns and once and measures == ("peaks",) and (live or group.replicate > 0)
+        needless = group.isolated and once and measures == ("peaks",) and (live or group.replicate > 0)
         if measures and not needless:
             launches = tuple(
                 tuple(dataclasses.replace(slot, measures=measures) for slot in launch) for launch in group.launches

@@ -18,9 +18,9 @@ from lorameter.records.record import BaseSummary, Notice, Status, TokenSummary, 
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
 from lorameter.run.workers import Executor, TrialFiles, WorkerLostError
-from lorameter.studies.request import BaseKey, BaseRequest, ScriptRequest, TrialRequest, base_key, base_words
-from lorameter.studies.script import OWN
-from lorameter.studies.variant import AnyVariant, ScriptVariant, Variant
+from lorameter.studies.form import AnyVariant
+from lorameter.studies.request import BaseKey, BaseRequest, Request, base_key, base_words
+from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
 
 
@@ -46,7 +46,8 @@ class RunContext:
 
     device: str
     tokens: Mapping[Workload, TokenSummary] = field(default_factory=dict)
-    """Prepared tokens; without those of its workload a trial can only be simulated or timed."""
+    """Prepared tokens; a trial without those of its workload defines its data itself, is simulated, or is only
+    timed."""
     hellos: Mapping[str, WorkerInfo] = field(default_factory=dict)
     """First messages by executor; the executor that makes the tokens comes first."""
     bases: Bases = field(default_factory=Bases)
@@ -59,9 +60,9 @@ class RunContext:
         return next(iter(self.hellos.values()))
 
     def token_facts(self, workload: Workload) -> dict[str, Any]:
-        """Facts about the tokens of a workload for the records of its trials; scripts report their own."""
+        """Facts about the tokens of a workload for the records of its trials; a process reports its own data."""
         tokens = self.tokens.get(workload)
-        if tokens is None or workload.data == OWN:
+        if tokens is None:
             return {}
         return {"hash": tokens.hash, "real_tokens": tokens.real_tokens, "padded_tokens": tokens.padded_tokens}
 
@@ -85,38 +86,32 @@ def begin_record(slot: Slot, status: Status) -> TrialRecord:
     )
 
 
-def make_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> TrialRequest:
-    """The request with which a worker prepares a trial of a variant that lorameter builds."""
-    base = context.bases.folders.get((slot.executor, base_key(slot.arm.built, slot.workload)), "")
-    return TrialRequest(variant=slot.arm.built, base=base, **_common_request(plan, slot, context, place))
-
-
-def make_script_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> ScriptRequest:
-    """The request with which a worker prepares a script's trial."""
-    assert isinstance(slot.variant, ScriptVariant)
-    return ScriptRequest(variant=slot.variant, **_common_request(plan, slot, context, place))
-
-
-def _common_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> dict[str, Any]:
+def make_request(plan: Plan, slot: Slot, context: RunContext, place: TrialFiles) -> Request:
+    """The request with which a worker prepares a trial."""
     study, tokens = plan.study, context.tokens.get(slot.workload)
-    return {
-        "trial": slot.trial,
-        "role": slot.arm.role,
-        "replicate": slot.replicate,
-        "seed": slot.seed,
-        "workload": slot.workload,
-        "protocol": study.protocol.here(),  # a worker does not need the sites of others
-        "interleaving": slot.interleaving,
-        "measures": slot.measures,
-        "slowdown_rows": slot.arm.slowdown_rows,
-        "device": context.device,
-        "threads": slot.workload.threads,
-        "tokens_path": tokens.path if tokens else "",
-        "scratch": place.scratch,
-        "log_path": place.log_path,
-        "allow_fallback": study.allow_fallback,
-        "requirements": study.requirements,
-    }
+    base = ""
+    if study.supports("built"):
+        base = context.bases.folders.get((slot.executor, base_key(slot.arm.built, slot.workload)), "")
+    return Request(
+        trial=slot.trial,
+        role=slot.arm.role,
+        replicate=slot.replicate,
+        seed=slot.seed,
+        variant=slot.variant,
+        workload=slot.workload,
+        protocol=study.protocol.here(),  # a worker does not need the sites of others
+        interleaving=slot.interleaving,
+        measures=slot.measures,
+        slowdown_rows=slot.arm.slowdown_rows,
+        device=context.device,
+        threads=slot.workload.threads,
+        tokens_path=tokens.path if tokens else "",
+        scratch=place.scratch,
+        log_path=place.log_path,
+        allow_fallback=study.allow_fallback,
+        requirements=study.requirements,
+        base=base,
+    )
 
 
 def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, display: Display) -> Bases:
@@ -126,7 +121,7 @@ def prepare_bases(plan: Plan, executors: Mapping[str, Executor], device: str, di
         SystemLimitError: there is not enough memory or disk space for a base.
         InvalidRunError: no process can be started.
     """
-    if plan.study.of_scripts:
+    if not plan.study.supports("built"):
         return Bases()
     made: dict[tuple[str, BaseKey], BaseSummary] = {}
     notices: dict[BaseKey, Notice] = {}
@@ -171,10 +166,10 @@ def prepare_run(plan: Plan, executors: Mapping[str, Executor], display: Display)
         SystemLimitError: there is not enough memory or disk space for a base.
     """
     first = next(iter(executors.values()))
-    tokens = {workload: first.prepare_tokens(workload) for workload in plan.workloads}
-    summary = tokens[plan.study.workload]
-    if not (summary.synthetic or plan.study.of_scripts):
-        display.tokens_prepared(summary.data)
+    known = plan.workloads if plan.study.supports("workload") else ()
+    tokens = {workload: first.prepare_tokens(workload) for workload in known}
+    if known and not tokens[plan.study.workload].synthetic:
+        display.tokens_prepared(tokens[plan.study.workload].data)
     variants = [slot.variant for slot in plan.slots]
     hellos = {name: validate_worker(executor, variants) for name, executor in executors.items()}
     device = next(iter(hellos.values())).device

@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -22,66 +21,20 @@ from lorameter.machine import provenance
 from lorameter.machine.provenance import HARDWARE_FIELDS, MachineFacts, git_state
 from lorameter.records import codec, store
 from lorameter.records.fileio import describe_other_writer
-from lorameter.records.record import SIDES, Interleaving, Notice, Side
+from lorameter.records.record import SIDES, Notice, Side
 from lorameter.records.store import Manifest, Resumption, Run
-from lorameter.run.plan import (
-    PRESENT,
-    Plan,
-    SideSpec,
-    build_arms,
-    make_plan,
-)
+from lorameter.run.plan import PRESENT, Plan, PlanSpec, SideSpec, read_plan
 from lorameter.run.workers.environment import restore_spec
 from lorameter.studies.script import SIDE
-from lorameter.studies.study import Study
 from lorameter.studies.study_file import read_own_workloads, read_study
 from lorameter.verdicts.compare import find_differences
-
-if TYPE_CHECKING:
-    from lorameter.run.sites.placement import Placement
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSpec:
-    """The data from which a plan can be made again."""
-
-    study: dict[str, Any]
-    phases: tuple[str, ...]
-    selection: tuple[str, ...]
-    interleaving: Interleaving
-    why: str
-    order: tuple[str, ...]
-    """All trials of the whole plan."""
-    trials: tuple[str, ...]
-    """Trials that remain to be measured."""
-    sides: dict[Side, SideSpec] = field(default_factory=dict)
-
-
-def read_plan(written: PlanSpec) -> Plan:
-    """The plan, with the groups that remain to be measured. Raises `UsageError` if this version plans other trials."""
-    study = codec.from_json(Study, written.study, "study of the plan")
-    arms = build_arms(study, written.selection, written.sides)
-    plan = make_plan(
-        study, arms=arms, phases=written.phases, interleaving=written.interleaving, why=written.why,
-        sides=written.sides,
-    )  # fmt: skip
-    order, trials = set(written.order), set(written.trials)
-    # The order of a resumed run no longer has the replicates that were not needed.
-    groups = [group for group in plan.groups if order.issuperset(slot.trial for slot in group.slots)]
-    require(
-        tuple(slot.trial for group in groups for slot in group.slots) == written.order,
-        f"study {study.name}: this version of lorameter plans other trials than the one that began the run. Use "
-        "that version, or measure a new run.",
-    )
-    remaining = (group for group in groups if trials.issuperset(slot.trial for slot in group.slots))
-    return dataclasses.replace(plan, groups=tuple(remaining))
 
 
 def read_trusted_manifest(run: Run, *, trust: bool) -> Manifest:
     """The manifest of a run to resume. Raises `UsageError` if resuming would execute commands that another user may
     have written, unless `trust` is true."""
     sides, manifest = run.manifest.sides.values(), run.manifest
-    if trust or not (read_study(run).of_scripts or any(side["kind"] != PRESENT for side in sides)):
+    if trust or (read_study(run).supports("built") and all(side["kind"] == PRESENT for side in sides)):
         return manifest
 
     def check(file: BinaryIO) -> None:
@@ -149,18 +102,24 @@ def check_place(run: Run, facts: MachineFacts) -> None:
     _require_same(run, "its trials", was, now)
 
 
-def restore_plan(run: Run, placement: Placement, *, max_minutes: float | None = None) -> Plan:
-    """The original plan of a run; `max_minutes` replaces the study's limit, and the limit counts from now.
+def restore_plan(run: Run, facts: MachineFacts | None, *, remote: bool, max_minutes: float | None = None) -> Plan:
+    """The original plan of a run.
+
+    Args:
+        run: the run.
+        facts: of the machine that measures the rest; None for an A/B, whose sides are not prepared yet.
+        remote: whether this is another machine than the current one.
+        max_minutes: replaces the study's limit; the limit counts from now.
 
     Raises:
-        UsageError: the run is of another machine, as far as known before the sides of an A/B are prepared, a side
-            cannot be named without a credential, or this version makes another plan.
+        UsageError: the run is of another machine, a side cannot be named without a credential, or this version makes
+            another plan.
     """
     manifest = run.manifest
-    if not manifest.sides:
-        check_place(run, placement.facts)
+    if facts is not None:
+        check_place(run, facts)
     require(
-        not (is_calibration(manifest) and placement.is_remote),
+        not (is_calibration(manifest) and remote),
         f"run {manifest.run} is a calibration, which measures the current machine. Use --on here.",
     )
     sides: dict[Side, SideSpec] = {

@@ -167,6 +167,7 @@ class PlanRun:
         except Exception as defect:  # a defect of the harness must not lose measurements
             records.record_interruption(type(defect).__name__, f"the parent failed: {defect}")
             ended_by = defect
+        records.finish()
         for record in records.records.values():
             if record.settled or record.trial not in self._ended:  # an interrupted second attempt keeps the first one
                 self._keep(record)
@@ -232,7 +233,7 @@ def _skipped_groups(plan: Plan, earlier: Collection[TrialRecord]) -> set[Group]:
     groups = () if plan.study.protocol.max_minutes is None else plan.groups
     known = [any(slot.trial in recorded for slot in group.slots) for group in groups]
     last = max((number for number, has in enumerate(known) if has), default=-1)
-    alone = [number for number, group in enumerate(groups) if not known[number] and not group.turns]
+    alone = [number for number, group in enumerate(groups) if not known[number] and group.isolated]
     some = any(number < last for number in alone)
     return {groups[number] for number in alone if some and groups[number].replicate in begun}
 

@@ -18,15 +18,16 @@ from typing import Any
 
 from lorameter.records.metrics import Phase
 from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.quantization import SMALLEST
-from lorameter.studies.variant import BuiltVariant, LoraVariant, ScriptVariant, Variant
+from lorameter.studies.variant import BuiltVariant, LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Fields of requests for all kinds of trials; paths are absolute and local to the measuring machine."""
+    """The data that a worker needs to measure one trial; paths are absolute and local to the measuring machine."""
 
     schema: int = SCHEMA
     trial: str
@@ -35,6 +36,7 @@ class Request:
     replicate: int
     seed: int
     """Seed for adapter initialisation, dropout and optimizer; equal for all variants of a replicate."""
+    variant: AnyVariant
     workload: Workload
     protocol: Protocol
     interleaving: Interleaving
@@ -58,16 +60,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRequest(Request):
-    """The data that a worker needs to measure one trial of a variant that lorameter builds."""
+    """The request of a trial whose variant lorameter builds, as its worker reads it."""
 
     variant: BuiltVariant
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScriptRequest(Request):
-    """The data that a worker needs to measure one trial of a script."""
-
-    variant: ScriptVariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,8 @@ _SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 PYTHON = re.compile(r"python(\d+(\.\d+)?t?)?")
 """Names of Python interpreters."""
+UNVERSIONED = ("python", "python3")
+"""Words for the interpreter of the current environment, or of a side; `python3.12` always means that version."""
 
 
 def check_script(label: str, variant: ScriptVariant) -> None:
@@ -60,26 +62,33 @@ def script_workload(threads: int = 1) -> Workload:
     return Workload(model=OWN, data=OWN, threads=threads)
 
 
-def check_scripts(study: Study) -> None:
-    """Raise `UsageError` for a study of commands with a setting that only the script itself can have."""
+def check_side(variant: ScriptVariant) -> None:
+    """Raise `UsageError` for a command that brings its own interpreter: a side of an A/B could not replace it, and both
+    sides would be the same."""
+    program = split_command(f"variant {variant.name!r}", variant.command)[0]
+    require(
+        not variant.python and (program in UNVERSIONED or not PYTHON.fullmatch(PurePath(program).name)),
+        f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
+        "python in its place, which is that of the side.",
+    )
+
+
+def check_own_workload(study: Study) -> None:
+    """Raise `UsageError` for a study whose variants define model and data themselves, with a setting that only they can
+    have."""
     where = f"study {study.name}"
     plain = script_workload(study.workload.threads)
     for field in dataclasses.fields(plain):
         value = getattr(study.workload, field.name)
         require(
             value == getattr(plain, field.name),
-            f"{where}, [workload]: {field.name} = {value!r}: the variants are commands, and model, data and batch are "
-            "their scripts'. Give it to the scripts as an argument; only threads can be set here.",
+            f"{where}, [workload]: {field.name} = {value!r}: the variant is {study.form.form}, and model, data and "
+            "batch are its own. Give it to the variant, as in an argument of a command; only threads can be set here.",
         )
     require(
-        study.protocol.phases == ("train",),
-        f"{where}, [protocol]: phases = {list(study.protocol.phases)}: the variants are commands, of which training is "
-        'measured and nothing else. Write phases = ["train"].',
-    )
-    require(
         not study.protocol.epochs,
-        f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variants are commands, whose data is not known. "
-        "Set turns and steps_per_turn.",
+        f"{where}, [protocol]: epochs = {study.protocol.epochs:g}: the variant is {study.form.form}, whose data is not "
+        "known. Set turns and steps_per_turn.",
     )
 
 

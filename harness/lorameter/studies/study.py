@@ -1,7 +1,6 @@
 """A study: a named set of variants, their common settings, the protocol of the measurement, and the claims.
 
-`lorameter.studies.study_file` reads it from TOML. A study of commands is also made of one command line, or of one
-with and without an engine.
+`lorameter.studies.study_file` reads it from TOML. A study of commands can also be made of one command line.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from typing import Any, Literal
 
 from lorameter.errors import UsageError, require, shorten, suggest
 from lorameter.records import codec
-from lorameter.records.record import Line
+from lorameter.records.metrics import Phase, common_measures, phases_of
+from lorameter.records.record import Line, Measure
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
+from lorameter.studies.form import AnyVariant, Support
 from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
-from lorameter.studies.script import check_scripts, name_of_words, script_workload, split_command
-from lorameter.studies.variant import AnyVariant, DType, LoraVariant, ScriptVariant, Variant
+from lorameter.studies.script import check_own_workload, name_of_words, script_workload, split_command
+from lorameter.studies.variant import DType, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
 
 WORKLOAD_PREFIX = "workload."
@@ -95,13 +96,14 @@ class Study:
         require_known(f"{where}: reference = {self.reference!r}", self.reference, names)
         for key in self.replaced:
             self._value_of_field(key)
-        if self.scripts:
+        for variant in self.variants:
             require(
-                not self.built,
-                f"{where}: variant {self.built[0].name if self.built else ''!r} has no command and others have one: a "
-                "script and a variant of lorameter's own have no common step. Write a separate study for it.",
+                variant.executor == self.form.executor,
+                f"{where}: variant {variant.name!r} is {variant.form}, and others are {self.form.form}, which runs in "
+                "other processes: they have no common step. Write a separate study for it.",
             )
-            check_scripts(self)
+        if not self.supports("workload"):
+            check_own_workload(self)
         if self.engine is not None:
             engine = f"{where}, [engine]: variant = {self.engine.variant!r}"
             require_known(engine, self.engine.variant, names)
@@ -115,25 +117,28 @@ class Study:
         return any(part.of_memory for claim in self.claims for part in claim.parts)
 
     @property
-    def of_scripts(self) -> bool:
-        """Whether its variants are commands, which define model, data and training themselves."""
-        return isinstance(self.variants[0], ScriptVariant)
+    def form(self) -> type[AnyVariant]:
+        """The form of its first variant, whose executor all have."""
+        return type(self.variants[0])
 
     @property
-    def scripts(self) -> tuple[ScriptVariant, ...]:
-        """Its commands; empty if lorameter builds the variants."""
-        return tuple(variant for variant in self.variants if isinstance(variant, ScriptVariant))
+    def measures(self) -> tuple[Measure, ...]:
+        """What can be measured of every variant."""
+        return common_measures([one.measures for one in self.variants], ranks=self.workload.ranks)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases in which every variant can be measured."""
+        return phases_of(self.measures)
+
+    def supports(self, what: Support) -> bool:
+        """Whether every variant supports this."""
+        return all(what in variant.supports for variant in self.variants)
 
     @property
     def built(self) -> tuple[Variant, ...]:
-        """The variants that lorameter builds; empty if they are commands."""
+        """The variants that lorameter builds."""
         return tuple(variant for variant in self.variants if isinstance(variant, Variant))
-
-    @property
-    def trains_only(self) -> bool:
-        """Whether only training is measured: for commands, for several ranks, and for methods other than short-form
-        LoRA."""
-        return self.workload.ranks > 1 or not all(isinstance(variant, LoraVariant) for variant in self.variants)
 
     @property
     def own_workloads(self) -> dict[str, Workload]:
@@ -174,7 +179,7 @@ class Study:
                 "another reference.",
             )
             require(
-                not (self.of_scripts or self.workload.ranks > 1),
+                self.supports("workload") and self.workload.ranks == 1,
                 f"{where}: commands and variants of several ranks cannot have their own workload. Remove it.",
             )
             for key in fields:

@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,32 +39,28 @@ import msgspec
 from lorameter.errors import UsageError, redact, refused_value, require
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
+from lorameter.records.metrics import common_measures, phases_of
 from lorameter.records.store import Run
 from lorameter.studies import protocol
 from lorameter.studies.claim import Claim, Engine, check_limits
+from lorameter.studies.form import AnyVariant, all_forms, all_keys, form_keys
 from lorameter.studies.peft_experiments import read_config
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import OWN
 from lorameter.studies.study import WORKLOAD_PREFIX, Study, Target, unknown_word_message
-from lorameter.studies.variant import KEYS as VARIANT_KEYS
-from lorameter.studies.variant import (
-    AnyVariant,
-    FullVariant,
-    LoraVariant,
-    PeftVariant,
-    ScriptVariant,
-    Variant,
-    form_keys,
-)
+from lorameter.studies.variant import PeftVariant, Variant
 from lorameter.studies.workload import OF_VARIANTS, Workload
 
-KEYS: Mapping[str, tuple[str, ...]] = {
-    "workload": tuple(field.name for field in dataclasses.fields(Workload)),
-    "protocol": tuple(field.name for field in dataclasses.fields(Protocol)),
-    "controls": VARIANT_KEYS,
-}
-"""Keys of each table; the controls have those of a variant."""
 _CALLED = {"workload": "[workload]", "protocol": "[protocol]", "controls": "[controls] and [[variant]]"}
+
+
+def list_keys() -> dict[str, tuple[str, ...]]:
+    """Keys of each table; the controls have those of a variant of any form."""
+    names = {name: tuple(field.name for field in dataclasses.fields(cls)) for name, cls in _CLASSES.items()}
+    return {**names, "controls": all_keys()}
+
+
+_CLASSES: Mapping[str, Any] = {"workload": Workload, "protocol": Protocol}
 FILE_DEFAULTS: dict[str, Any] = {"dtype": "auto", "compute_dtype": "auto"}
 """Fields that a file leaves to the machine, and a variant in code to their own defaults."""
 OTHER_NAMES: Mapping[str, str] = {
@@ -98,13 +95,6 @@ OTHER_NAMES: Mapping[str, str] = {
     ),
 }
 """Keys of a study by other names in PEFT, transformers and TRL."""
-_FORMS: Mapping[type[AnyVariant], str] = {
-    ScriptVariant: "a command, whose script defines the training",
-    PeftVariant: "a method of PEFT, whose own fields are written as peft.KEY",
-    FullVariant: "full fine-tuning, which has no adapter",
-    LoraVariant: "LoRA in its short form, and neither a command nor in the form of PEFT",
-}
-"""Why a variant of a form has no other keys."""
 _SECTIONS = ("workload", "protocol", "controls", "requirements")
 _LISTS = ("axes", "sweeps", "variant")
 _KEYS_ABOUT_VARIANTS = (*_LISTS, "claim", "engine", "reference")
@@ -150,13 +140,21 @@ def builtin_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
 
+StudyFor = Callable[[Target | None], Study]
+"""A study that has been read, for a machine, which selects the profile and the dtype; for None as it is written."""
+
+
 def load_study(name_or_path: str, *, profile: str | None = None, target: Target | None = None) -> Study:
-    """Load a built-in study by name, or any TOML file.
+    """Load a study for one machine; the arguments and errors are those of `read_study_file` and of its result."""
+    return read_study_file(name_or_path, profile=profile)(target)
+
+
+def read_study_file(name_or_path: str, *, profile: str | None = None) -> StudyFor:
+    """Read a built-in study by name, or any TOML file.
 
     Args:
         name_or_path: name or path of the study.
         profile: the profile to use; None for that of the machine, or for the study without a profile if none fits.
-        target: the machine, which selects the profile and the dtype; None for the study as it is written.
 
     Raises:
         UsageError: the study or profile does not exist, is not TOML, or has an invalid value; the message names file,
@@ -166,7 +164,7 @@ def load_study(name_or_path: str, *, profile: str | None = None, target: Target 
     where, file = path.name, codec.from_json(StudyFile, data, path.name, strict=True)
     written = _parse(path, data)
     for name, table in file.profile.items():
-        for section in KEYS:
+        for section in _CALLED:
             check_keys(f"{where}, [profile.{name}.{section}]", section, getattr(table, section))
         for key in _PLACE_KEYS:
             require(
@@ -174,6 +172,12 @@ def load_study(name_or_path: str, *, profile: str | None = None, target: Target 
                 f"{where}, [profile.{name}]: protocol.{key} = {table.protocol.get(key)!r}: a profile is chosen by the "
                 "device, which depends on it. Write it in [protocol].",
             )
+    return functools.partial(_fit, path, data, file, written, profile)
+
+
+def _fit(path: Path, data: Table, file: StudyFile, written: Study, profile: str | None, target: Target | None) -> Study:
+    """The study with the profile, and with the machine's dtype."""
+    where = path.name
     if profile is None:
         fitting = (name for name, table in file.profile.items() if target and _matches(table.devices, target.kind))
         profile = next(fitting, None)
@@ -209,8 +213,8 @@ def load_variant(spec: str, *, profile: str | None = None, target: Target | None
     variant = study.variant(name) if named else study.variants[0]
     if not isinstance(variant, Variant):
         raise UsageError(
-            f"variant {spec!r}: it is a command whose script chooses the model: nothing can be estimated or profiled "
-            f"without starting it. Measure it with `lorameter run` or `lorameter ab`."
+            f"variant {spec!r}: it is {variant.form}: nothing can be estimated or profiled without starting it. "
+            "Measure it with `lorameter run` or `lorameter ab`."
         )
     if not named and len(study.variants) > 1:
         names = ", ".join(variant.name for variant in study.variants)
@@ -298,12 +302,10 @@ def _parse(path: Path, data: Table) -> Study:
     file = codec.from_json(StudyFile, data, where, strict=True)
     rows = expand_rows(where, file)
     variants = tuple(_variant(where, index, file.controls, row) for index, row in enumerate(rows))
-    # Defaults: scripts define their own model and data; and for commands, several ranks and methods other than
-    # short-form LoRA, only training is measured.
-    scripts = bool(variants) and isinstance(variants[0], ScriptVariant)
-    trained_only = file.workload.get("ranks", 1) != 1 or not all(isinstance(one, LoraVariant) for one in variants)
-    own_workload = {"model": OWN, "data": OWN} if scripts else {}
-    own_protocol = {"phases": ["train"]} if trained_only else {}
+    # Defaults: some forms define their own model and data, and not all can be measured in every phase.
+    own_workload = {} if all("workload" in one.supports for one in variants) else {"model": OWN, "data": OWN}
+    measures = common_measures([one.measures for one in variants], ranks=file.workload.get("ranks", 1))
+    own_protocol = {"phases": list(phases_of(measures))}
     for section in ("workload", "protocol"):
         check_keys(f"{where}, [{section}]", section, getattr(file, section))
     title = " ".join((file.title or path.stem).split())  # one line, because it is the header of every report
@@ -426,9 +428,10 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
     form = AnyVariant.class_for(content)
     known = form_keys(form)
     for key in [key for key in content if key not in known]:
-        # Controls are for all variants, so a form ignores those of another one; but a command never uses any.
-        if key in own or form is ScriptVariant or key in form_keys(ScriptVariant):
-            raise refused_value(where, key, content[key], f"the variant is {_FORMS[form]}", "Remove it.")
+        # Controls are for all variants, so a form ignores those of another one; but one without a workload uses none.
+        others = {one for other in all_forms() if "workload" not in other.supports for one in form_keys(other)}
+        if key in own or "workload" not in form.supports or key in others:
+            raise refused_value(where, key, content[key], f"the variant is {form.form}", "Remove it.")
     if form is PeftVariant and isinstance(path := content["peft"], str):
         content["peft"] = read_config(where, Path(path))
     content = {key: value for key, value in FILE_DEFAULTS.items() if key in known} | content
@@ -441,8 +444,8 @@ def _variant(where: str, index: int, controls: Table, row: Table) -> AnyVariant:
 def check_keys(where: str, table: str, content: Mapping[str, Any]) -> None:
     """Raise `UsageError` for a key that a table of a study file does not have; `where` names both."""
     for key, value in content.items():
-        if key not in KEYS[table]:
-            raise unknown_key(where, key, value, KEYS[table])
+        if key not in (known := list_keys()[table]):
+            raise unknown_key(where, key, value, known)
 
 
 def check_axes(where: str, content: Mapping[str, Any]) -> None:
@@ -451,7 +454,7 @@ def check_axes(where: str, content: Mapping[str, Any]) -> None:
         name = key.removeprefix(WORKLOAD_PREFIX)
         if name == key:
             check_keys(where, "controls", {key: value})
-        elif name not in KEYS["workload"]:
+        elif name not in list_keys()["workload"]:
             raise unknown_key(where, name, value, OF_VARIANTS, shown=key)
         elif name not in OF_VARIANTS:
             raise refused_value(where, key, value, "equal for all variants", "Write one value in [workload].")
@@ -464,7 +467,7 @@ def unknown_key(where: str, key: str, value: Any, known: Sequence[str], *, shown
     other names and in other tables before the nearest spelling is suggested.
     """
     shown, meant = shown or key, OTHER_NAMES.get(key, key)
-    if meant not in known and (home := next((table for table, keys in KEYS.items() if meant in keys), None)):
+    if meant not in known and (home := next((table for table, keys in list_keys().items() if meant in keys), None)):
         return refused_value(where, shown, value, "unknown key here", f"{meant} is a key of {_CALLED[home]}.")
     near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
     remedy = f"Did you mean {near[0]}?" if near else "`lorameter list keys` prints all keys."

@@ -11,16 +11,15 @@ or the machine. Where PEFT has no default, the defaults are those of the QLoRA p
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from lorameter.errors import UsageError, require, shorten
-from lorameter.records import codec
+from lorameter.records.metrics import PHASE_OF
+from lorameter.records.record import Measure
 from lorameter.studies import protocol, script
+from lorameter.studies.form import AnyVariant, Support
 from lorameter.studies.quantization import FIELDS, Quantization, find_quantization
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -40,62 +39,6 @@ PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 """Optimizers with a short name; all others are named by their class or by PEFT."""
 
 
-class AnyVariant(abc.ABC):
-    """One configuration to be measured; the group key of every result.
-
-    `name` is a label and not a part of the identity: two variants that differ only in name are the same variant.
-    """
-
-    __slots__ = ()
-    name: str
-
-    @property
-    @abc.abstractmethod
-    def method_name(self) -> str:
-        """The method, by PEFT's name if it has one."""
-
-    @staticmethod
-    def class_for(table: Mapping[str, Any]) -> type[AnyVariant]:
-        """The class of the variant in a table of a study, a record or a message."""
-        if table.get("command"):
-            return ScriptVariant
-        if "peft" in table:
-            return PeftVariant
-        return FullVariant if "method" in table else LoraVariant
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings in which two variants may differ, by name; the keys of a PEFT configuration are `peft.KEY`."""
-        own = {key: getattr(self, key) for key in form_keys(type(self)) if key != "name"}
-        return own | {f"peft.{key}": value for key, value in own.pop("peft", {}).items()}
-
-    def setting(self, key: str) -> Any:
-        """The value of one of the settings, or of "method"; None if this form does not have it."""
-        return self.method_name if key == "method" else self.settings.get(key)
-
-    @property
-    def id(self) -> str:
-        """Short content id: equal for equal configurations, on any machine, with keys in any order."""
-        content = {
-            key: value for key, value in codec.to_json(self).items() if key != "name" and key not in self._unread
-        }
-        return hashlib.sha256(codec.dumps(content).encode()).hexdigest()[:12]
-
-    @property
-    def _unread(self) -> tuple[str, ...]:
-        """Fields without an effect, which must not distinguish two variants."""
-        return ()
-
-    def differences(self, other: AnyVariant) -> tuple[str, ...]:
-        """Names of the settings in which two variants differ; for two methods, "method" and the common settings."""
-        ours, theirs = self.settings, other.settings
-        if type(self) is not type(other):
-            own = tuple(key for key in ours if key in theirs and ours[key] != theirs[key])
-            return ("method", *(key for key in own if key != "method"))
-        missing = object()
-        return tuple(key for key in {**ours, **theirs} if ours.get(key, missing) != theirs.get(key, missing))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptVariant(AnyVariant):
     """A training script with its command line, started without a shell: `python train.py --r 64`.
@@ -103,6 +46,10 @@ class ScriptVariant(AnyVariant):
     Raises `UsageError` for a command that cannot be started.
     """
 
+    key: ClassVar[str] = "command"
+    form: ClassVar[str] = "a command, whose script defines the training"
+    executor: ClassVar[str] = "script"
+    supports: ClassVar[frozenset[Support]] = frozenset(("own training",))
     method_name: ClassVar[str] = "script"
     name: str = field(default="", compare=False)
     command: str
@@ -117,6 +64,23 @@ class ScriptVariant(AnyVariant):
     def __post_init__(self) -> None:
         script.check_script(_label(self.name), self)
 
+    @property
+    def summary(self) -> str:
+        """The command, and where it runs."""
+        settings = [f"cwd {self.cwd}"] if self.cwd else []
+        settings += [f"{name}={value}" for name, value in self.env.items()]
+        settings += [f"python {self.python}"] if self.python else []
+        return " ".join([self.command, *([f"({', '.join(settings)})"] if settings else [])])
+
+    def on_side(self, kind: str, spec: str) -> Self:
+        """The command of the side, if the sides are commands."""
+        return dataclasses.replace(self, command=spec) if kind == script.SIDE else self
+
+    def check_side(self, kind: str) -> None:
+        """Raise `UsageError` if the side would replace the interpreter that the command brings."""
+        if kind in ("interpreter", "requirements"):
+            script.check_side(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant(AnyVariant):
@@ -125,6 +89,7 @@ class Variant(AnyVariant):
     Raises `UsageError` for an invalid value, with the key, the value and a remedy.
     """
 
+    supports: ClassVar[frozenset[Support]] = frozenset(("workload", "built"))
     name: str = field(default="", compare=False)
 
     dtype: ChosenDType = "bfloat16"
@@ -317,6 +282,9 @@ class Variant(AnyVariant):
 class LoraVariant(Variant):
     """LoRA in its short form."""
 
+    key: ClassVar[str] = ""
+    form: ClassVar[str] = "LoRA in its short form, and neither a command nor in the form of PEFT"
+    measures: ClassVar[tuple[Measure, ...]] = tuple(PHASE_OF)
     method_name: ClassVar[str] = "LORA"
     r: int = 16
     """Rank of the update, LoRA's r (Hu et al. 2021, arXiv 2106.09685)."""
@@ -365,6 +333,8 @@ class LoraVariant(Variant):
 class PeftVariant(Variant):
     """Any PEFT method, with its configuration as `save_pretrained` writes it."""
 
+    key: ClassVar[str] = "peft"
+    form: ClassVar[str] = "a method of PEFT, whose own fields are written as peft.KEY"
     peft: dict[str, Any] = field(hash=False)
     """PEFT configuration: `{ peft_type = "VERA", r = 256 }`, or the path of an adapter_config.json or of its folder,
     which is read with the study. All arguments of its PEFT class can be set; others have PEFT's defaults."""
@@ -389,6 +359,8 @@ class PeftVariant(Variant):
 class FullVariant(Variant):
     """Full fine-tuning: all weights of the model train, in their stored dtype."""
 
+    key: ClassVar[str] = "method"
+    form: ClassVar[str] = "full fine-tuning, which has no adapter"
     method_name: ClassVar[str] = "full fine-tuning"
     method: Literal["full"]
     """"full" trains all weights; for a PEFT method use `peft`."""
@@ -415,22 +387,11 @@ class FullVariant(Variant):
         return True
 
 
-FORMS: tuple[type[AnyVariant], ...] = (LoraVariant, ScriptVariant, PeftVariant, FullVariant)
 if TYPE_CHECKING:
     BuiltVariant = Variant
 else:
     BuiltVariant = AnyVariant
 """A `Variant` as a field of a message or a document; its form determines the class (`AnyVariant.class_for`)."""
-
-
-def form_keys(form: type[AnyVariant]) -> tuple[str, ...]:
-    """Keys of a variant of one form: its name, the fields of this form only, and those of `Variant`."""
-    every = [one.name for one in dataclasses.fields(form)]  # type: ignore[arg-type]
-    return tuple(sorted(every, key=lambda key: (key != "name", key not in form.__annotations__)))
-
-
-KEYS = tuple(dict.fromkeys(key for form in FORMS for key in form_keys(form)))
-"""Keys of a variant of any form."""
 
 
 def _label(name: str) -> str:

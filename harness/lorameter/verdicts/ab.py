@@ -90,7 +90,7 @@ def build_report(
         }
         return _join_sites(run, validity.broken, by_site)
     base, candidate = (group_trials(run.records, side) for side in SIDES)
-    scripts = pair_scripts(run, study) if losses or study.of_scripts else {}
+    scripts = pair_scripts(run, study) if losses or study.supports("own training") else {}
     verdicts: dict[Key, Comparison] = {}
     levels: dict[Key, Interleaving] = {}
     pairs: dict[Key, Pair] = {}

@@ -27,8 +27,8 @@ from lorameter.records.codec import NotReadableError
 from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.study import Study
-from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.compare import (
     ComparisonInput,
     Measurements,

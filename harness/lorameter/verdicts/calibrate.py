@@ -19,7 +19,7 @@ from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, VerdictRule, compare_trials, replicates_to_see, sd_interval
-from lorameter.studies.variant import AnyVariant
+from lorameter.studies.form import AnyVariant
 from lorameter.verdicts.series import Pair, Series, group_trials, judge, make_pairs
 
 TOLERANCE = VerdictRule().tolerance

@@ -46,9 +46,9 @@ from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.records.units import first_few
 from lorameter.stats import Comparison, Verdict, run_wide_shift
+from lorameter.studies.form import AnyVariant
 from lorameter.studies.study import Study, unknown_word_message
 from lorameter.studies.study_file import read_study
-from lorameter.studies.variant import AnyVariant
 from lorameter.verdicts.same_training import LossAgreement, training_facts
 from lorameter.verdicts.series import (
     Key,

@@ -189,7 +189,7 @@ def _scatter(losses: Sequence[float]) -> list[float]:
 
 def sameness_notices(run: Run, study: Study) -> Iterator[Notice]:
     """Notices about differences between scripts of a run; different software of the sides is intended."""
-    if not study.of_scripts:
+    if not study.supports("own training"):
         return
     on_purpose = any(side.get("kind") != SIDE for side in run.manifest.sides.values())
     for name, sides in pair_scripts(run, study).items():

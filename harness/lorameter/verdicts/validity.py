@@ -175,7 +175,7 @@ def run_validity(run: Run, study: Study) -> RunValidity:
 
 def is_single_script_run(run: Run, study: Study) -> bool:
     """Whether it is the run of a single training measured in place, which has no control."""
-    return study.of_scripts and len(run.manifest.order) == 1 and not run.manifest.sides
+    return study.supports("own training") and len(run.manifest.order) == 1 and not run.manifest.sides
 
 
 def measured_phases(run: Run) -> tuple[Phase, ...]:

@@ -25,7 +25,7 @@ from lorameter.attach.launch import HOOKED, SOCKET, socket_address
 from lorameter.machine.processes import find_marked
 from lorameter.machine.provenance import probe_machine
 from lorameter.records import codec
-from lorameter.run.build_plan import build_plan
+from lorameter.run.build_plan import PlanOptions, build_plan
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, make_request
@@ -73,7 +73,11 @@ def measured(study, folder, display=None, interleaving="lockstep"):
         patch.setenv("MARK", str(folder / "mark"))
         patch.setenv("PYTHONPATH", f"{Path(__file__).parents[3] / 'harness'}:{Path(__file__).parents[3]}")
         plan, notices = build_plan(
-            study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving=interleaving, runs=folder / "runs"
+            study,
+            probe_machine(),
+            PlanOptions(phases=("train",), interleaving=interleaving),
+            free_bytes=2**40,
+            runs=folder / "runs",
         )
         return measure(plan, runs=folder / "runs", display=display or Quiet(), notices=notices)
 

@@ -17,13 +17,14 @@ import psutil
 import pytest
 
 from lorameter.machine.provenance import probe_machine
-from lorameter.run.build_plan import build_plan
+from lorameter.run.build_plan import PlanOptions, build_plan
 from lorameter.run.measure import measure
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import script_workload
 from lorameter.studies.study import Study
 from lorameter.studies.variant import ScriptVariant
 
+LOCKSTEP = PlanOptions(phases=("train",), interleaving="lockstep")
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "torch_loop.py"
 RANKS = """
     import atexit, os
@@ -54,7 +55,7 @@ def take_turns(folder, commands, monkeypatch):
         name="launched", title="launched", workload=script_workload(), protocol=protocol, variants=variants,
         reference=variants[0].name,
     )  # fmt: skip
-    plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+    plan, notices = build_plan(study, probe_machine(), LOCKSTEP, free_bytes=2**40)
     return measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
 
 
@@ -180,7 +181,7 @@ def test_unmodified_scripts_are_measured_step_by_step(tmp_path, monkeypatch):
         name="real", title="real", workload=script_workload(), protocol=protocol, variants=variants, reference="r4"
     )
     monkeypatch.chdir(folder)
-    plan, notices = build_plan(study, probe_machine(), free_bytes=2**40, phases=("train",), interleaving="lockstep")
+    plan, notices = build_plan(study, probe_machine(), LOCKSTEP, free_bytes=2**40)
     run = measure(plan, runs=folder / "runs", display=Mock(), notices=notices)
     assert {record.trial: record.failure for record in run.records} == {
         "r0-r4": None, "r0-r4-control": None, "r0-loop": None,

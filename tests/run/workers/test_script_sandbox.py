@@ -12,12 +12,12 @@ from lorameter.errors import UsageError
 from lorameter.records.fileio import scratch_folder
 from lorameter.run.workers import script_sandbox
 from lorameter.run.workers.script_sandbox import (
-    check_side,
     resolve_command,
     script_environment,
     shared_notices,
     take_snapshot,
 )
+from lorameter.studies.script import check_side
 from lorameter.studies.variant import ScriptVariant
 
 

@@ -45,7 +45,8 @@ from lorameter.models.shapes import (
     read_config,
 )
 from lorameter.records.record import MEMORY_PHASES, MemoryPhase, order_memory_kinds
-from lorameter.studies.variant import LoraVariant, Variant, form_keys
+from lorameter.studies.form import form_keys
+from lorameter.studies.variant import LoraVariant, Variant
 from lorameter.studies.workload import Workload
 
 MIB = 2**20

@@ -28,9 +28,9 @@ from lorameter.records.store import Manifest, Run, RunWriter, SiteFacts, is_pack
 from lorameter.run.budget import SKIPPED, Budget, skipped_notice
 from lorameter.run.display import Display
 from lorameter.run.interrupts import InterruptHandler
-from lorameter.run.plan import Group, Plan, list_variants
+from lorameter.run.plan import Group, Plan, PlanSpec, list_variants
 from lorameter.run.prepare import begin_record
-from lorameter.run.resume import SIDE_FIELDS, PlanSpec, continue_manifest, read_trusted_manifest
+from lorameter.run.resume import SIDE_FIELDS, continue_manifest, read_trusted_manifest
 from lorameter.run.runner import find_stop, records_outside
 from lorameter.run.sites.folder import JOBS, LOG, ORDER, JobOrder, JobState, read_order, read_state, write_order
 from lorameter.run.sites.gpus import LocalJobs

@@ -19,7 +19,7 @@ from pathlib import Path
 from lorameter.errors import require
 from lorameter.machine.provenance import MachineFacts
 from lorameter.records import codec, fileio
-from lorameter.run.resume import PlanSpec
+from lorameter.run.plan import PlanSpec
 from lorameter.run.workers import IfBusy
 
 JOBS = "jobs"

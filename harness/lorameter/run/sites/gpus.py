@@ -58,8 +58,9 @@ def check_spreadable(study: Study) -> None:
     number of GPUs differs from the ranks of a trial."""
     place, ranks = study.protocol, study.workload.ranks
     require(
-        not study.of_scripts,
-        f"{place.said}: study {study.name} measures scripts, which choose their devices themselves. Remove the option.",
+        study.supports("built"),
+        f"{place.said}: study {study.name} measures processes that choose their devices themselves, such as scripts. "
+        "Remove the option.",
     )
     site, other = ("+".join(map(str, range(first, first + ranks))) for first in (0, ranks))
     require(

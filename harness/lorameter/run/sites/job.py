@@ -19,7 +19,7 @@ from lorameter.machine.processes import PARENT, end_with_parent
 from lorameter.records.fileio import write_document
 from lorameter.run.display import Display
 from lorameter.run.measure import measure
-from lorameter.run.resume import read_plan
+from lorameter.run.plan import read_plan
 from lorameter.run.sites.folder import STATE, JobState, read_order
 from lorameter.run.sites.gpus import executors_of_ranks
 from lorameter.run.workers import hold_devices, open_executor

@@ -31,18 +31,17 @@ from lorameter.machine.processes import allowed_cpus, exit_words, explain_kill, 
 from lorameter.machine.products import add_products
 from lorameter.machine.provenance import Machine, MachineFacts
 from lorameter.records.fileio import scratch_folder
-from lorameter.records.record import BaseSummary, Failure, PartialRecord, Status, TokenSummary, WorkerInfo
+from lorameter.records.record import BaseSummary, Failure, Notice, PartialRecord, Status, TokenSummary, WorkerInfo
 from lorameter.run.workers.environment import Host, describe
-from lorameter.studies.request import BaseRequest, TrialRequest
+from lorameter.studies.form import AnyVariant
+from lorameter.studies.request import BaseRequest, Request
 from lorameter.studies.workload import Workload
 
 EXECUTORS = {
     "local": "lorameter.run.workers.local:LocalExecutor",
     "script": "lorameter.run.workers.script:ScriptExecutor",
 }
-"""The class of each executor, by name."""
-SCRIPTS = "script"
-"""The executor of variants that are commands."""
+"""The class of each executor, by name. A form of another package names its own as MODULE:CLASS."""
 MAX_OUTPUT = 8000
 """Maximum characters of a process's output before its death that a record keeps; the log has all."""
 
@@ -118,7 +117,8 @@ class Worker(abc.ABC):
 
     def cpus(self) -> tuple[int, ...]:
         """CPUs on which it may run if it is not pinned; empty if it has ended."""
-        self._cpus = self._cpus or allowed_cpus(self.pid)
+        if self.pid:  # 0 would be the current process
+            self._cpus = self._cpus or allowed_cpus(self.pid)
         return self._cpus
 
     def pin(self, cpus: Collection[int]) -> None:
@@ -137,8 +137,8 @@ class Executor(abc.ABC):
 
     It uses absolute paths for the files of a run, since a host may run in another folder.
 
-    Methods that raise `NotImplementedError` are optional: scripts have no bases and no cold starts, a simulation has no
-    tokens. A plan never uses an operation that its executor lacks.
+    Methods that raise `NotImplementedError` are optional: scripts have no tokens, bases and cold starts. A plan never
+    uses an operation that the form of its variants does not support.
     """
 
     host: Host
@@ -176,6 +176,11 @@ class Executor(abc.ABC):
         """The number of workers, with this many threads each, that may run at once while nothing is timed; one if the
         number of threads that a worker needs is unknown, as of a script."""
         return 1
+
+    def check_variants(self, variants: Iterable[AnyVariant]) -> tuple[Notice, ...]:
+        """Notices about variants that lorameter does not build, before anything is started. Raises `UsageError` for a
+        variant that cannot be measured."""
+        return ()
 
     def start(self, folder: Path, threads: int) -> None:
         """Begin to prepare for a run; returns at once.
@@ -235,7 +240,7 @@ class Executor(abc.ABC):
     def launch(self) -> Worker:
         """Start a process; it hosts the trials that it receives by `prepare`. Raises `WorkerLostError`."""
 
-    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+    def start_interpreter(self, log_path: str, timeout_s: float, request: Request | None = None) -> PartialRecord:
         """Time the imports of a cold start in a new interpreter; with a `request`, it also loads the trial's saved
         adapter and answers. Raises `WorkerLostError`."""
         raise NotImplementedError
@@ -262,20 +267,21 @@ def _redact_logs(folder: Path) -> None:
                 file.truncate()
 
 
-def open_executor(name: str | None = None, *, host: Host | None = None, label: str = "") -> Executor:
+def open_executor(name: str = "local", *, host: Host | None = None, label: str = "") -> Executor:
     """Open an executor by its name; nothing is started yet.
 
     Args:
-        name: one of `EXECUTORS`; None for the value of $LORAMETER_EXECUTOR, else "local".
+        name: one of `EXECUTORS`, or MODULE:CLASS; $LORAMETER_EXECUTOR replaces "local".
         host: the interpreter of the trials; None for the default one of the executor's machine.
         label: names the side of an A/B in messages and log names.
 
     Raises:
         UsageError: there is no executor of that name.
     """
-    name = name or os.environ.get("LORAMETER_EXECUTOR") or "local"
-    require(name in EXECUTORS, f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
-    made: Executor = pkgutil.resolve_name(EXECUTORS[name])(host=host, label=label)
+    if name == "local":
+        name = os.environ.get("LORAMETER_EXECUTOR") or name
+    require(name in EXECUTORS or ":" in name, f"executor {name!r}: not known. Use one of {', '.join(EXECUTORS)}.")
+    made: Executor = pkgutil.resolve_name(EXECUTORS.get(name, name))(host=host, label=label)
     return made
 
 

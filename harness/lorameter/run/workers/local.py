@@ -24,7 +24,7 @@ from lorameter.records.os_errors import REFUSED, SystemLimitError
 from lorameter.records.record import BaseSummary, Failure, PartialRecord, TokenSummary, WorkerInfo
 from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError, timeout_error
 from lorameter.run.workers.environment import Host
-from lorameter.studies.request import BaseRequest, TrialRequest, base_words
+from lorameter.studies.request import BaseRequest, Request, base_words
 from lorameter.studies.workload import Workload
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ class LocalExecutor(Executor):
             return f"the zygote ended with {exit_words(self._zygote.wait(0.5))}"
         return f"the zygote gave no answer within {START_TIMEOUT_S:g} s"
 
-    def start_interpreter(self, log_path: str, timeout_s: float, request: TrialRequest | None = None) -> PartialRecord:
+    def start_interpreter(self, log_path: str, timeout_s: float, request: Request | None = None) -> PartialRecord:
         """Start a new interpreter that imports the libraries, and with a `request` loads the saved adapter and answers;
         its output goes to the log."""
         log = Path(log_path)

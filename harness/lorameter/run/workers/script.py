@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,26 +44,19 @@ from lorameter.machine.processes import (
 from lorameter.machine.telemetry import Telemetry
 from lorameter.records import codec
 from lorameter.records.os_errors import mentions_out_of_memory
-from lorameter.records.record import Failure, PartialRecord, Status, TokenSummary, WorkerInfo
+from lorameter.records.record import Failure, Notice, PartialRecord, Status, WorkerInfo
 from lorameter.run.workers import MAX_OUTPUT, Executor, Worker, WorkerLostError
 from lorameter.run.workers.environment import Host, describe, inspect
-from lorameter.run.workers.script_sandbox import resolve_command, script_environment, take_snapshot, working_folder
-from lorameter.studies.request import ScriptRequest
-from lorameter.studies.script import OWN
-from lorameter.studies.workload import Workload
-
-TOKENS = TokenSummary(
-    path="",
-    hash=OWN,
-    data="what the scripts themselves read",
-    synthetic=False,
-    tokenizer_substituted=False,
-    train_sequences=0,
-    real_tokens=0,
-    padded_tokens=0,
-    records=0,
+from lorameter.run.workers.script_sandbox import (
+    resolve_command,
+    script_environment,
+    shared_notices,
+    take_snapshot,
+    working_folder,
 )
-"""Placeholder tokens: the tokens of a script are not known before it runs."""
+from lorameter.studies.form import AnyVariant
+from lorameter.studies.request import Request
+from lorameter.studies.variant import ScriptVariant
 
 
 def has_own_interpreter(host: Host) -> bool:
@@ -197,7 +190,7 @@ class ScriptWorker(Worker):
     start_latency_s = 0.0
     """The time to the first step is `ready_time_s` in the record."""
 
-    def __init__(self, start: Callable[[ScriptRequest], ScriptProcess]) -> None:
+    def __init__(self, start: Callable[[Request], ScriptProcess]) -> None:
         self._start = start
         self._process: ScriptProcess | None = None
         self._request: dict[str, Any] = {}
@@ -209,7 +202,7 @@ class ScriptWorker(Worker):
         if command == "prepare":
             self._request = arguments["request"]
             try:
-                self._process = self._start(codec.from_json(ScriptRequest, self._request, "trial request"))
+                self._process = self._start(codec.from_json(Request, self._request, "trial request"))
             except (OSError, UsageError) as error:
                 failure = Failure(
                     phase=command, kind="CannotStart", message=f"the command could not be started: {error}"
@@ -280,7 +273,7 @@ class ScriptWorker(Worker):
 
 
 class ScriptExecutor(Executor):
-    """Implements `Executor`, except for bases and cold starts, which plans of scripts do not have."""
+    """Implements `Executor`, except for tokens, bases and cold starts, which plans of scripts do not have."""
 
     def __init__(self, *, host: Host | None = None, label: str = "") -> None:
         """`label` is not used: no file of a script has its side in the name."""
@@ -300,9 +293,14 @@ class ScriptExecutor(Executor):
             torch=torch or "unknown",
         )
 
-    def prepare_tokens(self, workload: Workload, *, keep: bool = True) -> TokenSummary:
-        """No tokens are made: a script reads its own data."""
-        return TOKENS
+    def check_variants(self, variants: Iterable[AnyVariant]) -> tuple[Notice, ...]:
+        """Notices about files that the processes of a script share. Raises `UsageError` for a missing file."""
+        return tuple(
+            notice
+            for variant in variants
+            if isinstance(variant, ScriptVariant)
+            for notice in shared_notices(variant, Path.cwd())
+        )
 
     def clear_place(self, trial: str) -> None:
         """Remove the folder of the script as well."""
@@ -327,8 +325,9 @@ class ScriptExecutor(Executor):
                 return dataclasses.replace(self._side, python=program)
         return self._side
 
-    def _start_trial(self, request: ScriptRequest) -> ScriptProcess:
+    def _start_trial(self, request: Request) -> ScriptProcess:
         variant, host = request.variant, self.host
+        assert isinstance(variant, ScriptVariant)
         # Random and of fixed length: the size of the environment shifts the stack and changes times, and trial names
         # would do so for one side in every replicate (Mytkowicz et al., ASPLOS 2009).
         private = self._private_folders[request.trial] = self.scratch / secrets.token_hex(4)

@@ -25,7 +25,7 @@ from lorameter.records import fileio
 from lorameter.records.fileio import is_scratch
 from lorameter.records.record import Notice
 from lorameter.records.units import first_few, format_bytes
-from lorameter.studies.script import PYTHON, split_command
+from lorameter.studies.script import PYTHON, UNVERSIONED, split_command
 from lorameter.studies.variant import ScriptVariant
 
 LARGE_BYTES = 64 * 2**20
@@ -53,8 +53,6 @@ _QUIET: Mapping[str, str] = {
     "PYTHONDONTWRITEBYTECODE": "1",  # a script given by an absolute path imports from its own folder
 }
 """Variables that turn trackers off; trackers that Trainer calls are also turned off in its arguments."""
-UNVERSIONED = ("python", "python3")
-"""Words for the interpreter of the current environment, or of a side; `python3.12` always means that version."""
 _LONGEST_LINE = 4096
 _WRITING = re.compile(r"[-+]{0,2}([\w.-]*\.)?(out|save|log|checkpoint|ckpt|export|result|run)[\w.-]*|-o")
 
@@ -231,17 +229,6 @@ def _is_of_another(program: str, side: str) -> bool:
     except OSError:
         return False
     return first.startswith(b"#!") and (b"python" in first or second.startswith(b"'''exec'"))
-
-
-def check_side(variant: ScriptVariant) -> None:
-    """Raise `UsageError` for a command that brings its own interpreter: a side of an A/B could not replace it, and both
-    sides would be the same."""
-    program = split_command(f"variant {variant.name!r}", variant.command)[0]
-    require(
-        not variant.python and (program in UNVERSIONED or not PYTHON.fullmatch(PurePath(program).name)),
-        f"variant {variant.name!r}: {variant.python or program}: it runs in this interpreter on both sides. Write "
-        "python in its place, which is that of the side.",
-    )
 
 
 def shared_notices(variant: ScriptVariant, current: Path) -> Iterator[Notice]:

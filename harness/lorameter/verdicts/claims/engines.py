@@ -13,7 +13,6 @@ from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
 from lorameter.studies.claim import ANY, LESS, SAFE, ClaimPart
 from lorameter.studies.study import Study
-from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.claims.parts import NotJudgedError, require_data
 from lorameter.verdicts.same_training import (
     LOSS_DIFFERS,
@@ -84,7 +83,7 @@ def collect_evidence(run: Run, study: Study, groups: Groups) -> EngineEvidence |
         title=engine.title,
         variant=engine.variant,
         reference=study.reference,
-        commands={one.name: one.command for one in variants if isinstance(one, ScriptVariant)},
+        commands={one.name: command for one in variants if (command := one.setting("command"))},
         machine=f"{name} ({device}, {describe_threads(provenance, records)} a process){driver}",
         versions=library_versions(provenance, records),
         proof=tuple(
@@ -126,7 +125,7 @@ def check_comparable(part: ClaimPart, run: Run, study: Study, engine: EngineEvid
 
 def _sides(run: Run, study: Study, variant: str) -> ScriptPair | None:
     """The two scripts, as far as both were measured; None if the variants are not scripts."""
-    found = pair_scripts(run, study).get(variant) if study.of_scripts else None
+    found = pair_scripts(run, study).get(variant) if study.supports("own training") else None
     return found if found is not None and found.pairs else None
 
 
