@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.metrics import METRICS, get_samples
+from lorameter.measurements.metrics import METRICS, get_samples
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.studies.protocol import Protocol

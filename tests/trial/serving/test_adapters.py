@@ -16,10 +16,10 @@ import torch
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
 
+from lorameter.measurements.metrics import get_samples
 from lorameter.models import catalogue
 from lorameter.parity import compare_served
 from lorameter.records import codec
-from lorameter.records.metrics import get_samples
 from lorameter.records.record import ServedAnswers
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import ServingRequest, TrialRequest, serving_modes

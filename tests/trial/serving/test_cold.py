@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorameter.measurements.metrics import get_samples
 from lorameter.models import catalogue
 from lorameter.records import codec
-from lorameter.records.metrics import get_samples
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
