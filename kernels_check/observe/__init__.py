@@ -16,5 +16,5 @@ Private API of torch is used in seven places, none of which has a public replace
 5. FSDP2: ``_get_fsdp_state`` and its contents (``base``), to find the shard of this rank.
 6. ``torch.ops``: ``_schema`` (``operators``), to find the position of an argument.
 7. Checkpoints: ``_CachedTorchDispatchMode`` with its ``storage`` (``calls``), and the stack of dispatch modes, to see
-   that a selective checkpoint returns saved results.
+   that a selective checkpoint returns saved products.
 """

@@ -47,6 +47,7 @@ from kernels_check.observe.modules import (
     modules_by_name,
     training_modes,
 )
+from kernels_check.observe.operators import FOURBIT, PRODUCTS
 
 MARK = "lorameter.call#"
 """Prefix of the profiler's record of a module call; the number of the call follows."""
@@ -72,7 +73,7 @@ class ModuleCall:
     takes_gradient: bool = False
     """Whether an argument can receive a gradient."""
     replays: bool = False
-    """Whether it is a recomputation in which a selective checkpoint returns results that it saved."""
+    """Whether it is a recomputation in which a selective checkpoint returns products that it saved."""
     differentiable: bool = False
     """Whether its output can receive a gradient."""
     cut: bool = False
@@ -276,7 +277,7 @@ class CallRecorder:
             in_backward=in_backward,
             nodes=range(_get_sequence_nr(), sys.maxsize),
             takes_gradient=with_grad and (_requires_grad(args) or _requires_grad(kwargs)),
-            replays=in_backward and _replays_saved_results(),
+            replays=in_backward and _replays_saved_products(),
             differentiable=context is not None and any(context.needs_input_grad),
         )
         with self._lock:  # two threads may call the model at the same time
@@ -353,12 +354,13 @@ def _requires_grad(output: Any) -> bool:
     return any(isinstance(one, Tensor) and one.requires_grad for one in getattr(output, "__dict__", {}).values())
 
 
-def _replays_saved_results() -> bool:
-    """Whether a selective checkpoint that has saved results recomputes what runs now in this thread."""
+def _replays_saved_products() -> bool:
+    """Whether a selective checkpoint that has saved results of products recomputes what runs now in this thread."""
     recomputing = (
         one for one in _get_current_dispatch_mode_stack() if isinstance(one, checkpoint._CachedTorchDispatchMode)
     )
-    entries = (one for mode in recomputing for held in mode.storage.values() for one in held.values())
+    saved = ((operator.name(), held) for mode in recomputing for operator, held in mode.storage.items())
+    entries = (one for name, held in saved if name in PRODUCTS | FOURBIT for one in held.values())
     return any(one is not checkpoint._RECOMPUTE and one is not checkpoint._CONSUMED for one in entries)
 
 

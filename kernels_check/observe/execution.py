@@ -223,7 +223,7 @@ class BlockRecomputed:
         return self.recomputed_calls >= self.calls and not self.kept
 
 
-SAVED = "the operators whose results a selective checkpoint saved"
+SAVED = "the products that a selective checkpoint saved"
 
 
 def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, ...]:
@@ -236,7 +236,7 @@ def recomputed_blocks(tree: ModelTree, calls: Calls) -> tuple[BlockRecomputed, .
     again: dict[str, Counter[str]] = {}
     """By block and module: the module's calls in the backward pass."""
     replayed: set[str] = set()
-    """Blocks that a selective checkpoint recomputed with saved results."""
+    """Blocks that a selective checkpoint recomputed with saved products."""
     for number in sorted(calls.relevant):
         call = calls.all[number]
         block, name = _locate(call.names, names)

@@ -25,6 +25,7 @@ from kernels_check.observe.adapter import adapter_parameters, trained_parameters
 from kernels_check.observe.modules import (
     HookGuard,
     ModelTree,
+    hook_gradient,
     is_wrapper,
     largest_magnitude,
     plain_parts,
@@ -132,7 +133,7 @@ def _hook(hooks: ExitStack, parameter: Tensor, noted: Any) -> None:
     trains = parameter.requires_grad
     with suppress(RuntimeError):  # a parameter that cannot train cannot be hooked
         try:
-            hooks.push(parameter.requires_grad_(True).register_hook(noted))
+            hook_gradient(hooks, parameter.requires_grad_(True), noted)
         finally:
             parameter.requires_grad_(trains)
 

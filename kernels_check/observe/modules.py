@@ -258,6 +258,18 @@ _HOOKS = (
 """Attributes of a module with its hooks, each with those that hold the options of these hooks by the same keys."""
 
 
+def hook_gradient(hooks: ExitStack, parameter: Tensor, hook: Callable[[Tensor], Any]) -> None:
+    """Call a hook with each gradient of a parameter, until the stack is closed."""
+    hooks.callback(_drop_empty_hooks, parameter)
+    hooks.push(parameter.register_hook(hook))
+
+
+def _drop_empty_hooks(parameter: Tensor) -> None:
+    """Without this, autograd calls into Python for each parameter that has had a hook, in every later step."""
+    if not parameter._backward_hooks:
+        parameter._backward_hooks = None
+
+
 class HookGuard:
     """Keeps the first exception of its hooks."""
 
@@ -327,8 +339,12 @@ class Buffers:
     """The buffers of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(one._buffers, name, value) for one in model.modules() for name, value in one._buffers.items()]
-        self._held = [(*one, one[2]._version, one[2].detach().clone()) for one in held if one[2] is not None]
+        self._held = [
+            (one._buffers, name, value, value._version, value.detach().clone())
+            for one in model.modules()
+            for name, value in one._buffers.items()
+            if value is not None
+        ]
 
     def restore(self) -> None:
         """Restore the buffers that were replaced, and the values of those that were written to."""

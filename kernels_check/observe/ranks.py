@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kernels_check.observe.digest import Fingerprinter
-from kernels_check.observe.modules import HookGuard, plain_parts
+from kernels_check.observe.modules import HookGuard, hook_gradient, plain_parts
 from kernels_check.observe.profile import optimized_by
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class RankObserver:
         self._hooks.push(register_optimizer_step_pre_hook(self._guard(self._before_update)))
         for name, parameter in trained.items():
             if not is_sharded(parameter):
-                self._hooks.push(parameter.register_hook(self._arrival(name)))
+                hook_gradient(self._hooks, parameter, self._arrival(name))
         if any(map(is_sharded, trained.values())):
             self._hook_modules(model)
 
@@ -169,7 +169,7 @@ class RankObserver:
             for key, parameter in module.named_parameters():
                 if parameter.requires_grad and id(parameter) not in hooked and not is_sharded(parameter):
                     hooked[id(parameter)] = parameter
-                    self._hooks.push(parameter.register_hook(self._arrival(f"{prefix}.{key}".removeprefix("."))))
+                    hook_gradient(self._hooks, parameter, self._arrival(f"{prefix}.{key}".removeprefix(".")))
 
         holders = {
             holder

@@ -64,6 +64,8 @@ def test_a_document_about_the_machine_has_the_expected_keys(name, lorameter):
     document = read_document(outcome)
     for phase in ("train", "generate") if name == "estimate" else ():
         assert sum(document[phase].pop("kinds").values()) == document[phase]["total_bytes"]  # CPU-specific
+    if name == "estimate":
+        document["notices"] = []  # a CPU may emulate the dtype of the study
     check_shape(f"json/{name}", document)
 
 

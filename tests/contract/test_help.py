@@ -109,7 +109,7 @@ REFUSED = {
         "estimate study.toml:lora --gpu MI300X": "MI300X", "profile study.toml:no-such": "no-such",
         "profile study.toml:lora --try no-such-finding": "no-such-finding", "parity study.toml:no-such": "no-such",
         "parity study.toml:lora --adapter absent": "absent",
-        "report": "RUN", "report no-such-run": "no-such-run", "report run --runs-dir damaged": "run",
+        "report no-such-run": "no-such-run", "report run --runs-dir damaged": "run",
         "report base --metric no_such_metric": "no_such_metric", "report base --variant nf5": "nf5",
         "report base --format html": "html",
         "list": "studies", "list no-such-thing": "no-such-thing", "list variants": "study",

@@ -227,7 +227,7 @@ def test_studies_of_the_engines_page_are_read(page, name, title):
     """Each study has two commands and sourced claims, and is refused without a GPU."""
     study = load_study(f"{name}.toml")
     assert study.of_scripts
-    assert study.engine.obstacle("cpu").startswith(f"{title} runs on a GPU only")
+    assert study.obstacle("cpu").startswith(f"{title} runs on a GPU only")
     assert all("read 2026-" in claim.source for claim in study.claims)
 
 

@@ -86,7 +86,7 @@ def profile_document(name: str) -> Document:
     profile = constructed_profile(name)
     step = accounting.step_account(profile)
     tokens, found = accounting.token_shares(profile), accounting.compute_ceilings(profile, step.step)
-    return describe_profile(profile, step, tokens, found, diagnose(gather_evidence(profile, step, tokens, found)))
+    return describe_profile(profile, step, tokens, found, diagnose(gather_evidence(profile, step, tokens)))
 
 
 REQUEST_TIMES = {"prepare": 0.001, "prefill": 0.2, "decode": 0.07, "choose": 0.004}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.figures import draw_run_figures
 from lorameter.report.html.page import save_html, write_html
@@ -66,6 +67,17 @@ def test_the_page_opens_without_console_messages_or_requests(browser, file, widt
     assert width > 390 or opened.evaluate(
         "[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)"
     )
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 1920, 2560])
+def test_the_verdicts_on_claims_are_in_sight(browser, tmp_path, width):
+    """No column of the table of claims lies beyond its right border."""
+    assert main(["report", str(SWEPT), "--html", str(tmp_path / "page.html")]) == 0
+    opened = browser.new_page(viewport={"width": width, "height": 900})
+    opened.goto((tmp_path / "page.html").as_uri())
+    table = opened.locator("table", has=opened.locator("th:has-text('the original said')")).first
+    assert table.evaluate("one => one.parentElement.scrollWidth <= one.parentElement.clientWidth")
     opened.close()
 
 

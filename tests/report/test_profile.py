@@ -18,10 +18,12 @@ import pytest
 from lorameter import cli
 from lorameter.cli import main
 from lorameter.commands import profile as commands_profile
+from lorameter.models.costs.flops import PREFIX, StepProducts
 from lorameter.models.costs.peaks import Peak
 from lorameter.profile.accounting import (
     IDLE,
     categories_s,
+    compute_ceilings,
     plain_s,
     step_account,
     token_shares,
@@ -123,6 +125,21 @@ def test_the_lines_of_a_step_add_up(profile):
     samples["plain_step_cpu_time_s"] = SAMPLES["plain_step_cpu_time_s"] + (0.5,)
     disturbed = step_account(dataclasses.replace(profile, record=profile.record.replaced(samples=samples)))
     assert (disturbed.pairs, disturbed.counted, disturbed.step) == (9, 8, step.step)
+
+
+@pytest.mark.parametrize(("per_s", "shown"), [(1e12, "MFU "), (1e3, "that is no peak, so there is no MFU")])
+def test_a_peak_that_the_step_exceeds_is_no_peak(profile, per_s, shown):
+    """A measured peak below what the step reaches gives one sentence, and no share of it."""
+    values = profile.record.values | {f"{PREFIX}{name}": 1000.0 for name in StepProducts.__slots__}
+    peak = dataclasses.replace(profile.peaks["product"], per_s=per_s)
+    slow = dataclasses.replace(
+        profile, record=profile.record.replaced(values=values), peaks=profile.peaks | {"product": peak}
+    )
+    step = step_account(slow)
+    document = describe_profile(slow, step, token_shares(slow), compute_ceilings(slow, step.step), ())
+    text = " ".join(render_text(document, width=400, coloured=False).split())
+    assert shown in text
+    assert "MFU 1" not in text
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run_view import make_run_view
 from lorameter.studies.study import study_of_command
+from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 
 
@@ -208,7 +209,7 @@ def test_the_worst_status_of_the_trials_is_shown(matrix, statuses, worst):
 VERDICT_WORDS = re.compile(r"slower|faster|equivalent|inconclusive|regressed|improved|cannot tell", re.IGNORECASE)
 INVALID = {
     "control-failed": "its control regressed in phase 'train': the reference differs from itself",
-    "failed": "trial r0-qlora-nf4-r64-a256-isolated is oom in build: tried to allocate 2.00 GiB",
+    "failed": "trial r0-qlora-nf4-r64-a256-isolated: oom in build: tried to allocate 2.00 GiB",
     "killed": "its status is 'running', not 'complete'",
     "swept-in-part": "3 planned trials without a record, r0-r=32 among them",
 }
@@ -241,6 +242,8 @@ def read_formats(tmp_path, capsys):
         found["page"] = Body(text).words
         found["verdicts"] = re.findall(r'<span class="verdict [^"]*">(.*?)</span>', text)
         found["title"] = [unescape(re.search("<title>(.*?)</title>", text)[1])]
+        found["headline"] = unescape(re.search("<h1>(.*?)</h1>", text)[1])
+        found["summary"] = text.partition('<div class="summary">')[2].partition("</div>")[0]
         return found
 
     return read
@@ -253,16 +256,19 @@ def without_escapes(line):
 
 @pytest.mark.parametrize("run", INVALID)
 def test_the_report_of_an_invalid_run_begins_with_the_reason(run, read_formats, capsys):
-    """Each format begins with the reason, which the terminal repeats as its last line, and each verdict in headline,
-    tables, figures and --json is `invalid`."""
+    """Each format begins with the reason and a remedy, and states them once; its page has a short title and a
+    summary of verdicts, and each verdict in headline, tables, figures and --json is `invalid`."""
     found = read_formats(run)
-    for form in ("text", "markdown", "github", "page", "title"):
+    assert found["title"] == ["INVALID – " + found["headline"]]
+    for form in ("text", "markdown", "page"):
+        whole = without_escapes(" ".join(found[form]))
+        assert whole.count(INVALID[run]) == 1, form
+        assert re.search(r"INVALID: .*? (Stop|Read|See|Restore|Measure) ", whole), form
+    assert found["summary"].count("<p>") > 2
+    for form in ("text", "markdown", "github", "page"):
         first = without_escapes(found[form][0])
         assert "INVALID: " in first, form
         assert INVALID[run] in first, form
-    last = max(number for number, line in enumerate(found["text"]) if line.startswith("INVALID: "))
-    assert last > 20
-    assert found["text"][last:] == found["text"][: len(found["text"]) - last]
     main(["report", run, "--runs-dir", str(RUNS), "--json"])
     document = json.loads(capsys.readouterr().out)
     ratios = [row["ratio"] for table in document["tables"] for row in table["rows"] if row["ratio"]]
@@ -287,8 +293,22 @@ def test_a_required_path_that_was_not_active_makes_the_run_invalid(write_run, re
 
     path = write_run("fell", {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}, change=fell_back)
     line = read_formats(path)["text"][0]
-    assert line == "INVALID: trial r1-nf4: required path base.bits is fallback, not active"
+    assert line.startswith("INVALID: trial r1-nf4: required path base.bits is fallback, not active. Read the evidence")
     assert set(lorameter.load(path).comparisons["verdict"]) == {"invalid"}
+
+
+def test_title_and_steps_are_those_of_the_measurement(write_run, read_formats):
+    """A study whose profile replaces the model is titled with the measured one, and the plan has the steps trained."""
+    written = load_study("llama2-lora-parameters", device="cpu")
+    assert not any("steps" in note or "SmolLM2" in note for note in written.notes)
+    study = dataclasses.replace(written, claims=())
+    path = write_run(
+        "swept", {study.reference: [1.0, 1.1, 1.2], "r=16": [1.0, 1.1, 1.2]}, study=study,
+        change=lambda record: record.replaced(values={"training_steps": 6.0}),
+    )  # fmt: skip
+    lines = read_formats(path)["text"]
+    assert lines[0] == "LoRA parameters: alpha, dropout and rank, one at a time, on smollm2-135m"
+    assert any(line.startswith("  plan") and "3 timed steps of 6 trained a trial" in line for line in lines)
 
 
 STEPS = {"plain": [1.0, 1.1, 1.2], "nf4": [2.0, 2.2, 2.4]}

@@ -6,12 +6,14 @@ rendering.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
 from kernels_check.terminal import escape_control_chars
 from lorameter.cli import main
@@ -32,7 +34,7 @@ from lorameter.report.blocks import (
     to_line,
     write_row,
 )
-from lorameter.report.terminal import render_text
+from lorameter.report.terminal import render_text, show
 from lorameter.run.workers import sides
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
@@ -289,3 +291,11 @@ def test_an_unexpected_error_is_escaped(monkeypatch, capsys):
     assert "constructed" in shown
     assert not has_control_chars(shown)
     assert SECRET not in shown
+
+
+@pytest.mark.parametrize(("verbose", "named"), [(None, False), (False, True), (True, False)])
+def test_only_a_command_with_the_option_verbose_names_it(verbose, named):
+    """Without the option, collapsed blocks stay collapsed, and no footer names what the command refuses."""
+    console = Console(file=io.StringIO(), width=80)
+    show((Collapsible(summary=to_line("statistics"), lines=(to_line("all"),)),), console, verbose=verbose)
+    assert ("--verbose" in console.file.getvalue()) == named

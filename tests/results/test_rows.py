@@ -85,7 +85,7 @@ def test_an_earlier_attempt_is_a_trial_that_does_not_count(write_run):
     lines = (path / store.TRIALS).read_text().splitlines(keepends=True)
     first = store.read_run(str(path), path.parent).records[0]
     failure = Failure(phase="train", kind=DISTURBED, message="stolen")
-    before = first.replaced(status="invalid", failure=failure, started_unix_s=-9.0, checks=())
+    before = first.replaced(status="invalid", failure=failure, started_unix_s=1.0, checks=())
     after = first.replaced(attempt=1, checks=())
     (path / store.TRIALS).write_text("".join([encode_record(before, ()), encode_record(after, ()), *lines[1:]]))
     rows = tables(store.read_run(str(path), path.parent))

@@ -384,7 +384,7 @@ def test_methods_train_with_their_checks(tmp_path, capsys):
     ("variant", "message"),
     [
         ('peft = { peft_type = "VERRA" }', "has no such method. Did you mean 'VERA'?"),
-        ('peft = { peft_type = "VERA", rr = 4 }', "VeraConfig refuses it: "),
+        ('peft = { peft_type = "VERA", rr = 4 }', "peft.rr = 4: VeraConfig has no such field. Did you mean 'r'?"),
         ('peft = { peft_type = "ADALORA", init_r = 12 }\nmerge_adapter = 3', "merge_adapter"),
         ('optimizer = "Adafactr"', "Did you mean 'Adafactor'?"),
         ('method = "full"\nquantization = "nf4"', "quantised weights do not train"),

@@ -170,8 +170,8 @@ def fallback(record):
 @pytest.mark.parametrize(
     ("side", "fault", "words"),
     [
-        ("base", oom, "r2-nf4-base is oom in build: no memory left"),
-        ("candidate", oom, "r2-nf4-candidate is oom in build: no memory left"),
+        ("base", oom, "r2-nf4-base: oom in build: no memory left"),
+        ("candidate", oom, "r2-nf4-candidate: oom in build: no memory left"),
         ("candidate", fallback, "base.bits is fallback"),
     ],
 )

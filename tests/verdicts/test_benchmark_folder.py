@@ -88,7 +88,7 @@ def test_a_folder_that_is_not_one_side_is_refused(saved, called, harm):
     else:
         for path in folder.rglob("*.json"):
             path.unlink()
-        said = "not found"
+        said = "a folder without manifest.json"
     code, message = called("compare", base, folder)
     assert code == 2
     assert said in message

@@ -53,7 +53,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
     assert 1.01 < row["low"] < 1.2 < row["high"]
     assert set(row) == {
         "variant", "metric", "verdict", "ratio", "low", "high", "tolerance", "margin", "reason", "interleaving",
-        "replicates", "replicates_needed", "mde80", "site",
+        "replicates", "replicates_needed", "mde80", "share", "site",
     }  # fmt: skip
     assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
     assert document["schema"] == 2
@@ -168,7 +168,7 @@ def oom(record):
     return record.replaced(status="oom", samples={}, memory={}) if record.trial == "r1-nf4" else record
 
 
-@pytest.mark.parametrize(("change", "expected"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4 is oom")])
+@pytest.mark.parametrize(("change", "expected"), [(fallback, "base.bits is fallback"), (oom, "r1-nf4: oom")])
 def test_a_trial_that_does_not_count_makes_its_variant_invalid(write_run, compare, change, expected):
     """On either side the exit code is 4; the other variant keeps its verdict."""
     write_run("good", BASE)

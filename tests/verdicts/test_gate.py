@@ -193,7 +193,7 @@ def oom(record):
 @pytest.mark.parametrize(("options", "said"), [
     ({"control": 1.3}, "control regressed"),
     ({"status": "interrupted"}, "interrupted"),
-    ({"change": oom}, "r1-nf4 is oom"),
+    ({"change": oom}, "r1-nf4: oom"),
 ])  # fmt: skip
 def test_an_invalid_run_is_not_accepted(write_run, lorameter, tmp_path, options, said):
     """The command exits with 4 and the reason, and the earlier baseline stays."""

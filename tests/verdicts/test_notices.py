@@ -175,7 +175,7 @@ def test_a_failed_trial_affects_only_its_own_variant(write_run):
     assert (found.valid, found.broken) == (False, None)
     assert found.failures == ("r1-nf4: oom (log: )",)
     sides = comparison_input(store.read_run(str(path), path.parent)).variants
-    assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4 is oom")
+    assert (sides["plain"].broken, sides["nf4"].broken) == (None, "run a: trial r1-nf4: oom")
 
 
 def test_many_faults_are_counted():

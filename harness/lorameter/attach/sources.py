@@ -197,7 +197,12 @@ class OptimizerSource:
             print_notice(
                 "this training is not measured: torch.compile compiles its whole step, with the optimizer's update"
             )
-        self.end_update = uncompiled(self._end_update)
+        self._end_uncompiled = uncompiled(self._end_update)
+
+    @property
+    def end_update(self) -> Callable[[Any], None]:
+        """The function to call after each update; torch.compile does not trace it."""
+        return self._end_uncompiled if compiles_here() else self._end_update
 
     def _end_update(self, optimizer: Any) -> None:
         if self._over:

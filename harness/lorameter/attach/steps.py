@@ -5,8 +5,8 @@ begins, the step has ended. A step is timed from the observer's return to the st
 synchronisation. Step times exclude the observer's work, evaluation and saving.
 
 Between two steps a line of Python takes ten times as long as in a loop, since its code is not in the CPU's caches. So
-the end of a step only copies batches, reads the loss and stores the values. Everything else is computed when the steps
-are reported to the observer, every second or at the next other event.
+the end of a step only copies batches, reads the loss and stores the values, with few calls. Everything else is computed
+when the steps are reported to the observer, every second or at the next other event.
 
 Nothing is attached to the model, the optimizer, the data loader or the Trainer, so they can still be pickled, scripted
 and freed. Instead, functions of torch and transformers are replaced for the whole process while a training is measured.
@@ -66,10 +66,6 @@ FETCH = "get_batch_samples"
 (before transformers 4.46), the wait for data and the tokens are unknown."""
 
 
-def _ignore(*args: Any) -> None:
-    """Default for a callback that is not given."""
-
-
 def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
     """Exclude a function and all that it calls from torch.compile. Importing an optimizer has already loaded Dynamo."""
     wrapped: Callable[..., Any] = torch.compiler.disable(lambda *args: call(*args))
@@ -81,30 +77,34 @@ def compiles_here() -> bool:
     return callable(get_eval_frame_callback())
 
 
-def patch(holder: Any, name: str, *, before: Before = _ignore, after: After = _ignore) -> Callable[[], None]:
+def patch(holder: Any, name: str, *, before: Before | None = None, after: After | None = None) -> Callable[[], None]:
     """Replace a function of a module or class so that it calls these two before and after.
 
     Returns:
         A function that restores the original. If other code has replaced the function since, the replacement stays and
         only calls the original.
     """
-    original, compiling = vars(holder)[name], torch.compiler.is_compiling
+    original, compiling = vars(holder)[name], torch.compiler.is_dynamo_compiling
     plain = before, after
-    disabled = uncompiled(before), uncompiled(after)  # a disabled function takes several times as long to call
+    # A disabled function takes several times as long to call.
+    disabled = before and uncompiled(before), after and uncompiled(after)
     active = [True]
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if compiling() or not active:  # Dynamo takes the first for true, and traces nothing else
             return original(*args, **kwargs)
-        call_before, call_after = disabled if compiles_here() else plain
-        call_before(args)
+        call_before, call_after = disabled if callable(get_eval_frame_callback()) else plain
+        if call_before is not None:
+            call_before(args)
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
-            call_after(args, None, error)
+            if call_after is not None:
+                call_after(args, None, error)
             raise
-        call_after(args, result, None)
+        if call_after is not None:
+            call_after(args, result, None)
         return result
 
     def restore() -> None:
@@ -137,7 +137,7 @@ class Steps:
         """Whether events belong to a step, unlike between two epochs of a loop."""
         self._passes = 0
         """Depth of nested backward passes; checkpointing starts one inside another."""
-        self._loaders = Loaders()
+        self._loaders = Loaders() if training.source == "optimizer" else None
         self._hooks = contextlib.ExitStack()
         """Removes all hooks and restores all replaced functions."""
         self._norm: torch.Tensor | None = None
@@ -190,29 +190,30 @@ class Steps:
         """Mark that a part of the step begins or ends. With a part, all parts inside it end; the end of a part that did
         not begin is ignored."""
         if self._active:
-            self._borders.append((part, kind, time.perf_counter(), self._stamp()))
+            self._borders.append((part, kind, time.perf_counter(), self._cuda and self._stamp()))
 
     def _make_update_hook(self, kind: BorderKind) -> Callable[..., None]:
         """A hook on all optimizers; it does nothing inside a compiled update."""
         mark: Callable[[], None] = functools.partial(self.mark, "optimizer", kind)
-        disabled, compiling = uncompiled(mark), torch.compiler.is_compiling
+        disabled, compiling = uncompiled(mark), torch.compiler.is_dynamo_compiling
 
         def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
             if not compiling():
-                (disabled if compiles_here() else mark)()
+                (disabled if callable(get_eval_frame_callback()) else mark)()
 
         return hook
 
     @property
     def _active(self) -> bool:
-        return self.is_observing and self.is_measuring
+        return self.is_observing and self._guard.is_working and not self.ended
 
     def _begin_backward(self, args: tuple[Any, ...]) -> None:
         self._passes += 1
         if self._passes == 1 and self._active:
             if args and _is_scalar(args[0]):
                 self._roots.append(args[0].detach())
-            self._batches += self._loaders.take()
+            if self._loaders is not None:
+                self._batches += self._loaders.take()
             self.mark("backward", "backward")
 
     def _end_backward(self, args: tuple[Any, ...], result: Any, error: BaseException | None) -> None:
@@ -234,7 +235,8 @@ class Steps:
 
     def _end_load(self, args: tuple[Any, ...], batch: Any, error: BaseException | None) -> None:
         self.mark("data", "end")
-        if self._active and torch.is_grad_enabled():  # a batch loaded without gradients is of an evaluation
+        # A batch loaded without gradients is of an evaluation.
+        if self._loaders is not None and self._active and torch.is_grad_enabled():
             if error is None:
                 self._loaders.put(args[0], self._guard.run(copy_batch, batch) or BatchParts())
             else:
@@ -250,13 +252,13 @@ class Steps:
             self.batch(batch)
 
     def _stamp(self) -> Any:
-        """A CUDA event recorded now; None on a CPU."""
-        return None if self._cuda is None else self._guard.run(_record_event)
+        """A CUDA event recorded now."""
+        return self._guard.run(_record_event)
 
     @property
     def watch_is_due(self) -> bool:
         """Whether a requested check has not begun yet."""
-        return self.is_measuring and self._next.watch is not None and not self._open
+        return self._next.watch is not None and self.is_measuring and not self._open
 
     def open_step(self) -> None:
         """Begin the work of a step, after its data is loaded; a requested check watches from here."""
@@ -300,7 +302,8 @@ class Steps:
             torch.cuda.synchronize(self._cuda)
         ended_s, cpu_s = time.perf_counter(), time.process_time() - self._begun_cpu_s
         checks = self._close_watch()
-        self._batches += self._loaders.end_step()
+        if self._loaders is not None:
+            self._batches += self._loaders.end_step()
         self._number += 1
         losses = self._scaled or self._roots
         loss = sum(map(float, losses)) if losses else None  # read now: a script may modify the tensor later
@@ -338,7 +341,7 @@ class Steps:
         self._norm = None
         self._begun_cpu_s = time.process_time()
         self._begun_s = time.perf_counter()
-        self._borders: list[Border] = [(None, "begin", self._begun_s, self._stamp())]
+        self._borders: list[Border] = [(None, "begin", self._begun_s, self._cuda and self._stamp())]
 
     def phase(self, phase: Phase) -> None:
         """Enter a phase of the training; when it trains again, the clock of the next step starts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +49,19 @@ def run_calibrate(options: argparse.Namespace) -> int:
         f"--inject-rows = {rows}: not a valid amount of work. Use 1 to {MAX_ROWS}, or omit it.",
     )
     study, variant = _load_calibrated(options)
-    minutes = study.protocol.max_minutes
-    end_s = None if minutes is None else time.monotonic() + 60 * minutes
+    counts = [*(3 for _ in PILOT_ROWS if rows is None), study.protocol.replicates]
+    minutes = study.protocol.max_minutes  # of all runs together, which share it by their replicates
+    *pilots, study = (
+        study.with_protocol(replicates=count, max_minutes=minutes and minutes * count / sum(counts)) for count in counts
+    )
     with open_placement(study, options.runs_dir) as placement:
         if rows is None:
-            pilot, left, ratios = study.with_protocol(replicates=3), study.protocol.replicates, list[float]()
-            for place, count in enumerate(PILOT_ROWS, start=1):
-                later = left + (len(PILOT_ROWS) - place) * pilot.protocol.replicates
-                ratios.append(_measure_pilot(_limit(pilot, end_s, later), variant, count, placement, options))
+            ratios = [
+                _measure_pilot(pilot, variant, count, placement, options)
+                for pilot, count in zip(pilots, PILOT_ROWS, strict=True)
+            ]
             rows = rows_for_slowdown(INJECTED, *ratios)
-        run = _measure_injected(_limit(study, end_s, 0), variant, rows, placement, options)
-        return _show_calibration(run, options)
-
-
-def _limit(study: Study, end_s: float | None, later: int) -> Study:
-    """The study with its share of the time until `end_s`, by replicates, of which `later` follow."""
-    if end_s is None:
-        return study
-    minutes, count = (end_s - time.monotonic()) / 60, study.protocol.replicates
-    require(minutes > 0, "--max-minutes: the pilots of the calibration took all of it. Give more, or --inject-rows.")
-    return study.with_protocol(max_minutes=minutes * count / (count + later))
+        return _show_calibration(_measure_injected(study, variant, rows, placement, options), options)
 
 
 def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:

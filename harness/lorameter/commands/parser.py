@@ -44,8 +44,7 @@ class RedactingParser(SafeParser):
         for word in rest:
             option = word.partition("=")[0]
             if option.startswith("--"):
-                known = self._option_string_actions.keys() - {"--help"}
-                near = difflib.get_close_matches(option, known, n=1)
+                near = difflib.get_close_matches(option, self._option_string_actions, n=1)
                 hint = f"Did you mean {near[0]}?" if near else f"`{self.prog} --help` lists them."
                 homes = [one.name for one in COMMANDS if any(option in names for names, _ in one.arguments)]
                 hint = f"It is an option of {', '.join(homes)}." if homes else hint

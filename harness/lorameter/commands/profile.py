@@ -96,7 +96,7 @@ def _profile_step(*args: Any, **options: Any) -> _ProfileResult:
     profile, folder = profile_variant(*args, **options)
     step = accounting.step_account(profile)
     tokens, ceilings = accounting.token_shares(profile), accounting.compute_ceilings(profile, step.step)
-    findings = diagnose(gather_evidence(profile, step, tokens, ceilings))
+    findings = diagnose(gather_evidence(profile, step, tokens))
     document = {
         "step": codec.to_json(step) | {"explained": step.explained},
         "categories_s": accounting.categories_s(profile, step),

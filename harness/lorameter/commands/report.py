@@ -85,7 +85,7 @@ def show_run(view: RunView, options: argparse.Namespace, data: Callable[[], dict
 def make_run_page(view: RunView) -> dict[str, Any]:
     """Return the title, the variants, the figures and the reproduction commands of a run's page."""
     return {
-        "title": view.study.title,
+        "title": view.study.headline,
         "names": view.variants,
         "figures": draw_run_figures(view),
         "reproduction": reproduction_steps(view.run),

@@ -47,6 +47,8 @@ class Metric:
     """Derives its samples from a record, () if it has none; None if a record stores them under the metric's name."""
     is_loss: bool = False
     """Whether it depends on the number of training steps."""
+    untrained: str = ""
+    """Of a loss, the value of a record that has the same loss before training, if it is measured."""
     column: Literal["", "always", "one workload", "own workloads"] = ""
     """Whether it is a column of its phase's table, in addition to the primary metric: never · always · if all variants
     share a workload · if some have their own. Losses over different tokens are not shown together, and the tokens a

@@ -164,6 +164,13 @@ STEPS = Measurement(
             is_loss=True,
             column="one workload",
         ),
-        Metric(name="held_out_loss", title="held-out loss", unit="1", is_loss=True, column="one workload"),
+        Metric(
+            name="held_out_loss",
+            title="held-out loss",
+            unit="1",
+            is_loss=True,
+            untrained="held_out_loss_initial",
+            column="one workload",
+        ),
     ),
 )

@@ -98,7 +98,6 @@ def _read(path: Path) -> MethodFacts | None:
 
 
 def _probe(variants: Sequence[Variant]) -> tuple[MethodFacts, ...]:
-    limit_s = PROBE_LIMIT_S * len(variants)
     try:
         done = subprocess.run(
             [sys.executable, "-m", PROBE],
@@ -108,16 +107,13 @@ def _probe(variants: Sequence[Variant]) -> tuple[MethodFacts, ...]:
             errors="replace",
             check=False,
             cwd=Path(__file__).parents[2],
-            timeout=limit_s,
+            timeout=PROBE_LIMIT_S * len(variants),
         )
-    except subprocess.TimeoutExpired:
-        raise InvalidRunError(
-            f"the methods of PEFT could not be tried on a tiny model within {limit_s:g} s. Use smaller values in peft."
-        ) from None
-    try:
         return codec.from_json(
             tuple[MethodFacts, ...], json.loads(done.stdout.rpartition("\n\n")[2]), "facts of methods"
         )
+    except subprocess.TimeoutExpired as expired:
+        last = f"no answer within {expired.timeout:g} s. Use smaller values in peft."
     except (ValueError, LorameterError):
         last = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise InvalidRunError(f"the methods of PEFT could not be tried: {PROBE} ended with {last}") from None
+    raise InvalidRunError(f"the methods of PEFT could not be tried: {PROBE} ended with {last}")

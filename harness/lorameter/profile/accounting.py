@@ -27,7 +27,7 @@ from lorameter.models.costs.flops import (
     mean_context,
     row_tokens,
 )
-from lorameter.models.costs.peaks import Ceiling, Utilisation, find_ceiling, utilisation
+from lorameter.models.costs.peaks import Ceiling, Peak, Utilisation, find_ceiling, utilisation
 from lorameter.profile.facts import Profile, RequestProfile, TrialProfile
 from lorameter.records.activity import MIN_STEP_PAIRS, WHOLE, PhaseActivity
 from lorameter.stats import Estimate, bootstrap_interval, median_interval
@@ -318,6 +318,12 @@ def compute_ceilings(profile: Profile, step: Estimate) -> Ceilings | str:
         useful=useful,
         computed=executed,
     )
+    reached = max(train.mfu.value, train.hfu.value)
+    if reached > 1:
+        return (
+            f"the step itself reaches {reached:.2f} times the peak {train.mfu.peak}: that is no peak, so there is no "
+            "MFU"
+        )
     return Ceilings(train=train, flops=step_flops(products, variant, computed_tokens(variant, profile.workload)))
 
 
@@ -333,7 +339,7 @@ class PassAccount:
     bytes: int
     """Bytes that the pass must read from memory."""
     mfu: Utilisation | None
-    """None if the peak is unknown."""
+    """None if the peak is unknown, or below what the pass reaches."""
     mbu: Utilisation | None
 
 
@@ -415,6 +421,12 @@ def _pass_account(
         calls=None if activity.missing else calls,
         flops=flops,
         bytes=read,
-        mfu=None if product is None else utilisation("MFU", flops, time, product, formula),
-        mbu=None if memory is None else utilisation("MBU", read, time, memory, "weights as stored, keys and values"),
+        mfu=_utilisation("MFU", flops, time, product, formula),
+        mbu=_utilisation("MBU", read, time, memory, "weights as stored, keys and values"),
     )
+
+
+def _utilisation(name: str, work: int, time: Estimate, peak: Peak | None, formula: str) -> Utilisation | None:
+    """The share of a peak; None without a peak, and if the pass is faster, which shows that it is no peak."""
+    found = None if peak is None else utilisation(name, work, time, peak, formula)
+    return None if found is None or found.value > 1 else found

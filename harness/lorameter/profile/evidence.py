@@ -18,7 +18,6 @@ from lorameter.models.costs.memory import estimate_memory
 from lorameter.models.shapes import ModelShape
 from lorameter.profile.accounting import (
     IDLE,
-    Ceilings,
     RequestAccount,
     StepAccount,
     TokenShares,
@@ -145,7 +144,7 @@ class ProfileEvidence:
         return key in self.extra_bytes and self.peak_bytes + self.extra_bytes[key] <= SPARE_SHARE * self.memory_bytes
 
 
-def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares, found: Ceilings | str) -> ProfileEvidence:
+def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares) -> ProfileEvidence:
     """The evidence in a profile and its accounts."""
     memory, step_s = profile.record.memory, step.step.value
     shares = {category: sum(each.values()) / step_s for category, each in categories_s(profile, step).items()}
@@ -169,7 +168,7 @@ def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares, fo
         unpacking=unprofiled_time(profile, step, unpacking_s) / step_s,
         dropout=unprofiled_time(profile, step, dropout_s, DROPOUT, "dropout_backward_s") / step_s,
         padded=tokens.padded / (tokens.real + tokens.padded),
-        recomputed=_recomputed_share(profile, found),
+        recomputed=_recomputed_share(profile),
         masked_pairs=max(0.0, 1 - profile.record.values["useful_pairs"] / pairs),
         attention_backend=find_observed(profile, "attention.backend"),
         attention_mask=find_observed(profile, "attention.mask"),
@@ -184,17 +183,18 @@ def gather_evidence(profile: Profile, step: StepAccount, tokens: TokenShares, fo
     )
 
 
-def _recomputed_share(profile: Profile, found: Ceilings | str) -> float:
+def _recomputed_share(profile: Profile) -> float:
     """Share of a step's FLOPs that are due to checkpointing; 0 if the check observed no recomputation.
 
     This excludes the scores, which a fused backward pass recomputes also without checkpointing.
     """
     products = from_values(profile.record.values)
-    if products is None or isinstance(found, str) or find_observed(profile, "checkpointing") is not True:
+    if products is None or find_observed(profile, "checkpointing") is not True:
         return 0.0
     without = dataclasses.replace(profile.variant, gradient_checkpointing=False)
     tokens = computed_tokens(profile.variant, profile.workload)
-    return max(0.0, 1 - step_flops(products, without, tokens).hardware / found.flops.hardware)
+    repeating, plain = (step_flops(products, variant, tokens).hardware for variant in (profile.variant, without))
+    return max(0.0, 1 - plain / repeating)
 
 
 def unpacking_s(phase: PhaseActivity) -> float:
@@ -249,7 +249,7 @@ class RequestEvidence:
         merged: time of a request with the adapter merged.
         merged_calls: calls in a single-token pass with the adapter merged.
         adapter_dtype: the observed dtype.
-        bytes_per_s: peak memory bandwidth.
+        bytes_per_s: peak memory bandwidth, unless a pass is faster.
         unquantised_bytes: additional bytes of the base without quantisation, if they fit into memory; else None.
     """
 
@@ -273,7 +273,7 @@ def gather_request_evidence(
     profile: RequestProfile, account: RequestAccount, merged: RequestAccount | None
 ) -> RequestEvidence:
     """The evidence in a profile and its accounts."""
-    memory = profile.peaks.get("memory")
+    memory = account.decode.mbu if account.prefill.mbu else None
     return RequestEvidence(
         variant=profile.variant,
         device=profile.device,
@@ -287,7 +287,7 @@ def gather_request_evidence(
         merged=None if merged is None else merged.whole.step,
         merged_calls=None if merged is None else merged.decode.calls,
         adapter_dtype=find_observed(profile, "peft.dtype"),
-        bytes_per_s=None if memory is None else memory.per_s,
+        bytes_per_s=None if memory is None else memory.peak.per_s,
         unquantised_bytes=_unquantised_bytes(profile),
     )
 

@@ -380,8 +380,8 @@ def _adapter_unmerged(evidence: RequestEvidence) -> Iterator[Finding]:
 
 def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
     unpacking, extra = evidence.decode.dequantise_s, evidence.unquantised_bytes
-    more = 0.0 if extra is None or not evidence.bytes_per_s else extra / evidence.bytes_per_s
-    fits = extra is not None and more < unpacking
+    more = extra / evidence.bytes_per_s if extra is not None and evidence.bytes_per_s else unpacking
+    fits = more < unpacking
     yield _request_finding(
         "dequantisation", evidence, LATER, unpacking - more if fits else unpacking,
         f"unpacking {evidence.variant.quantization} weights takes {format_value(unpacking, 's')} of each later token",
@@ -389,7 +389,9 @@ def _request_dequantisation(evidence: RequestEvidence) -> Iterator[Finding]:
         if fits
         else "A kernel that multiplies packed weights directly would not unpack them.",
         changes=changes_without(evidence.variant, "quantization") if fits else {},
-        obstacle="" if fits else "the unpacked weights do not fit into memory, or reading them would take longer",
+        obstacle=""
+        if fits
+        else "the unpacked weights do not fit into memory, or reading them takes longer, or no peak is known",
     )  # fmt: skip
 
 

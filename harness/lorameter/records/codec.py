@@ -35,12 +35,9 @@ def parse(text: str | bytes) -> Any:
     try:
         data = json.loads(text)
         if _ESCAPED_HALF.search(text if isinstance(text, str) else text.decode()):
-            json.dumps(data, ensure_ascii=False).encode()
+            json.dumps(data, ensure_ascii=False).encode()  # raises for a half
     except RecursionError:
         raise NotReadableError("it is nested too deeply") from None
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start : error.end])
-        raise NotReadableError(f"a text in it has half a character ({half})") from None
     except ValueError as error:  # truncated text, binary data, numbers with thousands of digits
         raise NotReadableError(str(error).partition(";")[0]) from None
     return data
@@ -176,7 +173,7 @@ def _refusal(message: str, hint: Any, data: Any, where: str, *, strict: bool) ->
         known = [word for one in _inner(hint) for word in typing.get_args(one)]
         remedy = f"Use one of {', '.join(map(str, known))}."
         return refused_value(where, path, data, "not one of the known values", remedy)
-    expected = re.match(r"Expected `(.*?)(?: \| null)?`(?! (?:matching|of))", what)
+    expected = re.match(r"Expected `(.*?)(?: \| null)?`(?! (?:matching|of|[<>]))", what)
     if "matching regex" in what:
         return refused_value(where, path, data, "one line is expected", "Write it in one line.")
     if not expected:

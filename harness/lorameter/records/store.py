@@ -29,13 +29,12 @@ from typing import Any, BinaryIO, Literal, NoReturn
 
 import msgspec
 
-from lorameter.errors import UsageError
+from lorameter.errors import UsageError, require
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import hold_lock, is_locked, scratch_folder, write_document, write_whole
-from lorameter.records.manifest_tables import ManifestTables
 from lorameter.records.os_errors import MACHINE_ERRORS, translate_os_errors, translate_write_errors
-from lorameter.records.record import SCHEMA, BaseSummary, Line, Notice, TrialRecord, UnixTime, require_readable
+from lorameter.records.record import SCHEMA, BaseSummary, Example, Line, Notice, TrialRecord, UnixTime, require_readable
 from lorameter.records.trials import CHECKS, STEPS, EvidenceFile, add_steps, encode_record, read_trials
 from lorameter.records.trials import TRIALS as TRIALS
 
@@ -127,6 +126,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The manifest of a killed process also says "running"; see `Run.live`."""
 
 
+# Tables of a manifest without a fixed set of keys: the types of the keys that readers rely on.
+_VERSIONS, _TABLE = ("libraries", "packages", "engine"), ("settings", "worker", "kernels")
+_GIT = msgspec.defstruct("git", [("commit", str | None, None), ("dirty", bool | None, None)])
+_PROVENANCE = msgspec.defstruct(
+    "provenance",
+    [("git", _GIT | None, None), *((name, dict[str, str | None], {}) for name in _VERSIONS),
+     *((name, dict[str, Any], {}) for name in _TABLE)],
+)  # fmt: skip
+_COUNTS = [(name, int, 0) for name in ("real_tokens", "padded_tokens", "without_loss")]
+_OWN = msgspec.defstruct("own", [*_COUNTS, ("examples", tuple[Example, ...], ())])
+_TOKENS = msgspec.defstruct("tokens", [("own", dict[str, _OWN], {})], bases=(_OWN,))  # type: ignore[valid-type]
+_SIDE = msgspec.defstruct("side", [("label", str), ("slowdown_rows", int, 0), ("facts", _PROVENANCE | None, None)])
+_TABLES = msgspec.defstruct(
+    "manifest",
+    [("provenance", _PROVENANCE), ("tokens", _TOKENS | None, None), ("sides", dict[str, _SIDE], {})],  # type: ignore[valid-type]
+)
+
+
 def read_manifest(path: Path, check: Callable[[BinaryIO], object] = lambda file: None) -> Manifest:
     """The manifest of a run directory; `check` receives the open file first.
 
@@ -137,11 +154,11 @@ def read_manifest(path: Path, check: Callable[[BinaryIO], object] = lambda file:
     try:
         data = fileio.read_json(source, check)
         require_readable(data, source)
+        msgspec.convert(data, _TABLES, strict=False)
         codec.dumps(data).encode()  # a manifest that cannot be written again would only fail later
-    except (NotReadableError, UnicodeError) as error:
+    except (NotReadableError, UnicodeError, msgspec.ValidationError) as error:
         raise UsageError(f"{source}: cannot be read: {error}. Measure again, or restore the file.") from None
     manifest = codec.from_json(Manifest, data, source.name)
-    codec.from_json(ManifestTables, data, source.name)
     if manifest.sides and manifest.sides.keys() != {"base", "candidate"}:
         raise UsageError(f"{source}: sides = {', '.join(manifest.sides)}: base and candidate are expected. Restore it.")
     return manifest
@@ -292,10 +309,8 @@ def read_run(name: str, folder: Path) -> Run:
 def _read(path: Path, name: str, folder: Path) -> Run:
     source = path / MANIFEST
     if not fileio.is_file(source):
-        for place in (Path(name), path):
-            if fileio.is_folder(place) or fileio.is_file(place):
-                what = f"a folder without {MANIFEST}" if fileio.is_folder(place) else "damaged, or no packed run"
-                raise UsageError(f"run {name!r}: {place} is {what}. {_ASK_AGAIN}")
+        for test, what in ((fileio.is_folder, f"a folder without {MANIFEST}"), (fileio.is_file, "damaged, or no run")):
+            require(not (test(name) or test(path)), f"run {name!r}: it is {what}. {_ASK_AGAIN}")
         known = ", ".join(run.name for run in list_runs(folder)[-3:]) or "none yet"
         raise UsageError(f"run {name!r}: not found in {folder}. Latest runs: {known}.")
     manifest = read_manifest(path)
@@ -373,8 +388,8 @@ def list_runs(folder: Path) -> list[Path]:
 
 def latest_run(folder: Path) -> str:
     """The id of the newest run in a folder. Raises `UsageError` if there is none."""
-    if not (runs := list_runs(folder)):
-        raise UsageError(f"no run in {folder}. Measure one (`lorameter run`), or name one, or another --runs-dir.")
+    runs = list_runs(folder)
+    require(runs, f"no run in {folder}. Measure one (`lorameter run`), or name one, or another --runs-dir.")
     return runs[-1].name
 
 

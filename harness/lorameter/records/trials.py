@@ -43,13 +43,6 @@ class StoredRecord(TrialRecord, frozen=True, kw_only=True, forbid_unknown_fields
     tokens: dict[str, bool | int | float | str | list[Token] | None] = msgspec.field(default_factory=dict)
 
 
-class _Counts(msgspec.Struct):
-    """The counts among the tokens of a record."""
-
-    real_tokens: Token = 0
-    padded_tokens: Token = 0
-
-
 class StoredCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A line of checks.jsonl."""
 
@@ -162,9 +155,9 @@ def _read_line(line: str, where: str, source: Path) -> StoredRecord:
     if record.schema != SCHEMA:
         require_readable({"schema": record.schema}, source)
     named = f"{where}, trial {shorten(record.trial, 60)}"
-    codec.from_json(_Counts, record.tokens, f"{named}, tokens", strict=True)
     for key, value in record.tokens.items():
-        if isinstance(value, list) != bool(_LISTS.fullmatch(key)):
+        counts = key not in ("real_tokens", "padded_tokens") or (isinstance(value, int) and value >= 0)
+        if not counts or isinstance(value, list) != bool(_LISTS.fullmatch(key)):
             raise refused_value(f"{named}, tokens", key, value, "another type is expected", "Restore the file.")
     measured = [record.values.values(), *record.samples.values()] if record.status == "ok" else []
     # A spread is computed from squares.

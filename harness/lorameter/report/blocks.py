@@ -285,9 +285,9 @@ def to_line(*parts: str | Span, label: str = "", indented: bool = True) -> Line:
     return Line(spans=spans, label=label, indented=indented)
 
 
-def make_invalid_lines(reasons: str | None) -> tuple[Line, ...]:
+def make_invalid_lines(reasons: str | None, remedy: str = "") -> tuple[Line, ...]:
     """The first line of an invalid run's report; empty for a valid run."""
-    line = Line(spans=(Span(text=f"INVALID: {reasons}", tone="alarm"),), indented=False, last=True)
+    line = to_line(Span(text=f"INVALID: {reasons}", tone="alarm"), f". {remedy}" if remedy else "", indented=False)
     return () if reasons is None else (line,)
 
 
@@ -335,9 +335,19 @@ def write_number(value: float | None, form: str = "g") -> Cell:
     return Cell(text="–") if value is None else Cell(text=f"{value:{form}}", value=value)
 
 
+def write_share(share: float, low: float | None, high: float | None) -> tuple[str, str]:
+    """A share of a gain in per cent, and its interval."""
+    ends = [None if end is None else 100 * end for end in (low, high)]
+    text, interval = split_interval(100 * share, ends[0], ends[1], "1")
+    return f"{text} %", interval
+
+
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
-    """A ratio with its interval, and optionally its verdict; a dash if there is no ratio."""
+    """A ratio or share with its interval, and optionally its verdict; a dash if there is neither."""
     ratio, low, high = comparison.ratio, comparison.low, comparison.high
+    if comparison.share is not None:
+        text, interval = write_share(comparison.share, low, high)
+        return Cell(text=text, interval=interval, verdict=verdict, value=comparison.share, low=low, high=high)
     return Cell(text="–", verdict=verdict) if ratio is None else value_cell(ratio, low, high, "1", verdict=verdict)
 
 

@@ -107,6 +107,8 @@ def _findings(report: ComparisonReport) -> Iterator[Line]:
 
 
 def _reason(row: ComparisonRow) -> str:
+    if row.verdict == "invalid":  # the first line has the reasons
+        return ""
     if row.verdict == "inconclusive":
         return f": {explain_inconclusive(row, row.metric, row.interleaving)}"
     if row.verdict in ("regressed", "improved"):
@@ -146,7 +148,8 @@ def write_ratio_or_peak(row: ComparisonRow) -> Cell:
 def _statistics(report: ComparisonReport) -> Iterator[Block]:
     reasons: dict[str, list[str]] = {}
     for row in report.comparisons:
-        reasons.setdefault(row.reason, []).append(_name(row))
+        if row.verdict != "invalid":
+            reasons.setdefault(row.reason, []).append(_name(row))
     if reasons:
         count = f"{len(report.comparisons)} verdicts rest" if len(report.comparisons) > 1 else "the verdict rests"
         lines = to_lines(f"{first_few(names, MAX_NAMED, '; ')}: {reason}" for reason, names in reasons.items())

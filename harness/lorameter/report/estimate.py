@@ -243,7 +243,7 @@ def describe_plan(
     and the data."""
     size = f": {format_count(len(plan.slots), 'trial')} on {machine.device_name}"
     return (
-        to_line(Span(text=plan.study.title, tone="strong"), size, indented=False),
+        to_line(Span(text=plan.study.headline, tone="strong"), size, indented=False),
         *to_lines(_plan_lines(plan, expected)),
         *to_lines([f"data    {data}"] if data else []),
         *warn_before_run(notices),

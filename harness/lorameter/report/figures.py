@@ -104,16 +104,22 @@ def draw_run_figures(view: RunView) -> tuple[Figure, ...]:
 
 
 def _ratios(table: PhaseTable, reference: str) -> Figure | None:
-    about = f"{ratio_title(table.metric)}{f' on {table.site}' if table.site else ''} × {reference}"
-    caption = "A dot is the ratio of a variant to the reference, the line through it its interval."
-    return draw_ratios(about[:1].upper() + about[1:], caption, "right of 1 is worse", table.ratios)
+    title = f"{ratio_title(table.metric)}{f' on {table.site}' if table.site else ''}"
+    if any(one.share is not None for one in table.ratios.values()):
+        about, worse = f"gain in {title}, {reference} = 1", "left of 1 is worse"
+        caption = "A dot is the part of the reference's gain that a variant has, the line through it its interval."
+    else:
+        about, worse = f"{title} × {reference}", "right of 1 is worse"
+        caption = "A dot is the ratio of a variant to the reference, the line through it its interval."
+    return draw_ratios(about[:1].upper() + about[1:], caption, worse, table.ratios)
 
 
 def draw_ratios(title: str, caption: str, about: str, comparisons: Mapping[str, Comparison]) -> Figure | None:
     """Ratios with their intervals and verdicts, as a picture and as a table; None without any."""
-    found = {name: one for name, one in comparisons.items() if one.ratio is not None}
+    values = {name: one.ratio if one.share is None else one.share for name, one in comparisons.items()}
+    found = {name: one for name, one in comparisons.items() if values[name] is not None}
     rows = (write_row(name, write_ratio(one), Cell(verdict=one.verdict)) for name, one in found.items())
-    marks = (Cell(name=name, value=one.ratio, low=one.low, high=one.high, verdict=one.verdict)
+    marks = (Cell(name=name, value=values[name], low=one.low, high=one.high, verdict=one.verdict)
              for name, one in found.items())  # fmt: skip
     drawing = Intervals(axis=Axis(title=about, line_at=1.0), marks=tuple(marks))
     table = Table(heads=name_columns("variant", about, "verdict"), rows=tuple(rows))

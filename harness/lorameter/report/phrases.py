@@ -16,7 +16,7 @@ from typing import Literal
 from lorameter.measurements.metrics import METRICS, PHASE_WORDS, PHASES
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
-from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio
+from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio, write_share
 from lorameter.stats import MAX_ADVISED, Comparison, VerdictRule
 from lorameter.studies.workload import Workload
 from lorameter.verdicts.compare import ComparisonRow
@@ -66,8 +66,9 @@ def verdict_cell(
     """The verdict on two variants of a study, or on a candidate and its base, as one word; equivalence with its
     margin."""
     margin = limits.tolerance if is_memory(metric) else limits.margin
+    of_gain = " of the gain" if comparison.share is not None else ""
     words = {
-        "equivalent": f"equivalent ±{format_percent(margin)}" if margin else "equal",
+        "equivalent": f"equivalent ±{format_percent(margin)}{of_gain}" if margin else "equal",
         "no_baseline": "no baseline",
         "not_comparable": "not comparable",
     }
@@ -78,14 +79,16 @@ def verdict_cell(
 
 def format_verdict(comparison: Comparison | None, metric: str = "") -> str:
     """A ratio between variants with its interval, and its verdict; the reason if there is no ratio."""
-    if comparison is None or comparison.ratio is None:
+    if comparison is None or comparison.ratio is comparison.share is None:
         return "not measured" if comparison is None else f"not measured: {comparison.reason}"
     return f"{write_ratio(comparison).line} {verdict_cell(comparison, metric, 'variants').words}"
 
 
 def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving = "replicates") -> str:
     """The range of an inconclusive effect, the smallest detectable difference, and advice, which depends on whether
-    both sides were measured in one run."""
+    both sides were measured in one run; for a loss its reason."""
+    if metric in METRICS and METRICS[metric].is_loss:
+        return f"{comparison.reason}."
     if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
     detectable = (
@@ -106,6 +109,9 @@ def _advice(comparison: Comparison, interleaving: Interleaving) -> str:
 def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
     """The effect in per cent, and its interval: "3.9 % slower", " [+3.7 %, +4.2 %]". Empty without a ratio; the
     interval is omitted if both ends look the same, as for computed bytes."""
+    if comparison.share is not None:
+        share, interval = write_share(comparison.share, comparison.low, comparison.high)
+        return f"learned {share} of the gain", f" {interval}"
     if comparison.ratio is None:
         return "", ""
     found = [end for end in (comparison.low, comparison.high) if end is not None]

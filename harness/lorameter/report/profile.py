@@ -373,9 +373,12 @@ def _pass_lines(profile: RequestProfile, accounts: Sequence[tuple[RequestAccount
     for one in (served.prefill.mfu, served.decode.mbu):
         if one is not None:
             yield str(one)
-    lacking = [name for name in ("product", "memory") if name not in profile.peaks]
-    if lacking:
-        yield f"no peak of this device is stated or measured for: {', '.join(lacking)}"
+    for name, shares in (("product", (served.prefill.mfu, served.decode.mfu)),
+                         ("memory", (served.prefill.mbu, served.decode.mbu))):  # fmt: skip
+        if name not in profile.peaks:
+            yield f"no peak of this device is stated or measured for: {name}"
+        elif None in shares:
+            yield f"a pass is faster than the peak {profile.peaks[name]}, so that is no peak, and it has no share of it"
 
 
 def _request_memory(profile: RequestProfile) -> Table:

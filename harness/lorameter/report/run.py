@@ -84,8 +84,8 @@ def describe_run(view: RunView) -> Document:
     rest = f" ({run.state}): the report shows the trials that have ended."
     incomplete = to_line(Span(text="This run is not complete", tone="alarm"), rest, indented=False)
     return (
-        *make_invalid_lines(view.validity.invalid),
-        Section(title=study.title, lines=(*_summary(view), *facts)),
+        *make_invalid_lines(view.validity.invalid, view.validity.remedy),
+        Section(title=study.headline, lines=(*_summary(view), *facts)),
         *tables,
         *list_sections({"Differs from the study as written": study.deviations, "Notes": study.notes}),
         *([Section(title="Trials without a result", lines=to_lines(failures), tone="bad")] if failures else []),
@@ -101,15 +101,15 @@ def _summary(view: RunView) -> Iterator[Line]:
     """The summary: whether the run is valid, the verdicts on time, memory and loss, and whether the required paths were
     active. A terminal repeats it below the report."""
     lines = [line for table in (*view.tables, *view.outcomes) for line in _verdicts(table)]
-    if view.valid:
-        lines = [_validity(view), *lines, *_paths(view)]
-    yield from (dataclasses.replace(line, last=view.valid) for line in lines)
+    yield from (dataclasses.replace(line, last=True) for line in (_validity(view), *lines, *_paths(view)))
 
 
 def _validity(view: RunView) -> Line:
     total = sum(view.counts.values())
     trials = ", ".join(f"{count} of {total} trials {status}" for status, count in view.counts.items())
     controls = [f"{_label(table)} {table.control.verdict}" for table in view.tables if table.control is not None]
+    if not view.valid:
+        return to_line(Span(text="no", tone="alarm"), f": {trials}; the first line says why", label="valid")
     return to_line(f"yes: {trials}{'; A/A control: ' if controls else ''}{', '.join(controls)}", label="valid")
 
 
@@ -131,6 +131,9 @@ def _verdicts(table: PhaseTable) -> Iterator[Line]:
         if names := [name for name, ratio in table.ratios.items() if ratio.verdict == verdict]:
             spans += [Span(text="; " if spans else ""), Span(text=f"{verdict}: ", tone=verdict_tone(verdict))]
             spans.append(Span(text=first_few(names, MAX_NAMED)))
+    reasons = {(one.verdict, one.reason) for one in table.ratios.values()}
+    if len(reasons) == 1 and _label(table) == "loss":
+        spans = [Span(text=reason) for verdict, reason in reasons if verdict == "inconclusive"] or spans
     if spans:
         yield to_line(*spans, label=_label(table))
 
@@ -235,7 +238,9 @@ def _facts(run: Run, study: Study) -> Iterator[tuple[str, str]]:
     timed = timed or {protocol.turns * protocol.steps_per_turn}
     least = f"{min(timed)} to " if len(timed) > 1 else ""  # a time limit changes the steps of a replicate
     steps = f"{least}{format_count(max(timed), 'timed step')}"
-    yield "plan", f"{_replicates(run)}, {steps} a trial, order seed {manifest.seed}"
+    trained = sorted({int(one.values["training_steps"]) for one in run.records if "training_steps" in one.values})
+    of = f" of {' to '.join(map(str, dict.fromkeys((trained[0], trained[-1]))))} trained" if trained else ""
+    yield "plan", f"{_replicates(run)}, {steps}{of} a trial, order seed {manifest.seed}"
     isolated = any(record.interleaving != manifest.interleaving for record in run.records)
     why = f": {manifest.why}" if manifest.why else ""
     exceptions = "; peaks and what needs its own base: isolated trials" if isolated else ""
@@ -310,11 +315,12 @@ def encode_run(view: RunView) -> dict[str, Any]:
         "invalid": view.validity.invalid,
         "faults": codec.to_json(view.validity.faults),
         "path": str(view.run.path),
-        "title": view.study.title,
+        "title": view.study.headline,
         "facts": [f"{label:<10}{text}" for label, text in _facts(view.run, view.study)],
         "deviations": list(view.study.deviations),
         "notes": list(view.study.notes),
         "tables": [_encode_table(table) | ({"alone": True} if view.alone else {}) for table in view.tables],
+        "outcomes": [_encode_table(table) for table in view.outcomes],
         "failures": list(view.validity.failures),
         "notices": codec.to_json(view.notices),
         "counts": view.counts,

@@ -17,7 +17,7 @@ from lorameter.measurements.peaks import RSS_AT_START
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes
-from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_ratio
+from lorameter.report.blocks import Cell, ColumnHeader, Row, Table, value_cell, write_number, write_ratio
 from lorameter.report.phrases import metric_title, verdict_cell
 from lorameter.stats import Comparison, Estimate
 from lorameter.studies.study import Study
@@ -47,6 +47,8 @@ TAIL = 0.95
 PEAK = "peak_memory_bytes"
 CPU_TIME = "step_cpu_time_s"
 ALL_ACTIVE = "all active"
+GAINED = "held_out_loss"
+"""The loss of which the gain is judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +243,8 @@ def _columns(
     if not view.alone:
         turned = "slow-down " if metric in METRICS and METRICS[metric].higher_is_better else ""
         head = ColumnHeader(text=f"{turned}× {reference}", key="ratio", right=True, ratio=True)
+        if any(found.share is not None for found in ratios.values()):
+            head = ColumnHeader(text=f"gain, {reference} = 100 %", key="ratio", right=True)
         own = {reference: Cell(text="reference")}
         own |= {name: write_ratio(found) for name, found in ratios.items()}
         yield head, [own.get(series.name, Cell(text="–")) for series in shown]
@@ -251,6 +255,8 @@ def _columns(
         yield ColumnHeader(text="verdict", joins_left=True), [words.get(series.name, Cell()) for series in shown]
     yield _metric_column(shown, metric, priority=0)
     if not whole:
+        if metric in METRICS and METRICS[metric].is_loss and not view.alone:
+            yield _untrained_column(shown)
         return
     others = list(_other_metrics(view, phase))
     if CPU_TIME in others:
@@ -262,6 +268,8 @@ def _columns(
     yield ColumnHeader(text="required paths", drop_priority=1, collapse_if_constant=True), checks
     for place, name in enumerate(others):
         yield _metric_column(shown, name, priority=3 if name == "tokens_per_s" else 6 + place)
+    if not view.alone and any(METRICS[name].is_loss for name in others):
+        yield _untrained_column(shown)
     tails = [series.percentile(metric, TAIL) if phase == "generate" else None for series in shown]
     if any(tails):
         key = f"{metric.removesuffix('_s')}_p{100 * TAIL:g}_s"
@@ -286,6 +294,15 @@ def _metric_column(shown: Sequence[Series], metric: str, *, priority: int) -> _C
     sizes = is_memory(metric)
     return head, [_size_cell(_sizes(one, metric)) if sizes else _estimate_cell(one.estimate(metric), metric)
                   for one in shown]  # fmt: skip
+
+
+def _untrained_column(shown: Sequence[Series]) -> _Column:
+    """The held-out loss of each variant before training, in a note if it is the same for all."""
+    head = ColumnHeader(
+        text="untrained loss", key=METRICS[GAINED].untrained, right=True, drop_priority=19, collapse_if_constant=True
+    )
+    losses = [series.untrained(GAINED) for series in shown]
+    return head, [Cell(text="not measured") if loss is None else write_number(loss, ".4f") for loss in losses]
 
 
 def _estimate_cell(found: Estimate | None, metric: str, *, absent: str = "–") -> Cell:

@@ -373,5 +373,5 @@ def _summarize_run(run: Run) -> dict[str, Any]:
         "verdict": verdict,
         "created_unix_s": manifest.created_unix_s,
         "trials": trials | ({"no record": unrecorded} if unrecorded > 0 else {}),
-        "title": study.title,
+        "title": study.headline,
     }

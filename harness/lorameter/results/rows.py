@@ -385,6 +385,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         FrameColumn("candidate", "text", "the numerator: the variant, or the candidate of an A/B"),
         _METRIC,
         FrameColumn("ratio", "number", "candidate over base; above 1 is worse, also for rates"),
+        FrameColumn("share", "number", "of a loss, in place of the ratio: the part of the base's gain"),
         FrameColumn("low", "number", "lower end of its interval; missing if there is none"),
         FrameColumn("high", "number", "upper end"),
         FrameColumn("verdict", "text", "`improved`, `regressed`, `equivalent`, `inconclusive`, `invalid`, …"),

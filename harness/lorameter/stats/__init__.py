@@ -29,6 +29,7 @@ from lorameter.stats.effect import (
     estimate_trials,
     share_scatter,
 )
+from lorameter.stats.gain import Gain, estimate_gain
 from lorameter.stats.intervals import (
     Estimate,
     Proportion,
@@ -58,6 +59,7 @@ __all__ = [
     "Comparison",
     "Effect",
     "Estimate",
+    "Gain",
     "Pairing",
     "Proportion",
     "ShareEstimate",
@@ -74,6 +76,7 @@ __all__ = [
     "drifting",
     "effective_size",
     "estimate_effect",
+    "estimate_gain",
     "estimate_trials",
     "explained_share",
     "holm_step_down",

@@ -36,6 +36,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from lorameter.stats.effect import Effect, Pairing, Spread, estimate_effect, from_log
+from lorameter.stats.gain import Gain, decide_gain
 from lorameter.stats.intervals import sign_test
 from lorameter.stats.samples import checked_samples
 from lorameter.stats.verdict import (
@@ -74,8 +75,10 @@ def compare_trials(
     return decide(estimate_effect(base, candidate, pairing), rule)
 
 
-def decide(effect: Effect, rule: VerdictRule) -> Comparison:
+def decide(effect: Effect | Gain, rule: VerdictRule) -> Comparison:
     """The verdict on an effect under a rule."""
+    if isinstance(effect, Gain):
+        return decide_gain(effect, rule)
     spread = effect.spread
     if spread is None:
         return Comparison(
@@ -160,7 +163,7 @@ K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
 
-def decide_family(effects: Mapping[K, Effect], rules: Mapping[K, VerdictRule]) -> dict[K, Comparison]:
+def decide_family(effects: Mapping[K, Effect | Gain], rules: Mapping[K, VerdictRule]) -> dict[K, Comparison]:
     """The verdicts on named effects, each by the limits of its rule, with the family-wise error rate `alpha` of the
     rules; {} without effects.
 

@@ -151,7 +151,7 @@ def _log_ratios_by_turn(base: Sequence[Array], candidate: Sequence[Array]) -> Ar
 
 
 def paired_effect(values: Array, pairing: Pairing) -> Effect:
-    """The effect over replicates, from one log ratio (or any contrast of logs) per replicate."""
+    """The effect over replicates, from one log ratio (or any other contrast) per replicate."""
     spread = None
     if values.size > 1:
         sd = _sd(values)
@@ -175,6 +175,11 @@ def _unpaired(base: Array, candidate: Array) -> Effect:
         spread=spread,
         pairing="none",
     )
+
+
+def mean_difference(base: Array, candidate: Array, pairing: Pairing) -> Effect:
+    """The candidate minus the base, of one value per trial. Raises ValueError for paired sides of unequal size."""
+    return _unpaired(base, candidate) if pairing == "none" else paired_effect(candidate - base, "replicate")
 
 
 def _welch(variance_base: float, count_base: int, variance_candidate: float, count_candidate: int) -> Spread:

@@ -42,8 +42,10 @@ class Comparison:
     verdict: Verdict
     ratio: float | None = None
     """Candidate over base: 1.0 = equal, above = worse. None if the base is zero (bytes), or if nothing was compared."""
+    share: float | None = None
+    """Of losses, instead of a ratio: the candidate's part of the base's gain; 1.0 = equal, below = worse."""
     low: float | None = None
-    """Lower end of the (1 - alpha/family) interval of the ratio; None with one replicate."""
+    """Lower end of the (1 - alpha/family) interval of the ratio or share; None with one replicate."""
     high: float | None = None
     """Upper end; None with one replicate, or if it exceeds the range of a float."""
     reason: str

@@ -262,6 +262,12 @@ class Study:
         return (*variant.differences(self.variant(self.reference)), *others)
 
     @property
+    def headline(self) -> str:
+        """The title, with the measured model where a profile or an option has replaced that of the study."""
+        model = self.workload.model
+        return self.title if self.replaced.get("workload.model", model) == model else f"{self.title}, on {model}"
+
+    @property
     def deviations(self) -> tuple[str, ...]:
         """The differences from the original study, one line each."""
         current = {key: self._value_of_field(key) for key in self.replaced}

@@ -235,7 +235,8 @@ class Variant(AnyVariant):
         return cast(DType, self.compute_dtype if self.is_4bit else self.autocast or self.dtype)
 
     def with_dtype(self, dtype: DType) -> Self:
-        """The variant with this dtype in place of "auto"."""
+        """The variant with this dtype in place of "auto"; bfloat16 for flash-attn, which has no float32."""
+        dtype = "bfloat16" if self.attention == "flash_attention_2" else dtype
         values = {"dtype": dtype, "compute_dtype": dtype, "autocast": None if dtype == "float32" else dtype}
         open_fields = {key: value for key, value in values.items() if getattr(self, key) == "auto"}
         return dataclasses.replace(self, **open_fields)  # type: ignore[arg-type]

@@ -129,6 +129,7 @@ class Trial:
             self._watched = kernels_check.watch(trainee.model, self._requirements())
         with self._active():
             memory = {"host_rss_at_start_bytes": baseline} | self._gauge.peaks("load") if self._alone else {}
+            untrained = self._initial_loss()
             with contextlib.nullcontext() if self._watched is None else self._watched.updates_only():
                 loss, lap = self._take_step()
             values = {
@@ -141,7 +142,7 @@ class Trial:
                 values |= {"load_time_s": load_time, "first_step_time_s": lap.time_s}
                 if request.device.startswith("cuda"):
                     values["device_start_time_s"] = device_start_s
-            values |= self._initial_loss()
+            values |= untrained or self._initial_loss()
         return self._judged(PartialRecord(values=values, memory=memory, samples={"warmup_loss": (loss,)}), [loss])
 
     def _distribute(self, model: Any, stream: TokenStream) -> Any:
@@ -149,12 +150,14 @@ class Trial:
         return model
 
     def _initial_loss(self) -> dict[str, float]:
-        """The loss of the base on held-out records, once per run; empty if the base has changed or trains."""
-        request = self._request
-        own = request.variant.rewrites_base or request.variant.trains_base
-        if not self._timed or request.replicate or own:
+        """The loss on held-out records as before the first step, once per run. A base that the adapter has rewritten,
+        or that trains, is no longer there after the step, so its loss is measured before."""
+        request, variant = self._request, self._request.variant
+        changes = variant.rewrites_base or variant.trains_base
+        if not self._timed or request.replicate or changes != (self._steps_taken == 0):
             return {}
-        with peft_methods.without_adapter(self._trainee.model):  # as before the first step
+        without = contextlib.nullcontext() if changes else peft_methods.without_adapter(self._trainee.model)
+        with without:
             return {"held_out_loss_initial": self.shared.once("held_out_loss", self._step.held_out_loss)}
 
     # --- checks -------------------------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ class Measurements:
     variant: AnyVariant | None = None
     samples: Mapping[str, Trials] = field(default_factory=dict)
     """A list of samples for each trial, by metric or kind of memory."""
+    untrained: Mapping[str, float] = field(default_factory=dict)
+    """The value of a loss before training, by metric."""
     broken: str | None = None
     """Why no number of this variant counts."""
     no_interval: str | None = None
@@ -138,6 +140,7 @@ def comparison_input(run: Run) -> ComparisonInput:
             id=series.records[0].variant,
             variant=known.get(name),
             samples={metric: series.trials(metric) for metric in series.metrics},
+            untrained={one: loss for one in series.metrics if (loss := series.untrained(one)) is not None},
             broken=validity.broken_variant(name),
         )
         for (name, role), series in groups.items()
@@ -440,7 +443,10 @@ def _pair(base: ComparisonInput, candidate: ComparisonInput, name: str, metric: 
     sides = base.variants[name], candidate.variants[name]
     notes = dict.fromkeys(side.no_interval for side in sides if side.no_interval)
     base_trials, candidate_trials = (side.trials(metric) for side in sides)
-    return Pair(metric=metric, base=base_trials, candidate=candidate_trials, note="; ".join(notes))
+    return Pair(
+        metric=metric, base=base_trials, candidate=candidate_trials, note="; ".join(notes),
+        untrained=sides[0].untrained.get(metric),
+    )  # fmt: skip
 
 
 def _shifted(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:

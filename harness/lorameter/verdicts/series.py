@@ -32,6 +32,7 @@ from lorameter.stats import (
     Comparison,
     Effect,
     Estimate,
+    Gain,
     Pairing,
     TrialsEstimate,
     VerdictRule,
@@ -40,6 +41,7 @@ from lorameter.stats import (
     decide_family,
     effective_size,
     estimate_effect,
+    estimate_gain,
     estimate_trials,
     percentile,
     select_pairs,
@@ -120,6 +122,11 @@ class Series:
         trials, sites = self.trials(metric), [record.site for record in self.measuring(metric)]
         with _named(self.name, metric):
             return estimate_trials(trials, blocks=sites) if trials else None
+
+    def untrained(self, metric: str) -> float | None:
+        """The value of a loss before training, which is a constant of the base; None if it was not measured."""
+        name = METRICS[metric].untrained if metric in METRICS else ""
+        return next((record.values[name] for record in self.ok if name in record.values), None)
 
     def percentile(self, metric: str, q: float) -> Estimate | None:
         """The quantile `q` of a metric's samples; None if their effective number does not suffice."""
@@ -217,6 +224,12 @@ MIN_UNDISTURBED = 5
 """If fewer undisturbed pairs would remain, all pairs are kept."""
 
 
+UNKNOWN_GAIN = (
+    "the gain is unknown, since the untrained loss was not measured on the same tokens, so nothing shows whether both "
+    "learned as much; compare the held-out loss of a new run"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """Samples of one metric on two sides, one list per trial; pairs of disturbed trials are left out."""
@@ -228,8 +241,17 @@ class Pair:
     """How trial i of the base and trial i of the candidate are related."""
     note: str = ""
     """A note for the reason of the verdict: dropped pairs of disturbed trials, or samples that give only a ratio."""
+    untrained: float | None = None
+    """Of a loss, its value before training in the base; None if it was not measured."""
     shared: Effect | None = None
     """The effect with the scatter that it shares with others; None if it shares none."""
+
+    @property
+    def judged(self) -> Effect | Gain:
+        """What is judged: the effect, or the gain of a loss. Raises ValueError as `estimate_effect` does."""
+        if self.untrained is None:
+            return self.effect
+        return estimate_gain(self.untrained, self.base, self.candidate, self.pairing)
 
     @property
     def effect(self) -> Effect:
@@ -240,7 +262,12 @@ class Pair:
         return estimate_effect(base, candidate, self.pairing)
 
     def with_note(self, comparison: Comparison) -> Comparison:
-        """The comparison with the note in its reason."""
+        """The comparison with the note in its reason. Losses without an untrained loss are never equivalent."""
+        of_loss = self.metric in METRICS and METRICS[self.metric].is_loss and self.untrained is None
+        if of_loss and comparison.verdict in ("equivalent", "inconclusive"):
+            return dataclasses.replace(
+                comparison, verdict="inconclusive", reason=UNKNOWN_GAIN, replicates_needed=None, mde80=None
+            )
         if not self.note:
             return comparison
         return dataclasses.replace(comparison, reason=f"{comparison.reason}; {self.note}")
@@ -277,6 +304,7 @@ def make_pairs(base: Series, candidate: Series, metric: str) -> Pair:
         candidate=[samples for _, (_, samples) in found],
         pairing=pairing,
         note=f"disturbed trials: {dropped}" if dropped else "",
+        untrained=base.untrained(metric),
     )
 
 
@@ -337,7 +365,7 @@ def pairs_against(base: Series | None, others: Mapping[K, Series], metric: str) 
         return {}
     pairs = {key: make_pairs(base, series, metric) for key, series in others.items() if series is not base}
     pairs = {key: pair for key, pair in pairs.items() if pair.base and pair.candidate}
-    if is_memory(metric):
+    if is_memory(metric) or base.untrained(metric) is not None:
         return pairs
     effects: dict[K, Effect] = {}
     for key, pair in pairs.items():
@@ -373,7 +401,7 @@ def judge(
             given times, by Holm's procedure.
     """
     found: dict[Key, Comparison] = {}
-    effects: dict[Key, Effect] = {}
+    effects: dict[Key, Effect | Gain] = {}
     limits = {key: limits_of(*key) for key in pairs}
     for key, pair in pairs.items():
         try:
@@ -381,7 +409,7 @@ def judge(
                 base, candidate = ([size for (size,) in trials] for trials in (pair.base, pair.candidate))
                 found[key] = compare_bytes(base, candidate, tolerance=limits[key].tolerance)
             else:
-                effects[key] = pair.effect
+                effects[key] = pair.judged
         except ValueError as error:
             found[key] = Comparison(verdict="invalid", reason=f"the samples cannot be compared: {error}")
     if family is None:

@@ -58,6 +58,18 @@ class InvalidReason(enum.StrEnum):
     """Trials with one name belong to different variants."""
 
 
+_QUIETER = "Stop other work on this machine, and measure again"
+REMEDIES: dict[InvalidReason, str] = {
+    InvalidReason.INCOMPLETE: "See its status",
+    InvalidReason.DAMAGED_LINES: "Restore trials.jsonl, or measure again: lorameter run --resume {run}",
+    InvalidReason.NO_RECORD: "Measure the others: lorameter run --resume {run}",
+    InvalidReason.CONTROL_DIFFERS: _QUIETER,
+    InvalidReason.DISTURBED: f"{_QUIETER}, or with --allow-disturbed",
+    InvalidReason.PATH_INACTIVE: "Read the evidence of the check and make the path run, or set allow_fallback = true",
+}
+DEFAULT_REMEDY = "Read the trial's log, correct its cause or leave the variant out, and measure again"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """One reason, as text."""
@@ -96,6 +108,12 @@ class RunValidity:
     def invalid(self) -> str | None:
         """The first few reasons why the run is invalid and none of its verdicts counts; None if it is valid."""
         return format_faults(self.faults) if self.faults else None
+
+    @property
+    def remedy(self) -> str:
+        """What to do about the first reason; empty if the run is valid."""
+        found = [REMEDIES.get(fault.reason, DEFAULT_REMEDY) for fault in self.faults[:1]]
+        return "".join(found).format(run=self.run) + "." * len(found)
 
     @property
     def broken(self) -> str | None:
@@ -209,21 +227,23 @@ def _run_faults(run: Run) -> Iterator[Fault]:
 def _variant_faults(run: Run, study: Study) -> Iterator[Fault]:
     """Trials that failed, or lack a required path; those of the control are faults of the run."""
     identities: dict[tuple[str, Side], set[str]] = {}
+    trials: dict[tuple[InvalidReason, str, str, Side], list[str]] = {}
     for record in run.records:
         identities.setdefault((record.name, record.side), set()).add(record.variant)
         reason, messages = InvalidReason.PATH_INACTIVE, list[str]()
         if record.status != "ok":
             reason = InvalidReason.DISTURBED if record.disturbed else InvalidReason.TRIAL_FAILED
-            messages = [] if record.role == "control" else [f"trial {record.trial} is {_ending(record)}"]
+            messages = [] if record.role == "control" else [_ending(record)]
         elif not study.allow_fallback:
             messages = [
-                f"trial {record.trial}: required path {check.get('path')} is {check.get('status')}, not active"
+                f"required path {check.get('path')} is {check.get('status')}, not active"
                 for check in record.checks
                 if check.get("required") is not None and check.get("status") != "active"
             ]
-        yield from (
-            Fault(reason=reason, message=message, variant=record.name, side=record.side) for message in messages
-        )
+        for message in messages:
+            trials.setdefault((reason, message, record.name, record.side), []).append(record.trial)
+    for (reason, message, name, side), alike in trials.items():
+        yield Fault(reason=reason, message=f"trial {first_few(alike, 1)}: {message}", variant=name, side=side)
     for (name, side), found in identities.items():
         if len(found) > 1:
             message = f"the trials of {name} are of {len(found)} different variants"

@@ -115,16 +115,6 @@ def test_the_dtype_in_which_a_step_multiplies(options, rate):
     assert product_rate(LoraVariant(**options)) == rate
 
 
-@pytest.mark.parametrize(("rate", "words"), [("memory", "data in a cache"), ("bfloat16", "which is not a bound here")])
-def test_a_share_above_the_peak_is_explained(rate, words):
-    """The text of the share says that it is above 100 %, and why, also if it has no interval."""
-    peak = Peak(device="Test CPU", rate=rate, per_s=100.0, source="measured")
-    text = str(utilisation("use", 100, Estimate(value=0.5, low=None, high=None), peak, "work"))
-    assert "200.0% [no interval]" in text
-    assert "above 100 %" in text
-    assert words in text
-
-
 GIB = 2**30
 
 

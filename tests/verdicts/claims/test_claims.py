@@ -398,7 +398,7 @@ def test_a_pair_may_be_of_any_field_and_of_losses(write_run, small_study, tmp_pa
         at_last, held_out = worse * (2.0 + record.replicate / 1000), 2.0 + record.replicate / 1000
         return record.replaced(
             samples=record.samples | {"timed_loss": (at_last,) * 3},
-            values=record.values | {"held_out_loss": held_out},
+            values=record.values | {"held_out_loss": held_out, "held_out_loss_initial": 4.0},
         )
 
     times = {"plain": [1.0, 1.02, 0.99, 1.01], "other": [1.2, 1.22, 1.19, 1.21]}

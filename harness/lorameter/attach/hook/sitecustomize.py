@@ -49,6 +49,8 @@ class ImportHook:
         execute(module)
         if module.__name__ in self.calls:
             call_safely(self.calls.pop(module.__name__), module)
+        if not self.calls and self in sys.meta_path:
+            sys.meta_path.remove(self)  # each finder costs every later import, and accelerate tries two in each step
 
 
 def call_safely(call: Any, *args: Any) -> Any:
@@ -69,8 +71,13 @@ def print_notice(text: str) -> None:
 
 def call_own(module: str, name: str, *args: Any) -> Any:
     """Call a function of a module of lorameter, whether or not this interpreter has it installed."""
-    if not any(isinstance(finder, PackageFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, PackageFinder())
+    finder = PackageFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        for package in PACKAGES:  # their own modules are found by their folders
+            importlib.import_module(package)
+    finally:
+        sys.meta_path.remove(finder)
     return getattr(importlib.import_module("lorameter.attach." + module), name)(*args)
 
 
@@ -118,7 +125,7 @@ def attach_optimizers(module: Any) -> None:
     plain = module.Optimizer.profile_hook_step
 
     def profile_hook_step(func: Any) -> Any:
-        step, compiling = plain(func), sys.modules["torch"].compiler.is_compiling
+        step, compiling = plain(func), sys.modules["torch"].compiler.is_dynamo_compiling
 
         @functools.wraps(step)
         def update(*args: Any, **kwargs: Any) -> Any:

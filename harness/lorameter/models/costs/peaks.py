@@ -262,12 +262,7 @@ class Utilisation(Estimate):
 
     def __str__(self) -> str:
         places = "[no interval]" if self.low is None or self.high is None else f"[{self.low:.1%}, {self.high:.1%}]"
-        text = f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
-        if self.value <= 1:
-            return text
-        product = "it ran faster than the product by which the peak was measured, which is not a bound here"
-        why = "data in a cache is not read from memory" if self.peak.rate == "memory" else product
-        return f"{text}; above 100 %: {why}"
+        return f"{self.name} {self.value:.1%} {places} = {self.formula}, peak {self.peak}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,8 @@ def write_html(
     """
     classes = {name: f"s s{number % svg.COLOURS}" for name, number in svg.number_variants(names).items()}
     blocks = list(document)
-    invalid = blocks.pop(0) if blocks and isinstance(blocks[0], Line) and blocks[0].last else None
+    first = blocks[0] if blocks else None
+    invalid = blocks.pop(0) if isinstance(first, Line) and first.spans[0].tone == "alarm" else None
     head = blocks.pop(0) if blocks and isinstance(blocks[0], Section) and blocks[0].title == title else None
     style, script = _file("style.css"), _file("script.js")
     return _environment().get_template("page.html.jinja").render(

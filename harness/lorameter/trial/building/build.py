@@ -332,9 +332,8 @@ def count_sizes(variant: Variant, source: ModelSource) -> Sizes:
         why = "no formula is known for the size of its state"
         raise refused_value(f"sizes: variant {variant.name!r}", "optimizer", variant.optimizer, why, "Measure it.")
     model = _attached(variant, source)
-    full = isinstance(variant, FullVariant)  # then it is no model of PEFT
-    numbers = (sum(parameter.numel() for parameter in model.parameters()),) * 2
-    trainable, everything = numbers if full else model.get_nb_trainable_parameters()
+    numbers = (sum(parameter.numel() for parameter in model.parameters()),) * 2  # if it is no model of PEFT
+    trainable, everything = getattr(model, "get_nb_trainable_parameters", lambda: numbers)()
     adapter = sum(parameter.numel() for parameter in peft_methods.own_parameters(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(variant, LoraVariant) and trainable != adapter and variant.quantization != "none":

@@ -152,7 +152,7 @@ def judge_claims(run: Run) -> ClaimsReport:
     ]
     return ClaimsReport(
         run=run.manifest.run,
-        title=study.title,
+        title=study.headline,
         status=run.manifest.status,
         claims=tuple(claims),
         replicates=len(replicates),

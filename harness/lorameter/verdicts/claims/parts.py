@@ -3,7 +3,8 @@
 A metric along an axis is a table of logs, replicates × levels. Every level is divided by the study's reference, which
 lies on every axis: paired turn by turn if the trials took turns, else by replicate. A replicate counts only if every
 level of the axis has an ok trial, so that all levels are judged by the same replicates. Values are not inverted, even
-if higher is better: "rises" in a claim refers to the quantity that it names.
+if higher is better: "rises" in a claim refers to the quantity that it names. A loss whose untrained value is known is
+judged by the inverse of its gain: 5 % of the gain is a difference, and 5 % of the loss may be all of it.
 """
 
 from __future__ import annotations
@@ -298,8 +299,11 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
         f"{known.title}: not measured in this run. Measure with the phase {known.phase}; answers until EOS need "
         "open_ended_tokens in [workload], and metrics of scripts a --command.",
     )
-    pairing = choose_pairing(series[0], metric)
-    found = [{record.replicate: samples for record, samples in level.measured(metric)} for level in series]
+    pairing, untrained = choose_pairing(series[0], metric), series[0].untrained(metric)
+    found = [
+        {record.replicate: _invert_gains(samples, untrained) for record, samples in level.measured(metric)}
+        for level in series
+    ]
     replicates = set[int]().union(*found)
     complete = [one for one in sorted(replicates) if _is_complete([trials.get(one, ()) for trials in found], pairing)]
     check_count(len(complete))
@@ -310,15 +314,23 @@ def _tabulate(groups: Groups, study: Study, axis: str, metric: str) -> AxisTable
         )
         logs = np.stack([log_ratios(base, other, pairing) for other in others], axis=1)
     except ValueError as error:
-        raise NotJudgedError(f"{known.title}: {error}.") from None
+        gain = "" if untrained is None else f" (1 / gain, from {untrained:.4f} before training)"
+        raise NotJudgedError(f"{known.title}{gain}: {error}.") from None
     return AxisTable(
         axis=axis,
-        title=metric_phrase(metric),
+        title=metric_phrase(metric) if untrained is None else f"1 / gain in {known.title}",
         levels=tuple(level for level, _ in levels),
         replicates=tuple(complete),
         skipped=len(replicates) - len(complete),
         logs=logs,
     )
+
+
+def _invert_gains(losses: Samples, untrained: float | None) -> Samples:
+    """The inverse of each gain, which rises and falls as the loss does; 0, which is refused, without a gain."""
+    if untrained is None:
+        return losses
+    return tuple(1 / (untrained - loss) if loss < untrained else 0.0 for loss in losses)
 
 
 def _is_complete(trials: Sequence[Samples], pairing: Pairing) -> bool:
