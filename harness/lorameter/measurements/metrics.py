@@ -24,6 +24,13 @@ MEASUREMENTS: dict[str, Measurement] = {
 }
 """By name, in the order in which they are measured. A merged adapter has changed the base, so it comes last in a
 process."""
+FUNCTIONS: dict[str, str] = {
+    command.name: f"{one.implementation}:{command.name}"
+    for one in reversed(MEASUREMENTS.values())
+    for command in one.commands
+}
+"""The function that executes each command in the process of a trial; a command that two measurements share is that of
+the first one."""
 METRICS: dict[str, Metric] = {
     metric.name: dataclasses.replace(metric, phase=metric.phase or one.phase.name)
     for one in MEASUREMENTS.values()
