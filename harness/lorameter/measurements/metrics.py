@@ -7,20 +7,44 @@ a loss follow from that entry.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from lorameter.errors import InvalidRunError
+from lorameter.errors import InvalidRunError, UsageError, require, shorten
 from lorameter.measurements.answers import ANSWERS
 from lorameter.measurements.cold import COLD_STARTS
-from lorameter.measurements.declaration import Measurement, Metric, Samples
+from lorameter.measurements.declaration import GENERATE, TRAIN, Measurement, Metric, Samples
 from lorameter.measurements.merged import MERGED
 from lorameter.measurements.peaks import PEAKS as MEMORY_PEAKS
 from lorameter.measurements.requests import REQUESTS
 from lorameter.measurements.steps import STEPS
 from lorameter.records.record import TrialRecord
 
+GROUP = "lorameter.measurements"
+"""The group of entry points by which another package registers a measurement under its name."""
+
+
+def _load_installed() -> Iterator[Measurement]:
+    """The measurements of installed packages. Raises `UsageError` for one that cannot be loaded."""
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            found = point.load()
+        except Exception as error:  # any code of the package may have run
+            raise UsageError(
+                f"{GROUP}: the measurement {point.name!r} of {point.value} cannot be loaded: {shorten(str(error))}. "
+                "Repair or uninstall its package."
+            ) from None
+        require(
+            isinstance(found, Measurement) and found.name == point.name and found.phase in (TRAIN, GENERATE),
+            f"{GROUP}: {point.value} is registered as {point.name!r}, and is no measurement with this name in the "
+            f"phase {TRAIN.name} or {GENERATE.name}. Correct its package.",
+        )
+        yield found
+
+
 MEASUREMENTS: dict[str, Measurement] = {
-    one.name: one for one in (STEPS, REQUESTS, ANSWERS, MEMORY_PEAKS, MERGED, COLD_STARTS)
+    one.name: one for one in (STEPS, REQUESTS, ANSWERS, MEMORY_PEAKS, *_load_installed(), MERGED, COLD_STARTS)
 }
 """By name, in the order in which they are measured. A merged adapter has changed the base, so it comes last in a
 process."""
