@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *"errors stats records studies models machine wire trial attach verdicts results run".split(),
+    *"errors stats records measurements studies models machine wire trial attach verdicts results run".split(),
     *"profile parity report commands".split(),
 )
 """Layers of lorameter, the lowest first."""

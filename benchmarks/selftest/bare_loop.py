@@ -50,7 +50,7 @@ def main(seed: int, turns: int) -> None:
         )  # fmt: skip
         for command in ("build", "verify", "warm_up"):  # anything that the check left behind would slow down the steps
             trial.run(command)
-        trainee, stream = trial._trainee, trial._stream
+        trainee, stream = trial.trainee, trial.stream
     model, optimizer = trainee.model, trainee.optimizer
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     times: dict[str, list[float]] = defaultdict(list)
@@ -78,9 +78,9 @@ def main(seed: int, turns: int) -> None:
                 time_bare("", name)
         elif name == "unmetered":
             with trial._active():
-                times[name] += trial.turn(1).samples["step_time_s"]
+                times[name] += trial._execute("turn", steps=1).samples["step_time_s"]
         elif name == "alone":
-            times[name].append(trial._take_step()[1].time_s)
+            times[name].append(trial.take_step()[1].time_s)
         elif name == "turn":
             begin = time.perf_counter()
             fragment = trial.run("turn", steps=1)

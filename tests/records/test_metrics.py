@@ -7,7 +7,7 @@ Tests of measuring time, which does not count pauses and is robust to clock chan
 
 import pytest
 
-from lorameter.records.metrics import get_samples
+from lorameter.measurements.metrics import get_samples
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import measuring_time_s
 from lorameter.records.units import (

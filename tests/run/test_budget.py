@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from lorameter.errors import UsageError
-from lorameter.records.metrics import PHASES
+from lorameter.measurements.metrics import PHASES
 from lorameter.records.record import PartialRecord
 from lorameter.run.budget import MIN_ROUNDS, Budget, skipped_notice
 from lorameter.run.plan import make_plan
@@ -30,9 +30,7 @@ def test_the_notice_names_skipped_parts_and_the_minutes_they_need():
     assert skipped_notice((), 3, 12, 0.0) == ()
     (notice,) = skipped_notice({"cold", "merged"}, 4, 12, 1150.0)
     assert notice.code == "measurements-skipped"
-    assert "skipped requests with the adapter merged, cold starts (3 replicates with them take about 20 min)" in (
-        notice.message
-    )
+    assert "skipped merged requests, cold starts (3 replicates with them take about 20 min)" in (notice.message)
     assert "--max-minutes to 20" in notice.remedy
     (notice,) = skipped_notice({"cold"}, 1, 12, 1150.0, 700.0)
     assert notice.message.endswith("; 1 replicate of training (3 replicates take about 12 min).")

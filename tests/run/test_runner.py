@@ -118,7 +118,7 @@ def test_the_death_of_a_shared_process_is_a_row_for_each_of_its_trials(small_stu
     """Both trials of the process are crashed, with their earlier results."""
     plan = make_plan(small_study)
     slots = plan.slots[:2]
-    group = Group(replicate=0, launches=(slots,), turns=((slots[0].trial, slots[1].trial),) * 2)
+    group = Group(replicate=0, launches=(slots,), rounds={"turns": ((slots[0].trial, slots[1].trial),) * 2})
     shared = dataclasses.replace(plan, groups=(group,))
     executor, records = conduct(shared, {(slots[1].trial, "turn"): lost()})
     assert [records[slot.trial].status for slot in slots] == ["crashed", "crashed"]

@@ -8,8 +8,8 @@ import math
 import pytest
 
 import lorameter.run.workers.local
+from lorameter.measurements.metrics import PRIMARY
 from lorameter.records import store
-from lorameter.records.metrics import PRIMARY
 from lorameter.records.record import TrialRecord
 from lorameter.run.budget import Budget
 from lorameter.run.measure import measure

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.metrics import METRICS, get_samples
+from lorameter.measurements.metrics import METRICS, get_samples
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import PartialRecord, TrialRecord
 from lorameter.studies.protocol import Protocol
@@ -120,12 +120,12 @@ def test_a_request_without_the_required_attention_makes_the_trial_invalid(trial)
     """Where a study allows fallbacks, a notice replaces the failure."""
     running = trial("steps", "requests", variant=dataclasses.replace(VARIANT, attention="eager"))
     record_of(running, *TRAIN)
-    required = dataclasses.replace(running._request, requirements={"attention.backend": "flash"})
-    running._request = required
+    required = dataclasses.replace(running.request, requirements={"attention.backend": "flash"})
+    running.request = required
     fragment = running.run("begin_generate")
     assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")
     assert "request.attention: required 'flash'" in fragment.failure.message
-    running._request = dataclasses.replace(required, allow_fallback=True)
+    running.request = dataclasses.replace(required, allow_fallback=True)
     assert [notice.code for notice in running.run("begin_generate").notices] == ["fallback-allowed"]
 
 
@@ -180,7 +180,7 @@ def test_a_check_watches_steps_of_the_training(trial):
     """The check watches the first two steps; losses are bit-equal to those of a training without it."""
     variant = dataclasses.replace(VARIANT, use_dora=True)
     running = trial("steps", variant=variant)
-    running._request = dataclasses.replace(running._request, replicate=1)
+    running.request = dataclasses.replace(running.request, replicate=1)
     record = record_of(running, "build", "verify").merged(running.run("warm_up", steps=1))
     for command in ("turn", "turn", "finish_training"):
         record = record.merged(running.run(command, **({"steps": 2} if command == "turn" else {})))
@@ -196,7 +196,7 @@ def test_a_check_watches_steps_of_the_training(trial):
 def test_a_failed_check_makes_the_trial_invalid(trial):
     """A required path that is not active makes the trial invalid."""
     running = trial("steps")
-    running._request = dataclasses.replace(running._request, requirements={"attention.backend": "flex"})
+    running.request = dataclasses.replace(running.request, requirements={"attention.backend": "flex"})
     record_of(running, "build")
     fragment = running.run("verify")
     assert (fragment.status, fragment.failure.kind) == ("invalid", "RequiredPathNotActive")

@@ -17,8 +17,8 @@ from lorameter.errors import (
     require,
 )
 from lorameter.machine.products import make_target
+from lorameter.measurements.metrics import METRICS, PRIMARY
 from lorameter.records import codec, store
-from lorameter.records.metrics import METRICS, PRIMARY
 from lorameter.records.record import SIDES
 from lorameter.records.store import Run
 from lorameter.report.comparison import describe_bisection

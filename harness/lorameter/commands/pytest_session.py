@@ -29,8 +29,8 @@ from lorameter.commands.run import (
 from lorameter.errors import LorameterError, redact, require
 from lorameter.machine.products import make_target
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
+from lorameter.measurements.metrics import PRIMARY
 from lorameter.records import store
-from lorameter.records.metrics import PRIMARY
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.report.blocks import Document
@@ -234,7 +234,7 @@ class Session:
             failed = [_describe_failure(record, self._run) for record in series.records if record.status != "ok"]
             if failed:
                 pytest.fail("\n".join(failed), pytrace=False)
-            metric = PRIMARY[phase]  # type: ignore[index]
+            metric = PRIMARY[phase]
             if not series.measuring(metric):
                 pytest.fail(f"no trial of {variant_name} measured {metric}, although all are ok", pytrace=False)
             durations = [sample for trial in series.trials(metric) for sample in trial]

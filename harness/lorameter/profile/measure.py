@@ -23,6 +23,7 @@ from typing import Any
 
 from lorameter.errors import InvalidRunError, UsageError
 from lorameter.machine.provenance import Machine
+from lorameter.measurements.peaks import RSS_AT_START
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.memory import baseline_bytes, estimate_phases, stored_dtype
 from lorameter.models.costs.peaks import Peak, Rate, product_rate, stated_peak
@@ -42,7 +43,6 @@ from lorameter.records.activity import (
     RequestFacts,
 )
 from lorameter.records.fileio import remove_on_failure, scratch_folder, write_document
-from lorameter.records.metrics import RSS_AT_START
 from lorameter.records.os_errors import translate_os_errors
 from lorameter.records.record import Failure, MemoryAccount, Notice, PartialRecord, TrialRecord
 from lorameter.records.store import new_run_id

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from lorameter.errors import UsageError
+from lorameter.measurements.metrics import METRICS, Phase
 from lorameter.profile.rules import Finding
-from lorameter.records.metrics import METRICS, Phase
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.stats import Comparison

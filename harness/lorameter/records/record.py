@@ -52,10 +52,6 @@ Interleaving = Literal["shared-base", "lockstep", "replicates", "separate"]
 Side = Literal["", "base", "candidate"]
 """The side of an A/B to which a trial belongs; empty without sides."""
 SIDES: tuple[Side, ...] = ("base", "candidate")
-Measure = Literal["steps", "requests", "open_ended", "merged", "peaks", "cold"]
-"""Measurements of a trial: timed training steps with their losses · warm requests of a fixed number of tokens ·
-requests until EOS, with their answers · warm requests with the adapter merged · memory peaks, load and first calls,
-which need an isolated process · the cold start of its saved adapter."""
 
 
 class _Redacted(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from lorameter.records.metrics import METRICS, PHASE_TITLES
+from lorameter.measurements.metrics import METRICS, PHASE_TITLES
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count, format_interval
 from lorameter.report.blocks import (

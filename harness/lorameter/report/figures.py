@@ -14,7 +14,9 @@ from itertools import pairwise
 from typing import cast
 
 from kernels_check.check import Status
-from lorameter.records.metrics import METRICS, PEAKS, RSS_AT_START, losses_of_steps
+from lorameter.measurements.metrics import METRICS, PEAKS
+from lorameter.measurements.peaks import RSS_AT_START
+from lorameter.measurements.steps import losses_of_steps
 from lorameter.records.record import TrialRecord
 from lorameter.records.units import first_few
 from lorameter.report.blocks import (

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from lorameter.records.metrics import METRICS, PRIMARY, get_samples
+from lorameter.measurements.metrics import METRICS, PRIMARY, get_samples
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.units import format_count, format_duration, format_value
 from lorameter.report.terminal import draw_text

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from lorameter.records.metrics import METRICS
+from lorameter.measurements.metrics import METRICS, PHASE_WORDS, PHASES
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
 from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio, write_share
@@ -24,8 +24,7 @@ from lorameter.verdicts.series import is_memory
 
 _LIMITS = VerdictRule()
 
-_KIND = re.compile(r"(host|device)_(peak|peak_allocated|peak_reserved)_(train|generate|cold)_bytes")
-PHASE_WORDS = {"train": "training", "generate": "generation", "cold": "cold start"}
+_KIND = re.compile(rf"(host|device)_(peak|peak_allocated|peak_reserved)_({'|'.join(PHASES)})_bytes")
 
 
 def _direction_words(metric: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
+from lorameter.measurements.metrics import METRICS
 from lorameter.profile.accounting import (
     IDLE,
     REMAINDER_LIMIT,
@@ -22,7 +23,6 @@ from lorameter.profile.accounting import (
 from lorameter.profile.facts import COLD_PARTS, Profile, RequestProfile, TrialProfile
 from lorameter.profile.remedy import RemedyResult
 from lorameter.profile.rules import OPERATOR_RULES, REQUEST_RULES, RULES, Finding
-from lorameter.records.metrics import METRICS
 from lorameter.records.record import memory_kind_title, order_memory_kinds
 from lorameter.records.units import format_bytes, format_count, format_interval, format_ratio, format_value
 from lorameter.report.blocks import (

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorameter.machine.provenance import MAIN_LIBRARIES, power_limit_w
+from lorameter.measurements.metrics import MEASUREMENTS, METRICS, PHASE_TITLES, PHASE_WORDS
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS, PHASE_TITLES
 from lorameter.records.store import Run, TimeBreakdown
 from lorameter.records.units import first_few, format_count, format_duration, format_percent
 from lorameter.report.blocks import (
@@ -33,7 +33,6 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.figures import describe_charts
 from lorameter.report.phrases import (
-    PHASE_WORDS,
     describe_notices,
     describe_request,
     explain_inconclusive,
@@ -59,10 +58,6 @@ ESTIMATORS = {
 """How the numbers of a report are computed from the trials."""
 MAX_NAMED = 5
 """Maximum variants of one kind that are named; the table has all of them."""
-PARTS_OF_TIME = {
-    "steps": "timed steps", "requests": "requests", "open_ended": "requests to their end", "merged": "merged requests",
-    "cold": "cold starts",
-}  # fmt: skip
 SOURCES = {"trainer": "a Trainer", "loop": "a loop that names its steps", "optimizer": "updates of an optimizer"}
 """How the steps of a script were recognised."""
 _STATES = {
@@ -208,7 +203,7 @@ def _time(spending: TimeBreakdown | None) -> Iterator[Section]:
     if spending is None:
         return
     of_limit = "" if spending.limit_s is None else f" of {format_duration(spending.limit_s)}"
-    measured = {PARTS_OF_TIME[part]: took for part, took in spending.measured_s.items() if part in PARTS_OF_TIME}
+    measured = {MEASUREMENTS[part].title: took for part, took in spending.measured_s.items() if part in MEASUREMENTS}
     parts = ", ".join(f"{part} {format_duration(took)}" for part, took in measured.items())
     share = f"{format_percent(spending.share)} of it measurement{': ' if parts else ''}{parts}"
     yield Section(title="Time", lines=to_lines([f"{format_duration(spending.wall_s)}{of_limit}, {share}"]))

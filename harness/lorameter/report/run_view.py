@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from lorameter.errors import UsageError
-from lorameter.records.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, RSS_AT_START, Phase, phase_columns
+from lorameter.measurements.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, Phase, phase_columns
+from lorameter.measurements.peaks import RSS_AT_START
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes

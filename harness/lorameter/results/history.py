@@ -23,8 +23,8 @@ import msgspec
 from kernels_check.terminal import print_stderr
 from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.provenance import MAIN_LIBRARIES
+from lorameter.measurements.metrics import PRIMARY
 from lorameter.records import codec, fileio, store
-from lorameter.records.metrics import PRIMARY
 from lorameter.records.store import Run
 from lorameter.records.units import Unit
 from lorameter.results.prune import folder_bytes

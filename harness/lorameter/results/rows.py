@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
 from lorameter.machine.provenance import MAIN_LIBRARIES, normal_name
+from lorameter.measurements.metrics import METRICS, PEAKS, Phase
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS, PEAKS, Phase
 from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import Comparison

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import UsageError
-from lorameter.records.record import Measure, Notice, TrialRecord
+from lorameter.measurements.metrics import MEASUREMENTS, Measure
+from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import TimeBreakdown
 from lorameter.records.units import format_count, format_duration
 from lorameter.run.plan import Group, Plan, measured_groups
@@ -32,13 +33,11 @@ TARGET_REPLICATES = 3
 SKIPPED = "measurements-skipped"
 """Code of the notice about parts dropped because of a limit."""
 DROPPABLE: dict[Measure, str] = {
-    "requests": "requests",
-    "open_ended": "requests until EOS",
-    "merged": "requests with the adapter merged",
-    "cold": "cold starts",
+    one.name: one.title
+    for one in sorted(MEASUREMENTS.values(), key=lambda one: -(one.drop_rank or 0))
+    if one.drop_rank is not None
 }
-"""The parts that can be dropped, with their names in a notice, in the order of measurement. The last is dropped
-first."""
+"""The parts that can be dropped, with their names in a notice. The last is dropped first."""
 
 
 class TimeLimitTooShortError(UsageError):

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from lorameter.errors import UsageError, require
 from lorameter.machine.provenance import Machine
+from lorameter.measurements.metrics import PHASES
 from lorameter.models.catalogue import RANDOM_PREFIX
 from lorameter.models.costs.memory import CUDA_CONTEXT_BYTES
 from lorameter.models.methods import method_facts
 from lorameter.records import codec, fileio
-from lorameter.records.metrics import PHASES
 from lorameter.records.record import Interleaving, Notice, PartialRecord, TrialRecord
 from lorameter.records.units import format_bytes
 from lorameter.run.display import Display

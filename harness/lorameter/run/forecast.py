@@ -22,6 +22,7 @@ from typing import Any
 
 from lorameter.errors import LorameterError
 from lorameter.machine.provenance import Machine
+from lorameter.measurements.declaration import TrialTimes, Work
 from lorameter.models import catalogue, shapes
 from lorameter.models.costs.lora import adapter_parameters, missing_formula
 from lorameter.models.costs.memory import (
@@ -50,7 +51,7 @@ from lorameter.run.workers import Executor, IfBusy, TrialFiles, Worker, WorkerLo
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
 from lorameter.studies.form import AnyVariant
-from lorameter.studies.request import BaseKey, Request, base_key
+from lorameter.studies.request import COMMANDS, BaseKey, Request, base_key
 from lorameter.studies.script import OWN
 from lorameter.studies.variant import Variant
 from lorameter.studies.workload import Workload
@@ -90,18 +91,6 @@ class Forecast:
     disk_bytes: int | None = None
     unknown: str | None = None
     """Why memory or disk space is unknown."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialTimes:
-    """Seconds of the parts of a variant's trial."""
-
-    load_s: float
-    """Time to prepare its model, which is prepared once and then mapped."""
-    step_s: float
-    evaluate_s: float
-    """Time for the loss of all held-out records."""
-    request_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,28 +254,21 @@ class _SimulatedWorker(Worker):
         self._executor = executor
         self._ready_s = 0.0
         self._answer = PartialRecord()
+        self._repeated: dict[str, tuple[str, int]] = {}
+        """The last command of each trial, and how often it was repeated."""
 
     def send(self, command: str, trial: str, **arguments: Any) -> None:
         """Begin the work of a command."""
         slot, protocol = self._executor.slots[trial], self._executor.protocol
-        times, workload = self._executor.times.trials[slot.variant.name], slot.workload
-        steps = arguments.get("steps", protocol.warmup_steps_min)
-        evaluate_s = times.evaluate_s if "steps" in slot.measures else 0.0
-        requests = 3 if workload.adapters > 1 else 1  # with one adapter, after a switch, mixed
-        open_ended_s = times.request_s * workload.open_ended_tokens / workload.new_tokens
-        seconds = {
-            "build": times.step_s + (0.0 if slot.replicate else evaluate_s),
-            "verify": times.step_s,
-            "warm_up": steps * times.step_s,
-            "turn": steps * times.step_s,
-            "train": steps * times.step_s,
-            "finish_training": evaluate_s,
-            "begin_generate": (1 + protocol.generate_warmup) * times.request_s,
-            "request": requests * times.request_s,
-            "open_ended": open_ended_s,
-            "base_answers": protocol.open_ended_requests * open_ended_s,
-            "cold": times.load_s + times.request_s,
-        }.get(command, 0.0)
+        times, steps = self._executor.times.trials[slot.variant.name], arguments.get("steps", protocol.warmup_steps_min)
+        last, rounds = self._repeated.get(trial, ("", 0))
+        self._repeated[trial] = command, rounds + 1 if command == last else 1
+        evaluates = "steps" in slot.measures and not (command == "build" and slot.replicate)
+        work = Work(
+            load_s=times.load_s, step_s=times.step_s, evaluate_s=times.evaluate_s if evaluates else 0.0,
+            request_s=times.request_s, steps=steps, rounds=rounds, workload=slot.workload, protocol=protocol,
+        )  # fmt: skip
+        seconds = COMMANDS[command].cost(work)
         self._ready_s = self._executor.now_s + seconds
         taken = steps * (times.step_s,)
         self._answer = {

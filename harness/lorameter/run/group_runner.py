@@ -17,9 +17,13 @@ from typing import Any
 
 import msgspec
 
+from lorameter.measurements.declaration import Command, Measurement, Work
+from lorameter.measurements.metrics import MEASUREMENTS, Measure
+from lorameter.measurements.requests import REQUESTS
+from lorameter.measurements.steps import STEPS
 from lorameter.records import codec
 from lorameter.records.os_errors import REFUSED, SystemLimitError
-from lorameter.records.record import UNDER_WAY, Failure, Measure, PartialRecord, Status, TrialRecord
+from lorameter.records.record import UNDER_WAY, Failure, PartialRecord, Status, TrialRecord
 from lorameter.records.store import checkpoint_is_due
 from lorameter.records.trials import find_fault
 from lorameter.run.budget import MIN_ROUNDS, Budget
@@ -27,7 +31,7 @@ from lorameter.run.display import Display
 from lorameter.run.plan import Group, Plan, Slot
 from lorameter.run.prepare import RunContext, begin_record, make_request
 from lorameter.run.workers import Executor, Worker, WorkerLostError
-from lorameter.studies.request import COMMANDS, Request
+from lorameter.studies.request import Request
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,25 +146,30 @@ class GroupRunner:
         self._timeout_s = run.plan.study.protocol.step_timeout_s
         self._request_s = 0.0
         """Seconds of one request of one trial."""
+        self._serving = False
+        """Whether the trials have answered their first requests."""
 
     def measure(self) -> None:
         """Measure the group, and end its processes."""
+        phases = {"train", *self._run.plan.phases}
+        measurements = [
+            one for one in MEASUREMENTS.values() if one.phase.name in phases and (self._trains or one is not STEPS)
+        ]
         try:
             for launch in self._group.launches:
                 self._launch(launch)
             self._prepare()
-            if self._trains:
-                self._train()
-                self._run_untimed("save_adapter")
-            self._budget.lap(self._rest)
-            if "generate" in self._run.plan.phases:
-                self._generate()
+            for measurement in measurements:
+                if not measurement.in_new_process:
+                    self._take(measurement)
             if any(len(launch) > 1 for launch in self._group.launches):
-                self._run_untimed("close")
+                self._run_untimed("close", self._records.live())
         finally:
             for worker in set(self._workers.values()):
                 worker.close()
-        self._start_cold()
+        for measurement in measurements:
+            if measurement.in_new_process and self._admits(measurement):
+                self._start_cold(self._records.live(measurement.name))
         for slot in self._group.slots:
             self._run.executors[slot.executor].clear_place(slot.trial)
 
@@ -195,79 +204,85 @@ class GroupRunner:
         steps = 2 + MIN_ROUNDS * protocol.steps_per_turn
         first = 1 if budget.is_judging and self._group.turns else len(live)
         for trials in (live[:first], live[first:]):  # one trial alone first: its step shows whether any fits
-            self._run_untimed("build", trials=trials)
+            self._run_untimed("build", trials)
             known = self._records.values("build_step_time_s")
             if self._group.turns and known:
                 budget.require_one(steps * statistics.fmean(known) * len(self._records.live()))
         if not self._trains:
             return
-        self._run_untimed("verify")
-        self._run_untimed("warm_up", arguments={"steps": 1} if budget.limit_s is not None else {})
+        self._run_untimed("verify", self._records.live())
+        self._run_untimed("warm_up", self._records.live(), **({"steps": 1} if budget.limit_s is not None else {}))
         budget.lap(self._rest, once_s=sum(self._records.values("isolation_probe_time_s")) / self._parallel)
 
-    def _train(self) -> None:
-        """Run the timed turns, and the untimed steps of the requested epochs."""
-        protocol, records, turns = self._run.plan.study.protocol, self._records, self._group.turns
-        begin = time.monotonic()
-        steps = self._budget.steps(protocol.steps_per_turn)
-        rounds = self._take_rounds("steps", "turn", turns, steps=steps)
-        turn_phase = PartialRecord(values={"turns_wall_time_s": time.monotonic() - begin})
-        timed = records.live("steps")
-        for trial in timed:
-            records.add(trial, turn_phase)
+    def _take(self, measurement: Measurement) -> None:
+        """Take one measurement of all trials that measure it: begin, rounds in turns, end."""
+        if measurement is REQUESTS:
+            self._serving = self._begin_requests()
+        if not self._admits(measurement):
+            return
+        if measurement.begin and measurement is not REQUESTS:
+            for command in measurement.begin:
+                self._run_untimed(command.name, self._receivers(command, measurement))
+            self._lap(measurement)
+        rounds, once_s = self._take_rounds(measurement), 0.0
+        if measurement is STEPS:
+            once_s = self._end_training(rounds)
+        else:
+            for command in measurement.end:
+                self._run_untimed(command.name, self._receivers(command, measurement))
+        if measurement.end:
+            self._lap(measurement if measurement.rounds else REQUESTS, once_s=once_s)
+
+    def _end_training(self, rounds: int) -> float:
+        """Run the untimed steps of the requested epochs, and end the training of all trials after the same step.
+        Returns the seconds that only the first replicate needs."""
+        protocol, records = self._run.plan.study.protocol, self._records
+        train, finish, save = STEPS.end
+        timed = records.live(STEPS.name)
         epochs = max((records.slots[trial].arm.rounds_after_turns(protocol) for trial in timed), default=0)
         for _ in range(epochs):  # in rounds, because a command that trains for hours looks like one that hangs
-            self._run_untimed("train", arguments={"steps": protocol.steps_per_turn})
+            self._run_untimed(train.name, self._receivers(train, STEPS), steps=protocol.steps_per_turn)
         arguments = {}
         if timed and self._budget.limit_s is not None and not epochs:
             # All trials end after the longest warm-up and the timed steps.
             longest = max(len(records.records[trial].samples.get("warmup_step_time_s", ())) for trial in timed)
-            arguments["steps"] = 1 + longest + rounds * steps
-        finish_s = self._run_untimed("finish_training", arguments=arguments)
-        if turns and records.values("held_out_loss_initial"):
-            self._budget.lap("steps", once_s=finish_s)  # like the same loss before training, which occurs once
-
-    def _generate(self) -> None:
-        wanted = {"requests", "open_ended", "merged", "cold"} & {
-            measure for slot in self._group.slots for measure in slot.measures
-        }
-        if not self._group.isolated and not (wanted and self._begin_requests()):
-            for part in ("open_ended", "merged"):  # both need requests, and their rounds are counted as missing
-                self._admits(part)
-            return
-        if self._group.isolated:
-            self._run_untimed("begin_generate")
-        if self._admits("requests"):
-            self._take_rounds("requests", "request", self._group.requests)
-        if self._admits("open_ended"):
-            self._take_rounds("open_ended", "open_ended", self._group.open_ended)
-            self._run_untimed("base_answers")
-            self._budget.lap("open_ended")
-        self._run_untimed("end_generate")
-        self._lap_requests()
-        if self._admits("merged"):
-            self._run_untimed("merge")
-            self._budget.lap("merged")
-            self._take_rounds("merged", "request", self._group.requests)
+            arguments["steps"] = 1 + longest + rounds * self._budget.steps(protocol.steps_per_turn)
+        finish_s = self._run_untimed(finish.name, self._receivers(finish, STEPS), **arguments)
+        self._run_untimed(save.name, self._receivers(save, STEPS))
+        # The same loss was computed before training, which occurs once.
+        return finish_s if self._group.turns and records.values("held_out_loss_initial") else 0.0
 
     def _begin_requests(self) -> bool:
-        """Run the first requests of all trials that take turns. With a time limit, those of one trial come first, to
-        find out whether there is time for more."""
-        first = self._records.live()[:1] if self._budget.is_judging else []
-        seconds = self._run_untimed("begin_generate", trials=first)
-        self._request_s = seconds / self._first_requests
-        if first and not self._admits("requests"):
-            self._budget.lap(None)
+        """Run the first requests of all trials, if a trial needs them. With a time limit, those of one trial come
+        first, to find out whether there is time for more. Returns whether requests can be made."""
+        declared = [MEASUREMENTS[name] for slot in self._group.slots for name in slot.measures]
+        if not self._group.isolated and not any(one.needs_requests and one.drop_rank is not None for one in declared):
             return False
-        self._run_untimed("begin_generate", trials=[trial for trial in self._records.live() if trial not in first])
-        self._lap_requests()
+        (command,) = REQUESTS.begin
+        first = self._records.live()[:1] if self._budget.is_judging and not self._group.isolated else []
+        if first:
+            seconds = self._run_untimed(command.name, first)
+            self._request_s = seconds / (1 + self._run.plan.study.protocol.generate_warmup)
+            if not self._admits(REQUESTS):
+                self._budget.lap(None)
+                return False
+        self._run_untimed(command.name, [trial for trial in self._records.live() if trial not in first])
+        self._lap(REQUESTS)
         return True
 
-    def _start_cold(self) -> None:
+    def _receivers(self, command: Command, measurement: Measurement) -> list[str]:
+        """The trials to which a command of a measurement is sent."""
+        needed, slots = command.needed_by or (lambda one: one is measurement), self._records.slots
+        return [
+            trial for trial in self._records.live() if any(needed(MEASUREMENTS[name]) for name in slots[trial].measures)
+        ]
+
+    # --- cold starts --------------------------------------------------------------------------------------------------
+
+    def _start_cold(self, trials: Sequence[str]) -> None:
         """Measure cold starts after all processes have ended, so that nothing shares the device with them. In the first
         replicate, a whole cold start of the reference checks the sum."""
         records, budget = self._records, self._budget
-        trials = records.live("cold") if self._admits("cold") else []
         whole_s = 0.0
         for trial in trials:
             slot = records.slots[trial]
@@ -277,8 +292,7 @@ class GroupRunner:
                 begin = budget.clock()
                 self._add_cold(trial, self._measure_whole)
                 whole_s += budget.clock() - begin
-        if trials:
-            budget.lap("cold", once_s=whole_s)
+        budget.lap("cold", once_s=whole_s)
 
     def _checks_sum(self, slot: Slot) -> bool:
         """Whether a whole cold start of this trial is compared with the sum of its parts."""
@@ -330,25 +344,22 @@ class GroupRunner:
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
-    def _admits(self, part: Measure) -> bool:
-        """Whether trials of the group measure a part and the budget has room for it."""
-        measuring, workload, budget = len(self._records.live(part)), self._run.plan.study.workload, self._budget
-        once_s = 0.0
-        if part == "cold":
-            load_s = budget.load_s + self._request_s
-            sides = len({slot.arm.side for slot in self._group.slots})
-            seconds = measuring * load_s + sides * budget.import_s
-            once_s = sum(map(self._checks_sum, self._group.slots)) * (budget.import_s + load_s)
-        elif part == "open_ended":  # complete answers are also requested before training
-            answer_s = self._request_s * workload.open_ended_tokens / workload.new_tokens
-            seconds = measuring * 2 * MIN_ROUNDS * answer_s
-        else:
-            seconds = measuring * (self._first_requests + MIN_ROUNDS) * self._request_s
-        return bool(measuring) and budget.admits(part, seconds, once_s=once_s)
-
-    @property
-    def _first_requests(self) -> int:
-        return 1 + self._run.plan.study.protocol.generate_warmup
+    def _admits(self, measurement: Measurement) -> bool:
+        """Whether trials of the group take a measurement and the budget has room for it."""
+        if measurement.drop_rank is None:
+            return self._serving or not measurement.needs_requests
+        measuring, study, budget = self._records.live(measurement.name), self._run.plan.study, self._budget
+        steps_s = self._records.values("build_step_time_s")
+        work = Work(
+            step_s=statistics.fmean(steps_s or [0.0]), request_s=self._request_s, load_s=budget.load_s,
+            workload=study.workload, protocol=study.protocol,
+        )  # fmt: skip
+        seconds, once_s = len(measuring) * measurement.cost_s(work, MIN_ROUNDS if measurement.rounds else 1), 0.0
+        if measurement.in_new_process:
+            seconds += len({slot.arm.side for slot in self._group.slots}) * budget.import_s
+            whole_s = budget.import_s + measurement.cost_s(work, 1)
+            once_s = sum(map(self._checks_sum, self._group.slots)) * whole_s
+        return bool(measuring) and budget.admits(measurement.name, seconds, once_s=once_s)
 
     @property
     def _rest(self) -> Measure | None:
@@ -358,8 +369,10 @@ class GroupRunner:
             return "merged" if self._records.live("merged") else None
         return "steps" if self._trains else "requests"
 
-    def _lap_requests(self) -> None:
-        self._budget.lap("requests" if self._records.live("requests") else self._rest)
+    def _lap(self, measurement: Measurement, *, once_s: float = 0.0) -> None:
+        """Book untimed work to its measurement, or to the rest if no trial of the group takes the measurement."""
+        measured = self._records.live(measurement.name)
+        self._budget.lap(measurement.name if measured else self._rest, once_s=once_s)
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -368,7 +381,7 @@ class GroupRunner:
         if self._records.is_ok(trial):
             self._run.display.trial_phase(self._records.slots[trial], command)
             worker = self._workers[trial]
-            self._take(trial, command, lambda: worker.ask(command, trial, self._timeout_s, **arguments))
+            self._add(trial, command, lambda: worker.ask(command, trial, self._timeout_s, **arguments))
 
     @property
     def _parallel(self) -> int:
@@ -376,15 +389,10 @@ class GroupRunner:
         alone = len(set(self._workers.values())) == len(self._workers)
         return self._run.context.max_parallel if alone else 1
 
-    def _run_untimed(
-        self, command: str, *, trials: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
-    ) -> float:
-        """Let all or some trials execute an untimed command, in parallel on the available cores. Returns its
-        seconds."""
-        begin, arguments, live = self._budget.clock(), arguments or {}, self._records.live(COMMANDS[command].measure)
-        live = [trial for trial in live if trials is None or trial in trials]
-        size = self._parallel
-        for batch in (live[start : start + size] for start in range(0, len(live), size)):
+    def _run_untimed(self, command: str, trials: Sequence[str], **arguments: Any) -> float:
+        """Let these trials execute an untimed command, in parallel on the available cores. Returns its seconds."""
+        begin, size, trials = self._budget.clock(), self._parallel, list(filter(self._records.is_ok, trials))
+        for batch in (trials[start : start + size] for start in range(0, len(trials), size)):
             if len(batch) == 1:
                 self._ask(batch[0], command, **arguments)
                 continue
@@ -393,25 +401,32 @@ class GroupRunner:
                 self._workers[trial].send(command, trial, **arguments)
             for trial in batch:
                 worker = self._workers[trial]
-                self._take(trial, command, lambda: worker.receive(command, self._timeout_s))  # noqa: B023 # called now
-        if live:
+                self._add(trial, command, lambda: worker.receive(command, self._timeout_s))  # noqa: B023 # called now
+        if trials:
             self._records.checkpoint(command)
         return self._budget.clock() - begin
 
-    def _take_rounds(self, measure: Measure, command: str, orders: Sequence[Sequence[str]], **arguments: Any) -> int:
-        """Run the timed rounds that the budget admits if the trials measure this; returns their number."""
-        if not (orders and self._records.live(measure)):
+    def _take_rounds(self, measurement: Measurement) -> int:
+        """Run the timed rounds that the budget admits if trials take the measurement; returns their number."""
+        orders, command, budget = self._group.rounds.get(measurement.rounds, ()), measurement.round, self._budget
+        if not (orders and command and self._records.live(measurement.name)):
             return len(orders)
-        rounds = self._budget.rounds(len(orders))
+        rounds, begin = budget.rounds(len(orders)), time.monotonic()
+        steps = budget.steps(self._run.plan.study.protocol.steps_per_turn)
+        arguments = {"steps": steps} if measurement is STEPS else {}
         with self._pinned():
             for order in orders[:rounds]:
                 for trial in order:
-                    self._ask(trial, command, **arguments)
-                self._records.checkpoint(command)
-        self._budget.lap(measure, rounds=rounds)
+                    self._ask(trial, command.name, **arguments)
+                self._records.checkpoint(command.name)
+        budget.lap(measurement.name, rounds=rounds)
+        if measurement is STEPS:
+            turns = PartialRecord(values={"turns_wall_time_s": time.monotonic() - begin})
+            for trial in self._records.live(STEPS.name):
+                self._records.add(trial, turns)
         return rounds
 
-    def _take(self, trial: str, command: str, answer: Callable[[], PartialRecord]) -> None:
+    def _add(self, trial: str, command: str, answer: Callable[[], PartialRecord]) -> None:
         try:
             fragment = answer()
         except WorkerLostError as lost:

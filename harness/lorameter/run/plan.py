@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lorameter.errors import UsageError, redact, require
+from lorameter.measurements.metrics import MEASUREMENTS, PHASES, Measure
 from lorameter.records import codec
-from lorameter.records.metrics import PHASE_OF, PHASES
-from lorameter.records.record import Interleaving, Measure, Role, Side, TrialRecord
+from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.studies.form import AnyVariant
 from lorameter.studies.protocol import MAX_ROUNDS, Protocol
 from lorameter.studies.study import Study
@@ -146,6 +146,9 @@ def list_workloads(study: Study, arms: Iterable[Arm]) -> tuple[Workload, ...]:
     return tuple(dict.fromkeys((study.workload, *(arm.workload for arm in arms))))
 
 
+Rounds = tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """One trial in the plan."""
@@ -176,15 +179,13 @@ class Slot:
 class Group:
     """Processes that are live at the same time: `launches` are the processes, each with its trials.
 
-    `turns`, `requests` and `open_ended` are the orders of turns in training and in the two kinds of requests: each
+    `rounds` are the orders of turns by the field of the protocol that gives their number (`Measurement.rounds`): each
     entry is one round over all trials of the group, by trial id.
     """
 
     replicate: int
     launches: tuple[tuple[Slot, ...], ...]
-    turns: tuple[tuple[str, ...], ...] = ()
-    requests: tuple[tuple[str, ...], ...] = ()
-    open_ended: tuple[tuple[str, ...], ...] = ()
+    rounds: Mapping[str, Rounds] = field(default_factory=dict, hash=False)
     isolated: bool = False
     """Whether its only trial measures what needs a separate process."""
 
@@ -192,6 +193,11 @@ class Group:
     def slots(self) -> tuple[Slot, ...]:
         """All trials of the group."""
         return tuple(slot for launch in self.launches for slot in launch)
+
+    @property
+    def turns(self) -> Rounds:
+        """The rounds of timed steps; empty for an isolated trial."""
+        return self.rounds.get("turns", ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,7 +271,7 @@ def make_plan(
         "nothing else. Leave the phases out.",
     )
     protocol = study.protocol
-    rounds = protocol.turns + protocol.generate_requests + protocol.open_ended_requests
+    rounds = sum(getattr(protocol, field) for field in {one.rounds for one in MEASUREMENTS.values()} if field)
     if (total := len(arms) * protocol.replicates * rounds) > MAX_ROUNDS:  # it would take minutes to make and to read
         raise UsageError(
             f"study {study.name}: {protocol.replicates} replicates of {len(arms)} trials with {rounds} turns and "
@@ -303,8 +309,9 @@ def make_plan(
                 continue
             for one in _shuffle([one for one in panel if one in isolated], shuffler):
                 single = slot(one, replicate, "replicates", alone)
-                requests = ((single.trial,),) * protocol.generate_requests if "merged" in alone else ()
-                groups.append(Group(replicate=replicate, launches=((single,),), requests=requests, isolated=True))
+                # A single trial has only one order, so the order of the others does not depend on its rounds.
+                rounds = _draw_rounds([single], study, random.Random())
+                groups.append(Group(replicate=replicate, launches=((single,),), rounds=rounds, isolated=True))
     return Plan(
         study=study,
         arms=arms,
@@ -357,20 +364,13 @@ def choose_measures(
     study: Study, interleaving: Interleaving, phases: Sequence[str]
 ) -> tuple[tuple[Measure, ...], tuple[Measure, ...]]:
     """Measures of the trials that take turns (including a cold start after they have ended), and of isolated trials."""
-    merges = study.protocol.merged and all(variant.format.merges for variant in study.built)
-    unwanted = set() if merges else {"merged"}
-    unwanted |= {"open_ended"} if not study.workload.open_ended_tokens else set()
-    wanted = [
-        measure
-        for measure in study.measures
-        if (PHASE_OF[measure] in phases or measure in ("steps", "peaks")) and measure not in unwanted
-    ]
-    isolated = {"shared-base": ("merged", "peaks"), "lockstep": ("peaks",), "replicates": ()}[interleaving]
+    declared = [MEASUREMENTS[name] for name in study.measures]
+    wanted = [one for one in declared if one.phase.name in {"train", *phases} and one.applies(study)]
     if not study.supports("built"):  # each has its own process and allocator, whatever else is live
-        isolated = ()
+        return tuple(one.name for one in wanted), ()
     return (
-        tuple(measure for measure in wanted if measure not in isolated),
-        tuple(measure for measure in wanted if measure in isolated),
+        tuple(one.name for one in wanted if interleaving not in one.isolated_at),
+        tuple(one.name for one in wanted if interleaving in one.isolated_at),
     )
 
 
@@ -381,26 +381,27 @@ def _shuffle(items: Sequence[T], shuffler: random.Random) -> list[T]:
 def _group_slots(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> list[Group]:
     """The groups of trials that are compared with each other, by their level of interleaving. The order of turns is
     shuffled for each round."""
-    protocol, measures, level = study.protocol, slots[0].measures, slots[0].interleaving
+    level = slots[0].interleaving
     processes = [tuple(slots)] if level == "shared-base" else [(slot,) for slot in slots]
-    groups = []
-    for launches in [[one] for one in processes] if level == "replicates" else [processes]:
-        trials = [slot.trial for launch in launches for slot in launch]
-        turns, requests, open_ended = (
-            tuple(tuple(_shuffle(trials, shuffler)) for _ in range(count))
-            for count in (
-                protocol.turns if "steps" in measures else 0,
-                protocol.generate_requests if "requests" in measures else 0,
-                protocol.open_ended_requests if "open_ended" in measures else 0,
-            )
+    return [
+        Group(
+            replicate=slots[0].replicate,
+            launches=tuple(launches),
+            rounds=_draw_rounds([slot for launch in launches for slot in launch], study, shuffler),
         )
-        groups.append(
-            Group(
-                replicate=slots[0].replicate, launches=tuple(launches), turns=turns, requests=requests,
-                open_ended=open_ended,
-            )
-        )  # fmt: skip
-    return groups
+        for launches in ([[one] for one in processes] if level == "replicates" else [processes])
+    ]
+
+
+def _draw_rounds(slots: Sequence[Slot], study: Study, shuffler: random.Random) -> dict[str, Rounds]:
+    """The rounds of all measurements of a group, in a random order of its trials."""
+    trials = [slot.trial for slot in slots]
+    fields = dict.fromkeys(MEASUREMENTS[measure].rounds for measure in slots[0].measures)
+    return {
+        field: tuple(tuple(_shuffle(trials, shuffler)) for _ in range(getattr(study.protocol, field)))
+        for field in fields
+        if field
+    }
 
 
 def executor_name(arm: Arm, arms: Sequence[Arm]) -> str:

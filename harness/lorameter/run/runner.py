@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from lorameter.records.metrics import primary_metric
+from lorameter.measurements.metrics import primary_metric
 from lorameter.records.record import SIDES, TrialRecord
 from lorameter.records.units import format_count
 from lorameter.run.budget import Budget, TimeLimitTooShortError
@@ -53,7 +53,7 @@ def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str
 def _compare_all(plan: Plan, records: Sequence[TrialRecord]) -> list[Comparison]:
     """Every series compared with the reference, including the control, in the primary metric of each phase."""
     reference, own = plan.study.reference, bool(plan.own_workloads)
-    metrics = [primary_metric(phase, own_workloads=own) for phase in plan.phases]  # type: ignore[arg-type]
+    metrics = [primary_metric(phase, own_workloads=own) for phase in plan.phases]
     if not any(record.side for record in records):
         groups = group_trials(records)
         base = groups.get((reference, "variant"))

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lorameter.errors import refused_value, require, shorten
-from lorameter.records.metrics import METRICS
+from lorameter.measurements.metrics import METRICS
 from lorameter.studies import protocol
 
 ENGINE = "engine"

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from lorameter.errors import UsageError, require, shorten
+from lorameter.measurements.metrics import Measure
 from lorameter.records import codec
-from lorameter.records.record import Measure
 
 FORMS = {
     "": "lorameter.studies.variant:LoraVariant",

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import require, shorten
-from lorameter.records.metrics import PHASES, Phase
+from lorameter.measurements.metrics import PHASES, Phase
 
 PRECISION_REPLICATES = 40
 """Default maximum of the replicates if a precision is given."""

@@ -16,8 +16,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorameter.records.metrics import Phase
-from lorameter.records.record import SCHEMA, Interleaving, Measure, Role
+from lorameter.measurements.declaration import Command
+from lorameter.measurements.metrics import MEASUREMENTS, Measure
+from lorameter.records.record import SCHEMA, Interleaving, Role
 from lorameter.studies.form import AnyVariant
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.quantization import SMALLEST
@@ -98,22 +99,6 @@ def base_words(variant: Variant, workload: Workload) -> str:
 # --- commands of a trial ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One command; it may take as long as the protocol's `step_timeout_s`."""
-
-    name: str
-    """Its name in messages and failures, and of the method that executes it."""
-    label: str
-    """Its text in a progress display."""
-    measure: Measure | None = None
-    """The command is sent to trials that measure this; None: to all trials."""
-    telemetry_phase: Phase | None = None
-    """The phase whose telemetry of machine and GPU is read around it; None for no telemetry."""
-    ends: Phase | None = None
-    """The phase that ends with it; a notice then names the telemetry that could not be read."""
-
-
 COMMANDS = {
     command.name: command
     for command in (
@@ -122,22 +107,12 @@ COMMANDS = {
         Command(name="times", label="timing two layers"),
         Command(name="parity", label="serving the adapter"),
         Command(name="prepare", label="starting"),
-        # of a trial, in the order in which they are sent
-        Command(name="build", label="building"),
-        Command(name="verify", label="checking what runs"),
-        Command(name="warm_up", label="warming up"),
-        Command(name="turn", label="timing steps", measure="steps", telemetry_phase="train"),
-        Command(name="train", label="training on, untimed", measure="steps"),
-        Command(name="finish_training", label="held-out loss and memory", ends="train"),
-        Command(name="save_adapter", label="saving the adapter", measure="cold"),
-        Command(name="begin_generate", label="first call"),
-        Command(name="request", label="timing requests", telemetry_phase="generate"),
-        Command(name="open_ended", label="timing whole answers", measure="open_ended", telemetry_phase="generate"),
-        Command(name="base_answers", label="answers before training", measure="open_ended"),
-        Command(name="end_generate", label="peaks of generation", measure="peaks", ends="generate"),
-        Command(name="merge", label="merging the adapter", measure="merged"),
+        # of a trial, around its measurements
+        Command(name="build", label="building", cost=lambda work: work.step_s + work.evaluate_s),
+        Command(name="verify", label="checking what runs", cost=lambda work: work.step_s),
+        Command(name="warm_up", label="warming up", cost=lambda work: work.steps * work.step_s),
         Command(name="close", label="checking the shared base"),
-        Command(name="cold", label="cold start", measure="cold"),
+        *(command for measurement in MEASUREMENTS.values() for command in measurement.commands),
         # of a trial that is profiled, which executes the other commands as well
         Command(name="memory_breakdown", label="memory breakdown"),
         Command(name="profile", label="profiling steps", telemetry_phase="train", ends="train"),

@@ -15,9 +15,9 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from lorameter.errors import UsageError, require, shorten, suggest
+from lorameter.measurements.metrics import Measure, Phase, common_measures, phases_of
 from lorameter.records import codec
-from lorameter.records.metrics import Phase, common_measures, phases_of
-from lorameter.records.record import Line, Measure
+from lorameter.records.record import Line
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
 from lorameter.studies.form import AnyVariant, Support

@@ -37,9 +37,9 @@ from typing import Any, Literal
 import msgspec
 
 from lorameter.errors import UsageError, redact, refused_value, require
+from lorameter.measurements.metrics import common_measures, phases_of
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
-from lorameter.records.metrics import common_measures, phases_of
 from lorameter.records.store import Run
 from lorameter.studies import protocol
 from lorameter.studies.claim import Claim, Engine, check_limits

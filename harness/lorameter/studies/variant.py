@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from lorameter.errors import UsageError, require, shorten
-from lorameter.records.metrics import PHASE_OF
-from lorameter.records.record import Measure
+from lorameter.measurements.metrics import MEASUREMENTS, Measure
 from lorameter.studies import protocol, script
 from lorameter.studies.form import AnyVariant, Support
 from lorameter.studies.quantization import FIELDS, Quantization, find_quantization
@@ -284,7 +283,7 @@ class LoraVariant(Variant):
 
     key: ClassVar[str] = ""
     form: ClassVar[str] = "LoRA in its short form, and neither a command nor in the form of PEFT"
-    measures: ClassVar[tuple[Measure, ...]] = tuple(PHASE_OF)
+    measures: ClassVar[tuple[Measure, ...]] = tuple(MEASUREMENTS)
     method_name: ClassVar[str] = "LORA"
     r: int = 16
     """Rank of the update, LoRA's r (Hu et al. 2021, arXiv 2106.09685)."""

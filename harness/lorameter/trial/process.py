@@ -22,8 +22,9 @@ import torch
 
 from lorameter.machine.nvml import GENERATIONS
 from lorameter.machine.telemetry import MIN_S, Telemetry, gpu_opener
+from lorameter.measurements.declaration import Command
 from lorameter.records.record import PartialRecord
-from lorameter.studies.request import COMMANDS, Command, TrialRequest
+from lorameter.studies.request import COMMANDS, TrialRequest
 
 
 def synchronize(device: str) -> None:

@@ -66,7 +66,7 @@ def _prepare_trial(trials: dict[str, Any], request: dict[str, Any], profiled: bo
 
 PROCESS_COMMANDS: dict[str, tuple[Any, str]] = {
     "base": (BaseRequest, "building.base_cache:prepare_base"),
-    "cold": (TrialRequest, "serving.adapters:load_and_answer"),
+    "cold": (TrialRequest, "measurements.cold:load_and_answer"),
     "parity": (ServingRequest, "serving.adapters:serve_adapter"),
     "times": (TrialRequest, "step_times:time_parts"),
 }
@@ -101,7 +101,7 @@ def _start_cold(spawned_monotonic_s: float, request: dict[str, Any] | None = Non
     """Time a cold start, or without a request only its imports. CLOCK_MONOTONIC is common to all processes of a
     machine, so the times include the start of the interpreter."""
     try:
-        from lorameter.trial.serving.adapters import load_and_answer
+        from lorameter.trial.measurements.cold import load_and_answer
 
         imports = {"cold_import_time_s": time.monotonic() - spawned_monotonic_s}
         if request is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorameter.errors import require
 from lorameter.machine.provenance import differing_packages
-from lorameter.records.metrics import METRICS, Phase
+from lorameter.measurements.metrics import METRICS, Phase
 from lorameter.records.record import SIDES, Interleaving, Notice, Side
 from lorameter.records.store import Run
 from lorameter.stats import Comparison

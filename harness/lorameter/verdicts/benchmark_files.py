@@ -22,9 +22,9 @@ from typing import Any
 import msgspec
 
 from lorameter.errors import UsageError, refused_value, require
+from lorameter.measurements.metrics import METRICS
 from lorameter.records import codec, fileio
 from lorameter.records.codec import NotReadableError
-from lorameter.records.metrics import METRICS
 from lorameter.records.store import Run
 from lorameter.stats import Comparison
 from lorameter.studies.form import AnyVariant

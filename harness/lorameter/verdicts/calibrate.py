@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError
-from lorameter.records.metrics import PRIMARY
+from lorameter.measurements.metrics import PRIMARY
 from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
 from lorameter.stats import Comparison, VerdictRule, compare_trials, replicates_to_see, sd_interval

@@ -40,8 +40,8 @@ from lorameter.errors import (
     require,
 )
 from lorameter.machine import provenance
+from lorameter.measurements.metrics import METRICS, PEAKS, PHASES, PRIMARY
 from lorameter.records import codec
-from lorameter.records.metrics import METRICS, PEAKS, PHASES, PRIMARY
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
 from lorameter.records.units import first_few

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from lorameter.records.metrics import PHASE_TITLES, PRIMARY, Phase, get_samples, losses_of_steps
+from lorameter.measurements.metrics import PHASE_TITLES, PRIMARY, Phase, get_samples
+from lorameter.measurements.steps import losses_of_steps
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_count, format_duration, format_ratio

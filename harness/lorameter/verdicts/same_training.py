@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorameter.machine.provenance import KERNELS, kernel_libraries, normal_name
-from lorameter.records.metrics import losses_of_steps, real_tokens_of_steps
+from lorameter.measurements.steps import losses_of_steps, real_tokens_of_steps
 from lorameter.records.record import SIDES, Notice, Side, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_ratio

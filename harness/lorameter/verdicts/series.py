@@ -24,7 +24,8 @@ from typing import TypeVar
 import msgspec
 
 from lorameter.errors import InvalidRunError, require
-from lorameter.records.metrics import METRICS, Samples, get_samples
+from lorameter.measurements.declaration import Samples
+from lorameter.measurements.metrics import METRICS, get_samples
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.records.store import Run
 from lorameter.stats import (

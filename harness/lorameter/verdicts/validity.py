@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.machine.disturbances import Disturbance, judge
-from lorameter.records.metrics import PHASES, Phase, primary_metric
+from lorameter.measurements.metrics import MEASURED_BY, PHASES, PRIMARY, Phase, primary_metric
 from lorameter.records.record import DISTURBED, Failure, Notice, Side, TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count
@@ -27,8 +27,6 @@ from lorameter.verdicts.series import (
     split_sites,
 )
 
-PHASE_OF_PART: dict[str, Phase] = {"requests": "generate", "cold": "cold"}
-"""Parts of a replicate that a time limit can drop, each with the phase that needs it."""
 MAX_FAULTS = 3
 """Maximum faults that are listed; a crash at the start of every trial gives one fault per trial."""
 WATCHED: dict[str, str] = {"train": "training", "generate": "generating"}
@@ -180,7 +178,7 @@ def is_single_script_run(run: Run, study: Study) -> bool:
 
 def measured_phases(run: Run) -> tuple[Phase, ...]:
     """The phases that a run measured, in display order, without those that the time limit dropped."""
-    skipped = {phase for part, phase in PHASE_OF_PART.items() if part in run.manifest.skipped}
+    skipped = {phase for phase, metric in PRIMARY.items() if MEASURED_BY[metric] in run.manifest.skipped}
     return tuple(phase for phase in PHASES if phase in run.manifest.phases and phase not in skipped)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import psutil
 import pytest
 
-from lorameter.records.metrics import get_samples
+from lorameter.measurements.metrics import get_samples
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
 from lorameter.run.runner import run_plan

@@ -310,7 +310,7 @@ def test_a_base_that_changed_makes_every_trial_on_it_invalid(tokens):
     trials = [trial_on(shared, variant, tokens) for variant in SWEEP]
     for trial in trials:
         trial.run("build")
-    model = trials[0]._trainee.model
+    model = trials[0].trainee.model
     norm = next(parameter for name, parameter in model.named_parameters() if "norm" in name)
     before = base_digest(model)
     with torch.no_grad():

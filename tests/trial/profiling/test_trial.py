@@ -127,7 +127,7 @@ def test_a_profiled_request(serving, tmp_path):
     facts = read_result(RequestFacts, tmp_path, REQUEST_FACTS)
     assert (facts.prompt_rows, facts.logit_rows) == (PROMPT, 1)
     assert (facts.cache, facts.cache_moved, facts.head) == ("DynamicCache", 1.0, "lm_head.weight")
-    config = trial._trainee.model.get_base_model().config
+    config = trial.trainee.model.get_base_model().config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     assert facts.cache_bytes == 2 * config.num_hidden_layers * heads * (PROMPT + NEW - 1) * 2
     trial.run("request_activity", merged=False)
@@ -146,13 +146,13 @@ def test_a_profiled_request(serving, tmp_path):
 
 def test_serving_options_do_not_change_the_answer(serving):
     """Copied head input, static cache and merged adapter each take effect without changing the answer."""
-    plain = serving(dtype="float32")._server.ask().tokens
+    plain = serving(dtype="float32").server.ask().tokens
     for fields in ({"copy_head_input": True}, {"kv_cache": "static"}, {"merge_adapter": True}):
         changed = serving(dtype="float32", **fields)
-        model = changed._trainee.model
-        assert changed._server.ask().tokens == plain
+        model = changed.trainee.model
+        assert changed.server.ask().tokens == plain
         assert peft_methods.is_merged(model) is ("merge_adapter" in fields)
-        facts = observe_request(model, changed._server.ask)
+        facts = observe_request(model, changed.server.ask)
         cache = ("StaticCache", 0.0) if "kv_cache" in fields else ("DynamicCache", 1.0)
         assert (facts.cache, facts.cache_moved) == cache
 

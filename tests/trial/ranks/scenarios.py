@@ -83,7 +83,7 @@ def from_the_first_turn(change_step):
 
 def leave_out_one_update(trial):
     """Skip the next optimizer step of this rank."""
-    optimizer = trial._trainee.optimizer
+    optimizer = trial.trainee.optimizer
     update = optimizer.step
 
     def skip(*given, **named):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorameter.measurements.metrics import get_samples
 from lorameter.records import codec
-from lorameter.records.metrics import get_samples
 from lorameter.records.record import TrialRecord
 from lorameter.studies.quantization import BUILT_IN
 

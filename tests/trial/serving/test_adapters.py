@@ -16,10 +16,10 @@ import torch
 from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
 
+from lorameter.measurements.metrics import get_samples
 from lorameter.models import catalogue
 from lorameter.parity import compare_served
 from lorameter.records import codec
-from lorameter.records.metrics import get_samples
 from lorameter.records.record import ServedAnswers
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import ServingRequest, TrialRequest, serving_modes
@@ -55,8 +55,8 @@ def test_each_row_of_a_mixed_batch_has_the_answer_of_its_adapter(begin):
     running, record = begin()
     assert record.status == "ok", record.failure
     assert (record.values["adapters"], record.values["mixed_rows"], record.values["mixed_rows_decisive"]) == (3, 5, 5)
-    model = running._trainee.model
-    prompts, names = running._stream.prompts(0), running._server.name_rows(0)
+    model = running.trainee.model
+    prompts, names = running.stream.prompts(0), running.server.name_rows(0)
     assert names == ["default", "default-other1", "default-other2", "default", "default-other1"]
     mixed = generate(model, prompts, 4, adapters=names).answers
     alone = {}
@@ -106,7 +106,7 @@ def test_one_prompt_measures_switching_alone(begin):
     assert "mixed_rows" not in record.values
     assert len(get_samples(record, "switching_factor")) == 1
     record = record.merged(running.run("merge")).merged(running.run("request"))
-    assert list(running._trainee.model.peft_config) == ["default"]
+    assert list(running.trainee.model.peft_config) == ["default"]
     assert (record.status, len(record.samples["merged_request_time_s"])) == ("ok", 1)
 
 

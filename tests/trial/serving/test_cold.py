@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorameter.measurements.metrics import get_samples
 from lorameter.models import catalogue
 from lorameter.records import codec
-from lorameter.records.metrics import get_samples
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.request import TrialRequest
 from lorameter.studies.variant import LoraVariant
@@ -63,7 +63,7 @@ def test_a_request_of_several_prompts(begin_requests):
     """In float32 and without padding, each prompt has the answer that it has alone; throughput counts the tokens of all
     prompts, latency is that of the request, and its attention is checked."""
     trial, record = begin_requests(WORKLOAD_REQUEST_BATCH, VARIANT_REQUEST_BATCH)
-    model, prompts = trial._trainee.model, trial._stream.prompts(0)
+    model, prompts = trial.trainee.model, trial.stream.prompts(0)
     assert prompts.shape == (4, 8)
     together = generate(model, prompts, 3)
     alone = [generate(model, prompts[row : row + 1], 3).answers[0] for row in range(4)]

@@ -56,8 +56,8 @@ class ProfiledTrial(Trial):
 
     def memory_breakdown(self, phase: MemoryPhase) -> PartialRecord:
         """Break down the memory of a step or of a request, which is observed and not timed."""
-        request, trainee = self._request, self._trainee
-        call = self._step if phase == "train" else self._server.request
+        request, trainee = self.request, self.trainee
+        call = self.step if phase == "train" else self.server.request
         release_unused(request.device)  # the check's records have reference cycles, and would count as unexplained
         account = measure_breakdown(
             trainee.model, trainee.optimizer, call, initial_pages=self._initial_pages, device=request.device,
@@ -67,9 +67,9 @@ class ProfiledTrial(Trial):
 
     def profile(self, *, budget_s: float) -> PartialRecord:
         """Time the phases of a step, in pairs for `budget_s` seconds, and count its real tokens."""
-        request, stream = self._request, self._stream
+        request, stream = self.request, self.stream
         samples = pair_times(
-            self._step, self._bordered_step(), request.device, what="step",
+            self.step, self._bordered_step(), request.device, what="step",
             samples_of=lambda loss, _: {"timed_loss": float(loss)}, budget_s=budget_s,
         )  # fmt: skip
         lengths = stream.record_lengths()
@@ -78,16 +78,16 @@ class ProfiledTrial(Trial):
             "useful_positions": part * sum(lengths),
             "useful_pairs": part * sum(length * (length + 1) // 2 for length in lengths),
         }
-        return self._judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["timed_loss"]))
+        return self.judged(PartialRecord(samples=samples, values=values | self._count()), list(samples["timed_loss"]))
 
     def _bordered_step(self) -> BorderedStep:
-        return BorderedStep(self._trainee, self._stream, self._request)
+        return BorderedStep(self.trainee, self.stream, self.request)
 
     def _count(self) -> dict[str, float]:
         """The matrix products of a step, counted from the modules; empty if they do not show the products. An
         additional step is observed for that, unless steps are compiled: hooks would trigger recompilation."""
-        model = self._trainee.model
-        watched = None if self._request.variant.compile else watch_gradients(model, self._take_step)
+        model = self.trainee.model
+        watched = None if self.request.variant.compile else watch_gradients(model, self.take_step)
         with contextlib.suppress(UncountedError):
             return to_values(count_products(model, watched))
         return {}
@@ -99,52 +99,52 @@ class ProfiledTrial(Trial):
         """
         peaks: dict[Rate, Peak] = {}
         for rate in rates:
-            release_unused(self._request.device)
+            release_unused(self.request.device)
             with contextlib.suppress(torch.OutOfMemoryError):
-                peaks[rate] = measure_peak(self._request.device, rate)
+                peaks[rate] = measure_peak(self.request.device, rate)
         return self._write(PEAKS, peaks)
 
     def activity(self) -> PartialRecord:
         """Profile the operators of a step, after all other commands; training continues."""
-        model = self._trainee.model
+        model = self.trainee.model
         unpack_4bit(model)
         model.train()
-        activity = record_profile(self._bordered_step(), self._request.device, Path(self._request.scratch))
+        activity = record_profile(self._bordered_step(), self.request.device, Path(self.request.scratch))
         return self._write(ACTIVITY, activity)
 
     def profile_requests(self, *, merged: bool, budget_s: float) -> PartialRecord:
         """Time the phases of a request, with the adapter unmerged or, after `merge`, merged."""
         series = pair_times(
-            self._server.ask, self._bordered_request(), self._request.device, what="request",
+            self.server.ask, self._bordered_request(), self.request.device, what="request",
             samples_of=request_samples, budget_s=budget_s,
         )  # fmt: skip
         return PartialRecord(samples={f"{'merged_' if merged else ''}{name}": times for name, times in series.items()})
 
     def _bordered_request(self) -> BorderedRequest:
-        return BorderedRequest(self._trainee.model, self._server.ask, self._request.device)
+        return BorderedRequest(self.trainee.model, self.server.ask, self.request.device)
 
     def request_facts(self) -> PartialRecord:
         """Facts about a request: its cache, its logits, the mode of the model, and the memory up to its first token."""
-        tracker = PeakMemoryTracker(self._request.device)
+        tracker = PeakMemoryTracker(self.request.device)
         give_back_free()
         tracker.begin()
-        self._server.ask_short(1)
+        self.server.ask_short(1)
         memory = tracker.peaks("first_token")
-        self._write(REQUEST_FACTS, observe_request(self._trainee.model, self._server.ask))
+        self._write(REQUEST_FACTS, observe_request(self.trainee.model, self.server.ask))
         return PartialRecord(memory=memory)
 
     def request_activity(self, *, merged: bool) -> PartialRecord:
         """Profile the operators of a request."""
         name, trace = (MERGED_ACTIVITY, MERGED_TRACE) if merged else (REQUEST_ACTIVITY, REQUEST_TRACE)
         activity = record_profile(
-            self._bordered_request(), self._request.device, Path(self._request.scratch), trace=trace,
-            phase_names=REQUEST_PHASES, weights=weights_by_shape(self._trainee.model),
+            self._bordered_request(), self.request.device, Path(self.request.scratch), trace=trace,
+            phase_names=REQUEST_PHASES, weights=weights_by_shape(self.trainee.model),
         )  # fmt: skip
         return self._write(name, activity)
 
     def _write(self, name: str, found: object) -> PartialRecord:
         """Write a result to a file in the trial's folder instead of the record."""
-        (Path(self._request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")
+        (Path(self.request.scratch) / name).write_text(codec.dumps(found), encoding="utf-8")
         return PartialRecord()
 
 

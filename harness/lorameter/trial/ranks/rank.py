@@ -101,7 +101,7 @@ class RankTrial(Trial):
 
     def _gather(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every rank, in rank order; each rank passes the same number of values."""
-        own = torch.tensor(list(values), dtype=torch.float64, device=self._request.device)
+        own = torch.tensor(list(values), dtype=torch.float64, device=self.request.device)
         gathered = [torch.empty_like(own) for _ in range(self._ranks)]
         distributed.all_gather(gathered, own)
         return [values.tolist() for values in gathered]
@@ -115,41 +115,48 @@ class RankTrial(Trial):
     def build(self) -> PartialRecord:
         """Load the base, attach the adapter, distribute the model, and run the first step."""
         fragment, ranks = super().build(), self._ranks
-        threads = float(ranks * self._request.threads)  # waiting ranks must not count as other work
+        threads = float(ranks * self.request.threads)  # waiting ranks must not count as other work
         return msgspec.structs.replace(fragment, values=fragment.values | {"ranks": float(ranks), "threads": threads})
 
-    def turn(self, steps: int) -> PartialRecord:
-        """Run `steps` timed steps; tokens are those of all ranks."""
-        self._laps.clear()
-        fragment = super().turn(steps)
+    def _execute(self, command: str, **arguments: Any) -> PartialRecord:
+        """Execute a command as in any trial, and add what concerns all ranks."""
+        if command == "turn":
+            self._laps.clear()
+        fragment = super()._execute(command, **arguments)
+        if command == "turn":
+            return self._add_ranks(fragment)
+        return self._check_trained(fragment) if command == "finish_training" else fragment
+
+    def _add_ranks(self, fragment: PartialRecord) -> PartialRecord:
+        """Timed steps with the tokens of all ranks, and the times of each."""
         tokens = self._gather([fragment.samples[key][0] for key in ("turn_tokens", "turn_padded_tokens")])
         real, padded = map(sum, zip(*tokens, strict=True))
         samples = fragment.samples | {"turn_tokens": (real,), "turn_padded_tokens": (padded,)}
         samples |= {f"rank{rank}_step_time_s": times for rank, times in enumerate(zip(*self._laps, strict=True))}
         return msgspec.structs.replace(fragment, samples=samples)
 
-    def finish_training(self, steps: int | None = None) -> PartialRecord:
-        """Finish as in any trial, and check that the ranks have trained the same adapter up to the last step."""
-        fragment = super().finish_training(steps)
+    def _check_trained(self, fragment: PartialRecord) -> PartialRecord:
+        """Check that the ranks have trained the same adapter up to the last step."""
         if fragment.status != "ok":
             return fragment
-        trainee = self._trainee
+        trainee = self.trainee
         reshard(trainee.model)
         gathered = self._gather_data((fingerprints(trainee.model), counted_updates([trainee.optimizer])))
         shown = [
-            RankEvidence(rank=rank, adapter=adapter, updates=self._steps_taken, counted=counted)
+            RankEvidence(rank=rank, adapter=adapter, updates=self.steps_taken, counted=counted)
             for rank, (adapter, counted) in enumerate(gathered)
         ]
-        check = judge_safely(_TRAINED, True, lambda: compare_adapters(shown, steps=self._steps_taken))
-        return judge_checks(fragment, [check], self._request)
+        check = judge_safely(_TRAINED, True, lambda: compare_adapters(shown, steps=self.steps_taken))
+        return judge_checks(fragment, [check], self.request)
 
     def _agree(self, decision: bool) -> bool:
         """Return the decision of the first rank: clocks differ, and all ranks must run the same steps."""
         return bool(self._gather([float(decision)])[0][0])
 
-    def _take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
+    def take_step(self, meanwhile: Callable[[], object] | None = None) -> tuple[float, Lap]:
+        """Run a step on all ranks; returns their loss and the time of the slowest rank."""
         self._barrier()
-        loss, lap = super()._take_step(meanwhile)
+        loss, lap = super().take_step(meanwhile)
         gathered = self._gather([lap.time_s, lap.cpu_time_s, loss])
         self._laps.append([time_s for time_s, _, _ in gathered])
         slowest = max(gathered)
@@ -161,12 +168,12 @@ class RankTrial(Trial):
         stream.restore((0, *position[1:]))
         batch = stream.take()
         stream.restore(position)
-        request = self._request
+        request = self.request
         with torch.no_grad(), without_repacking(model), peft_methods.without_adapter(model):
             return float(compute_loss(forward, batch, device=request.device, autocast=request.variant.autocast))
 
     def _distribute(self, model: Any, stream: TokenStream) -> Any:
-        request = self._request
+        request = self.request
         self._base_loss_whole = self._base_loss(model, model, stream)
         packed = stream.packed_batch()  # a rank's own rows of a step may have one record each
         if packed is not None:  # a sharded model cannot run a forward pass on a single rank
@@ -175,10 +182,10 @@ class RankTrial(Trial):
 
     def _check(self, step: Callable[[], None], required: Mapping[str, Any]) -> tuple[list[Check], dict[str, float]]:
         """The checks of a step merged over the ranks, and the checks that compare ranks; equal on all ranks."""
-        model = self._trainee.model
+        model = self.trainee.model
         others = {path: value for path, value in required.items() if path != ISOLATED}
         reshard(model)
-        with cast(RankStep, self._step).without_clipping():
+        with cast(RankStep, self.step).without_clipping():
             checks = [*kernels_check.verify(model, step, dict.fromkeys(PATHS, True) | others), *self._isolation]
         reshard(model)
         facts = self._observe()
@@ -190,9 +197,9 @@ class RankTrial(Trial):
 
     def _observe(self) -> RankFacts:
         """Observe the facts about this rank; the caller restores the stream."""
-        trainee, stream, step = self._trainee, self._stream, self._step
+        trainee, stream, step = self.trainee, self.stream, self.step
         position = stream.position()
-        frozen = not self._request.variant.trains_base  # otherwise biases of the base train, and its loss changes
+        frozen = not self.request.variant.trains_base  # otherwise biases of the base train, and its loss changes
         return observe_rank(
             trainee.model,
             step.gradients,
@@ -201,7 +208,7 @@ class RankTrial(Trial):
             self._barrier,
             (lambda: self._base_loss(trainee.forward, trainee.model, stream)) if frozen else None,
             before=self._base_loss_whole,
-            whole=stream.upcoming(self._request.variant.gradient_accumulation),
+            whole=stream.upcoming(self.request.variant.gradient_accumulation),
             rank=self._rank,
         )
 

@@ -26,7 +26,7 @@ from lorameter import wire
 from lorameter.errors import shorten
 from lorameter.machine.nvml import GENERATIONS, VARIABLE, visible_devices
 from lorameter.machine.processes import exit_words, explain_kill, fork_process
-from lorameter.records.metrics import losses_of_steps
+from lorameter.measurements.steps import losses_of_steps
 from lorameter.records.os_errors import failed_record
 from lorameter.records.record import Failure, Notice, PartialRecord, Status
 from lorameter.studies.request import TrialRequest

@@ -28,7 +28,9 @@ from statistics import fmean
 import msgspec
 
 from lorameter.errors import require
-from lorameter.records.metrics import METRICS, PEAKS, PHASES, PRIMARY, RSS_AT_START, Samples, get_samples
+from lorameter.measurements.declaration import Samples
+from lorameter.measurements.metrics import METRICS, PEAKS, PHASES, PRIMARY, get_samples
+from lorameter.measurements.peaks import RSS_AT_START
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
 from lorameter.records.units import format_bytes, format_ratio

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorameter.records.metrics import METRICS
+from lorameter.measurements.metrics import METRICS
 from lorameter.records.store import Run
 from lorameter.studies.claim import ANY, LESS, SAFE, ClaimPart
 from lorameter.studies.study import Study

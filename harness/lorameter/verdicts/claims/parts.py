@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from lorameter.records.metrics import METRICS, Samples
+from lorameter.measurements.declaration import Samples
+from lorameter.measurements.metrics import METRICS
 from lorameter.records.units import count_decimals, format_count, format_ratio
 from lorameter.stats import MAX_ADVISED, Pairing
 from lorameter.stats.effect import from_log, log_ratios, paired_effect

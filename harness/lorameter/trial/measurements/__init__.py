@@ -1,0 +1,1 @@
+"""What a trial does in each measurement: one function for each command, with the trial as argument."""
