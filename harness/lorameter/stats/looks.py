@@ -13,7 +13,13 @@ Jennison & Turnbull 1989, J. R. Stat. Soc. B 51), so an interval is valid whenev
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
+from typing import TypeVar
+
+from lorameter.stats.verdict import Comparison
+
+K = TypeVar("K")
 
 LOOKS = (3, 4, 5, 6, 8, 10, 12)
 """Numbers of replicates after which a run is judged: each later one adds a fifth or more."""
@@ -25,6 +31,22 @@ def planned_looks(replicates: int) -> tuple[int, ...]:
     """The numbers of replicates after which a run of at most `replicates` is judged; the last one is always among
     them."""
     return (*(look for look in LOOKS if look < replicates), replicates)
+
+
+def are_decided(comparisons: Collection[Comparison]) -> bool:
+    """Whether there are comparisons and none of them is inconclusive."""
+    return bool(comparisons) and all(one.verdict != "inconclusive" for one in comparisons)
+
+
+def judge_at_looks(
+    judge: Callable[[int], Mapping[K, Comparison]], looks: tuple[int, ...]
+) -> tuple[int, Mapping[K, Comparison]]:
+    """The look at which a run ends, and its comparisons; `judge` judges a number of replicates at the level of a
+    look."""
+    for look in looks[:-1]:
+        if are_decided((found := judge(look)).values()):
+            return look, found
+    return looks[-1], judge(looks[-1])
 
 
 @lru_cache
