@@ -106,7 +106,8 @@ class LiveDisplay(Display):
         """Show the ratio of each variant so far in its first metric, whose interval narrows with each replicate."""
         self._ratios = {}
         for (name, metric), comparison in comparisons.items():
-            self._ratios.setdefault(name, format_verdict(comparison, metric))
+            if comparison.low is not None:
+                self._ratios.setdefault(name, format_verdict(comparison, metric))
         self._draw(at_once=True)
         if self._ratios:
             ended = max((record.replicate for record in self._records.values()), default=0) + 1

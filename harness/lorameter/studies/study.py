@@ -332,8 +332,8 @@ class Study:
 
         The study's own time limit is for the study as it is: another model, and a number of replicates, an effort or a
         precision, lift it. With a precision, a time limit or `until_decided`, and no number of replicates, the maximum
-        of the replicates is raised, so that the goal can be reached or the time be used. `sites` are names with commas between them;
-        they and `mixed` belong to one value of `on`, so another `on` clears those of the study.
+        of the replicates is raised, so that the goal can be reached or the time be used. `sites` are names with commas
+        between them; they and `mixed` belong to one value of `on`, so another `on` clears those of the study.
         """
         workload, replaced = self.workload, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
