@@ -156,6 +156,8 @@ def forecast_study(
         "replicates": expected.replicates,
         "skipped": expected.skipped,
         "half_width": expected.half_width,
+        "detectable": expected.detectable,
+        "decided": expected.decided,
         "noise_basis": expected.noise,
         "time_for_3_percent_s": expected.sought_width_s,
         "memory_bytes": expected.memory_bytes,

@@ -110,9 +110,7 @@ COMMANDS = (
             argument("--steps", type=int, metavar="N", help="timed steps of each process of a command; default 16"),
             argument("--resume", metavar="RUN", help="resume an interrupted A/B, by its own study and sides"),
             *shared_options("trust"),
-            argument(
-                "--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default: at most 12, until it is decided"
-            ),
+            argument("--effort", choices=EFFORTS, help="at most 3, 8 or 12 replicates; default 12"),
             *MEASURING,
             *shared_options("until-decided", "precision", "mixed", "variant", "dry-run"),
             argument(
@@ -175,9 +173,7 @@ COMMANDS = (
             argument("--bad", metavar="REV|REQ", required=True, help="the same, later and slower"),
             argument("--metric", metavar="M", default="step_time_s", help="default: step_time_s"),
             argument("--variant", metavar="V", help="default: the reference of the study"),
-            argument(
-                "--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default: at most 12, until it is decided"
-            ),
+            argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default 8"),
             *shared_options("replicates", "max-minutes", "allow-disturbed", "if-busy", "model", "data"),
             argument("--resume", action="store_true", help="reuse finished comparisons in the runs directory"),
             argument("--dry-run", action="store_true", help="list the candidates; measure nothing"),
