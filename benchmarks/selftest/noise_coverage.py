@@ -1,6 +1,6 @@
 """Measures the coverage of the intervals and the error rates of the verdicts, on simulated and on recorded noise.
 
-    python benchmarks/selftest/noise_coverage.py [--draws N] [--part coverage families scatter noise claims]
+    python benchmarks/selftest/noise_coverage.py [--draws N] [--part coverage families scatter looks noise claims]
 
 - coverage: the 95 % interval covers the true ratio in 94 to 96 % of the runs under Gaussian noise; in 93 to 98 % under
   heavy tails, bursts and drift, which violate the assumption of Student's interval.
@@ -10,6 +10,10 @@
   one replicate shifted for all. All intervals of a run cover the truth in at least 94 % of the runs, in 95 % with equal
   scatter; any identical variant is called slower or faster by more than the tolerance of 1 % in at most 5 %. The
   half-width is printed as a share of that from each comparison's own scatter.
+- looks: runs that end as soon as every comparison is decided (`lorameter.stats.looks`), with Gaussian noise, equal or
+  with one arm of five times the scatter, and with recorded noise if there is any. Of identical variants any is called
+  slower or faster in at most 5 % of the runs, each is called slower in at most 2.5 %, and the interval at the end holds
+  the truth in at least 94 %. How often slower code is found, and after how many replicates on average, is printed.
 - noise: runs drawn from the recording in $LORAMETER_NOISE or simulated from its variance components. Identical code is
   called regressed in at most 2.5 % of the runs; with turns, 5 % slower code is found in 95 % of the runs with 8
   replicates; without any pairing identical code is never called equivalent. Other decision rules on the same draws are
@@ -33,7 +37,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +48,18 @@ from numpy.typing import NDArray
 from scipy import signal, stats
 from shared import Share, print_origin, report_violations
 
-from lorameter.stats import Effect, Pairing, VerdictRule, compare_trials, decide_family, estimate_effect, share_scatter
+from lorameter.stats import (
+    Comparison,
+    Effect,
+    Pairing,
+    VerdictRule,
+    compare_trials,
+    decide_family,
+    estimate_effect,
+    share_scatter,
+)
 from lorameter.stats.effect import paired_effect
+from lorameter.stats.looks import look_level, planned_looks
 
 WARM_UP, MIN_STEPS = 20, 10
 """Number of warm-up steps that are dropped, and the minimum number of steps that must remain."""
@@ -185,6 +199,72 @@ def _half_width(effect: Effect, rule: VerdictRule) -> float:
     return 0.0 if effect.spread is None else effect.spread.half_width(rule.tail(effect.spread))
 
 
+def end_by_looks(effects_of: Callable[[int], dict[int, Effect]]) -> tuple[int, dict[int, Comparison]]:
+    """The replicates and comparisons of a run that ends when all are decided; `effects_of` a number of replicates are
+    its effects."""
+    looks, found = planned_looks(max(REPLICATES)), dict[int, Comparison]()
+    level = look_level(VerdictRule().alpha, looks)
+    for look in looks:
+        effects = effects_of(look)
+        found = decide_family(effects, dict.fromkeys(effects, VerdictRule(alpha=level)))
+        if all(one.verdict != "inconclusive" for one in found.values()):
+            break
+    return look, found
+
+
+def _stopped(
+    description: str, runs: Iterable[tuple[int, dict[int, Comparison]]], *, true_ratio: float = 1.0
+) -> Iterator[Share]:
+    """Yield the shares of runs that ended by looks: alarms on identical code or slower code found, and coverage."""
+    ended = list(runs)
+    mean = np.mean([look for look, _ in ended])
+    every = [one for _, found in ended for one in found.values()]
+    wrong = sum(any(one.verdict in ("regressed", "improved") for one in found.values()) for _, found in ended)
+    slower = sum(one.verdict == "regressed" for one in every)
+    covered = sum(one.low is not None and one.high is not None and one.low <= true_ratio <= one.high for one in every)
+    where = f"{description}, {mean:.1f} replicates on average"
+    if true_ratio == 1:
+        yield Share(f"{where}: any called different", wrong, len(ended), maximum=0.05)
+        yield Share(f"{where}: called slower", slower, len(every), maximum=0.025)
+    else:
+        equal = sum(one.verdict == "equivalent" for one in every)
+        yield Share(f"{where}: called slower", slower, len(every))
+        yield Share(f"{where}: called equivalent within 5 %", equal, len(every))
+    yield Share(f"{where}: the interval holds", covered, len(every), minimum=0.94)
+
+
+def looks(draws: int) -> Iterator[Share]:
+    """Yield alarms, coverage and power of runs that end as soon as every comparison is decided."""
+    most, count = max(REPLICATES), math.ceil(draws / 10)
+
+    def family(logs: Times, look: int) -> dict[int, Effect]:
+        effects = {arm: paired_effect(logs[arm, :look] - logs[0, :look], "turn") for arm in range(1, len(logs))}
+        shared = share_scatter(effects)
+        return {arm: shared[arm] for arm in shared if arm > 1}  # the first is the control
+
+    for variants, (name, first) in itertools.product((3, 5, 14), (("equal", ()), ("one 5", SCATTERS["one 5"]))):
+        rng = np.random.default_rng([5, variants])
+        scales = SD * np.array([*first, *[1.0] * (variants + 2 - len(first))])[:, None]
+        runs = (scales * rng.standard_normal((variants + 2, most)) for _ in range(count))
+        yield from _stopped(f"looks, {variants} variants, {name}", (end_by_looks(partial(family, one)) for one in runs))
+    for percent, sd in ((0, 0.01), (0, 0.02), (4, 0.01), (4, 0.02), (8, 0.02)):
+        rng, ratio = np.random.default_rng([6, percent]), 1 + percent / 100
+        values = rng.normal(math.log(ratio), sd, (count, most))
+        ends = (end_by_looks(lambda look, one=one: {0: paired_effect(one[:look], "turn")}) for one in values)
+        yield from _stopped(f"looks, +{percent} % at a scatter of {100 * sd:.0f} %", ends, true_ratio=ratio)
+
+
+def recorded_looks(draw: Draw, draws: int, name: str) -> Iterator[Share]:
+    """Yield the same for one comparison on recorded noise."""
+    times = draw(np.random.default_rng(7), draws, max(REPLICATES))
+    for title, other, ratio in (("identical code", times[1], 1.0), ("5 % slower code", times[2], TRUE_RATIO)):
+        ends = (
+            end_by_looks(lambda look, a=a, b=b: {0: estimate_effect(a[:look], b[:look], "turn")})
+            for a, b in zip(times[0], other, strict=True)
+        )
+        yield from _stopped(f"looks, {name}, {title}", ends, true_ratio=ratio)
+
+
 def read_times(frame: pd.DataFrame, keys: list[str], step: str, value: str) -> dict[str, Times]:
     """Return the step times by the value of the first key, each replicates × steps, without the warm-up."""
     dropped = WARM_UP if frame[step].nunique() >= WARM_UP + MIN_STEPS else 0
@@ -285,6 +365,9 @@ def recorded_noise(draws: int) -> Iterator[Share]:
     blocks, cpu = (read_times(single, ["arm", "block"], "it", value) for value in ("ns", "cpu_ns"))
     for name, value in describe_noise(arms, pairs, blocks, cpu):
         print(f"{name:36} {value}")
+    for name, pairing, draw in designs(arms, pairs, blocks):
+        if pairing == "turn":
+            yield from recorded_looks(draw, MAX_CHUNK, name)
     for (name, pairing, draw), size in itertools.product(designs(arms, pairs, blocks), RECORDED_REPLICATES):
         rng, where = np.random.default_rng([size, draws]), f"{name}, {size} replicates"
         same, slower, rounds = Counter[str](), 0, math.ceil(draws / MAX_CHUNK)
@@ -325,6 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
         "coverage": coverage,
         "families": families,
         "scatter": scatter,
+        "looks": looks,
         "noise": lambda draws: recorded_noise(draws // 2),
         "claims": lambda draws: simulated_claims.compute_shares(math.ceil(draws / 40)),
     }

@@ -27,7 +27,9 @@ OPTIONS = (
     argument("--lorameter-effort", choices=("quick", "standard", "rigorous"), help="3, 8 or 12 replicates"),
     *shared_options("replicates", prefix=PYTEST_PREFIX),
     argument("--lorameter-interleave", metavar="L", help="shared-base, lockstep or replicates; default: finest"),
-    *shared_options("precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PYTEST_PREFIX),
+    *shared_options(
+        "until-decided", "precision", "max-minutes", "allow-disturbed", "sites", "on", "if-busy", prefix=PYTEST_PREFIX
+    ),
     argument("--lorameter-dry-run", action="store_true", help="show the plan and what it will take, measure nothing"),
     argument("--lorameter-resume", metavar="RUN", help="resume an interrupted run, and replay all of it"),
     argument("--lorameter-base", metavar="RUN", help="gate: a run, a saved .json, or the word baseline"),

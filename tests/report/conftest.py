@@ -190,7 +190,7 @@ def calibration() -> Calibration:
     return Calibration(
         run="run", device="a [fast] CPU", interleaving="lockstep", replicates=24, seconds_per_replicate=9.87,
         identical=COMPARISON, injected=COMPARISON, sd=0.021, sd_low=0.017, sd_high=0.03,
-        rates=(Rates(replicates=5, false_alarms=0.002, equivalent=0.5, found=0.973),), prices=prices,
+        rates=(Rates(replicates=5, used=5.0, false_alarms=0.002, equivalent=0.5, found=0.973),), prices=prices,
     )  # fmt: skip
 
 

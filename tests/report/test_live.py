@@ -63,7 +63,7 @@ def test_each_variant_has_a_row_of_trials_value_and_phase(plan):
     display = LiveDisplay(Console(file=io.StringIO(), width=100))
     display.starting(plan, "run-1")
     rows = [line.split() for line in screen(display)]
-    assert rows[0] == ["trials", "last", "now"]
+    assert rows[0] == ["trials", "last", "ratio", "now"]
     assert {row[0] for row in rows[1:4]} == {"plain", "nf4"}
     assert rows[3][:2] == ["plain", "(control)"]
     for record in measured(plan, 2):

@@ -1,16 +1,22 @@
-"""Tests of when a run stops: at sufficient precision or at the time limit, never because of significance."""
+"""Tests of when a run stops: at sufficient precision, at the time limit, or at a planned look if all is decided."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import math
 
 import pytest
+from rich.console import Console
 
 import lorameter.run.workers.local
+from lorameter.errors import UsageError
 from lorameter.measurements.metrics import PRIMARY
 from lorameter.records import store
-from lorameter.records.record import TrialRecord
+from lorameter.records.record import PartialRecord, TrialRecord
+from lorameter.report.live import LiveDisplay
+from lorameter.report.run_view import make_run_view
 from lorameter.run.budget import Budget
 from lorameter.run.measure import measure
 from lorameter.run.plan import make_plan
@@ -56,7 +62,7 @@ def rule(small_study):
     def make(*, phases=("train",), **limits):
         protocol = dataclasses.replace(small_study.protocol, replicates=40, **limits)
         plan = make_plan(dataclasses.replace(small_study, protocol=protocol), phases=phases)
-        return lambda records: find_stop(plan, Budget(), records)
+        return lambda records: find_stop(plan, Budget(), records, {})
 
     return make
 
@@ -117,10 +123,10 @@ def measured(small_study, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(lorameter.run.workers.local, "LocalExecutor", FakeExecutor)
     monkeypatch.setattr("lorameter.machine.provenance.probe_machine", lambda environment=None: machine)
 
-    def run(**changes):
+    def run(display=None, resume=None, **changes):
         protocol = dataclasses.replace(small_study.protocol, **changes)
         plan = make_plan(dataclasses.replace(small_study, protocol=protocol), phases=("train",))
-        return measure(plan, runs=tmp_path / "runs", display=Quiet())
+        return measure(plan, runs=tmp_path / "runs", display=display or Quiet(), resume=resume)
 
     return run
 
@@ -135,3 +141,56 @@ def test_a_run_that_stopped_early_is_complete_and_has_the_reason(measured, tmp_p
     assert len(run.records) == 5 * 3
     assert comparison_input(run).broken is None
     assert store.read_run(run.manifest.run, tmp_path / "runs").manifest == run.manifest
+
+
+def test_a_run_ends_at_the_first_look_that_decides(measured):
+    """Every step takes the same time, so three replicates decide; the reason says which look it was."""
+    out = io.StringIO()
+    run = measured(display=LiveDisplay(Console(file=out, width=200)), replicates=12, until_decided=True)
+    assert run.manifest.status == "complete"
+    assert run.manifest.stopped == "decided at look 1 of 7, after 3 of 12 replicates"
+    assert {record.replicate for record in run.records} == {0, 1, 2}
+    lines = out.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("replicate 3: nf4 1.000 [1.000, 1.000] equivalent")], lines
+    (row,) = (row for row in make_run_view(run).tables[0].ratios.values())
+    assert row.verdict == "equivalent"
+    assert "98.57 % interval" in row.reason or "97.14 % interval" in row.reason  # the level of a look
+
+
+def test_an_undecided_run_goes_to_its_end(measured, monkeypatch):
+    """With scattered times no look decides, and nothing is said to have been stopped."""
+    times = itertools.cycle((0.1, 0.13, 0.08, 0.11, 0.09))
+
+    def ask(self, command, trial, timeout_s, **arguments):
+        samples = {"step_time_s": tuple(itertools.islice(times, arguments["steps"]))} if command == "turn" else {}
+        return PartialRecord(samples=samples)
+
+    monkeypatch.setattr(FakeExecutor, "ask", ask)
+    run = measured(replicates=4, until_decided=True)
+    assert run.manifest.stopped is None
+    assert {record.replicate for record in run.records} == set(range(4))
+
+
+def test_a_run_interrupted_at_a_look_ends_there_when_resumed(measured, tmp_path):
+    """It is judged before anything else is measured, as without the interruption."""
+
+    class Interrupting(Quiet):
+        replicates = 0
+
+        def judged(self, comparisons):
+            self.replicates += 1
+            if self.replicates == 3:
+                raise KeyboardInterrupt
+
+    run = measured(display=Interrupting(), replicates=12, until_decided=True)
+    assert (run.manifest.status, run.manifest.stopped) == ("interrupted", None)
+    resumed = measured(resume=run, replicates=12, until_decided=True)
+    assert (resumed.manifest.status, resumed.manifest.stopped[:21]) == ("complete", "decided at look 1 of ")
+    assert {record.replicate for record in resumed.records} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("other", [{"precision": 0.01}, {"mixed": True}])
+def test_two_rules_to_stop_are_refused(small_study, other):
+    """The message names both."""
+    with pytest.raises(UsageError, match=r"until_decided = true: .* Remove one of the two"):
+        dataclasses.replace(small_study.protocol, until_decided=True, **other)

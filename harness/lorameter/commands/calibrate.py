@@ -83,8 +83,8 @@ def _load_calibrated(options: argparse.Namespace) -> tuple[Study, str]:
         f"more. Raise --replicates; {CALIBRATION_REPLICATES} is the default.",
     )
     variant = study.variant(options.variant or study.reference)
-    # All replicates are needed: a run that stopped at its precision would have too few for subsets.
-    return study.with_protocol(precision=None), variant.name
+    # All replicates are needed: a run that stopped early would have too few for subsets.
+    return study.with_protocol(precision=None, until_decided=False), variant.name
 
 
 def _measure_injected(study: Study, variant: str, rows: int, placement: Placement, options: argparse.Namespace) -> Run:

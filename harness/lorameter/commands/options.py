@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -35,6 +36,12 @@ SHARED: Mapping[str, dict[str, Any]] = {
         "type": float,
         "metavar": "F",
         "help": "stop when every interval is within ±F of its ratio; a fraction: 0.05 is 5 %%",
+    },
+    "until-decided": {
+        "action": argparse.BooleanOptionalAction,
+        "default": None,
+        "help": "end as soon as every comparison is decided, at planned looks after 3 to 12 replicates; {prefix}effort "
+        "and {prefix}replicates set the maximum",
     },
     "max-minutes": {"type": float, "metavar": "M", "help": "time limit; fewer rounds for every variant"},
     "allow-disturbed": {"action": "store_true", "help": "keep trials measured under disturbance"},

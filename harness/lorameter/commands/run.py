@@ -58,9 +58,11 @@ ON_RESUME = frozenset(
 
 
 def apply_overrides(
-    study: Study, options: argparse.Namespace, *, effort: str | None = None, replicates: int | None = None
-) -> Study:
-    """The study with the options' changes; `effort` or `replicates` apply if the options set no precision.
+    study: Study, options: argparse.Namespace, *, effort: str | None = None, replicates: int | None = None,
+    until_decided: bool = False,
+) -> Study:  # fmt: skip
+    """The study with the options' changes; `until_decided`, or else `effort` or `replicates`, apply if the options
+    set no other rule.
 
     Raises:
         UsageError: both replicates and an effort are given, or a value is invalid.
@@ -70,7 +72,11 @@ def apply_overrides(
         not (options.effort and options.replicates is not None),
         "--effort and --replicates both set the replicates. Give one of them.",
     )
-    if options.effort or options.replicates is not None or values.get("precision") is not None:
+    decided = values.get("until_decided")
+    other_rule = study.protocol.precision or values.get("precision") or study.protocol.mixed or values.get("mixed")
+    if decided is None and until_decided and not other_rule:
+        decided = True
+    if options.effort or options.replicates is not None or values.get("precision") is not None or decided:
         effort, replicates = options.effort, options.replicates
     return study.with_overrides(
         model=options.model,
@@ -78,6 +84,7 @@ def apply_overrides(
         effort=effort,
         replicates=replicates,
         precision=values.get("precision"),
+        until_decided=decided,
         max_minutes=options.max_minutes,
         allow_disturbed=options.allow_disturbed,
         on=values.get("on", HERE),  # commands without this option measure here
@@ -148,6 +155,8 @@ def forecast_study(
         "replicates": expected.replicates,
         "skipped": expected.skipped,
         "half_width": expected.half_width,
+        "detectable": expected.detectable,
+        "decided": expected.decided,
         "noise_basis": expected.noise,
         "time_for_3_percent_s": expected.sought_width_s,
         "memory_bytes": expected.memory_bytes,
@@ -309,14 +318,15 @@ def run_ab(options: argparse.Namespace) -> int:
             f"ab: --{name} SIDE is missing. Give it, or resume an interrupted A/B by --resume RUN.",
         )
     study_for: StudyFor = read_study_file(options.study) if commands is None else lambda target: commands
-    study = apply_overrides(study_for(None), options, effort="standard")
+    study = apply_overrides(study_for(None), options, effort="standard", until_decided=True)
     if needs_sides:  # here, so that a wrong side is refused before a job waits in a queue
         side_names = {"base": options.base, "candidate": options.candidate}
         sides = name_sides(side_names, Path.cwd(), study.protocol, slowdown_rows=options.inject_rows)  # type: ignore[arg-type]
     else:
         sides = command_sides(str(study.variants[0].setting("command")), options.candidate_command)
     with open_placement(study, options.runs_dir) as placement:
-        study = apply_overrides(study_for(make_target(placement.machine)), options, effort="standard")
+        study = study_for(make_target(placement.machine))
+        study = apply_overrides(study, options, effort="standard", until_decided=True)
         phases = AB_PHASES if {*AB_PHASES} <= {*study.phases} else study.protocol.phases
         wanted = PlanOptions(select=options.variant, sides=sides, phases=options.phase or phases)
         if options.dry_run:

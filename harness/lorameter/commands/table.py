@@ -63,7 +63,9 @@ COMMANDS = (
             argument(
                 "--interleave", metavar="L", help="shared-base, lockstep or replicates; default: the finest possible"
             ),
-            *shared_options("precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy"),
+            *shared_options(
+                "until-decided", "precision", "max-minutes", "allow-disturbed", "sites", "on", "mixed", "if-busy"
+            ),
             argument(
                 "--command",
                 dest="script",
@@ -108,9 +110,9 @@ COMMANDS = (
             argument("--steps", type=int, metavar="N", help="timed steps of each process of a command; default 16"),
             argument("--resume", metavar="RUN", help="resume an interrupted A/B, by its own study and sides"),
             *shared_options("trust"),
-            argument("--effort", choices=EFFORTS, help="3, 8 or 12 replicates; default 8"),
+            argument("--effort", choices=EFFORTS, help="at most 3, 8 or 12 replicates; default 12"),
             *MEASURING,
-            *shared_options("precision", "mixed", "variant", "dry-run"),
+            *shared_options("until-decided", "precision", "mixed", "variant", "dry-run"),
             argument(
                 "--phase",
                 choices=PHASES,

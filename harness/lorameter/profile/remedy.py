@@ -116,7 +116,7 @@ def judge_remedy(run: Run, finding: Finding) -> RemedyResult:
     metric, control = validity.primary[phase], validity.controls[phase]
     if finding_phase(finding) != "train":  # the part of a request that the finding is about
         metric = finding.metric
-        control = compare_control(groups, study.reference, metric, family=1)
+        control = compare_control(groups, study.reference, metric, family=1, alpha=study.protocol.alpha)
     comparison = next(iter(list_ratios(groups, study, metric, control).values()), None)
     return RemedyResult(
         finding=finding,

@@ -46,7 +46,7 @@ from lorameter.run.budget import DROPPABLE
 from lorameter.run.forecast import Forecast
 from lorameter.run.plan import Plan
 from lorameter.studies.protocol import Protocol
-from lorameter.verdicts.calibrate import DRAWS, Calibration, planned_effects
+from lorameter.verdicts.calibrate import DRAWS, Calibration, Rates, planned_effects
 
 if TYPE_CHECKING:
     from lorameter.run.memory_fit import Advice, FitStatus, Largest, Needs
@@ -274,12 +274,18 @@ def _time_lines(time: Forecast, protocol: Protocol) -> Iterator[str]:
     took = "unknown" if time.time_s is None else f"estimate: {format_duration(time.time_s)}"
     yield f"time    {took} ({time.basis})"
     replicates = format_count(protocol.replicates, "replicate")
+    if protocol.looks:
+        after = "" if time.decided is None else f": after about {time.decided} if nothing differs, as in the time above"
+        yield f"ends    when every comparison is decided{after}; at most {replicates}"
     if protocol.max_minutes is None:
-        yield f"fits    {replicates}, as planned: no time limit"
+        yield from () if protocol.looks else (f"fits    {replicates}, as planned: no time limit",)
     elif time.replicates is not None:
         skipped = f", without {', '.join(DROPPABLE[part] for part in DROPPABLE if part in time.skipped)}"
         fitting = f"estimate: {time.replicates} of {replicates} in {protocol.max_minutes:g} min"
         yield f"fits    {fitting}{skipped if time.skipped else ''}"
+    if time.detectable is not None:
+        slower = f"a step slower by {format_percent(time.detectable)}"
+        yield f"finds   {slower}, with {time.replicates} replicates, in 80 % of such runs"
     if time.half_width is not None or time.sought_width_s is not None:
         half, sought_s = time.half_width, time.sought_width_s
         interval = f"estimate: intervals of training ratios of ± {format_percent(half or 0)} ({time.noise})"
@@ -320,6 +326,11 @@ def describe_checks(checks: Sequence[DoctorCheck], *, fit: bool) -> Document:
     return (*tables, to_line("This machine is ", answer, f"{rest}. Checks: {grades}.", indented=False))
 
 
+def _gate_size(rate: Rates) -> str:
+    ends_early = rate.used < rate.replicates
+    return f"{rate.used:.1f} of {rate.replicates}, until decided" if ends_early else str(rate.replicates)
+
+
 def describe_calibration(result: Calibration, rows: int) -> Document:
     """The scatter, both comparisons, the rates of resampled gates, and the replicates needed for smaller effects."""
     identical, injected = (
@@ -332,7 +343,7 @@ def describe_calibration(result: Calibration, rows: int) -> Document:
             "replicates", "identical: regressed", "identical: equivalent", "slow-down: regressed", left=0
         ),
         rows=tuple(
-            write_row(str(rate.replicates), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
+            write_row(_gate_size(rate), *map(_share, (rate.false_alarms, rate.equivalent, rate.found)))
             for rate in result.rates
         ),
         notes=to_lines([f"All draws are from {replicates} one run: they do not describe other times."]),

@@ -1,5 +1,4 @@
-"""Displays a run in progress: the progress of each variant and the estimated time left. `lorameter report` shows the
-ratios so far at any time.
+"""Displays a run in progress: the progress of each variant, its ratio so far, and the estimated time left.
 
 The display is redrawn only between two commands of the parent, never during a timed step: rich's refresh thread is off,
 because it would disturb the measurement. Without a terminal, each trial prints one line, and so does a replicate that
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -21,10 +20,13 @@ from rich.text import Text
 from lorameter.measurements.metrics import METRICS, PRIMARY, get_samples
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.records.units import format_count, format_duration, format_value
+from lorameter.report.phrases import format_verdict
 from lorameter.report.terminal import draw_text
 from lorameter.run.display import Display
 from lorameter.run.plan import Plan, Slot
+from lorameter.stats import Comparison
 from lorameter.studies.request import COMMANDS
+from lorameter.verdicts.series import Key
 
 MIN_BETWEEN_S = 0.1
 """Minimum seconds between two redraws, because a turn of a small model may be shorter."""
@@ -42,6 +44,8 @@ class LiveDisplay(Display):
         self._phases: dict[str, str] = {}
         """The phase of each running trial."""
         self._records: dict[str, TrialRecord] = {}
+        self._ratios: dict[str, str] = {}
+        """The ratio of each variant so far, with its interval and verdict."""
         self._begin = self._drawn = self._printed_at = time.monotonic()
         self._now, self._phase = "", (-1, "")
 
@@ -98,14 +102,26 @@ class LiveDisplay(Display):
         done = f"[{len(self._records)}/{len(self._plan.slots)}]"
         self._print_line(f"{done} {record.trial} {record.status} in {record.wall_time_s:.1f} s{why}")
 
+    def judged(self, comparisons: Mapping[Key, Comparison]) -> None:
+        """Show the ratio of each variant so far in its first metric, whose interval narrows with each replicate."""
+        self._ratios = {}
+        for (name, metric), comparison in comparisons.items():
+            if comparison.low is not None:
+                self._ratios.setdefault(name, format_verdict(comparison, metric))
+        self._draw(at_once=True)
+        if self._ratios:
+            ended = max((record.replicate for record in self._records.values()), default=0) + 1
+            ratios = (f"{name} {ratio}" for name, ratio in self._ratios.items())
+            self._print_line(f"replicate {ended}: {', '.join(ratios)}", self._describe_time_left())
+
     def _draw(self, *, at_once: bool = False) -> None:
         if self._console.is_terminal and (at_once or time.monotonic() - self._drawn >= MIN_BETWEEN_S):
             self._live.update(self.render(), refresh=True)
             self._drawn = time.monotonic()
 
     def render(self) -> Group:
-        """A row for each variant, the control last: ended trials, last value and current phase."""
-        heads = (Text(head, style="dim") for head in ("", "trials", "last", "now"))
+        """A row for each variant, the control last: ended trials, last value, ratio so far and current phase."""
+        heads = (Text(head, style="dim") for head in ("", "trials", "last", "ratio", "now"))
         columns = (Column(head, no_wrap=True, overflow="ellipsis") for head in heads)
         table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         rows: dict[str, list[Slot]] = {}
@@ -115,7 +131,8 @@ class LiveDisplay(Display):
             ended = [self._records[slot.trial] for slot in slots if slot.trial in self._records]
             under_way = [self._phases[slot.trial] for slot in slots if slot.trial in self._phases]
             last = next(filter(None, map(_last_value, reversed(ended))), "")
-            cells = (name, f"{len(ended)}/{len(slots)}", last, next(iter(under_way), ""))
+            ratio = self._ratios.get(slots[0].variant.name, "") if _has_ratio(slots[0]) else ""
+            cells = (name, f"{len(ended)}/{len(slots)}", last, ratio, next(iter(under_way), ""))
             table.add_row(*map(draw_text, cells))
         done = f"{len(self._records)} of {len(self._plan.slots)} trials"
         status = _join(done, self._describe_time_left(), self._device)
@@ -129,7 +146,8 @@ class LiveDisplay(Display):
         minutes = self._plan.study.protocol.max_minutes
         if minutes is not None and (left is None or not 0 <= left <= 60 * minutes - elapsed_s):
             return f"{format_duration(max(0.0, 60 * minutes - elapsed_s))} left of {minutes:g} minutes"
-        return "" if left is None else f"about {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
+        most = "at most" if self._plan.study.protocol.looks else "about"
+        return "" if left is None else f"{most} {format_duration(left)} left, by {format_count(ended, 'trial')} so far"
 
     def _print_line(self, *parts: str) -> None:
         if not self._console.is_terminal:
@@ -139,6 +157,11 @@ class LiveDisplay(Display):
 
 def _name(slot: Slot) -> str:
     return f"{slot.arm.side} {slot.variant.name}".strip() + (" (control)" if slot.arm.role == "control" else "")
+
+
+def _has_ratio(slot: Slot) -> bool:
+    """Whether the row of a trial is that of a compared side."""
+    return slot.arm.role == "variant" and slot.arm.side in ("", "candidate")
 
 
 def _join(*parts: str) -> str:

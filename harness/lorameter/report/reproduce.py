@@ -23,6 +23,7 @@ OVERRIDES = {
     "workload": {"model": "--model", "data": "--data"},
     "protocol": {
         "precision": "--precision",
+        "until_decided": "--until-decided",
         "max_minutes": "--max-minutes",
         "allow_disturbed": "--allow-disturbed",
         "on": "--on",
@@ -74,6 +75,8 @@ def _commands(run: Run, sides: Mapping[Side, Mapping[str, Any]]) -> Iterator[str
     phases = [word for phase in run.manifest.phases for word in ("--phase", phase)]
     variants = [word for name in run.manifest.selection for word in ("--variant", name)]
     replicates = ["--replicates", str(protocol.get("replicates", ""))]
+    if sides and not protocol.get("until_decided") and not protocol.get("precision"):
+        replicates.append("--no-until-decided")  # an A/B's default
     kinds, variant = {side["kind"] for side in sides.values()}, stored["variants"][0]
     suffix = "-command" if kinds == {SIDE} else ""
     side_options = [word for name, spec in specs.items() for word in (f"--{name}{suffix}", spec)]
@@ -91,7 +94,7 @@ def _commands(run: Run, sides: Mapping[Side, Mapping[str, Any]]) -> Iterator[str
         injected = ["--inject-rows", str(rows)] if rows else []
         words = ["ab", study, *side_options, *overrides, *injected, *phases, *variants, *replicates]
         if kinds == {PRESENT}:
-            words = ["calibrate", study, *overrides, *injected, *variants, *replicates]
+            words = ["calibrate", study, *overrides, *injected, *variants, *replicates[:2]]
     if study in words and study.endswith(STUDY_SUFFIX):
         yield NOT_BUILT_IN
     yield shlex.join(["lorameter", *words])

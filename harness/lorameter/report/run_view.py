@@ -205,7 +205,7 @@ def _outcomes(view: RunView) -> Iterator[PhaseTable]:
 
 def _tabulate_metric(view: RunView, phase: Phase, metric: str) -> PhaseTable:
     """A table of one metric or kind of memory, with its own control."""
-    control = compare_control(view.groups, view.study.reference, metric, family=1)
+    control = compare_control(view.groups, view.study.reference, metric, family=1, alpha=view.study.protocol.alpha)
     return _tabulate(view, phase, metric, control, whole=False)
 
 

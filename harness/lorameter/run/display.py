@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,8 @@ from kernels_check.terminal import print_stderr
 from lorameter.errors import redact
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.plan import Plan, Slot
+from lorameter.stats import Comparison
+from lorameter.verdicts.series import Key
 
 
 class Display:
@@ -23,6 +25,9 @@ class Display:
 
     def trial_ended(self, record: TrialRecord) -> None:
         """A trial has ended with this record."""
+
+    def judged(self, comparisons: Mapping[Key, Comparison]) -> None:
+        """A replicate has ended; the comparisons are those so far, by variant and metric."""
 
     def starting(self, plan: Plan, run_id: str) -> None:
         """The worker is starting."""

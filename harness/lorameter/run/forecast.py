@@ -50,6 +50,7 @@ from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, IfBusy, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
+from lorameter.stats.verdict import detectable_log_effect
 from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import COMMANDS, BaseKey, Request, base_key
 from lorameter.studies.script import OWN
@@ -82,6 +83,10 @@ class Forecast:
     """Parts that the time limit is expected to skip."""
     half_width: float | None = None
     """Half the interval of a training ratio, as a fraction."""
+    detectable: float | None = None
+    """The slow-down of a step, as a fraction, that is found in 80 % of such runs."""
+    decided: int | None = None
+    """With planned looks, the replicates after which variants that are alike are decided; the time is of these."""
     noise: str = ""
     """The source of the half-width."""
     sought_width_s: float | None = None
@@ -146,14 +151,17 @@ def _forecast_time(plan: Plan, machine: Machine, runs: Path, times: PlanTimes | 
     except TimeLimitTooShortError as error:
         return Forecast(time_s=None, basis=f"{times.basis}: {str(error).rstrip('.')}", replicates=0)
     each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
+    decided = _expected_look(sd, len(ends), plan)
     counts = range(2, MAX_REPLICATES)
     narrow = bisect.bisect_left(counts, True, key=lambda n: (half_width(sd, n, plan) or 1.0) <= TARGET_HALF_WIDTH)
     return Forecast(
-        time_s=ends[-1],
+        time_s=ends[(decided or len(ends)) - 1],
         basis=times.basis,
         replicates=len(ends),
         skipped=skipped,
         half_width=half_width(sd, len(ends), plan),
+        detectable=_detectable(sd, len(ends), plan),
+        decided=decided,
         noise=noise,
         sought_width_s=ends[0] + (counts[narrow] - 1) * each if narrow < len(counts) else None,
     )
@@ -164,6 +172,25 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
     all comparisons of the plan share their scatter; None for one replicate."""
     if replicates < 2:
         return None
+    spread, rule = _spread_and_rule(sd, replicates, plan)
+    return math.expm1(spread.half_width(rule.tail(spread)))
+
+
+def _detectable(sd: float, replicates: int, plan: Plan) -> float | None:
+    return None if replicates < 2 else math.expm1(detectable_log_effect(*_spread_and_rule(sd, replicates, plan)))
+
+
+def _expected_look(sd: float, replicates: int, plan: Plan) -> int | None:
+    """The first look at which variants without any difference are equivalent, else the last; None without looks."""
+    looks = [look for look in plan.study.protocol.looks if 1 < look <= replicates]
+    for look in looks:
+        spread, rule = _spread_and_rule(sd, look, plan)
+        if spread.half_width(rule.alpha) < rule.log_margin:
+            return look
+    return replicates if looks else None
+
+
+def _spread_and_rule(sd: float, replicates: int, plan: Plan) -> tuple[Spread, VerdictRule]:
     sided = any(arm.side for arm in plan.arms)
     comparisons = 1 if sided else len(plan.arms) - 1
     prior = min(PRIOR_DF, (comparisons - 1) * (replicates - 1))
@@ -172,7 +199,7 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
         prior_df=prior, shared_by=comparisons if prior else 0,
     )  # fmt: skip
     family = max(1, comparisons - 1)  # the control is a separate family
-    return math.expm1(spread.half_width(VerdictRule(family=family).tail(spread)))
+    return spread, VerdictRule(family=family, alpha=plan.study.protocol.alpha)
 
 
 # --- the simulation ---------------------------------------------------------------------------------------------------
@@ -184,7 +211,8 @@ def simulate(plan: Plan, times: PlanTimes) -> tuple[list[float], tuple[str, ...]
     Raises:
         TimeLimitTooShortError: not one replicate fits into the time limit.
     """
-    plan = dataclasses.replace(plan, study=plan.study.with_protocol(precision=None))  # the scatter is not simulated
+    unlimited = plan.study.with_protocol(precision=None, until_decided=False)  # the scatter is not simulated
+    plan = dataclasses.replace(plan, study=unlimited)
     protocol = plan.study.protocol
     # Without a limit, all replicates after those of peaks and cold starts take the same time.
     begin = (protocol.peak_replicates, protocol.cold_replicates or 0)

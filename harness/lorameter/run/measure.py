@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from lorameter.run.workers import Executor, open_executor
 from lorameter.run.workers.sides import DECLARED, open_side
 from lorameter.studies.script import OWN
 from lorameter.studies.workload import Workload
+from lorameter.verdicts.decision import compare_so_far
 
 
 def _describe_tokens(plan: Plan, prepared: Mapping[Workload, TokenSummary]) -> dict[str, Any]:
@@ -144,8 +146,9 @@ def _measure_here(
     stack.enter_context(writer.refusals())
     stack.enter_context(_finishing_after_errors(writer))
     measured = run_plan(
-        plan, executors, context, save=writer.append, display=display, budget=budget, earlier=known, stops=stops
-    )
+        plan, executors, context, save=writer.append, display=display, budget=budget, earlier=known, stops=stops,
+        compare=partial(compare_so_far, manifest),
+    )  # fmt: skip
     _finish(writer, plan, budget, measured, stopped=manifest.stopped)
 
 

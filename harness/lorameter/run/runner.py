@@ -5,9 +5,10 @@ failed trial, and resuming an interrupted run skips trials whose records are fin
 limit is measured again, together with all trials that took turns with it, after the others of its replicate: soon
 enough that its pairs see the same state of the machine, and late enough that the disturbance may have ended.
 
-A run stops by precision or by time, never by significance: testing for significance after every replicate raises the
-rate of false alarms from 5 % to 21 % over 20 tests. The width of the interval is independent of the direction, so a run
-may stop as soon as the interval is narrow enough.
+A run stops by precision, by time, or at a planned look if everything is decided there. Testing for significance after
+every replicate at the usual level would raise the rate of false alarms from 5 % to 21 % over 20 tests; the looks have a
+stricter level (`lorameter.stats.looks`). The width of an interval is independent of the direction, so a run may stop as
+soon as the interval is narrow enough.
 """
 
 from __future__ import annotations
@@ -26,23 +27,34 @@ from lorameter.run.plan import Group, Plan
 from lorameter.run.prepare import RunContext, begin_record
 from lorameter.run.workers import Executor
 from lorameter.stats import Comparison, is_precise, relative_half_width
-from lorameter.verdicts.series import compare_series, group_trials, judge, pairs_against
+from lorameter.stats.looks import are_decided
+from lorameter.verdicts.series import Key, compare_series, group_trials, judge, pairs_against
 from lorameter.verdicts.validity import mark_disturbed
 
 MIN_TO_STOP = 5
 """With fewer replicates, the standard deviation is too uncertain to stop."""
 
 
-def find_stop(plan: Plan, budget: Budget, records: Sequence[TrialRecord]) -> str | None:
-    """The reason to measure no further replicate after these records, by the protocol's rule; None to continue."""
+def find_stop(
+    plan: Plan, budget: Budget, records: Sequence[TrialRecord], compared: Mapping[Key, Comparison]
+) -> str | None:
+    """The reason to measure no further replicate, by the protocol's rule; None to continue.
+
+    `records` are those of the replicates that have ended, and `compared` their comparisons.
+    """
     protocol = plan.study.protocol
+    count, looks = len({record.replicate for record in records}), protocol.looks
+    if count in looks and are_decided(compared.values()):
+        return (
+            f"decided at look {looks.index(count) + 1} of {len(looks)}, after {count} of {protocol.replicates} "
+            "replicates"
+        )
     if protocol.precision is not None:
         comparisons = _compare_all(plan, records)
         if is_precise(comparisons, half_width=protocol.precision, least_replicates=MIN_TO_STOP):
             widest = max(width for comparison in comparisons if (width := relative_half_width(comparison)) is not None)
-            replicates = len({record.replicate for record in records})
             return (
-                f"every interval is within ±{100 * widest:.2g} % after {format_count(replicates, 'replicate')}, and "
+                f"every interval is within ±{100 * widest:.2g} % after {format_count(count, 'replicate')}, and "
                 f"±{100 * protocol.precision:.2g} % were requested"
             )
     if budget.longest_s is not None and budget.longest_s > budget.left_s:
@@ -84,6 +96,7 @@ def run_plan(
     budget: Budget | None = None,
     earlier: Sequence[TrialRecord] = (),
     stops: InterruptHandler | None = None,
+    compare: Callable[[Sequence[TrialRecord]], Mapping[Key, Comparison]] = lambda records: {},
 ) -> PlanRun:
     """Measure every trial of the plan; each record is saved as soon as its trial has ended. Returns the records of all
     trials, and why the run ended early.
@@ -93,15 +106,18 @@ def run_plan(
     replicate, there are no records.
 
     Replicates that are unnecessary according to `find_stop` leave no record. `earlier` are the records of a resumed
-    run: trials with a final record are not measured again.
+    run: trials with a final record are not measured again. `compare` gives the comparisons of the replicates that have
+    ended.
     """
     budget = budget or Budget()
     parts = RunParts(plan=plan, executors=executors, context=context, save=save, display=display, budget=budget)
     run = PlanRun(parts, earlier, stops or InterruptHandler())
     try:
+        if earlier:  # it may have been interrupted between the end of a replicate and its look
+            run.judge(compare)
         while run.remaining and run.stopped is None:
             run.measure_replicate()
-            run.stopped = find_stop(plan, budget, run.records) if run.remaining else None
+            run.judge(compare)
     except TimeLimitTooShortError as error:
         if not any(record.status == "ok" for record in run.records):
             raise
@@ -134,6 +150,15 @@ class PlanRun:
     def records(self) -> tuple[TrialRecord, ...]:
         """Records in plan order, which resuming requires."""
         return tuple(self._ended[slot.trial] for slot in self._parts.plan.slots if slot.trial in self._ended)
+
+    def judge(self, compare: Callable[[Sequence[TrialRecord]], Mapping[Key, Comparison]]) -> None:
+        """Compare the replicates that have ended, and find out whether others are needed."""
+        unfinished = {group.replicate for group in self.remaining}
+        ended = [record for record in self.records if record.replicate not in unfinished]
+        compared = compare(ended)
+        self._parts.display.judged(compared)
+        if self.remaining:
+            self.stopped = find_stop(self._parts.plan, self._parts.budget, ended, compared)
 
     def measure_replicate(self) -> None:
         """Measure the groups of the next replicate, then repeat the disturbed groups once."""

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 
 from lorameter.errors import require, shorten
 from lorameter.measurements.metrics import PHASES, Phase
+from lorameter.stats import VerdictRule
+from lorameter.stats.looks import LOOKS, look_level, planned_looks
 
 PRECISION_REPLICATES = 40
 """Default maximum of the replicates if a precision is given."""
 LIMITED_REPLICATES = 12
 """Default maximum of the replicates if a time limit is given."""
+JUDGED_REPLICATES = LOOKS[-1]
+"""Default maximum of the replicates if the run ends when it is decided."""
 EFFORT_REPLICATES: dict[str, int] = {"quick": 3, "standard": 8, "rigorous": 12}
 
 _MINIMUM = {
@@ -83,6 +87,10 @@ class Protocol:
     """Stop as soon as every compared interval is at most this far from its centre (a fraction: 0.05 is 5 %; the
     tolerance of 0.01 is a good choice), but not before 5 replicates; `replicates` is the maximum. None measures all
     replicates."""
+    until_decided: bool = False
+    """End the run as soon as every comparison with the reference, or of the two sides, is decided: slower, faster or
+    equivalent. It is judged after 3, 4, 5, 6, 8, 10 and 12 replicates, as far as `replicates` goes, at a stricter level
+    that keeps the error rate of all these looks together (docs/method.md). Not together with a precision."""
     max_minutes: float | None = None
     """Time limit of a run in minutes from its start, including the preparation of tokens and bases. A resumed
     run starts with the full limit. Turns, replicates, cold starts and requests are dropped to meet the limit, for all
@@ -114,7 +122,24 @@ class Protocol:
             f"protocol: precision = {self.precision}: a precision needs one interval, but with "
             "mixed each site has its own. Remove one of the two, and set replicates.",
         )
+        require(
+            not self.until_decided or (self.precision is None and not self.mixed),
+            "protocol: until_decided = true: "
+            + ("with mixed each site has its own verdicts." if self.mixed else "a precision is another rule to stop.")
+            + " Remove one of the two.",
+        )
         self._check_place()
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of replicates after which the run is judged while it is measured; empty if it is not."""
+        return planned_looks(self.replicates) if self.until_decided else ()
+
+    @property
+    def alpha(self) -> float:
+        """The two-sided error rate of a comparison's interval: that of one look, if the run is judged at several."""
+        rate = VerdictRule().alpha
+        return look_level(rate, self.looks) if self.looks else rate
 
     @property
     def total_steps(self) -> int:

@@ -21,7 +21,13 @@ from lorameter.records.record import Line
 from lorameter.studies import protocol
 from lorameter.studies.claim import ENGINE, LINEAR, UNSET, Claim, Engine, Level, format_level, is_number
 from lorameter.studies.form import AnyVariant, Support
-from lorameter.studies.protocol import EFFORT_REPLICATES, LIMITED_REPLICATES, PRECISION_REPLICATES, Protocol
+from lorameter.studies.protocol import (
+    EFFORT_REPLICATES,
+    JUDGED_REPLICATES,
+    LIMITED_REPLICATES,
+    PRECISION_REPLICATES,
+    Protocol,
+)
 from lorameter.studies.script import check_own_workload, name_of_words, script_workload, split_command
 from lorameter.studies.variant import DType, ScriptVariant, Variant
 from lorameter.studies.workload import OF_TOKENS, OF_VARIANTS, Workload
@@ -319,6 +325,7 @@ class Study:
         effort: str | None = None,
         replicates: int | None = None,
         precision: float | None = None,
+        until_decided: bool | None = None,
         max_minutes: float | None = None,
         allow_disturbed: bool = False,
         on: str | None = None,
@@ -329,9 +336,9 @@ class Study:
         value unchanged.
 
         The study's own time limit is for the study as it is: another model, and a number of replicates, an effort or a
-        precision, lift it. With a precision or a time limit, and no number of replicates, the maximum of the replicates
-        is raised, so that the precision can be reached or the time be used. `sites` are names with commas between them;
-        they and `mixed` belong to one value of `on`, so another `on` clears those of the study.
+        precision, lift it. With a precision, a time limit or `until_decided`, and no number of replicates, the maximum
+        of the replicates is raised, so that the goal can be reached or the time be used. `sites` are names with commas
+        between them; they and `mixed` belong to one value of `on`, so another `on` clears those of the study.
         """
         workload, replaced = self.workload, dict(self.replaced)
         for key, value in (("model", model), ("data", data)):
@@ -346,12 +353,15 @@ class Study:
             cap = EFFORT_REPLICATES[effort]
         elif precision is not None:
             cap = PRECISION_REPLICATES
+        elif until_decided:
+            cap = JUDGED_REPLICATES
         else:
             cap = protocol.replicates if max_minutes is None else max(protocol.replicates, LIMITED_REPLICATES)
         protocol = dataclasses.replace(
             protocol,
             replicates=cap,
             precision=protocol.precision if precision is None else precision,
+            until_decided=protocol.until_decided and precision is None if until_decided is None else until_decided,
             max_minutes=max_minutes or (None if changed else protocol.max_minutes),
             allow_disturbed=protocol.allow_disturbed or allow_disturbed,
             sites=protocol.sites if sites is None else tuple(part.strip() for part in sites.split(",")),

@@ -34,6 +34,7 @@ from lorameter.verdicts.series import (
     LimitsOf,
     Pair,
     Series,
+    at_level,
     compare_series,
     default_limits,
     group_trials,
@@ -111,7 +112,7 @@ def build_report(
             verdicts[key] = Comparison(verdict="invalid", reason=broken or f"no replicate has {metric} on both sides")
             if pair is not None:
                 pairs[key] = pair
-    judged = judge(pairs, limits_of)
+    judged = judge(pairs, at_level(study.protocol.alpha, limits_of))
     if any(control is None or control.verdict != "equivalent" for control in validity.controls.values()):
         why = "but the base against itself is not equivalent, so the candidate cannot be"
         judged |= without_equality({key: one for key, one in judged.items() if not is_memory(key[1])}, why)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorameter.errors import InvalidRunError
 from lorameter.measurements.metrics import PRIMARY
 from lorameter.records.store import Run, measuring_time_s
 from lorameter.records.units import format_count
-from lorameter.stats import Comparison, VerdictRule, compare_trials, replicates_to_see, sd_interval
+from lorameter.stats import Comparison, Verdict, VerdictRule, compare_trials, replicates_to_see, sd_interval
+from lorameter.stats.looks import judge_at_looks, look_level, planned_looks
 from lorameter.studies.form import AnyVariant
 from lorameter.verdicts.series import Pair, Series, group_trials, judge, make_pairs
 
@@ -44,6 +45,9 @@ class Rates:
     """The verdicts of gates of one size, as shares of the drawn subsets."""
 
     replicates: int
+    """Replicates of each gate, or the maximum if it ends at a look."""
+    used: float
+    """Replicates that a gate took on average."""
     false_alarms: float
     """Identical code called `regressed`."""
     equivalent: float
@@ -120,7 +124,11 @@ def calibrate(run: Run, variant: AnyVariant) -> Calibration:
         sd=spread.sd,
         sd_low=sd_low,
         sd_high=sd_high,
-        rates=tuple(_rates(same, other, size) for size in GATE_SIZES if size < both),
+        rates=tuple(
+            _rates(same, other, looks[-1], looks)
+            for looks in (*((size,) for size in GATE_SIZES), planned_looks(GATE_SIZES[-1]))
+            if looks[-1] < both
+        ),
         prices=tuple(_price(effect, (sd_low, spread.sd, sd_high), seconds) for effect in EFFECTS),
     )
 
@@ -152,21 +160,36 @@ def _pairs(base: Series, other: Series, metric: str, run: Run) -> Pair:
     return pairs
 
 
-def _rates(same: Pair, slow: Pair, size: int) -> Rates:
-    """Judge subsets of the replicates, drawn without replacement: each is a run that the gate could have made."""
+def _rates(same: Pair, slow: Pair, size: int, looks: tuple[int, ...]) -> Rates:
+    """Judge subsets of the replicates, drawn without replacement: each is a run that the gate could have made, which
+    ends at the first of its looks that decides."""
     rng = random.Random(size)
     verdicts: Counter[tuple[str, str]] = Counter()
+    used = 0
     for _ in range(DRAWS):
         for name, pairs in (("same", same), ("slow", slow)):
-            chosen = rng.sample(range(len(pairs.base)), size)
-            left, right = [pairs.base[index] for index in chosen], [pairs.candidate[index] for index in chosen]
-            verdicts[name, compare_trials(left, right, pairing=pairs.pairing).verdict] += 1
+            look, verdict = _end_gate(pairs, rng.sample(range(len(pairs.base)), size), looks)
+            verdicts[name, verdict] += 1
+            used += look
     return Rates(
         replicates=size,
+        used=used / DRAWS / 2,
         false_alarms=verdicts["same", "regressed"] / DRAWS,
         equivalent=verdicts["same", "equivalent"] / DRAWS,
         found=verdicts["slow", "regressed"] / DRAWS,
     )
+
+
+def _end_gate(pairs: Pair, chosen: Sequence[int], looks: tuple[int, ...]) -> tuple[int, Verdict]:
+    """The replicates and the verdict of a gate that measures the chosen pairs in this order."""
+    base, candidate = [pairs.base[index] for index in chosen], [pairs.candidate[index] for index in chosen]
+    level = look_level(VerdictRule().alpha, looks)
+
+    def compare(look: int) -> Mapping[str, Comparison]:
+        return {"": compare_trials(base[:look], candidate[:look], pairing=pairs.pairing, alpha=level)}
+
+    look, found = judge_at_looks(compare, looks)
+    return look, found[""].verdict
 
 
 def _price(effect: float, scatter: tuple[float, float, float], seconds: float) -> Price:

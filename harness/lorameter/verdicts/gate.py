@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +121,11 @@ class GateResult:
     def passed(self) -> bool:
         """Whether the gate passes; only exit code 0 is a pass."""
         return self.exit_code == EXIT_PASS
+
+
+def read_policy(data: Mapping[str, Any]) -> Policy:
+    """The policy in a manifest; the defaults if it has none."""
+    return codec.from_json(Policy, data, "policy") if data else Policy()
 
 
 def load_policy(path: str | None) -> Policy:

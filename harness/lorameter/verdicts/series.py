@@ -389,6 +389,11 @@ def default_limits(variant: str, metric: str) -> VerdictRule:
     return VerdictRule(tolerance=0.0) if computed else VerdictRule()
 
 
+def at_level(alpha: float, limits_of: LimitsOf = default_limits) -> LimitsOf:
+    """The same limits with another error rate, as that of one look of a run (`Protocol.alpha`)."""
+    return lambda variant, metric: dataclasses.replace(limits_of(variant, metric), alpha=alpha)
+
+
 def judge(
     pairs: Mapping[Key, Pair], limits_of: LimitsOf = default_limits, *, family: int | None = None
 ) -> dict[Key, Comparison]:
@@ -426,10 +431,10 @@ def compare_series(base: Series, candidate: Series, metric: str) -> Comparison |
     return judge({key: pair}, family=1)[key] if pair.base else None
 
 
-def compare_control(groups: Groups, name: str, metric: str, *, family: int) -> Comparison | None:
-    """The reference compared with its second measurement; None if either has no trial."""
+def compare_control(groups: Groups, name: str, metric: str, *, family: int, alpha: float) -> Comparison | None:
+    """The reference compared with its second measurement, at an error rate; None if either has no trial."""
     pair = pairs_against(groups.get((name, "variant")), groups, metric).get((name, "control"))
-    return None if pair is None else judge({(name, metric): pair}, family=family)[name, metric]
+    return None if pair is None else judge({(name, metric): pair}, at_level(alpha), family=family)[name, metric]
 
 
 def list_ratios(
@@ -439,6 +444,7 @@ def list_ratios(
     unless the control is equivalent."""
     pairs = pairs_against(groups.get((study.reference, "variant")), groups, metric)
     names = [variant.name for variant in study.variants if (variant.name, "variant") in pairs]
+    limits_of = at_level(study.protocol.alpha, limits_of)
     found = judge({(name, metric): pairs[name, "variant"] for name in names}, limits_of)
     if not is_memory(metric) and (control is None or control.verdict != "equivalent"):
         found = without_equality(found, "but the control is not equivalent to itself, so nothing is called equivalent")

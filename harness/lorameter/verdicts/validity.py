@@ -159,7 +159,8 @@ def run_validity(run: Run, study: Study) -> RunValidity:
             reference = next((name for name, role in groups if role == "control"), "")
             groups = {key: series for key, series in groups.items() if key[0] == reference}
         controls = {
-            phase: compare_control(groups, reference, metric, family=len(primary)) for phase, metric in primary.items()
+            phase: compare_control(groups, reference, metric, family=len(primary), alpha=study.protocol.alpha)
+            for phase, metric in primary.items()
         }
         faults += () if is_single_script_run(run, study) else control_faults(controls.items())
     return RunValidity(

@@ -38,6 +38,7 @@ from lorameter.run.sites.slurm import RayJobs, SlurmJobs, cancel_job
 from lorameter.run.workers import IfBusy
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.compare import Difference, find_differences
+from lorameter.verdicts.decision import compare_so_far
 from lorameter.verdicts.validity import is_single_script_run
 
 POLL_S = 1.0
@@ -231,7 +232,7 @@ def measure_in_jobs(
         (path / JOBS).mkdir(mode=0o700, exist_ok=True)
         stack.callback(shutil.rmtree, path / JOBS, ignore_errors=True)
         stack.callback(launcher.close)
-        jobs = _Jobs(plan, groups, launcher, path, merged, if_busy=if_busy)
+        jobs = _Jobs(plan, groups, launcher, path, merged, display, if_busy=if_busy)
         try:
             stopped = jobs.run(stops)
         except BaseException as raised:
@@ -274,13 +275,13 @@ class _Jobs:
     """The jobs of one run: starts a job when a site is free, and restarts lost jobs."""
 
     def __init__(
-        self, plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, merged: MergedRun, *,
-        if_busy: IfBusy,
+        self, plan: Plan, groups: Sequence[Group], launcher: Launcher, path: Path, merged: MergedRun,
+        display: Display, *, if_busy: IfBusy,
     ) -> None:  # fmt: skip
         """A job measures one replicate, so that a queued job delays no other; with a time limit, or if sites differ, it
         measures all replicates of a site."""
         self._plan, self._groups, self._launcher, self._merged = plan, groups, launcher, merged
-        self._folder, self._if_busy = path / JOBS, if_busy
+        self._folder, self._if_busy, self._display = path / JOBS, if_busy, display
         self._free = deque(launcher.slots)
         self._losses: Counter[str] = Counter()
         self._jobs: list[Job] = []
@@ -307,9 +308,16 @@ class _Jobs:
             for job, end in ended:
                 state = read_state(job.folder)
                 self._judge(job, state, end, self._merged.merge(job.folder, state))
-                if reason := find_stop(self._plan, unlimited, self._merged.in_order(self._plan)):
+                if reason := self._find_stop(unlimited):
                     return reason
         return None
+
+    def _find_stop(self, unlimited: Budget) -> str | None:
+        """The reason to measure no further replicate, by the replicates that are merged."""
+        records, writer = self._merged.in_order(self._plan), self._merged.writer
+        compared = compare_so_far(store.read_manifest(writer.path), records) if writer else {}
+        self._display.judged(compared)
+        return find_stop(self._plan, unlimited, records, compared)
 
     def _pop_ended(self) -> list[tuple[Job, str]]:
         """Remove the jobs that have ended from the running ones, and return them with how they ended, if known."""
@@ -335,7 +343,7 @@ class _Jobs:
     def _start(self, replicates: tuple[int, ...], slot: str) -> None:
         folder = self._folder / f"{len(list(self._folder.iterdir())):04}"
         folder.mkdir()
-        study = self._plan.study
+        study = self._plan.study.with_protocol(until_decided=False)  # a job judges nothing: it has a part of the run
         if (minutes := study.protocol.max_minutes) is not None:  # less for the rest of a lost job
             limit = minutes * min(1, len(replicates) / self._each)
             study = study.with_protocol(max_minutes=limit)

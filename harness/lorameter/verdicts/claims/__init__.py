@@ -197,11 +197,11 @@ def _judge_parts(
     # others.
     conclusions = holm_step_down(
         (key for key in questions if key not in doubts),
-        lambda key, left: questions[key].judge(left),
+        lambda key, left: questions[key].judge(left, study.protocol.alpha),
         is_decided=lambda conclusion: conclusion.by == "difference",
     )
     for key, question in questions.items():
-        conclusion = conclusions.get(key) or question.judge(1)
+        conclusion = conclusions.get(key) or question.judge(1, study.protocol.alpha)
         doubt = doubts.get(key, "")
         if conclusion.by == "equality":
             doubt = doubt or why_not_equal(question.part, controls)
@@ -235,7 +235,7 @@ def compare_controls(groups: Groups, study: Study, phases: Sequence[str]) -> Con
     claimed = dict.fromkeys(name for claim in study.claims for part in claim.parts for name in part_metrics(part))
     others = [name for name in claimed if name in METRICS and name not in primaries]
     return {
-        name: compare_control(groups, study.reference, name, family=len(family))
+        name: compare_control(groups, study.reference, name, family=len(family), alpha=study.protocol.alpha)
         for family in (primaries, others)
         for name in family
     }

@@ -162,14 +162,14 @@ class Question:
         """-1 if the inverse of each ratio is judged."""
         return -1 if self.part.rule in _INVERTED else 1
 
-    def judge(self, family: int) -> Conclusion:
-        """The conclusion, as one of `family` statements that share the error rate."""
+    def judge(self, family: int, alpha: float) -> Conclusion:
+        """The conclusion, as one of `family` statements that share the error rate `alpha`."""
         import numpy as np
 
         rule, by = self.part.rule, self.part.by
         limit = -math.log1p(-by) if rule == "lowers" else math.log1p(self.part.limit[1])
         values = self.sign * np.stack([contrast.logs for contrast in self.contrasts], axis=1)
-        found = (judge_within if rule in _OF_EQUALITY else judge_above)(values, limit, family=family)
+        found = (judge_within if rule in _OF_EQUALITY else judge_above)(values, limit, alpha=alpha, family=family)
         return negate(found) if rule in _NEGATED else found
 
     def ratio(self, conclusion: Conclusion) -> tuple[float, float | None, float | None]:
