@@ -11,7 +11,7 @@ from scipy import stats
 
 from lorameter.stats import compare_trials, sd_interval
 from lorameter.stats.effect import Spread, estimate_effect, log_ratios, paired_effect
-from lorameter.stats.verdict import VerdictRule, detectable_log_effect, replicates_needed
+from lorameter.stats.verdict import VerdictRule, detectable_effect, replicates_needed
 
 
 def arrays(*trials):
@@ -93,7 +93,7 @@ def share(verdict, log_effect, sd, replicates, draws, seed, **limits):
 @pytest.mark.parametrize(("replicates", "family"), [(3, 1), (5, 1), (8, 10)])
 def test_mde80_is_seen_with_80_percent_power(replicates, family):
     """An injected slow-down of the stated size is called regressed in 80 % of simulated runs."""
-    effect = detectable_log_effect(paired(0.02, replicates), rule(family=family))
+    effect = detectable_effect(paired(0.02, replicates), rule(family=family))
     seen = share("regressed", effect, 0.02, replicates, draws=1000, seed=11, family=family)
     assert seen == pytest.approx(0.8, abs=0.04)
 
@@ -120,7 +120,7 @@ def test_replicates_needed_concludes_equivalence():
 def test_no_scatter_needs_two():
     """Without scatter two replicates are enough, and any slow-down beyond the tolerance is detectable."""
     assert replicates_needed(paired(0.0, 3), rule(), may_be_equivalent=True) == 2
-    assert detectable_log_effect(paired(0.0, 3), rule()) == rule().log_tolerance
+    assert detectable_effect(paired(0.0, 3), rule()) == rule().tolerance_limit
 
 
 def test_the_interval_of_a_deviation_has_its_nominal_coverage():

@@ -46,6 +46,13 @@ class Metric:
     """Orients ratios so that above 1 is always worse."""
     derive: Callable[[TrialRecord], Samples] | None = None
     """Derives its samples from a record, () if it has none; None if a record stores them under the metric's name."""
+    compare: Literal["ratio", "difference"] = "ratio"
+    """Whether two values are compared by their ratio, for which both must be above zero, or by their difference in the
+    metric's unit. Peaks of memory are compared by their maxima, and losses by the gain, whatever this says."""
+    tolerance: float = 0.01
+    """Smallest worsening worth an alarm: a fraction; of a difference, in the metric's unit."""
+    margin: float = 0.05
+    """Two values within it count as equal: a fraction; of a difference, in the metric's unit."""
     is_loss: bool = False
     """Whether it depends on the number of training steps."""
     untrained: str = ""

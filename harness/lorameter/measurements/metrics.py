@@ -95,6 +95,11 @@ PRIMARY: dict[Phase, str] = {metric.phase: metric.name for metric in reversed(ME
 """The metric that represents a phase in pytest-benchmark and in the ratio column: the first one of the phase."""
 
 
+def is_difference_metric(metric: str) -> bool:
+    """Whether values of the metric are compared by their difference."""
+    return metric in METRICS and METRICS[metric].compare == "difference"
+
+
 def primary_metric(phase: Phase, *, own_workloads: bool) -> str:
     """The metric by which variants are compared in a phase. Steps of different workloads hold different numbers of
     tokens, so their times cannot be compared; the time per real token can."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from kernels_check.check import format_count as format_count
 
-Unit = Literal["s", "byte", "1/s", "J", "1"]
+Unit = Literal["s", "byte", "1/s", "J", "points", "1"]
 
 
 _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
@@ -19,6 +19,7 @@ _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
     "byte": ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
     "1/s": ((1.0, "/s"),),
     "J": ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")),
+    "points": ((1.0, "points"),),
     "1": ((1.0, ""),),
 }
 

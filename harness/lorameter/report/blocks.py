@@ -343,8 +343,11 @@ def write_share(share: float, low: float | None, high: float | None) -> tuple[st
 
 
 def write_ratio(comparison: Comparison, *, verdict: str = "") -> Cell:
-    """A ratio or share with its interval, and optionally its verdict; a dash if there is neither."""
+    """A ratio, share or difference with its interval, and optionally its verdict; a dash if there is none."""
     ratio, low, high = comparison.ratio, comparison.low, comparison.high
+    if comparison.difference is not None:
+        cell = value_cell(comparison.difference, low, high, "1", verdict=verdict)
+        return cell if comparison.difference < 0 else dataclasses.replace(cell, text=f"+{cell.text}")
     if comparison.share is not None:
         text, interval = write_share(comparison.share, low, high)
         return Cell(text=text, interval=interval, verdict=verdict, value=comparison.share, low=low, high=high)

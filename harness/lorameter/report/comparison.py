@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from lorameter.measurements.metrics import METRICS, PHASE_TITLES
+from lorameter.measurements.metrics import METRICS, PHASE_TITLES, is_difference_metric
 from lorameter.records.store import Run
 from lorameter.records.units import first_few, format_count, format_interval
 from lorameter.report.blocks import (
@@ -120,6 +120,12 @@ def _name(row: ComparisonRow) -> str:
     return f"{row.name}, {metric_title(row.metric)}"
 
 
+def _tolerance(row: ComparisonRow) -> Cell:
+    in_unit = is_difference_metric(row.metric)
+    text = f"{row.tolerance:.3g} {METRICS[row.metric].unit}" if in_unit else f"{100 * row.tolerance:.3g} %"
+    return Cell(text=text, value=row.tolerance)
+
+
 def _tabulate(report: ComparisonReport) -> Table:
     """A row for each comparison; below it the controls."""
     rows = (
@@ -128,7 +134,7 @@ def _tabulate(report: ComparisonReport) -> Table:
             ratio_title(one.metric),
             write_ratio_or_peak(one),
             verdict_cell(one, one.metric, "sides", one),
-            Cell(text=f"{100 * one.tolerance:.3g} %", value=one.tolerance),
+            _tolerance(one),
             write_number(one.replicates or None),
         )
         for one in report.comparisons

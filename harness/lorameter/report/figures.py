@@ -116,7 +116,7 @@ def _ratios(table: PhaseTable, reference: str) -> Figure | None:
 
 def draw_ratios(title: str, caption: str, about: str, comparisons: Mapping[str, Comparison]) -> Figure | None:
     """Ratios with their intervals and verdicts, as a picture and as a table; None without any."""
-    values = {name: one.ratio if one.share is None else one.share for name, one in comparisons.items()}
+    values = {name: one.value for name, one in comparisons.items()}
     found = {name: one for name, one in comparisons.items() if values[name] is not None}
     rows = (write_row(name, write_ratio(one), Cell(verdict=one.verdict)) for name, one in found.items())
     marks = (Cell(name=name, value=values[name], low=one.low, high=one.high, verdict=one.verdict)

@@ -67,8 +67,9 @@ def verdict_cell(
     margin."""
     margin = limits.tolerance if is_memory(metric) else limits.margin
     of_gain = " of the gain" if comparison.share is not None else ""
+    within = f"{margin:g} {METRICS[metric].unit}" if comparison.difference is not None else format_percent(margin)
     words = {
-        "equivalent": f"equivalent ±{format_percent(margin)}{of_gain}" if margin else "equal",
+        "equivalent": f"equivalent ±{within}{of_gain}" if margin else "equal",
         "no_baseline": "no baseline",
         "not_comparable": "not comparable",
     }
@@ -78,8 +79,8 @@ def verdict_cell(
 
 
 def format_verdict(comparison: Comparison | None, metric: str = "") -> str:
-    """A ratio between variants with its interval, and its verdict; the reason if there is no ratio."""
-    if comparison is None or comparison.ratio is comparison.share is None:
+    """A ratio or difference between variants with its interval, and its verdict; the reason if there is none."""
+    if comparison is None or comparison.value is None:
         return "not measured" if comparison is None else f"not measured: {comparison.reason}"
     return f"{write_ratio(comparison).line} {verdict_cell(comparison, metric, 'variants').words}"
 
@@ -87,7 +88,7 @@ def format_verdict(comparison: Comparison | None, metric: str = "") -> str:
 def explain_inconclusive(comparison: Comparison, metric: str, interleaving: Interleaving = "replicates") -> str:
     """The range of an inconclusive effect, the smallest detectable difference, and advice, which depends on whether
     both sides were measured in one run; for a loss its reason."""
-    if metric in METRICS and METRICS[metric].is_loss:
+    if (metric in METRICS and METRICS[metric].is_loss) or comparison.difference is not None:
         return f"{comparison.reason}."
     if comparison.low is None or comparison.high is None:
         return "one replicate gives no interval. Measure 5."
@@ -112,6 +113,9 @@ def format_effect(comparison: Comparison, metric: str) -> tuple[str, str]:
     if comparison.share is not None:
         share, interval = write_share(comparison.share, comparison.low, comparison.high)
         return f"learned {share} of the gain", f" {interval}"
+    if comparison.difference is not None:
+        cell = write_ratio(comparison)
+        return f"{cell.text} {METRICS[metric].unit}", f" {cell.interval}"
     if comparison.ratio is None:
         return "", ""
     found = [end for end in (comparison.low, comparison.high) if end is not None]

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from lorameter.errors import UsageError
-from lorameter.measurements.metrics import METRICS, PEAKS, PHASE_TITLES, PHASES, Phase, phase_columns
+from lorameter.measurements.metrics import (
+    METRICS,
+    PEAKS,
+    PHASE_TITLES,
+    PHASES,
+    Phase,
+    is_difference_metric,
+    phase_columns,
+)
 from lorameter.measurements.peaks import RSS_AT_START
 from lorameter.records.record import Notice
 from lorameter.records.store import Run
@@ -191,7 +199,8 @@ def _find_phase(metric: str) -> Phase:
 
 
 def _outcomes(view: RunView) -> Iterator[PhaseTable]:
-    """Tables for the peak memory of the first phase and for the last measured loss."""
+    """Tables for the peak memory of the first phase, for the last measured loss, and for each metric that is compared
+    by differences."""
     reference = view.series.get(view.study.reference)
     if not view.phases or reference is None or view.alone:
         return
@@ -199,8 +208,9 @@ def _outcomes(view: RunView) -> Iterator[PhaseTable]:
     kinds = [kind for kind in PEAKS[phase] if _sizes(reference, kind)]
     columns = phase_columns(phase, own_workloads=bool(view.run.manifest.own_workloads))
     losses = [name for name in columns if METRICS[name].is_loss and reference.trials(name)]
-    for metric in (*kinds[:1], *losses[-1:]):
-        yield _tabulate_metric(view, phase, metric)
+    differences = [name for name in METRICS if is_difference_metric(name) and reference.trials(name)]
+    for metric in (*kinds[:1], *losses[-1:], *differences):
+        yield _tabulate_metric(view, METRICS[metric].phase if metric in differences else phase, metric)
 
 
 def _tabulate_metric(view: RunView, phase: Phase, metric: str) -> PhaseTable:
@@ -243,6 +253,8 @@ def _columns(
     if not view.alone:
         turned = "slow-down " if metric in METRICS and METRICS[metric].higher_is_better else ""
         head = ColumnHeader(text=f"{turned}× {reference}", key="ratio", right=True, ratio=True)
+        if is_difference_metric(metric):
+            head = ColumnHeader(text=f"minus {reference}, {METRICS[metric].unit}", key="ratio", right=True)
         if any(found.share is not None for found in ratios.values()):
             head = ColumnHeader(text=f"gain, {reference} = 100 %", key="ratio", right=True)
         own = {reference: Cell(text="reference")}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_type_hints
 
 from lorameter.machine.provenance import MAIN_LIBRARIES, normal_name
-from lorameter.measurements.metrics import METRICS, PEAKS, Phase
+from lorameter.measurements.metrics import METRICS, PEAKS, Phase, is_difference_metric
 from lorameter.records import codec
 from lorameter.records.record import SIDES, Role, TrialRecord
 from lorameter.records.store import Run
@@ -28,7 +28,7 @@ from lorameter.studies.workload import OF_VARIANTS, Workload, workload_variant_i
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import comparison_row
 from lorameter.verdicts.same_training import training_facts
-from lorameter.verdicts.series import Series, group_trials, list_ratios
+from lorameter.verdicts.series import Series, compare_control, group_trials, list_ratios
 from lorameter.verdicts.validity import format_faults, mark_invalid, run_validity
 
 Row: TypeAlias = dict[str, Any]
@@ -226,8 +226,15 @@ def comparison_rows(run: Run, study: Study) -> Iterator[Row]:
         for compared in report.comparisons:
             sides = {"role": "variant", "base": base, "candidate": report.candidate}
             yield about | sides | dataclasses.asdict(compared)
-    for phase, control in validity.controls.items():
-        metric = validity.primary[phase]
+    controls = {validity.primary[phase]: control for phase, control in validity.controls.items()}
+    known = {metric for series in groups.values() for metric in series.metrics}
+    if not has_sides:
+        controls |= {
+            metric: compare_control(groups, reference, metric, family=1, alpha=study.protocol.alpha)
+            for metric in METRICS
+            if metric in known and is_difference_metric(metric)
+        }
+    for metric, control in controls.items():
         ratios = {} if has_sides else list_ratios(groups, study, metric, control)
         found: list[tuple[Role, str, Comparison]] = [("variant", name, ratio) for name, ratio in ratios.items()]
         found += [] if control is None else [("control", reference, control)]
@@ -385,6 +392,7 @@ TABLES: Mapping[TableName, tuple[FrameColumn, ...]] = {
         FrameColumn("candidate", "text", "the numerator: the variant, or the candidate of an A/B"),
         _METRIC,
         FrameColumn("ratio", "number", "candidate over base; above 1 is worse, also for rates"),
+        FrameColumn("difference", "number", "of some metrics, in place of the ratio: candidate minus base"),
         FrameColumn("share", "number", "of a loss, in place of the ratio: the part of the base's gain"),
         FrameColumn("low", "number", "lower end of its interval; missing if there is none"),
         FrameColumn("high", "number", "upper end"),

@@ -50,7 +50,7 @@ from lorameter.run.runner import run_plan
 from lorameter.run.workers import Executor, IfBusy, TrialFiles, Worker, WorkerLostError, hold_devices
 from lorameter.stats import VerdictRule
 from lorameter.stats.effect import PRIOR_DF, Spread
-from lorameter.stats.verdict import detectable_log_effect
+from lorameter.stats.verdict import detectable_effect
 from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import COMMANDS, BaseKey, Request, base_key
 from lorameter.studies.script import OWN
@@ -177,7 +177,7 @@ def half_width(sd: float, replicates: int, plan: Plan) -> float | None:
 
 
 def _detectable(sd: float, replicates: int, plan: Plan) -> float | None:
-    return None if replicates < 2 else math.expm1(detectable_log_effect(*_spread_and_rule(sd, replicates, plan)))
+    return None if replicates < 2 else math.expm1(detectable_effect(*_spread_and_rule(sd, replicates, plan)))
 
 
 def _expected_look(sd: float, replicates: int, plan: Plan) -> int | None:
@@ -185,7 +185,7 @@ def _expected_look(sd: float, replicates: int, plan: Plan) -> int | None:
     looks = [look for look in plan.study.protocol.looks if 1 < look <= replicates]
     for look in looks:
         spread, rule = _spread_and_rule(sd, look, plan)
-        if spread.half_width(rule.alpha) < rule.log_margin:
+        if spread.half_width(rule.alpha) < rule.margin_limit:
             return look
     return replicates if looks else None
 

@@ -24,6 +24,7 @@ from lorameter.stats.comparison import (
 from lorameter.stats.effect import (
     Effect,
     Pairing,
+    Scale,
     TrialsEstimate,
     estimate_effect,
     estimate_trials,
@@ -62,6 +63,7 @@ __all__ = [
     "Gain",
     "Pairing",
     "Proportion",
+    "Scale",
     "ShareEstimate",
     "TrialsEstimate",
     "Verdict",

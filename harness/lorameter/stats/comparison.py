@@ -44,7 +44,7 @@ from lorameter.stats.verdict import (
     Comparison,
     Verdict,
     VerdictRule,
-    detectable_log_effect,
+    detectable_effect,
     replicates_needed,
 )
 
@@ -79,31 +79,35 @@ def decide(effect: Effect | Gain, rule: VerdictRule) -> Comparison:
     """The verdict on an effect under a rule."""
     if isinstance(effect, Gain):
         return decide_gain(effect, rule)
-    spread = effect.spread
+    spread, is_ratio = effect.spread, rule.scale == "log"
+    ratio, difference = (math.exp(effect.log_ratio), None) if is_ratio else (None, effect.log_ratio)
     if spread is None:
         return Comparison(
             verdict="inconclusive",
-            ratio=math.exp(effect.log_ratio),
+            ratio=ratio,
+            difference=difference,
             reason="one replicate gives neither an interval nor a scatter: measure 5 on both sides, at least 2",
             replicates=effect.replicates,
         )
     tail = rule.tail(spread)
     judged = rule.judge(effect.log_ratio, spread.half_width(tail), spread.half_width(rule.alpha))
-    low, high = map(from_log, effect.interval(tail))
+    low, high = map(from_log, effect.interval(tail)) if is_ratio else effect.interval(tail)
     may_be_equivalent = effect.pairing != "none"
     verdict: Verdict = "inconclusive" if judged == "equivalent" and not may_be_equivalent else judged
 
-    detectable = from_log(detectable_log_effect(spread, rule))
+    detectable = detectable_effect(spread, rule)
     needed = replicates_needed(spread, rule, may_be_equivalent=may_be_equivalent)
     if verdict == "inconclusive" and needed is not None:
         # Power is an average over runs; the inconclusive result of this run is the better evidence.
         needed = max(needed, effect.replicates + 1)
     if verdict != judged:
         needed = None  # no number of unpaired replicates leads to `equivalent`
-    mde80 = None if detectable is None else detectable - 1
+    factor = from_log(detectable)
+    mde80 = detectable if not is_ratio else None if factor is None else factor - 1
     return Comparison(
         verdict=verdict,
-        ratio=math.exp(effect.log_ratio),
+        ratio=ratio,
+        difference=difference,
         low=low,
         high=high,
         reason=_reason(verdict, judged, effect, spread, rule, mde80, needed),
@@ -122,16 +126,17 @@ def _reason(
     mde80: float | None,
     needed: int | None,
 ) -> str:
-    interval, narrow = _interval(effect, rule.tail(spread)), _interval(effect, rule.alpha)
-    tolerance, margin = _percent(rule.tolerance), _percent(rule.margin)
+    interval, narrow = _interval(effect, rule.tail(spread), rule), _interval(effect, rule.alpha, rule)
+    tolerance, margin = (_write_limit(limit, rule) for limit in (rule.tolerance, rule.margin))
+    sides = ("below minus", "above") if rule.higher_is_better else ("above", "below minus")
     count = f"{effect.replicates} replicates, {_PAIRING_WORDS[effect.pairing]}"
     if spread.shared_by:
         count += f", scatter shared by {spread.shared_by} comparisons, {spread.df:.3g} degrees of freedom"
     if spread.standard_error == 0:
         count += ", no variance between replicates"
     phrases = {
-        "regressed": f"the {interval} is entirely above the tolerance of {tolerance}",
-        "improved": f"the {interval} is entirely below minus the tolerance of {tolerance}",
+        "regressed": f"the {interval} is entirely {sides[0]} the tolerance of {tolerance}",
+        "improved": f"the {interval} is entirely {sides[1]} the tolerance of {tolerance}",
         "equivalent": f"the {narrow} is inside the margin of ±{margin}",
         "inconclusive": f"the {interval} does not clear the tolerance of {tolerance}, nor the {narrow} fit the margin "
         f"of ±{margin}",
@@ -142,14 +147,20 @@ def _reason(
     sentence = f"{phrases[judged]} ({count})"
     if judged != "inconclusive":
         return sentence
-    detectable = "" if mde80 is None else f"; smallest detectable slow-down, with 80 % power: {_percent(mde80)}"
+    what = "slow-down" if rule.scale == "log" else "difference"
+    detectable = "" if mde80 is None else f"; smallest detectable {what}, with 80 % power: {_write_limit(mde80, rule)}"
     remedy = "" if needed is None or needed > MAX_ADVISED else f"; measure {needed} replicates"
     return f"{sentence}{detectable}{remedy}"
 
 
-def _interval(effect: Effect, tail: float) -> str:
-    level = 1 - 2 * tail
-    ends = ["no bound" if end is None else f"{end:.4g}" for end in map(from_log, effect.interval(tail))]
+def _write_limit(limit: float, rule: VerdictRule) -> str:
+    return _percent(limit) if rule.scale == "log" else f"{limit:.3g} {rule.unit}".strip()
+
+
+def _interval(effect: Effect, tail: float, rule: VerdictRule) -> str:
+    level, found = 1 - 2 * tail, effect.interval(tail)
+    values = map(from_log, found) if rule.scale == "log" else found
+    ends = ["no bound" if end is None else f"{end:.4g}" for end in values]
     percent = f"{100 * max(level, 0.0):.4g}" if level < 0.9999 else "over 99.99"
     return f"{percent} % interval [{', '.join(ends)}]"
 

@@ -38,6 +38,8 @@ from lorameter.stats.intervals import Estimate, mean_interval, quantile
 from lorameter.stats.samples import Array, checked_trials, trial_medians
 
 Pairing = Literal["none", "replicate", "turn"]
+Scale = Literal["log", "linear"]
+"""What a comparison is of: ratios, whose logs are averaged, or differences in the unit of the samples."""
 
 # Logs of durations have a rounding error of about 1e-15; a smaller scatter counts as zero.
 ROUNDING = 1e-12
@@ -74,7 +76,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """The log ratio of candidate to base, over replicates."""
+    """The log ratio of candidate to base, over replicates; on the linear scale, candidate minus base instead."""
 
     log_ratio: float
     replicates: int
@@ -96,17 +98,24 @@ def from_log(value: float) -> float | None:
     return math.exp(value) if value < _LOG_LARGEST else None
 
 
-def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing) -> Effect:
+def estimate_effect(
+    base: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], pairing: Pairing, scale: Scale = "log"
+) -> Effect:
     """The effect, from the samples of each trial.
 
-    Raises ValueError for samples that are not finite and above zero, for paired sides with different numbers of trials
-    or, paired by turn, of samples in a pair, and for a ratio beyond the range of a float.
+    Raises ValueError for samples that are not finite or, on the log scale, not above zero, for paired sides with
+    different numbers of trials or, paired by turn, of samples in a pair, and for a ratio beyond the range of a float.
     """
-    ours, theirs = checked_trials("base", base, positive=True), checked_trials("candidate", candidate, positive=True)
+    ours, theirs = (
+        checked_trials(side, trials, positive=scale == "log")
+        for side, trials in (("base", base), ("candidate", candidate))
+    )
     if pairing == "none":
-        effect = _unpaired(_log_medians(ours), _log_medians(theirs))
+        effect = _unpaired(*(_medians(trials, scale) for trials in (ours, theirs)))
     else:
-        effect = paired_effect(log_ratios(ours, theirs, pairing), pairing)
+        effect = paired_effect(log_ratios(ours, theirs, pairing, scale), pairing)
+    if scale == "linear":
+        return effect
     if not (math.isfinite(effect.log_ratio) and from_log(effect.log_ratio)):
         raise ValueError(
             f"the log ratio of candidate to base is {effect.log_ratio:g}, too large for a float: check the units"
@@ -114,8 +123,9 @@ def estimate_effect(base: Sequence[Sequence[float]], candidate: Sequence[Sequenc
     return effect
 
 
-def log_ratios(base: Sequence[Array], candidate: Sequence[Array], pairing: Pairing) -> Array:
-    """The log ratio of candidate to base in each replicate, for sides that are paired by replicate or by turn.
+def log_ratios(base: Sequence[Array], candidate: Sequence[Array], pairing: Pairing, scale: Scale = "log") -> Array:
+    """The log ratio of candidate to base in each replicate, for sides that are paired by replicate or by turn; on the
+    linear scale the difference.
 
     Raises ValueError as `estimate_effect` does.
     """
@@ -125,20 +135,22 @@ def log_ratios(base: Sequence[Array], candidate: Sequence[Array], pairing: Pairi
             "replicate; if a replicate failed on one side, omit it on both, or pass pairing='none'"
         )
     if pairing == "replicate":
-        return _log_medians(candidate) - _log_medians(base)
-    return _log_ratios_by_turn(base, candidate)
+        return _medians(candidate, scale) - _medians(base, scale)
+    return _effects_by_turn(base, candidate, scale)
 
 
-def _log_medians(trials: Sequence[Array]) -> Array:
+def _on_scale(values: Array, scale: Scale) -> Array:
     import numpy as np
 
-    return np.asarray(np.log(trial_medians(trials)))
+    return np.asarray(np.log(values)) if scale == "log" else values
 
 
-def _log_ratios_by_turn(base: Sequence[Array], candidate: Sequence[Array]) -> Array:
-    """The value of each replicate: the median of its log ratios, sample by sample."""
-    import numpy as np
+def _medians(trials: Sequence[Array], scale: Scale) -> Array:
+    return _on_scale(trial_medians(trials), scale)
 
+
+def _effects_by_turn(base: Sequence[Array], candidate: Sequence[Array], scale: Scale) -> Array:
+    """The value of each replicate: the median of its log ratios or differences, sample by sample."""
     ratios = []
     for index, (ours, theirs) in enumerate(zip(base, candidate, strict=True)):
         if ours.size != theirs.size:
@@ -146,7 +158,7 @@ def _log_ratios_by_turn(base: Sequence[Array], candidate: Sequence[Array]) -> Ar
                 f"trial {index}: base has {ours.size} samples and candidate {theirs.size}: pairing 'turn' pairs them "
                 "one by one; drop the samples of the turns that one side missed, or pass pairing='replicate'"
             )
-        ratios.append(np.log(theirs) - np.log(ours))
+        ratios.append(_on_scale(theirs, scale) - _on_scale(ours, scale))
     return trial_medians(ratios)
 
 

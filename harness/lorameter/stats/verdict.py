@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorameter.stats.effect import Spread, dunnett_tail
+from lorameter.stats.effect import Scale, Spread, dunnett_tail
 from lorameter.stats.intervals import noncentrality
 
 Verdict = Literal["improved", "regressed", "equivalent", "inconclusive", "invalid", "no_baseline", "not_comparable"]
@@ -42,10 +42,12 @@ class Comparison:
     verdict: Verdict
     ratio: float | None = None
     """Candidate over base: 1.0 = equal, above = worse. None if the base is zero (bytes), or if nothing was compared."""
+    difference: float | None = None
+    """Of a metric that is compared by differences, instead of a ratio: candidate minus base, in the metric's unit."""
     share: float | None = None
     """Of losses, instead of a ratio: the candidate's part of the base's gain; 1.0 = equal, below = worse."""
     low: float | None = None
-    """Lower end of the (1 - alpha/family) interval of the ratio or share; None with one replicate."""
+    """Lower end of the (1 - alpha/family) interval of the ratio, difference or share; None with one replicate."""
     high: float | None = None
     """Upper end; None with one replicate, or if it exceeds the range of a float."""
     reason: str
@@ -55,17 +57,28 @@ class Comparison:
     replicates_needed: int | None = None
     """Replicates in total (not additional ones) for 80 % power at the observed scatter; None if no number suffices."""
     mde80: float | None = None
-    """Smallest slow-down (fraction) that this many replicates would have called `regressed` with 80 % power."""
+    """Smallest slow-down (a fraction; of a difference, in its unit) that this many replicates would have called
+    `regressed` with 80 % power."""
+
+    @property
+    def value(self) -> float | None:
+        """The ratio, the difference or the share; None if nothing was compared."""
+        return next((one for one in (self.share, self.difference, self.ratio) if one is not None), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictRule:
-    """The limits of one comparison."""
+    """The limits of one comparison: fractions of a ratio or, on the linear scale, in the metric's unit."""
 
     tolerance: float = 0.01
-    """Smallest slow-down worth an alarm, a fraction >= 0."""
+    """Smallest slow-down worth an alarm, >= 0."""
     margin: float = 0.05
-    """Two values within it count as equal, a fraction > 0."""
+    """Two values within it count as equal, > 0."""
+    scale: Scale = "log"
+    higher_is_better: bool = False
+    """Of a difference: a value below zero is worse. Ratios are inverted before they are compared."""
+    unit: str = ""
+    """Of a difference, for the reason."""
     alpha: float = 0.05
     """Two-sided error rate of the interval, before `family`; each of the two one-sided equivalence tests has it too."""
     family: int = 1
@@ -78,26 +91,28 @@ class VerdictRule:
         return self.alpha / self.family / 2
 
     @property
-    def log_tolerance(self) -> float:
-        """The tolerance on the log scale."""
-        return math.log1p(self.tolerance)
+    def tolerance_limit(self) -> float:
+        """The tolerance on the scale of the comparison."""
+        return math.log1p(self.tolerance) if self.scale == "log" else self.tolerance
 
     @property
-    def log_margin(self) -> float:
-        """The margin on the log scale."""
-        return math.log1p(self.margin)
+    def margin_limit(self) -> float:
+        """The margin on the scale of the comparison."""
+        return math.log1p(self.margin) if self.scale == "log" else self.margin
 
     def judge(self, log_ratio: float, half_width: float, equivalence_half_width: float) -> Verdict:
-        """The verdict on a log ratio, from the half-widths of its (1 - alpha/family) and (1 - 2 alpha) intervals.
+        """The verdict on a log ratio or difference, from the half-widths of its (1 - alpha/family) and (1 - 2 alpha)
+        intervals.
 
         `family` does not widen the second interval: a false `equivalent` is an error of one comparison, not of the
         family.
         """
-        if log_ratio - half_width > self.log_tolerance:
+        worse = -log_ratio if self.higher_is_better else log_ratio
+        if worse - half_width > self.tolerance_limit:
             return "regressed"
-        if log_ratio + half_width < -self.log_tolerance:
+        if worse + half_width < -self.tolerance_limit:
             return "improved"
-        if abs(log_ratio) + equivalence_half_width < self.log_margin:
+        if abs(log_ratio) + equivalence_half_width < self.margin_limit:
             return "equivalent"
         return "inconclusive"
 
@@ -109,11 +124,11 @@ MAX_ADVISED = 50
 _MAX_REPLICATES = 10**9
 
 
-def detectable_log_effect(spread: Spread, rule: VerdictRule) -> float:
+def detectable_effect(spread: Spread, rule: VerdictRule) -> float:
     """The smallest log ratio that is called `regressed` with 80 % power: the tolerance plus a term for the scatter."""
     if spread.standard_error == 0:
-        return rule.log_tolerance
-    return rule.log_tolerance + noncentrality(spread.df, rule.tail(spread), POWER) * spread.standard_error
+        return rule.tolerance_limit
+    return rule.tolerance_limit + noncentrality(spread.df, rule.tail(spread), POWER) * spread.standard_error
 
 
 def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: bool) -> int | None:
@@ -123,12 +138,12 @@ def replicates_needed(spread: Spread, rule: VerdictRule, *, may_be_equivalent: b
     possible. If the margin is within the tolerance, only the second goal counts. None if there is no goal, or if no
     practical number suffices.
     """
-    gap = rule.log_margin - rule.log_tolerance
+    gap = rule.margin_limit - rule.tolerance_limit
     goals: list[tuple[float, float, float]] = []  # what to distinguish from zero, its tail, its power
     if gap > 0:
         goals.append((gap, rule.tail(spread), POWER))
     if may_be_equivalent:
-        goals.append((rule.log_margin, rule.alpha, (1 + POWER) / 2))
+        goals.append((rule.margin_limit, rule.alpha, (1 + POWER) / 2))
     if not goals:
         return None
 

@@ -40,7 +40,7 @@ from lorameter.errors import (
     require,
 )
 from lorameter.machine import provenance
-from lorameter.measurements.metrics import METRICS, PEAKS, PHASES, PRIMARY
+from lorameter.measurements.metrics import METRICS, PEAKS, PHASES, PRIMARY, is_difference_metric
 from lorameter.records import codec
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.store import Run
@@ -313,11 +313,13 @@ def comparison_document(report: ComparisonReport) -> dict[str, Any]:
 
 
 def default_metrics(phases: Collection[str], known: Collection[str]) -> list[str]:
-    """The metrics that are judged by default: for each phase the primary metric, and its peak if known."""
+    """The metrics that are judged by default: for each phase the primary metric, and, if known, its peak and those that
+    are compared by differences."""
     wanted: list[str] = []
     for phase in PHASES:
         if phase in phases:
             wanted += [PRIMARY[phase], *[kind for kind in PEAKS[phase] if kind in known][:1]]
+            wanted += [name for name in known if is_difference_metric(name) and METRICS[name].phase == phase]
     return wanted
 
 

@@ -23,6 +23,7 @@ accept a run, and an invalid run cannot be accepted.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import time
 from collections.abc import Iterator, Mapping
@@ -31,12 +32,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorameter.errors import EXIT_INCONCLUSIVE, EXIT_NOT_COMPARABLE, EXIT_PASS, InvalidRunError, UsageError, require
+from lorameter.measurements.metrics import is_difference_metric
 from lorameter.records import codec, fileio, store
 from lorameter.records.codec import NotReadableError
 from lorameter.records.fileio import write_document
 from lorameter.records.store import Run, is_packed
 from lorameter.stats import VerdictRule
-from lorameter.studies.protocol import check_fraction
+from lorameter.studies.protocol import check_fraction, check_minimum
 from lorameter.studies.study_file import read_study
 from lorameter.verdicts.benchmark_files import list_benchmarks, read_benchmark_json, read_benchmarks
 from lorameter.verdicts.compare import (
@@ -60,12 +62,16 @@ class LimitRule:
     metric: str = "*"
     """Pattern of metrics and kinds of memory."""
     tolerance: float | None = None
-    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction: 0.05 is 5 %."""
+    """Smallest slow-down, or growth of a peak, worth an alarm; a fraction: 0.05 is 5 %. Of a metric that is compared by
+    differences, and is named here in full, in its unit."""
     margin: float | None = None
     """Two values within it count as equal; a fraction."""
 
     def __post_init__(self) -> None:
         where = f"limit of {self.variant!r}, {self.metric!r}"
+        if is_difference_metric(self.metric):
+            check_minimum(where, self, {"tolerance": 0, "margin": 0})
+            return
         check_fraction(where, "tolerance", self.tolerance, zero=True)
         check_fraction(where, "margin", self.margin)
 
@@ -99,8 +105,11 @@ class Policy:
         exact = limits.tolerance == 0  # computed bytes stay exact unless a limit names them
         general = LimitRule(tolerance=None if exact else self.tolerance, margin=self.margin)
         for rule in (general, *self.limit):
+            if is_difference_metric(metric) and rule.metric != metric:
+                continue  # the fractions of a pattern say nothing about differences in a unit
             if fnmatch.fnmatchcase(variant, rule.variant) and fnmatch.fnmatchcase(metric, rule.metric):
-                limits = VerdictRule(
+                limits = dataclasses.replace(
+                    limits,
                     tolerance=limits.tolerance if rule.tolerance is None else rule.tolerance,
                     margin=limits.margin if rule.margin is None else rule.margin,
                 )

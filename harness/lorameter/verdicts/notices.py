@@ -150,7 +150,7 @@ def _constant_loss(ok: list[TrialRecord]) -> Iterator[Notice]:
 
 def _cold_starts(ok: list[TrialRecord]) -> Iterator[Notice]:
     """Variants whose whole cold start is not in the range predicted from the sums of its parts."""
-    margin, tail = VerdictRule().log_margin, 0.005
+    margin, tail = VerdictRule().margin_limit, 0.005
     sums: dict[tuple[str, str], list[float]] = {}
     whole_times: dict[tuple[str, str], float] = {}
     for record in ok:

@@ -25,15 +25,17 @@ import msgspec
 
 from lorameter.errors import InvalidRunError, require
 from lorameter.measurements.declaration import Samples
-from lorameter.measurements.metrics import METRICS, get_samples
+from lorameter.measurements.metrics import METRICS, get_samples, is_difference_metric
 from lorameter.records.record import Interleaving, Role, Side, TrialRecord
 from lorameter.records.store import Run
+from lorameter.records.units import choose_scale
 from lorameter.stats import (
     Comparison,
     Effect,
     Estimate,
     Gain,
     Pairing,
+    Scale,
     TrialsEstimate,
     VerdictRule,
     compare_bytes,
@@ -258,6 +260,8 @@ class Pair:
         """The effect of the candidate. Raises ValueError as `estimate_effect` does."""
         if self.shared is not None:
             return self.shared
+        if is_difference_metric(self.metric):
+            return estimate_effect(self.base, self.candidate, self.pairing, "linear")
         base, candidate = (_as_worse_is_higher(trials, self.metric) for trials in (self.base, self.candidate))
         return estimate_effect(base, candidate, self.pairing)
 
@@ -384,7 +388,14 @@ LimitsOf = Callable[[str, str], VerdictRule]
 
 
 def default_limits(variant: str, metric: str) -> VerdictRule:
-    """The same limits for all metrics, except that computed bytes must be equal."""
+    """The limits that the metric declares; computed bytes must be equal."""
+    if metric in METRICS:
+        found = METRICS[metric]
+        scale: Scale = "linear" if is_difference_metric(metric) else "log"
+        worse_is_lower, unit = scale == "linear" and found.higher_is_better, choose_scale(1.0, found.unit)[1]
+        return VerdictRule(
+            tolerance=found.tolerance, margin=found.margin, scale=scale, higher_is_better=worse_is_lower, unit=unit
+        )
     computed = is_memory(metric) and "peak" not in metric and not metric.startswith("host_")
     return VerdictRule(tolerance=0.0) if computed else VerdictRule()
 
