@@ -276,7 +276,7 @@ def test_a_killed_training_loses_at_most_its_last_second(tmp_path, metered):
     due = [end for end in ends[1:] if end < ends[-1] - 1.2]
     record = record_of(tmp_path)
     assert record.status == ("interrupted" if metered else "crashed")
-    assert len(due) > 100
+    assert len(due) > 50
     assert record.values["training_steps"] >= len(due)
     assert len(record.samples["step_time_s"]) >= len(due) - 20
     assert len(record.samples["timed_loss"]) == len(record.turn_lengths) == len(record.samples["step_time_s"])

@@ -34,7 +34,7 @@ from lorameter.records.record import PartialRecord
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext, make_request
 from lorameter.run.workers import TrialFiles
-from lorameter.studies.study import study_of_command
+from lorameter.studies.commands import study_of_command
 
 URL = "https://me:hf_abc@example.org/data?token=xyz"
 

@@ -104,7 +104,7 @@ def register(project: dict, folder: Path) -> None:
     (metadata / "entry_points.txt").write_text("\n".join(lines))
 
 
-LONG = ("A path of kernels_check", "A field of a variant", "A quantisation")
+LONG = ("A path of kernels_check", "A field of a variant", "A quantisation", "A measurement")
 """Examples that load torch; `make test` skips them."""
 
 

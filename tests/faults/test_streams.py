@@ -151,7 +151,7 @@ def test_ctrl_c_ends_the_run_with_its_report(command, start_until_stop, read_run
     reader.join(timeout=60)
     os.close(master)
     text = " ".join(STYLED.sub("", b"".join(shown).decode()).split())
-    assert "trials last now" in text
+    assert "trials last ratio now" in text
     assert "This run is not complete (interrupted)" in text
     assert "Traceback" not in text
     statuses = {record.trial: record.status for record in read_run().records}

@@ -36,7 +36,8 @@ from lorameter.records import codec
 from lorameter.records.record import Failure, TrialRecord
 from lorameter.records.store import Manifest, Run
 from lorameter.report.run_view import make_run_view
-from lorameter.studies.study import Target, study_of_command
+from lorameter.studies.commands import study_of_command
+from lorameter.studies.study import Target
 from lorameter.studies.study_file import load_study
 from tests.constructed import RUNS
 

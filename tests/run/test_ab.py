@@ -211,7 +211,7 @@ def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lor
     assert ended == document["exit"] == 1
     times = [row for row in document["comparisons"] if row["metric"] == "step_time_s"]
     assert [row["verdict"] for row in times] == ["regressed"]
-    assert times[0]["replicates"] == 8, "the default of an A/B, whatever the study says"
+    assert times[0]["replicates"] == 3, "the first look of an A/B, whatever the study says"
     assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
     folders = [executor.host.cwd for executor in fake.made]
     assert folders[0] == folders[2] != folders[1]

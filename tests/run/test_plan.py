@@ -30,7 +30,7 @@ from lorameter.run.build_plan import MEMORY_SHARE, build_plan, choose_interleavi
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import build_arms, make_plan
 from lorameter.studies.claim import Engine
-from lorameter.studies.study import study_of_engine
+from lorameter.studies.commands import study_of_engine
 from lorameter.studies.study_file import load_study
 from lorameter.studies.variant import LoraVariant
 from lorameter.trial.building import method_probe

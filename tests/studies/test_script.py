@@ -17,8 +17,9 @@ from lorameter.records import codec
 from lorameter.run.feasibility import check_feasible
 from lorameter.run.plan import make_plan
 from lorameter.studies.claim import ENGINE
+from lorameter.studies.commands import split_braces, study_of_command, study_of_engine
 from lorameter.studies.script import name_of_words, split_command
-from lorameter.studies.study import Study, split_braces, study_of_command, study_of_engine
+from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import ScriptVariant
 from lorameter.studies.workload import Workload

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from lorameter.records.record import TrialRecord
-from lorameter.studies.study import study_of_command
+from lorameter.studies.commands import study_of_command
 from lorameter.studies.variant import ScriptVariant
 from lorameter.verdicts.compare import ComparisonReport
 from lorameter.verdicts.gate import Policy, judge

@@ -58,9 +58,10 @@ from lorameter.records.store import Manifest, RunWriter
 from lorameter.records.trials import STEPS, Step, encode_step
 from lorameter.records.units import format_bytes, format_count
 from lorameter.stats import is_steady, is_warm
+from lorameter.studies.commands import study_of_command
 from lorameter.studies.protocol import Protocol
 from lorameter.studies.script import name_of_words
-from lorameter.studies.study import Study, study_of_command
+from lorameter.studies.study import Study
 
 PROTOCOL = Protocol(phases=("train",), replicates=1, turns=1, steps_per_turn=1, allow_disturbed=True)
 """A training is measured while it runs; its number of steps is known only at its end."""

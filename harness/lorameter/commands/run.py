@@ -42,10 +42,11 @@ from lorameter.run.sites.driver import read_interrupted_run
 from lorameter.run.sites.placement import Placement, open_placement
 from lorameter.run.workers import IfBusy, open_executor
 from lorameter.run.workers.sides import command_sides, name_sides
+from lorameter.studies.commands import study_of_command, study_of_engine
 from lorameter.studies.peft_experiments import study_of_experiments
 from lorameter.studies.protocol import HERE, Protocol
 from lorameter.studies.script import OWN, name_of_words, split_command, time_steps
-from lorameter.studies.study import Study, study_of_command, study_of_engine
+from lorameter.studies.study import Study
 from lorameter.studies.study_file import StudyFor, load_study, read_study, read_study_file
 from lorameter.studies.workload import LOSSES, SYNTHETIC
 from lorameter.verdicts.calibrate import MAX_ROWS

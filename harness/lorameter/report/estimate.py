@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 from lorameter.machine.doctor import About, DoctorCheck, Grade
 from lorameter.machine.provenance import Machine
+from lorameter.measurements.metrics import MEASUREMENTS
 from lorameter.models.costs.memory import (
     MEASURED_ERRORS,
     MEASURED_ON,
@@ -261,6 +262,8 @@ def _plan_lines(plan: Plan, expected: Forecast) -> Iterator[str]:
     replicates = plan.study.protocol.replicates
     yield f"order   {first}" + (f"; another in each of {replicates} replicates" if replicates > 1 else "")
     yield f"level   {plan.interleaving}: {plan.why}"
+    measured = {measure for slot in plan.slots for measure in slot.measures}
+    yield f"takes   {', '.join(one.title for one in MEASUREMENTS.values() if one.name in measured)}"
     yield from [f"dtype   {plan.study.dtype}"] if plan.study.dtype else []
     yield from _time_lines(expected, plan.study.protocol)
     live = " for everything that is in memory at the same time, including processes"

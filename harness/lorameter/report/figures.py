@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import cast
 
 from kernels_check.check import Status
-from lorameter.measurements.metrics import METRICS, PEAKS
+from lorameter.measurements.metrics import METRICS, PEAKS, is_difference_metric
 from lorameter.measurements.peaks import RSS_AT_START
 from lorameter.measurements.steps import losses_of_steps
 from lorameter.records.record import TrialRecord
@@ -108,6 +108,10 @@ def _ratios(table: PhaseTable, reference: str) -> Figure | None:
     if any(one.share is not None for one in table.ratios.values()):
         about, worse = f"gain in {title}, {reference} = 1", "left of 1 is worse"
         caption = "A dot is the part of the reference's gain that a variant has, the line through it its interval."
+    elif is_difference_metric(table.metric):
+        higher = METRICS[table.metric].higher_is_better
+        about, worse = f"{title} minus {reference}", f"{'left' if higher else 'right'} of 0 is worse"
+        caption = "A dot is the difference of a variant to the reference, the line through it its interval."
     else:
         about, worse = f"{title} × {reference}", "right of 1 is worse"
         caption = "A dot is the ratio of a variant to the reference, the line through it its interval."
@@ -121,7 +125,8 @@ def draw_ratios(title: str, caption: str, about: str, comparisons: Mapping[str, 
     rows = (write_row(name, write_ratio(one), Cell(verdict=one.verdict)) for name, one in found.items())
     marks = (Cell(name=name, value=values[name], low=one.low, high=one.high, verdict=one.verdict)
              for name, one in found.items())  # fmt: skip
-    drawing = Intervals(axis=Axis(title=about, line_at=1.0), marks=tuple(marks))
+    differences = any(one.difference is not None for one in found.values())
+    drawing = Intervals(axis=Axis(title=about, line_at=0.0 if differences else 1.0), marks=tuple(marks))
     table = Table(heads=name_columns("variant", about, "verdict"), rows=tuple(rows))
     return Figure(title=title, caption=caption, drawing=drawing, table=table) if found else None
 

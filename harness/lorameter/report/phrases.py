@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from lorameter.measurements.metrics import METRICS, PHASE_WORDS, PHASES
+from lorameter.measurements.metrics import METRICS, PHASE_WORDS, PHASES, is_difference_metric
 from lorameter.records.record import Interleaving, Notice
 from lorameter.records.units import format_percent
 from lorameter.report.blocks import Cell, Collapsible, Document, Line, Section, Span, to_line, write_ratio, write_share
@@ -47,7 +47,7 @@ def metric_title(metric: str) -> str:
 
 def ratio_title(metric: str) -> str:
     """The title of a metric's ratio; for a rate the ratio is inverted, so that above 1 is a slow-down."""
-    turned = metric in METRICS and METRICS[metric].higher_is_better
+    turned = metric in METRICS and METRICS[metric].higher_is_better and not is_difference_metric(metric)
     return f"{metric_title(metric)}, slow-down" if turned else metric_title(metric)
 
 

@@ -164,7 +164,7 @@ class Budget:
             cost.round_s += seconds / rounds
         else:
             cost.fixed_s += seconds - once_s
-        if rounds or part == "cold":
+        if rounds or not MEASUREMENTS[part].rounds:
             self._measured_s[part] = self._measured_s.get(part, 0.0) + seconds
 
     def rounds(self, planned: int) -> int:

@@ -231,7 +231,8 @@ class GroupRunner:
             for command in measurement.end:
                 self._run_untimed(command.name, self._receivers(command, measurement))
         if measurement.end:
-            self._lap(measurement if measurement.rounds else REQUESTS, once_s=once_s)
+            of_requests = measurement.needs_requests and not measurement.rounds
+            self._lap(REQUESTS if of_requests else measurement, once_s=once_s)
 
     def _end_training(self, rounds: int) -> float:
         """Run the untimed steps of the requested epochs, and end the training of all trials after the same step.

@@ -10,13 +10,14 @@ import psutil
 import pytest
 
 from lorameter.errors import InvalidRunError
+from lorameter.run.display import Display
 from lorameter.run.plan import make_plan
 from lorameter.run.prepare import RunContext
 from lorameter.run.runner import run_plan
 from lorameter.run.workers.local import ForkedWorker, LocalExecutor
 
 
-class Quiet:
+class Quiet(Display):
     """A silent listener that runs a callback when a trial enters a phase or ends."""
 
     def __init__(self, act=None, at_end=None):
