@@ -7,14 +7,13 @@ standard error everything else.
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-
-from kernels_check.pipes import with_streams
-from kernels_check.terminal import SafeParser, print_stderr
 
 EXIT_UNEXPECTED = 70
 COMMANDS = {
@@ -27,24 +26,19 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    return with_streams("kernels_check", lambda: _run(argv))
-
-
-def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(["probe", *words] if words in ([], ["--json"]) else words)
     try:
         module, _ = COMMANDS[arguments.command]
         return int(import_module(f"kernels_check.{module}").run(arguments))
     except Exception:
-        print_stderr(
-            f"{traceback.format_exc()}kernels_check: unexpected error, see above; please report it with the command"
-        )
+        traceback.print_exc()
+        print("kernels_check: unexpected error, see above; please report it with the command", file=sys.stderr)
         return EXIT_UNEXPECTED
 
 
-def _parser() -> SafeParser:
-    parser = SafeParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m kernels_check", description="Reports which code paths really ran, whatever was requested."
     )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
@@ -59,4 +53,5 @@ def _parser() -> SafeParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends it without a traceback
     sys.exit(main())

@@ -30,7 +30,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels_check.check import Json
 from kernels_check.small_run import SmallRun, build, compile_layers
-from kernels_check.terminal import escape_control_chars
 
 SCHEMA = 1
 EXIT_FAILED = 4
@@ -119,11 +118,11 @@ def _show(found: Sequence[Attempt], machine: Mapping[str, Any], claimed: Sequenc
     table.add_column("verdict", no_wrap=True)
     table.add_column("evidence, or why not", overflow="fold")
     for one in found:
-        table.add_row(one.name, _MARKS[one.status], escape(escape_control_chars(one.reason[:_CHARACTERS_SHOWN])))
+        table.add_row(one.name, _MARKS[one.status], escape(one.reason[:_CHARACTERS_SHOWN]))
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     heading = f"{machine['device']} ({machine['name']}, {machine['cpu_capability']}); {versions}"
-    console.print(escape_control_chars(heading), markup=False)
+    console.print(heading, markup=False)
     console.print(table)
     ran = sum(one.status == "ran" for one in found)
     console.print(f"{ran} of {len(found)} paths ran" + (f"; claimed: {', '.join(claimed)}" if claimed else ""))

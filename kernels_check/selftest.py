@@ -25,7 +25,6 @@ from rich.table import Table
 
 from kernels_check.check import Check, Json
 from kernels_check.small_run import SmallRun, build, compile_layers
-from kernels_check.terminal import escape_control_chars
 
 SCHEMA = 1
 EXIT_FAILED = 4
@@ -189,7 +188,7 @@ def _show(outcomes: Sequence[Outcome]) -> None:
     """Print the table, then each failure with its reason."""
 
     def describe(check: Check | None) -> str:
-        return "–" if check is None else escape(escape_control_chars(f"{check.status} ({check.observed})"))
+        return "–" if check is None else escape(f"{check.status} ({check.observed})")
 
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("fault", "path", "with the fault", "healthy", ""):
@@ -200,4 +199,4 @@ def _show(outcomes: Sequence[Outcome]) -> None:
     console.print(table)
     lines = [f"FAILED: {one.control}: {one.failure}" for one in outcomes if not one.held]
     for line in [*lines, f"{sum(one.held for one in outcomes)} of {len(outcomes)} hold"]:
-        console.print(escape_control_chars(line), markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *"errors stats records measurements studies models machine wire trial attach verdicts results run".split(),
+    *"pipes terminal errors stats records measurements studies models machine wire trial attach verdicts results run".split(),
     *"profile parity report commands".split(),
 )
 """Layers of lorameter, the lowest first."""
@@ -21,7 +21,7 @@ HARNESS_RANK = (
     | dict.fromkeys(ENTRY_POINTS, len(ORDER))
     | {"entry": len(ORDER) + 1, "__main__": len(ORDER) + 2}
 )
-CHECK_ORDER = (*"pipes terminal check rules observe trace judges step_watch ranks small_run selftest probe".split(),)
+CHECK_ORDER = (*"check rules observe trace judges step_watch ranks small_run selftest probe".split(),)
 """Layers of kernels_check; its entry points are its two dunder modules."""
 CHECK_RANK = {layer: place for place, layer in enumerate(CHECK_ORDER)} | dict.fromkeys(
     ("__init__", "__main__"), len(CHECK_ORDER)

@@ -8,11 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from kernels_check.pipes import with_streams
-from kernels_check.terminal import print_stderr
 from lorameter.commands.parser import build_parser
 from lorameter.errors import EXIT_INVALID, EXIT_UNEXPECTED, LorameterError, redact
+from lorameter.pipes import with_streams
 from lorameter.run.interrupts import handle_interrupts
+from lorameter.terminal import print_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,6 @@ import numpy as np
 
 from kernels_check.check import format_count
 from kernels_check.rules import CATEGORIES, UNDECIDED, KernelNameFacts, classify, read_facts
-from kernels_check.terminal import escape_control_chars, print_stderr
 from kernels_check.trace.events import Events, NameTotal, busy_time_us, operator_times, sum_by_name
 from kernels_check.trace.recording import (
     Kineto,
@@ -364,15 +364,20 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         summary = read_trace(arguments.file)
     except TraceError as error:
-        print_stderr(f"kernels_check: {error}")
+        print(f"kernels_check: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if arguments.json:
         print(json.dumps({"schema": SCHEMA} | asdict(summary), allow_nan=False))
     else:
         _print(summary)
     for notice in summary.notices:
-        print_stderr(f"notice: {notice}")
+        print(f"notice: {notice}", file=sys.stderr)
     return 0
+
+
+def _printable(text: str) -> str:
+    """The text without control characters: names come from a file, and an escape sequence could hide a line."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 
 def _print(summary: KernelSummary) -> None:
@@ -398,7 +403,7 @@ def _print(summary: KernelSummary) -> None:
         for heading in headings:
             printed.add_column(heading, justify="left" if heading in ("", "by name") else "right", overflow="fold")
         for row in rows:
-            printed.add_row(*(Text(escape_control_chars(cell)) for cell in row))
+            printed.add_row(*(Text(_printable(cell)) for cell in row))
         console.print(printed)
 
     used = "", "calls", "time ms", "share"

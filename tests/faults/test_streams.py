@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels_check.pipes import EXIT_CLOSED_PIPE
 from lorameter.cli import main
+from lorameter.pipes import EXIT_CLOSED_PIPE
 from tests.constructed import RUNS
 
 

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.cli import main
 from lorameter.records import store
 from lorameter.report.blocks import (
@@ -40,6 +39,7 @@ from lorameter.report.blocks import (
 from lorameter.report.figures import describe_charts, draw_run_figures
 from lorameter.report.html.page import write_html
 from lorameter.report.run_view import ReportFilter, make_run_view
+from lorameter.terminal import escape_control_chars
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted(path for path in (ROOT / "reports").iterdir() if (path / "trials.jsonl").is_file())

@@ -15,7 +15,6 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.cli import main
 from lorameter.errors import InvalidRunError, UsageError, redact
 from lorameter.records import codec
@@ -36,6 +35,7 @@ from lorameter.report.blocks import (
 )
 from lorameter.report.terminal import render_text, show
 from lorameter.run.workers import sides
+from lorameter.terminal import escape_control_chars
 
 HOSTILE = "a [/b] [red]c :smile: \x1b]0;title\x07\x9b2J \udc80 end"
 ESCAPED = "a [/b] [red]c :smile: \\x1b]0;title\\x07\\x9b2J \\udc80 end"

@@ -23,8 +23,8 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.errors import format_error, redact
+from lorameter.terminal import escape_control_chars
 
 Source = Literal["trainer", "loop", "optimizer"]
 """Source of the steps: transformers' Trainer · a loop that marks its steps · the time between two optimizer updates."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.errors import require
 from lorameter.records import codec
 from lorameter.records.os_errors import translate_write_errors
@@ -21,6 +20,7 @@ from lorameter.report.blocks import Document, Span, to_line
 from lorameter.report.html.page import save_html, write_html
 from lorameter.report.render_markdown import SUMMARY_BYTES, to_markdown
 from lorameter.report.terminal import console_for, show
+from lorameter.terminal import escape_control_chars, print_stderr
 
 ENV_SUMMARY = "GITHUB_STEP_SUMMARY"
 SCHEMA = 2

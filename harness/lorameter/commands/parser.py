@@ -6,10 +6,10 @@ import argparse
 import difflib
 from typing import Any, NoReturn
 
-from kernels_check.terminal import SafeParser
 from lorameter.commands.options import add_arguments, shared_options
 from lorameter.commands.table import COMMANDS
 from lorameter.errors import redact
+from lorameter.terminal import SafeParser
 
 
 def build_parser() -> argparse.ArgumentParser:

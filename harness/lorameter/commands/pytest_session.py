@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from kernels_check.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, BestEffortStderr, CapturedStdout
-from kernels_check.terminal import escape_control_chars
 from lorameter.commands.options import DEFAULT_STUDY, PYTEST_PREFIX
 from lorameter.commands.output import check_page, save_page
 from lorameter.commands.parser import build_parser
@@ -30,6 +28,7 @@ from lorameter.errors import LorameterError, redact, require
 from lorameter.machine.products import make_target
 from lorameter.machine.provenance import collect, fingerprint, fingerprint_fields
 from lorameter.measurements.metrics import PRIMARY
+from lorameter.pipes import EXIT_CLOSED_PIPE, EXIT_UNWRITABLE, BestEffortStderr, CapturedStdout
 from lorameter.records import store
 from lorameter.records.record import TrialRecord
 from lorameter.records.store import Run
@@ -44,6 +43,7 @@ from lorameter.run.workers import open_executor
 from lorameter.studies.protocol import HERE
 from lorameter.studies.study import Study, Target
 from lorameter.studies.study_file import read_study
+from lorameter.terminal import escape_control_chars
 from lorameter.verdicts.benchmark_files import about_run, differences_from_saved, extra_info
 from lorameter.verdicts.compare import (
     compare,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from kernels_check import REQUIREMENTS
-from kernels_check.terminal import print_stderr
 from lorameter.attach.launch import finalize_run, run_command
 from lorameter.commands.output import show_result
 from lorameter.commands.report import show_ab, show_run
@@ -49,6 +48,7 @@ from lorameter.studies.script import OWN, name_of_words, split_command, time_ste
 from lorameter.studies.study import Study
 from lorameter.studies.study_file import StudyFor, load_study, read_study, read_study_file
 from lorameter.studies.workload import LOSSES, SYNTHETIC
+from lorameter.terminal import print_stderr
 from lorameter.verdicts.calibrate import MAX_ROWS
 from lorameter.verdicts.gate import load_policy
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kernels_check.terminal import escape_control_chars, print_stderr
 from lorameter.commands.output import print_result, show_result
 from lorameter.commands.reference import write_reference
 from lorameter.errors import EXIT_PASS, require
@@ -27,6 +26,7 @@ from lorameter.studies.study import Study
 from lorameter.studies.study_file import builtin_studies, load_study
 from lorameter.studies.variant import LoraVariant
 from lorameter.studies.workload import workload_variant_id
+from lorameter.terminal import escape_control_chars, print_stderr
 
 
 def run_export(options: argparse.Namespace) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.report.comparison import comparison_title, describe_outcome, write_ratio_or_peak
 from lorameter.report.phrases import metric_title
 from lorameter.report.run_view import RunView
+from lorameter.terminal import escape_control_chars
 from lorameter.verdicts.claims import ClaimsReport
 from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, ComparisonReport
 from lorameter.verdicts.gate import GateResult

@@ -12,10 +12,10 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.errors import shorten
 from lorameter.report.blocks import Block, ChartGroup, Collapsible, Document, Line, Panel, Section, Table
 from lorameter.report.terminal import render_text
+from lorameter.terminal import escape_control_chars
 
 SUMMARY_BYTES = 2**20
 """Limit of a step's summary."""

@@ -32,7 +32,6 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.report.blocks import (
     Axis,
     Block,
@@ -52,6 +51,7 @@ from lorameter.report.blocks import (
     to_line,
     verdict_tone,
 )
+from lorameter.terminal import escape_control_chars
 
 STYLES: dict[Tone, str] = {
     "plain": "",

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from kernels_check.terminal import print_stderr
 from lorameter.errors import LorameterError, UsageError
 from lorameter.machine.provenance import MAIN_LIBRARIES
 from lorameter.measurements.metrics import PRIMARY
@@ -31,6 +30,7 @@ from lorameter.results.prune import folder_bytes
 from lorameter.results.rows import Row, estimate_rows
 from lorameter.stats.changes import Course, Level, LevelShift, find_changes
 from lorameter.studies.study_file import builtin_studies, read_study
+from lorameter.terminal import print_stderr
 from lorameter.verdicts.ab import build_report
 from lorameter.verdicts.compare import EXIT_OF, PRECEDENCE, Difference, find_differences
 from lorameter.verdicts.gate import read_baselines

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from kernels_check.terminal import print_stderr
 from lorameter.errors import redact
 from lorameter.records.record import Notice, TrialRecord
 from lorameter.run.plan import Plan, Slot
 from lorameter.stats import Comparison
+from lorameter.terminal import print_stderr
 from lorameter.verdicts.series import Key
 
 

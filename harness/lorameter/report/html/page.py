@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from kernels_check.terminal import escape_control_chars
 from lorameter.records.fileio import replace_file
 from lorameter.records.os_errors import translate_write_errors
 from lorameter.records.units import format_interval, format_value
@@ -37,6 +36,7 @@ from lorameter.report.blocks import (
     write_row,
 )
 from lorameter.report.html import svg
+from lorameter.terminal import escape_control_chars
 
 
 def write_html(

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels_check.terminal import print_stderr
 from lorameter.errors import UsageError, format_error, require, shorten
 from lorameter.machine.processes import CPUS, PARENT
 from lorameter.records.fileio import scratch_folder
 from lorameter.run.sites.folder import LOG, job_command, read_order, write_order
 from lorameter.run.sites.gpus import share_cpus
 from lorameter.studies.protocol import format_on, format_sites, read_slurm
+from lorameter.terminal import print_stderr
 
 QUEUE_POLL_S = 10.0
 """Seconds between two calls of squeue."""

@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from kernels_check.terminal import print_stderr
 from lorameter import wire
 from lorameter.errors import InvalidRunError, LorameterError, redact, require
 from lorameter.machine import provenance
@@ -36,6 +35,7 @@ from lorameter.run.workers.environment import Host, describe
 from lorameter.studies.form import AnyVariant
 from lorameter.studies.request import BaseRequest, Request
 from lorameter.studies.workload import Workload
+from lorameter.terminal import print_stderr
 
 EXECUTORS = {
     "local": "lorameter.run.workers.local:LocalExecutor",

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from kernels_check.terminal import print_stderr
 from lorameter.errors import redact, refused_value, require
 from lorameter.machine.provenance import run_git
 from lorameter.records.fileio import is_file, scratch_folder
@@ -27,6 +26,7 @@ from lorameter.records.record import Side
 from lorameter.run.plan import PRESENT, SideKind, Sides, SideSpec
 from lorameter.run.workers.environment import Host, inspect, layered_environment, parse_requirements, site_packages
 from lorameter.studies.protocol import HERE, Protocol
+from lorameter.terminal import print_stderr
 
 DECLARED: dict[SideKind, tuple[str, ...]] = {
     "command": (),
