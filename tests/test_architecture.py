@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *"pipes terminal errors stats records measurements studies models machine wire trial attach verdicts results run".split(),
-    *"profile parity report commands".split(),
+    *"pipes terminal errors stats records measurements studies models machine wire trial attach".split(),
+    *"verdicts results run profile parity report commands".split(),
 )
 """Layers of lorameter, the lowest first."""
 ENTRY_POINTS = ("cli", "pytest_plugin", "worker")
