@@ -152,7 +152,7 @@ def test_no_module_is_longer_than_500_lines():
 def test_packages_import_nothing():
     """An `__init__` is only a docstring, so that commands do not pay for unused imports; attach loads its exports on
     access."""
-    for layer in set(ORDER) - {"errors", "stats", "wire", "attach", "parity"}:
+    for layer in set(ORDER) - {"pipes", "terminal", "errors", "stats", "wire", "attach", "parity"}:
         path = ROOT / "harness" / "lorameter" / layer / "__init__.py"
         assert [type(node).__name__ for node in parse(path).body] == ["Expr"], layer
 

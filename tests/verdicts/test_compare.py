@@ -54,6 +54,7 @@ def test_a_slower_variant_is_a_regression(write_run, compare):
     assert set(row) == {
         "variant", "metric", "verdict", "ratio", "low", "high", "tolerance", "margin", "reason", "interleaving",
         "replicates", "replicates_needed", "mde80", "share", "site",
+            "difference",
     }  # fmt: skip
     assert (row["interleaving"], row["tolerance"], row["margin"], row["replicates"]) == ("separate", 0.01, 0.05, 4)
     assert document["schema"] == 2

@@ -24,7 +24,6 @@ from lorameter.stats.comparison import (
 from lorameter.stats.effect import (
     Effect,
     Pairing,
-    Scale,
     TrialsEstimate,
     estimate_effect,
     estimate_trials,
@@ -63,7 +62,6 @@ __all__ = [
     "Gain",
     "Pairing",
     "Proportion",
-    "Scale",
     "ShareEstimate",
     "TrialsEstimate",
     "Verdict",

@@ -35,7 +35,6 @@ from lorameter.stats import (
     Estimate,
     Gain,
     Pairing,
-    Scale,
     TrialsEstimate,
     VerdictRule,
     compare_bytes,
@@ -391,11 +390,11 @@ def default_limits(variant: str, metric: str) -> VerdictRule:
     """The limits that the metric declares; computed bytes must be equal."""
     if metric in METRICS:
         found = METRICS[metric]
-        scale: Scale = "linear" if is_difference_metric(metric) else "log"
-        worse_is_lower, unit = scale == "linear" and found.higher_is_better, choose_scale(1.0, found.unit)[1]
-        return VerdictRule(
-            tolerance=found.tolerance, margin=found.margin, scale=scale, higher_is_better=worse_is_lower, unit=unit
-        )
+        rule = VerdictRule(tolerance=found.tolerance, margin=found.margin)
+        if not is_difference_metric(metric):
+            return rule
+        unit = choose_scale(1.0, found.unit)[1]
+        return dataclasses.replace(rule, scale="linear", higher_is_better=found.higher_is_better, unit=unit)
     computed = is_memory(metric) and "peak" not in metric and not metric.startswith("host_")
     return VerdictRule(tolerance=0.0) if computed else VerdictRule()
 
