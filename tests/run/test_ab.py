@@ -204,6 +204,19 @@ def fake(monkeypatch):
     return FakeExecutor
 
 
+@pytest.mark.parametrize(("noise", "replicates"), [(0.001, 3), (0.02, 4), (0.2, 12)])
+def test_an_ab_takes_the_replicates_that_decide_it(fake, repository, study_file, lorameter, noise, replicates):
+    """The more scatter, the later the look that decides; the last one ends it anyway."""
+    fake.noise = noise
+    options = ("--base", "fast", "--candidate", "fast", "--phase", "train", "--json")
+    ended, document = lorameter("ab", study_file, *options)
+    (row,) = (row for row in document["comparisons"] if row["metric"] == "step_time_s")
+    assert row["replicates"] == replicates
+    assert row["verdict"] == ("inconclusive" if replicates == 12 else "equivalent")
+    assert document["control"]["train"]["verdict"] == row["verdict"]
+    assert ended == (3 if replicates == 12 else 0)
+
+
 def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lorameter):
     """Each side runs in its own worktree, the base has two executors, and all of them are removed afterwards."""
     options = ("--base", "fast", "--candidate", "slow", "--phase", "train", "--json")
@@ -212,6 +225,7 @@ def test_two_revisions_are_measured_and_judged(fake, repository, study_file, lor
     times = [row for row in document["comparisons"] if row["metric"] == "step_time_s"]
     assert [row["verdict"] for row in times] == ["regressed"]
     assert times[0]["replicates"] == 3, "the first look of an A/B, whatever the study says"
+    assert document["control"]["train"]["verdict"] == "equivalent"
     assert [executor.label for executor in fake.made] == ["base", "candidate", "control"]
     folders = [executor.host.cwd for executor in fake.made]
     assert folders[0] == folders[2] != folders[1]

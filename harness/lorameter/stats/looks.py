@@ -34,8 +34,9 @@ def planned_looks(replicates: int) -> tuple[int, ...]:
 
 
 def are_decided(comparisons: Collection[Comparison]) -> bool:
-    """Whether there are comparisons and none of them is inconclusive."""
-    return bool(comparisons) and all(one.verdict != "inconclusive" for one in comparisons)
+    """Whether there are valid comparisons, and none of them is inconclusive."""
+    valid = [one for one in comparisons if one.verdict != "invalid"]
+    return bool(valid) and all(one.verdict != "inconclusive" for one in valid)
 
 
 def judge_at_looks(

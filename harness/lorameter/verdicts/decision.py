@@ -22,7 +22,8 @@ def compare_so_far(manifest: Manifest, records: Sequence[TrialRecord]) -> Mappin
     policy gates, or each variant with the reference in the primary metric of each phase. Empty if the sites of the run
     are different machines, whose verdicts belong to one site each."""
     order = tuple(record.trial for record in records)  # what is not measured yet is no fault
-    run = Run(path=Path(), manifest=msgspec.structs.replace(manifest, order=order), records=tuple(records))
+    so_far = msgspec.structs.replace(manifest, order=order, status="complete")
+    run = Run(path=Path(), manifest=so_far, records=tuple(records))
     if is_mixed(run):
         return {}
     if manifest.sides:
