@@ -8,16 +8,16 @@ pytest tests/contract` updates them all. make_runs.py measured the two runs unde
 from __future__ import annotations
 
 import json
-import runpy
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kernels_check.__main__ import main
 
 from tests.contract import doors
 from tests.contract.doors import Outcome
@@ -143,15 +143,13 @@ def lorameter(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Outcome]:
 
 
 @pytest.fixture
-def kernels_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
-    """A function that runs `python -m kernels_check` in this process."""
+def kernels_check(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Outcome]:
+    """A function that runs the command of `kernels_check` in this process."""
 
     def called(line: str) -> Outcome:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["kernels_check", *shlex.split(line)])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_module("kernels_check", run_name="__main__")
+        code = main(shlex.split(line))
         out, err = capsys.readouterr()
-        return Outcome(int(left.value.code or 0), out, err)
+        return Outcome(code, out, err)
 
     return called

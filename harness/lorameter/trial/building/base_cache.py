@@ -107,6 +107,8 @@ def map_base(folder: Path, variant: Variant, device: str) -> transformers.PreTra
     quantizer.mark(model)
     for name in saved["marks"].keys() - vars(model).keys():
         setattr(model, name, saved["marks"][name])
+    if getattr(model, "use_kernels", False):  # transformers replaces forward functions of a loaded model
+        model.set_use_kernels(True)
     if saved["device_map"] is not None:
         model.hf_device_map = saved["device_map"]
     model.generation_config = transformers.GenerationConfig.from_dict(saved["generation"])
@@ -120,7 +122,7 @@ def _write(model: Any, folder: Path, request: BaseRequest, load_s: float) -> Bas
         "weights": dict(model.named_buffers()) | {name: one.data for name, one in parameters.items()},
         "constants": {name: constants(one) for name, one in parameters.items()},
         "frozen": [name for name, one in parameters.items() if not one.requires_grad],
-        "marks": {name: mark for name, mark in vars(model).items() if isinstance(mark, bool) and name != "training"},
+        "marks": {name: mark for name, mark in vars(model).items() if type(mark) in (bool, str) and name != "training"},
         "name_or_path": model.config.name_or_path,
         "device_map": None if places is None else {name: str(place) for name, place in places.items()},
         "generation": json.loads(model.generation_config.to_json_string(use_diff=False)),
