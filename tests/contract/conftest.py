@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -148,8 +149,9 @@ def kernels_check(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Outcome
 
     def called(line: str) -> Outcome:
         capsys.readouterr()
-        code = main(shlex.split(line))
+        with pytest.raises(SystemExit) as left:
+            sys.exit(main(shlex.split(line)))  # argparse exits by itself
         out, err = capsys.readouterr()
-        return Outcome(code, out, err)
+        return Outcome(int(left.value.code or 0), out, err)
 
     return called
