@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from kernels_check.__main__ import main
-
 from tests.contract import doors
 from tests.contract.doors import Outcome
 

@@ -113,6 +113,7 @@ def test_paths_that_a_cpu_cannot_run_are_explained(name, words):
     assert words in found.reason
 
 
+@pytest.mark.selftest
 def test_the_probe_compiles_into_its_own_cache(monkeypatch, tmp_path):
     """The shared cache gets no library that an interruption could leave half written, and none is read from it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
